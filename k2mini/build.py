@@ -1,0 +1,130 @@
+"""From a directory to a model: the one place that knows the order (meta, then load)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from k2mini.config import ModelConfig
+from k2mini.nn.llama import Llama
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
+from k2mini.weights.hf_config import read_model_config, report_special_tokens
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
+MAX_SPARE_ROWS = 256
+
+
+def meta_model(config: ModelConfig) -> Llama:
+    """A model with shapes and no storage."""
+    with torch.device("meta"):
+        return Llama(config)
+
+
+def load_model(
+    directory: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Llama, Tokenizer | None]:
+    """Load a Hugging Face LLaMA directory, in evaluation mode.
+
+    Weights whose dtype and device are already right stay memory-mapped; others are converted one tensor at a time.
+    So the model never stands in memory twice.
+
+    Args:
+        directory: config.json, weights and, if there is one, tokenizer.model.
+        dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
+
+    Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
+
+    Raises ValueError naming the file and what is wrong with it: no such directory, another architecture, a missing,
+    extra or wrongly shaped tensor, a tokenizer that does not fit the embedding, too little memory.
+    """
+    path = model_directory(directory)
+    device = torch.device(device)
+    config = read_model_config(path)
+    tokenizer = load_tokenizer(path, config.vocab_size)
+    reader = CheckpointReader(path)
+    model = meta_model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_tensors(reader, expected)
+
+    stored = reader.dtype("model.embed_tokens.weight")
+    for name in expected:
+        reader.dtype(name)  # refuses integer and 8-bit types before anything is read
+    dtype = resolve_dtype(dtype, stored, device)
+    if dtype != stored or device.type != "cpu":
+        check_memory(config.num_parameters(), dtype, stored, device)
+    state = {name: reader.tensor(name).to(device=device, dtype=dtype) for name in expected}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
+    """The directory's tokenizer, or None where it has none.
+
+    Raises ValueError where its size does not fit an embedding of `vocab_size` rows.
+    """
+    path = directory / "tokenizer.model"
+    if not path.exists():
+        return None
+    tokenizer = Tokenizer(path)
+    if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + MAX_SPARE_ROWS:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size:,} tokens, the embedding has {vocab_size:,} rows; "
+            "this tokenizer belongs to another model"
+        )
+    report_special_tokens(directory, tokenizer.bos_id, tokenizer.eos_id)
+    return tokenizer
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: the one asked for, else as stored on a GPU and float32 on a CPU."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        return DTYPES[dtype]
+    if dtype is not None:
+        return dtype
+    return stored if device.type != "cpu" or stored == torch.float64 else torch.float32
+
+
+def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError, saying what would fit, where the weights alone are larger than the memory that is free."""
+    free = _free_memory(device)
+    needed = num_parameters * dtype.itemsize
+    if free is None or needed <= free:
+        return
+    if device.type == "cpu" and stored.itemsize < dtype.itemsize:
+        remedy = f"--dtype {str(stored).removeprefix('torch.')}, as stored, is read from the file and fits"
+    elif num_parameters * 2 <= free < needed and dtype.itemsize > 2:
+        remedy = "--dtype bfloat16 fits"
+    else:
+        remedy = "use a device with more memory"
+    raise ValueError(
+        f"{num_parameters:,} weights in {str(dtype).removeprefix('torch.')} take {needed / 2**30:.1f} GiB, "
+        f"{free / 2**30:.1f} GiB are free on {device}; {remedy}"
+    )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # neither Linux nor another Unix
+        return None

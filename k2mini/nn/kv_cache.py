@@ -1,0 +1,146 @@
+"""Keys and values of the tokens seen so far, for every row of a batch: an argument of the model, never its state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from k2mini.config import ModelConfig
+
+GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
+
+
+class KVCache:
+    """A rotated key and a value for each row, layer and position.
+
+    Slot p of a row holds the token at position p. So a row's own length is all there is to know of it: rows may
+    differ in length, a query at position p attends to slots 0..p, and padding (position -1) lands in one spare slot
+    at the end that no query ever sees.
+
+    Args:
+        config: the model's shape.
+        batch_size: B.
+        dtype: the model's compute dtype.
+        capacity: positions to make room for at once; the cache grows by itself past that.
+
+    Attributes:
+        lengths: (B,) int64, tokens held of each row.
+        length: an upper bound of `lengths`, known without asking the device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int = GROWTH_STEP,
+    ) -> None:
+        self.max_seq_len = config.max_seq_len
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.length = 0
+        self.capacity = 0
+        self._in_step = True  # all rows have the same length, `self.length`
+        self._slots: slice | Tensor = slice(0, 0)
+        shape = (batch_size, config.num_kv_heads, 1, config.head_dim)
+        # Zeros, not empty: a masked slot weighs 0, and 0 x NaN would still be NaN.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.reserve(capacity)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.lengths.shape[0]
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions a row; what is held stays."""
+        if length <= self.capacity:
+            return
+        capacity = -(-length // GROWTH_STEP) * GROWTH_STEP
+
+        def grown(old: Tensor) -> Tensor:
+            batch_size, heads, _, head_dim = old.shape
+            new = old.new_zeros(batch_size, heads, capacity + 1, head_dim)  # the last slot is the padding's
+            new[:, :, : self.length] = old[:, :, : self.length]
+            return new
+
+        for layer in range(len(self.keys)):
+            self.keys[layer] = grown(self.keys[layer])
+            self.values[layer] = grown(self.values[layer])
+        self.capacity = capacity
+
+    def advance(self, num_tokens: int, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Take `num_tokens` more tokens a row, whose keys and values `append` will bring layer by layer.
+
+        Args:
+            num_tokens: T.
+            positions: (B, T) int64, each row's next positions in order, -1 for padding; None: every row goes on
+                where it stopped.
+
+        Returns:
+            The positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query may look; None
+            where plain causal attention (or none to mask, for T = 1) is right.
+
+        Raises:
+            ValueError: the batch or the number of tokens does not fit, or the model's context is exceeded.
+        """
+        device = self.lengths.device
+        start, end = self.length, self.length + num_tokens
+        if positions is None and self._in_step:
+            if end > self.max_seq_len:
+                over = end - self.max_seq_len
+                raise ValueError(f"{end} tokens are {over} more than the model's context of {self.max_seq_len}")
+            positions = torch.arange(start, end, device=device).unsqueeze(0)  # (1, T)
+            self._slots = slice(start, end)
+            self.lengths += num_tokens
+        else:
+            if positions is None:
+                positions = self.lengths[:, None] + torch.arange(num_tokens, device=device)  # (B, T)
+            if positions.shape != (self.batch_size, num_tokens):
+                raise ValueError(
+                    f"positions must be {(self.batch_size, num_tokens)} (rows, tokens), not {tuple(positions.shape)}"
+                )
+            self._in_step = False
+            self._slots = positions
+            self.lengths = torch.maximum(self.lengths, positions.amax(dim=1) + 1)
+        self.reserve(end)
+        self.length = end
+        if self._in_step and (start == 0 or num_tokens == 1):
+            return positions, None
+        # A padding query sees slot 0, so that its (ignored) softmax is not 0/0.
+        slots = torch.arange(end, device=device)
+        return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's keys and values of the tokens announced to `advance`.
+
+        Args:
+            key, value: (B, T, K, E).
+
+        Returns: all keys and all values up to `length`, each (B, K, S, E).
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(self._slots, slice):
+            keys[:, :, self._slots] = key.transpose(1, 2)
+            values[:, :, self._slots] = value.transpose(1, 2)
+        else:
+            rows = torch.arange(self.batch_size, device=key.device)[:, None]  # (B, 1), against slots (B, T)
+            keys[rows, :, self._slots] = key
+            values[rows, :, self._slots] = value
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def truncate(self, length: int) -> None:
+        """Forget every row's tokens from position `length` on."""
+        self.length = min(self.length, length)
+        self.lengths = self.lengths.clamp(max=length)
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A cache of its own with the given rows, repeated as often as they are named. rows: (N,) int64."""
+        new = object.__new__(KVCache)
+        new.__dict__.update(self.__dict__)
+        new.lengths = self.lengths[rows]
+        new.keys = [key[rows] for key in self.keys]
+        new.values = [value[rows] for value in self.values]
+        return new

@@ -1,0 +1,194 @@
+"""LLaMA (Touvron et al. 2023, arXiv 2302.13971), with Hugging Face's parameter names.
+
+Shapes: B batch, T tokens, S tokens attended to, D model dim, H query heads, K key/value heads, E head dim,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2mini.config import ModelConfig
+from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.rope import rotary_tables, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
+
+    Computed in `promote_types(x.dtype, float32)` and cast back *before* the multiplication, as LLaMA's checkpoints
+    expect (F.rms_norm multiplies first, which differs in bf16).
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, D)."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (precise * scale).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and, where K < H, grouped queries (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.grouped = config.num_kv_heads != config.num_heads
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D). mask: (B or 1, 1, T, S) bool; None means causal."""
+        batch_size, num_tokens, _ = x.shape
+        heads = (batch_size, num_tokens, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, T, H, E)
+        k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, T, K, E)
+        v = self.v_proj(x).view(heads)  # (B, T, K, E)
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
+        else:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, H, T, E)
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and num_tokens > 1,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.intermediate_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.intermediate_dim, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Who may look at whom in rows that hold several documents, each starting at position 0.
+
+    Args:
+        positions: (B, T) int64; -1 is padding.
+
+    Returns: (B, 1, T, T) bool: causal, and within one document.
+    """
+    document = (positions == 0).cumsum(dim=1)  # (B, T)
+    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
+    return same.tril().unsqueeze(1)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm: tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward`."""
+        num_tokens = tokens.shape[1]
+        if positions is not None and positions.shape != tokens.shape:
+            raise ValueError(f"positions {tuple(positions.shape)} must have the shape of tokens {tuple(tokens.shape)}")
+        if cache is not None:
+            if cache.batch_size != tokens.shape[0]:
+                raise ValueError(f"a cache of {cache.batch_size} rows was given for {tokens.shape[0]} rows of tokens")
+            positions, mask = cache.advance(num_tokens, positions)
+        elif positions is not None:
+            mask = document_mask(positions)
+        else:
+            positions, mask = torch.arange(num_tokens, device=tokens.device).unsqueeze(0), None
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        cos, sin = rotary_tables(positions, self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model: one class to train, to sample from, to score with and to audit."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # A tied head has no parameter of its own, so nothing can untie it (loading, sharding, casting).
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits of the token after each one given.
+
+        Args:
+            tokens: (B, T) int64. What stands at a padding position is ignored, but must be a token id.
+            positions: (B, T) int64. Each row counts 0, 1, 2, … within a document; 0 starts a document that does not
+                see those before it; -1 marks padding, on either side. None: one document a row, no padding.
+            cache: tokens already seen. With it a row is one document, whose positions go on from the cache's.
+
+        Returns: (B, T, V) in the compute dtype. Padding's logits are finite and mean nothing.
+        """
+        return self.logits(self.model(tokens, positions, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The vocabulary projection: (…, D), of the final norm, -> (…, V)."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+
+def init_weights(model: Llama, seed: int, std: float = 0.02) -> None:
+    """Fill a fresh model: normal matrices of the given standard deviation, norms of one. Repeats for a seed."""
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,115 @@
+"""SentencePiece tokenizers (Kudo and Richardson 2018), as LLaMA's `tokenizer.model` is one."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """One U+FFFD for each byte that is not UTF-8, as SentencePiece does; Python's own "replace" merges some."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("k2mini.replace", _replace_each_byte)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Ids of BOS and EOS come from the SentencePiece model and from nowhere else. Neither is ever added unless asked.
+
+    Args:
+        path: a `tokenizer.model` file.
+
+    Raises ValueError where the file is missing or not a SentencePiece model, or has no BOS or EOS.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"there is no tokenizer file {path}")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path} is not a SentencePiece model") from None
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{path} has no BOS or no EOS token (ids {self.bos_id} and {self.eos_id})")
+        # LLaMA's model puts a space before the text; SmolLM2's, for one, does not.
+        first = self._model.encode("a", out_type=str)[0]
+        self.adds_space: bool = first.startswith("▁")
+
+    def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
+        """Token ids. Control symbols written out in the text ('<s>') are plain text, never control tokens."""
+        ids: list[int] = self._model.encode(text, out_type=int)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a whole sequence. Control tokens give nothing; bytes that are not UTF-8 give U+FFFD."""
+        stream = self.stream()
+        text = "".join(stream.push(token) for token in ids) + stream.flush()
+        return text[1:] if self.adds_space and text.startswith(" ") else text
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for the tokens of a continuation, one at a time."""
+        return StreamDecoder(self)
+
+    def piece(self, token: int) -> str:
+        """The piece as it stands in the vocabulary: '▁rock', '<0x0A>', '<s>'."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside the tokenizer's vocabulary of {self.vocab_size}")
+        return self._model.id_to_piece(token)
+
+    def piece_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; a multi-byte character may be spread over several tokens."""
+        piece = self.piece(token)
+        if self._model.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])
+        if self._model.is_control(token) or self._model.is_unused(token):
+            return b""
+        if self._model.is_unknown(token):
+            return " ⁇ ".encode()
+        return piece.replace("▁", " ").encode()
+
+    def hf_config(self) -> dict[str, Any]:
+        """The content of a tokenizer_config.json with which transformers' LlamaTokenizer gives the same ids."""
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "add_prefix_space": self.adds_space,
+            "bos_token": self.piece(self.bos_id),
+            "eos_token": self.piece(self.eos_id),
+            "unk_token": self.piece(self._model.unk_id()),
+            "clean_up_tokenization_spaces": False,
+            "legacy": False,
+            "model_max_length": 10**30,
+        }
+
+
+class StreamDecoder:
+    """Text as tokens come: never half a UTF-8 character, and no leading space lost.
+
+    The concatenation of all that `push` and `flush` return is the text of the whole continuation.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="k2mini.replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; '' while a character is still open."""
+        return self._utf8.decode(self._tokenizer.piece_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for each byte of a character that was never completed."""
+        return self._utf8.decode(b"", final=True)

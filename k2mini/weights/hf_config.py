@@ -1,0 +1,166 @@
+"""Hugging Face's config.json, translated to `ModelConfig` and back: the one place that knows its names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from k2mini.config import Llama3RopeScaling, ModelConfig
+from k2mini.files import read_json
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second is how checkpoints of March 2023 spell it
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model's shape, from `directory/config.json`.
+
+    Raises:
+        ValueError: no such file, another architecture, or a feature that k2mini's model does not have. A feature
+            is never dropped in silence, since the weights would then mean something else.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    try:
+        return _translate(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _number(raw: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+        raise ValueError(f"{key} must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
+    return kind(value)
+
+
+def _translate(raw: dict[str, Any]) -> ModelConfig:
+    architectures = raw.get("architectures") or []
+    if raw.get("model_type") != "llama" or any(name not in ARCHITECTURES for name in architectures):
+        name = ", ".join(map(str, architectures)) or "not named"
+        raise ValueError(
+            f"model_type is {raw.get('model_type')!r}, architecture {name}; "
+            "k2mini runs LLaMA causal language models only (model_type 'llama', LlamaForCausalLM)"
+        )
+    unsupported = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "quantization_config": None,
+    }
+    for key, supported in unsupported.items():
+        if raw.get(key, supported) != supported:
+            raise ValueError(f"{key} is {raw[key]!r}; k2mini's LLaMA supports {supported!r} only")
+
+    dim = _number(raw, "hidden_size", int)
+    num_heads = _number(raw, "num_attention_heads", int)
+    if num_heads < 1 or (raw.get("head_dim") is None and dim % num_heads):
+        raise ValueError(f"hidden_size ({dim}) must be a multiple of num_attention_heads ({num_heads})")
+    rope_theta, rope_scaling = _rope(raw)
+    return ModelConfig(
+        dim=dim,
+        num_layers=_number(raw, "num_hidden_layers", int),
+        num_heads=num_heads,
+        num_kv_heads=_number(raw, "num_key_value_heads", int, num_heads),
+        head_dim=_number(raw, "head_dim", int, dim // num_heads),
+        intermediate_dim=_number(raw, "intermediate_size", int),
+        vocab_size=_number(raw, "vocab_size", int),
+        # The conversions of March 2023 say max_sequence_length.
+        max_seq_len=_number(raw, "max_position_embeddings", int, raw.get("max_sequence_length", 2048)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        norm_eps=_number(raw, "rms_norm_eps", float, 1e-6),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    )
+
+
+def _rope(raw: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
+    """rope_theta and scaling: `rope_theta` + `rope_scaling` up to transformers 4, `rope_parameters` since 5."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope_scaling must be an object, not {parameters!r}")
+    theta = _number({**raw, **parameters}, "rope_theta", float, 10000.0)
+    for holder in (raw, parameters):
+        if holder.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"partial_rotary_factor {holder['partial_rotary_factor']!r} is not supported")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling of type {kind!r} is not supported; k2mini knows 'default' and 'llama3'")
+    return theta, Llama3RopeScaling(
+        factor=_number(parameters, "factor", float),
+        low_freq_factor=_number(parameters, "low_freq_factor", float),
+        high_freq_factor=_number(parameters, "high_freq_factor", float),
+        original_max_seq_len=_number(
+            parameters, "original_max_position_embeddings", int, raw.get("max_position_embeddings")
+        ),
+    )
+
+
+def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """The content of config.json, in transformers 4's names, which 5 reads as well (K2's users are on 4.28).
+
+    Args:
+        dtype: 'float32', 'float16' or 'bfloat16'.
+        bos_id, eos_id: the tokenizer's, or None where there is no tokenizer.
+    """
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.intermediate_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None
+        if scaling is None
+        else {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        },
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
+
+
+def report_special_tokens(directory: Path, bos_id: int, eos_id: int) -> None:
+    """Log where config.json disagrees with the tokenizer on BOS or EOS (LLaMA-1's in the wild say 0 and 1).
+
+    The tokenizer is right: its ids are what the model was trained with.
+    """
+    raw = read_json(directory / "config.json")
+    for key, right in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
+        said = raw.get(key)
+        if said is not None and said != right and not (isinstance(said, list) and right in said):
+            log.warning(
+                "%s says %s %s, tokenizer.model says %s; using the tokenizer's",
+                directory / "config.json",
+                key,
+                said,
+                right,
+            )
