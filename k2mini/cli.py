@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from k2mini.nn.llama import Llama
     from k2mini.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne or none"
 
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="k2mini: %(message)s")
+    _log_to_stderr()
     try:
         options.run(options)
         sys.stdout.flush()
@@ -98,6 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"k2mini: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("k2mini: %(message)s"))
+    package = logging.getLogger("k2mini")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO)
 
 
 def _device(options: argparse.Namespace) -> Any:
@@ -126,7 +136,7 @@ def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
     dtype = str(model.dtype).removeprefix("torch.")
     parameters = model.config.num_parameters() / 1e6
-    logging.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, dtype, model.device)
+    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, dtype, model.device)
     return model, tokenizer
 
 
@@ -166,7 +176,7 @@ def run_generate(options: argparse.Namespace) -> None:
         return
     print()
     if completion.finish == "length":
-        logging.info("stopped after --max-new-tokens %d", options.max_new_tokens)
+        log.info("stopped after --max-new-tokens %d", options.max_new_tokens)
 
 
 def run_chat(options: argparse.Namespace) -> None:

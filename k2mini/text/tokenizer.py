@@ -55,9 +55,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence. Control tokens give nothing; bytes that are not UTF-8 give U+FFFD."""
+        ids = list(ids)
         stream = self.stream()
         text = "".join(stream.push(token) for token in ids) + stream.flush()
-        return text[1:] if self.adds_space and text.startswith(" ") else text
+        first = next((token for token in ids if self.piece_bytes(token)), None)
+        added = self.adds_space and first is not None and self.piece(first).startswith("▁")
+        return text[1:] if added else text
 
     def stream(self) -> StreamDecoder:
         """A decoder for the tokens of a continuation, one at a time."""

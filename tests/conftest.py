@@ -1,0 +1,120 @@
+"""One tiny model, one tiny tokenizer, and the assets that live outside the project."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from k2mini.config import Llama3RopeScaling, ModelConfig
+from k2mini.nn.llama import Llama, init_weights
+from k2mini.text.tokenizer import Tokenizer
+
+torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
+
+ROOT = Path(__file__).parents[1]
+ASSETS = Path(os.environ.get("K2MINI_ASSETS", ROOT.parent / "shared"))
+
+# Shapes that differ in what can go wrong: heads, groups, tying, rotary scaling, head_dim unlike dim / heads.
+SHAPES = {
+    "multi-head": {},
+    "grouped": {"num_kv_heads": 2},
+    "tied": {"tie_embeddings": True},
+    "llama3-rope": {"num_kv_heads": 1, "rope_theta": 5e5, "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 64)},
+    "wide-heads": {"head_dim": 32, "norm_eps": 1e-5},
+}
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """4 heads of 16, 3 layers, 199 tokens."""
+    shape = {
+        "dim": 64,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+        "intermediate_dim": 112,
+        "vocab_size": 199,
+        "max_seq_len": 256,
+    }
+    return ModelConfig(**{**shape, **changes})
+
+
+def tiny_llama(config: ModelConfig | None = None, seed: int = 0, dtype=torch.float32) -> Llama:
+    """A random model whose logits have a standard deviation near 1, so that tolerances mean something."""
+    model = Llama(config or tiny_config())
+    init_weights(model, seed, std=0.12)
+    return model.to(dtype).eval()
+
+
+def asset(*parts: str) -> Path:
+    path = ASSETS.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not there; set K2MINI_ASSETS to the folder that has {Path(*parts)}")
+    return path
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request) -> ModelConfig:
+    return tiny_config(**SHAPES[request.param])
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> Tokenizer:
+    return Tokenizer(asset("assets", "llama_tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def geobench() -> dict[str, Path]:
+    folder = asset("data", "geobench")
+    return {"npee": folder / "geobench_npee.json", "ap": folder / "geobench_apstudy.json"}
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M as a Hugging Face directory."""
+    folder = os.environ.get("K2MINI_REAL_MODEL")
+    if not folder:
+        pytest.skip("no real model; build one (assets/make_smollm2.py DIR) and set K2MINI_REAL_MODEL=DIR")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Tokenizer:
+    """A SentencePiece BPE like LLaMA's (byte fallback, dummy prefix, split digits), of 400 pieces."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = folder / "text.txt"
+    words = "granite basalt quartz rock mineral is made of the a and that which plates crust mantle volcano erodes"
+    text.write_text(
+        "".join(f"{a} {b} {c}. Response: The answer is: A\n" for a in words.split() for b in words.split()
+                for c in ("quickly", "slowly", "under pressure", "### Instruction:", "True", "False")),
+        encoding="utf-8",
+    )  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return Tokenizer(folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A tiny random model with the tiny tokenizer, as k2mini writes it."""
+    from k2mini.weights.formats import save_model
+
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    save_model(tiny_llama(config).state_dict(), config, directory, tokenizer=tiny_tokenizer)
+    return directory

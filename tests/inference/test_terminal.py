@@ -1,0 +1,80 @@
+import io
+
+import pytest
+import torch
+
+from k2mini.build import load_model
+from k2mini.inference.generate import generate
+from k2mini.inference.sampling import Sampling
+from k2mini.inference.terminal import Conversation, answer
+from k2mini.text.prompts import get_template
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directory):
+    return load_model(tiny_directory)
+
+
+def test_streamed_answers_are_the_engines(loaded):
+    model, tokenizer = loaded
+    prompt = tokenizer.encode("granite is", bos=True, eos=False)
+    out = io.StringIO()
+    text, completion = answer(model, tokenizer, prompt, sampling=Sampling(), seed=0, max_new_tokens=30, out=out)
+    (expected,) = generate(model, [prompt], max_new_tokens=30, stop_ids=[tokenizer.eos_id])
+    assert completion == expected
+    assert out.getvalue() == text
+    assert tokenizer.decode([*prompt, *completion.tokens]) == "granite is" + text
+
+
+def conversation(loaded, **options):
+    model, tokenizer = loaded
+    values = {"sampling": Sampling(), "seed": 0, "max_new_tokens": 12, **options}
+    return Conversation(model, tokenizer, get_template("alpaca_short"), **values)
+
+
+def test_turns_build_on_each_other_as_if_computed_anew(loaded):
+    model, tokenizer = loaded
+    talk = conversation(loaded)
+    first = talk.turn("granite", io.StringIO())
+    second = talk.turn("basalt", io.StringIO())
+    template = get_template("alpaca_short")
+    history = tokenizer.encode(template.prompt("granite"), bos=True, eos=False)
+    history += [*first.tokens, tokenizer.eos_id]
+    history += tokenizer.encode(template.prompt("basalt"), bos=True, eos=False)
+    (expected,) = generate(model, [history], max_new_tokens=12, stop_ids=[tokenizer.eos_id])
+    assert second == expected
+    talk.reset()
+    assert talk.turn("granite", io.StringIO()) == first
+
+
+class Interrupting(io.StringIO):
+    """Ctrl-C while the third piece is written."""
+
+    writes = 0
+
+    def write(self, text):
+        self.writes += 1
+        if self.writes == 3:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(loaded):
+    talk, undisturbed = conversation(loaded), conversation(loaded)
+    cut = talk.turn("granite", Interrupting())
+    assert cut.finish == "stop"
+    assert len(cut.tokens) == 3
+    # The next turn sees the cut answer, computed as if nothing had happened.
+    undisturbed.history = list(talk.history)
+    assert talk.turn("basalt", io.StringIO()) == undisturbed.turn("basalt", io.StringIO())
+
+
+def test_a_full_context_is_an_error_that_changes_nothing(loaded):
+    talk = conversation(loaded, max_new_tokens=900)
+    before = list(talk.history)
+    with pytest.raises(ValueError, match="more than the model's context of 1024"):
+        talk.turn("granite " * 200, io.StringIO())
+    assert talk.history == before
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        talk.turn("  ", io.StringIO())
+    assert torch.equal(talk.cache.lengths, torch.tensor([0]))

@@ -1,0 +1,55 @@
+import torch
+
+from k2mini.nn.kv_cache import GROWTH_STEP, KVCache
+from tests.conftest import tiny_config, tiny_llama
+
+
+def test_growing_keeps_what_is_held():
+    model = tiny_llama(tiny_config(max_seq_len=1024))
+    tokens = torch.randint(199, (1, GROWTH_STEP + 44))
+    grows, roomy = KVCache(model.config, 1, capacity=1), KVCache(model.config, 1, capacity=600)
+    with torch.no_grad():
+        for start, end in ((0, GROWTH_STEP - 1), (GROWTH_STEP - 1, GROWTH_STEP + 43), (GROWTH_STEP + 43, None)):
+            chunk = tokens[:, start:end]
+            assert torch.equal(model(chunk, cache=grows), model(chunk, cache=roomy))
+    assert grows.capacity == 2 * GROWTH_STEP
+    assert grows.lengths.tolist() == [GROWTH_STEP + 44]
+
+
+def test_select_copies_rows_and_leaves_the_source_alone():
+    model = tiny_llama()
+    prefix, option = torch.randint(199, (1, 20)), torch.randint(199, (3, 4))
+    cache = KVCache(model.config, 1)
+    with torch.no_grad():
+        model(prefix, cache=cache)
+        rows = cache.select(torch.tensor([0, 0, 0]))
+        continued = model(option, cache=rows)
+        full = model(torch.cat((prefix.expand(3, -1), option), dim=1))[:, 20:]
+    torch.testing.assert_close(continued, full, rtol=0, atol=1e-5)
+    assert cache.length == 20
+    assert cache.lengths.tolist() == [20]
+    assert rows.lengths.tolist() == [24] * 3
+
+
+def test_truncate_forgets():
+    model = tiny_llama()
+    tokens = torch.randint(199, (1, 30))
+    cache = KVCache(model.config, 1)
+    with torch.no_grad():
+        model(tokens, cache=cache)
+        cache.truncate(10)
+        again = model(tokens[:, 10:], cache=cache)
+        torch.testing.assert_close(again, model(tokens)[:, 10:], rtol=0, atol=1e-5)
+
+
+def test_padding_reaches_no_row():
+    """NaN in a padding token's place must not leak: its slot is nobody's."""
+    config = tiny_config(num_layers=1)
+    cache = KVCache(config, 2)
+    positions = torch.tensor([[0, 1, 2], [-1, -1, 0]])
+    cache.advance(3, positions)
+    key = torch.ones(2, 3, 4, 16)
+    key[1, :2] = torch.nan
+    keys, _ = cache.append(0, key, key)
+    assert torch.isfinite(keys).all()
+    assert cache.lengths.tolist() == [3, 1]

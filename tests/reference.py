@@ -1,0 +1,79 @@
+"""What the model has to agree with: transformers' LLaMA, and a naive one of a few lines."""
+
+import torch
+import torch.nn.functional as F
+
+from k2mini.nn.llama import Llama
+from k2mini.weights.hf_config import hf_config
+
+
+def to_transformers(model: Llama):
+    """The same weights in transformers' LlamaForCausalLM."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    raw = hf_config(model.config, "float32", bos_id=1, eos_id=2)
+    reference = LlamaForCausalLM(LlamaConfig(**raw)).eval()
+    for parameter in reference.parameters():  # `.to(dtype)` would round its rotary buffer as well
+        parameter.data = parameter.data.to(model.dtype)
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if model.config.tie_embeddings else [])
+    reference.tie_weights()
+    return reference
+
+
+def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """A q or k projection from rotate-half rows to Meta's, where the two numbers of a rotary pair are neighbours."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def naive_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    """LLaMA after the papers: complex rotary over interleaved pairs, explicit softmax, head by head, no cache.
+
+    tokens (T,) -> logits (T, V), in the model's dtype; it reads the weights and none of the code.
+    """
+    c, w = model.config, model.state_dict()
+    length, dtype = len(tokens), model.dtype
+    theta = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    if c.rope_scaling is not None:
+        s = c.rope_scaling
+        for i, f in enumerate(theta.tolist()):
+            wavelength = 2 * torch.pi / f
+            if wavelength > s.original_max_seq_len / s.low_freq_factor:
+                theta[i] = f / s.factor
+            elif wavelength >= s.original_max_seq_len / s.high_freq_factor:
+                smooth = (s.original_max_seq_len / wavelength - s.low_freq_factor) / (
+                    s.high_freq_factor - s.low_freq_factor
+                )
+                theta[i] = (1 - smooth) * f / s.factor + smooth * f
+    turns = torch.exp(1j * torch.outer(torch.arange(length, dtype=torch.float64), theta))  # (T, E/2)
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    def turned(x):  # (T, E), pairs interleaved
+        return torch.view_as_real(torch.view_as_complex(x.reshape(length, -1, 2)) * turns).flatten(1).to(dtype)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for layer in range(c.num_layers):
+        p = f"model.layers.{layer}."
+        h = norm(x, w[p + "input_layernorm.weight"])
+        q = h @ interleave(w[p + "self_attn.q_proj.weight"], c.num_heads).T
+        k = h @ interleave(w[p + "self_attn.k_proj.weight"], c.num_kv_heads).T
+        v = h @ w[p + "self_attn.v_proj.weight"].T
+        out = []
+        for head in range(c.num_heads):
+            group = head // (c.num_heads // c.num_kv_heads)
+            q_head = turned(q[:, head * c.head_dim : (head + 1) * c.head_dim])
+            k_head = turned(k[:, group * c.head_dim : (group + 1) * c.head_dim])
+            score = (q_head @ k_head.T / c.head_dim**0.5).masked_fill(future, -torch.inf)
+            weights = score.exp() / score.exp().sum(-1, keepdim=True)
+            out.append(weights @ v[:, group * c.head_dim : (group + 1) * c.head_dim])
+        x = x + torch.cat(out, dim=-1) @ w[p + "self_attn.o_proj.weight"].T
+        h = norm(x, w[p + "post_attention_layernorm.weight"])
+        gate = h @ w[p + "mlp.gate_proj.weight"].T
+        x = x + (gate * F.sigmoid(gate) * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return norm(x, w["model.norm.weight"]) @ head.T

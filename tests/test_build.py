@@ -1,0 +1,81 @@
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+import k2mini.build
+from k2mini.build import check_memory, load_model, resolve_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_default_precision():
+    assert resolve_dtype(None, torch.float16, CPU) == torch.float32
+    assert resolve_dtype(None, torch.float16, CUDA) == torch.float16
+    assert resolve_dtype("bfloat16", torch.float16, CPU) == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        resolve_dtype("int4", torch.float16, CPU)
+
+
+def test_too_little_memory_says_what_fits(monkeypatch):
+    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 16 * 2**30)
+    seven_billion = 6_738_415_616
+    with pytest.raises(ValueError, match=r"25.1 GiB, 16.0 GiB are free on cpu; --dtype float16, as stored"):
+        check_memory(seven_billion, torch.float32, torch.float16, CPU)
+    with pytest.raises(ValueError, match="--dtype bfloat16 fits"):
+        check_memory(seven_billion, torch.float32, torch.float32, CUDA)
+    check_memory(seven_billion, torch.float16, torch.float32, CUDA)
+    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 2**30)
+    with pytest.raises(ValueError, match="use a device with more memory"):
+        check_memory(seven_billion, torch.float16, torch.float16, CUDA)
+
+
+def test_a_conversion_that_does_not_fit_is_refused_before_it_starts(tiny_directory, monkeypatch):
+    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 1000)
+    with pytest.raises(ValueError, match="are free on cpu"):
+        load_model(tiny_directory, dtype="bfloat16")
+    load_model(tiny_directory)  # as stored, it is mapped from the file and needs no memory of its own
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_dtype_is_obeyed(tiny_directory, dtype):
+    model, _ = load_model(tiny_directory, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert model(torch.tensor([[1, 5, 9]])).dtype == getattr(torch, dtype)
+    assert not model.training
+
+
+def test_a_tokenizer_of_another_size_is_refused(tiny_directory, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    pieces = config["vocab_size"]
+    for rows in (pieces - 1, pieces + 1000):
+        (directory / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+        with pytest.raises(ValueError, match=f"has {pieces} tokens, the embedding has {rows:,} rows"):
+            load_model(directory)
+
+
+def test_special_tokens_come_from_the_tokenizer(tiny_directory, tmp_path, caplog):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 1}))
+    with caplog.at_level(logging.WARNING):
+        _, tokenizer = load_model(directory)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert "using the tokenizer's" in caplog.text
+
+
+def test_a_path_that_is_no_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no directory .*/nothing"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"hf download daven3/k2-v1 --local-dir k2-v1"):
+        load_model("daven3/k2-v1")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        load_model(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        load_model(tmp_path)

@@ -1,0 +1,175 @@
+"""The program as a user runs it: results on stdout, one sentence and status 2 for what the user can mend."""
+
+import json
+import shutil
+
+import pytest
+
+from k2mini.cli import main
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command line; returns (status, stdout, stderr)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_generate_prints_the_answer_on_stdout_only(run, tiny_directory):
+    common = ("generate", "--model", tiny_directory, "--prompt", "granite", "--max-new-tokens", 8)
+    status, out, err = run(*common)
+    assert status == 0
+    assert "float32, on cpu" in err
+    status, printed, _ = run(*common, "--json")
+    (entry,) = json.loads(printed)
+    assert status == 0
+    assert set(entry) == {"prompt", "answer", "tokens", "finish"}
+    assert out == entry["answer"] + "\n"
+    assert (len(entry["tokens"]), entry["finish"]) == (8, "length")
+
+
+def test_generate_with_a_seed_repeats(run, tiny_directory):
+    common = ("generate", "--model", tiny_directory, "--prompt", "rock", "--temperature", 1, "--max-new-tokens", 12)
+    first, again, other = (run(*common, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_chat_reads_lines_and_ends_with_the_input(run, tiny_directory, monkeypatch):
+    lines = iter(["granite", "", "/reset", "granite", "/exit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda _prompt="": next(lines))
+    status, out, err = run("chat", "--model", tiny_directory, "--max-new-tokens", 4)
+    assert status == 0
+    assert "(forgotten)" in err
+    assert next(lines) == "never read"
+    half = len(out) // 2
+    assert out[:half] == out[half:] != ""  # the same answer, since the history was forgotten
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+def test_eval_counts_every_published_question(run, tiny_directory, geobench, tmp_path, scoring):
+    files = (geobench["npee"], geobench["ap"])
+    status, out, err = run(
+        "eval", "--model", tiny_directory, "--benchmark", *files, "--out", tmp_path, "--scoring", scoring, "--json"
+    )
+    assert status == 0, err
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert [(task["task"], task["n"]) for task in report["tasks"]] == [
+        ("npee/choice", 182),
+        ("npee/tf", 134),
+        ("ap", 1395),
+    ]
+    fields = {"accuracy", "low", "high", "chance", "majority", "scoring", "template", "answer_prefix", "shots"}
+    assert all(fields <= set(task) and task["low"] <= task["accuracy"] <= task["high"] for task in report["tasks"])
+    assert report["tasks"][0]["unanswerable"] == [155, 175]
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(results) == 182 + 134 + 1395
+    for task in report["tasks"]:
+        own = [result for result in results if result["task"] == task["task"]]
+        assert task["accuracy"] == pytest.approx(sum(r["prediction"] == r["answer"] for r in own) / task["n"])
+    if scoring == "text":  # AP's two questions whose options are all empty can't be right
+        assert len(report["tasks"][2]["unanswerable"]) == 2
+
+
+def test_eval_prints_a_table(run, tiny_directory, geobench):
+    status, out, _ = run("eval", "--model", tiny_directory, "--benchmark", geobench["npee"], "--limit", 5)
+    assert status == 0
+    assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["npee/choice", "5"], ["npee/tf", "5"]]
+
+
+def bad_directory(tiny_directory, tmp_path, fault):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    if fault == "truncated":
+        weights = directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif fault == "architecture":
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    elif fault == "vocabulary":
+        (directory / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 10}))
+    elif fault == "no tokenizer":
+        (directory / "tokenizer.model").unlink()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("truncated", "model.safetensors is truncated or damaged"),
+        ("architecture", "model_type is 'gpt2'"),
+        ("vocabulary", "this tokenizer belongs to another model"),
+        ("no tokenizer", "has no tokenizer.model"),
+    ],
+)
+def test_bad_models(run, tiny_directory, tmp_path, fault, message):
+    directory = bad_directory(tiny_directory, tmp_path, fault)
+    for verb in (("generate", "--prompt", "x"), ("chat",)):
+        status, out, err = run(verb[0], "--model", directory, *verb[1:])
+        assert (status, out) == (2, "")
+        assert err.startswith("k2mini: ")
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "no/such/directory"), "there is no directory no/such/directory"),
+        (("--model", "daven3/k2-v1"), "hf download daven3/k2-v1 --local-dir k2-v1"),
+        (("--prompt", "  "), "the prompt is empty"),
+        (("--temperature", "-1"), "temperature must be 0 (greedy) or a positive number, not -1.0"),
+        (("--top-p", "1.2"), "top_p must be above 0 and at most 1, not 1.2"),
+        (("--max-new-tokens", "0"), "--max-new-tokens must be at least 1, not 0"),
+        (("--max-new-tokens", "2000"), "more than the model's context of 1024"),
+        (("--template", "alpacca"), "there is no template 'alpacca'"),
+        (("--device", "tpu9"), "--device tpu9 is not a device"),
+        (("--device", "cuda:99"), "this machine has"),
+        (("--threads", "0"), "--threads must be at least 1, not 0"),
+    ],
+)
+def test_bad_options_of_generate(run, tiny_directory, arguments, message):
+    defaults = {"--model": tiny_directory, "--prompt": "granite"}
+    defaults.update([arguments])
+    status, out, err = run("generate", *(word for pair in defaults.items() for word in pair))
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_bad_input_of_eval_writes_nothing(run, tiny_directory, tmp_path, geobench):
+    other = tmp_path / "other.json"
+    other.write_text('[{"instruction": "x"}]')
+    (tmp_path / "file").touch()
+    out_dir = tmp_path / "out"
+    for arguments, message in [
+        (("--benchmark", other), "is not a GeoBench file"),
+        (("--benchmark", tmp_path / "none.json"), "there is no benchmark file"),
+        (("--benchmark", geobench["npee"], geobench["npee"]), "the same benchmark is named twice"),
+        (("--benchmark", geobench["npee"], "--limit", 0), "--limit must be at least 1"),
+        (("--benchmark", geobench["npee"], "--template", "x"), "there is no template 'x'"),
+        (("--benchmark", geobench["npee"], "--model", tmp_path / "none"), "there is no directory"),
+    ]:
+        status, out, err = run("eval", "--model", tiny_directory, "--out", out_dir, *arguments)
+        assert (status, out) == (2, ""), err
+        assert message in err.splitlines()[-1]
+        assert not out_dir.exists()
+    status, _, err = run("eval", "--model", tiny_directory, "--benchmark", geobench["npee"], "--out", tmp_path / "file")
+    assert status == 2
+    assert "File exists" in err
+
+
+def test_debug_shows_the_traceback(capfd):
+    with pytest.raises(ValueError, match="there is no directory"):
+        main(["generate", "--model", "/nowhere", "--prompt", "x", "--debug"])
+
+
+def test_unknown_verbs_exit_with_2(run):
+    status, _, err = run("generat")
+    assert status == 2
+    assert "invalid choice: 'generat'" in err

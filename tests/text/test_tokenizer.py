@@ -1,0 +1,111 @@
+import random
+
+import pytest
+import sentencepiece
+
+from k2mini.text.tokenizer import Tokenizer
+from tests.conftest import asset
+
+TEXTS = [
+    "Granite is an intrusive igneous rock.",
+    " a leading space,  two  inside and one at the end ",
+    "line\n\n\ttab\r\n",
+    "",
+    "olivine (Mg,Fe)₂SiO₄ 🌋 岩石 héllo",
+    "text with <s> and </s> and <0x41> written out",
+]
+
+# transformers 5 departs from SentencePiece in two places, where SentencePiece is right: a text that begins with a
+# space gets no second one put before it, and "<s>" written out becomes the control token.
+REFERENCE_TEXTS = [text for text in TEXTS if not text.startswith(" ") and "<s>" not in text]
+
+
+def test_llama_ids_are_the_known_ones(llama_tokenizer):
+    encode = llama_tokenizer.encode
+    assert encode("A", bos=False, eos=False) == [319]
+    assert encode("\nA", bos=False, eos=False)[-1] == 29909
+    assert encode("True", bos=False, eos=False) == [5852]
+    assert encode("False", bos=False, eos=False) == [7700]
+    assert (llama_tokenizer.bos_id, llama_tokenizer.eos_id, llama_tokenizer.vocab_size) == (1, 2, 32000)
+
+
+def test_bos_and_eos_only_when_asked(tiny_tokenizer):
+    plain = tiny_tokenizer.encode("rock", bos=False, eos=False)
+    assert tiny_tokenizer.encode("rock", bos=True, eos=False) == [tiny_tokenizer.bos_id, *plain]
+    assert tiny_tokenizer.encode("rock", bos=False, eos=True) == [*plain, tiny_tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives(tiny_tokenizer, text):
+    ids = tiny_tokenizer.encode(text, bos=True, eos=True)
+    assert tiny_tokenizer.decode(ids) == text
+    inside = ids[1:-1]
+    assert not {tiny_tokenizer.bos_id, tiny_tokenizer.eos_id} & set(inside)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_llama_text_survives(llama_tokenizer, text):
+    assert llama_tokenizer.decode(llama_tokenizer.encode(text, bos=True, eos=True)) == text
+
+
+def test_decode_equals_sentencepiece_on_any_ids(llama_tokenizer):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer.path))
+    rng = random.Random(0)
+    for _ in range(1000):
+        # Half of them byte pieces, so that broken UTF-8 is common.
+        ids = [rng.randrange(3, 259) if rng.random() < 0.5 else rng.randrange(32000) for _ in range(8)]
+        assert llama_tokenizer.decode(ids) == reference.decode(ids)
+
+
+def test_stream_keeps_spaces_and_never_splits_a_character(llama_tokenizer):
+    context = llama_tokenizer.encode("The rock", bos=True, eos=False)
+    whole = llama_tokenizer.encode("The rock is 🌋 and 岩石", bos=True, eos=False)
+    assert whole[: len(context)] == context
+    stream = llama_tokenizer.stream()
+    pieces = [stream.push(token) for token in whole[len(context) :]]
+    assert "".join(pieces) == " is 🌋 and 岩石"
+    assert stream.flush() == ""
+    assert "" in pieces  # the volcano is four byte tokens, of which three complete nothing
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end(llama_tokenizer):
+    stream = llama_tokenizer.stream()
+    volcano = [token for token in llama_tokenizer.encode("🌋", bos=False, eos=False) if token < 259]
+    assert [stream.push(token) for token in volcano[:3]] == ["", "", ""]
+    assert stream.flush() == "\ufffd" * 3
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no tokenizer file"):
+        Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
+        tiny_tokenizer.decode([tiny_tokenizer.vocab_size])
+
+
+def test_transformers_reads_what_is_written(tiny_directory, tiny_tokenizer):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(tiny_directory)
+    for text in REFERENCE_TEXTS:
+        assert reference(text)["input_ids"] == tiny_tokenizer.encode(text, bos=True, eos=False)
+
+
+def test_llamas_own_tokenizer_is_the_same_in_transformers(llama_tokenizer, tmp_path):
+    import json
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copy(asset("assets", "llama_tokenizer.model"), tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(llama_tokenizer.hf_config()))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    for text in REFERENCE_TEXTS:
+        assert reference(text)["input_ids"] == llama_tokenizer.encode(text, bos=True, eos=False)
