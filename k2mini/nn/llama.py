@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from k2mini.config import ModelConfig
 from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.linear import Embedding, Linear
 from k2mini.nn.rope import rotary_tables, rotate
 
 
@@ -43,10 +44,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.grouped = config.num_kv_heads != config.num_heads
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_proj = Linear(config.dim, q_dim)
+        self.k_proj = Linear(config.dim, kv_dim)
+        self.v_proj = Linear(config.dim, kv_dim)
+        self.o_proj = Linear(q_dim, config.dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D). mask: (B or 1, 1, T, S) bool; None means causal."""
@@ -75,9 +76,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.intermediate_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.intermediate_dim, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_dim, config.dim, bias=False)
+        self.gate_proj = Linear(config.dim, config.intermediate_dim)
+        self.up_proj = Linear(config.dim, config.intermediate_dim)
+        self.down_proj = Linear(config.intermediate_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -144,14 +145,17 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model: one class to train, to sample from, to score with and to audit."""
+    """The language model: one class to train, to sample from, to score with and to audit.
+
+    A new one has no values yet: load a checkpoint into it, or call `init_weights`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         # A tied head has no parameter of its own, so nothing can untie it (loading, sharding, casting).
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits of the token after each one given.

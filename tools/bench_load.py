@@ -1,0 +1,72 @@
+"""How long a LLaMA-7B checkpoint takes to open, and how much memory it takes: python tools/bench_load.py
+
+Writes a sparse fp16 checkpoint of LLaMA-7B's shape (13.5 GB in name, next to nothing on disk), opens it on the CPU as
+it is stored, and prints seconds and resident memory. Sparse zeros read like any file that is in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from k2mini.build import load_model, meta_model
+from k2mini.config import PRESETS
+from k2mini.weights.formats import plan_shards
+from k2mini.weights.hf_config import hf_config
+
+
+def write_sparse(directory: Path, preset: str) -> int:
+    """A checkpoint of zeros in fp16, in two shards with an index. Returns its size in bytes."""
+    config = PRESETS[preset]
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
+    sizes = {name: 2 * tensor.numel() for name, tensor in meta_model(config).state_dict().items()}
+    (directory / "config.json").write_text(json.dumps(hf_config(config, "float16", 1, 2)))
+    weight_map = {}
+    shards = plan_shards(sizes, 10**10)
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header, offset = {}, 0
+        for name in names:
+            end = offset + sizes[name]
+            header[name] = {"dtype": "F16", "shape": shapes[name], "data_offsets": [offset, end]}
+            weight_map[name], offset = file, end
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the format aligns its data so
+        with (directory / file).open("wb") as out:
+            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            out.truncate(8 + len(encoded) + offset)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(sizes.values())
+
+
+def resident() -> dict[str, float]:
+    """Resident memory in MiB: anonymous (ours alone) and file-backed (pages that the system can drop)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile")}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="llama-7b", choices=PRESETS)
+    preset = parser.parse_args().preset
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_sparse(Path(folder), preset)
+        before = resident()
+        print(f"{preset}: {PRESETS[preset].num_parameters():,} parameters, {size / 1e9:.1f} GB in fp16")
+        # safetensors touches the first page of every tensor, with read-ahead: what is not cached comes from the disk.
+        for opening in ("first opening", "second opening"):
+            start = time.perf_counter()
+            model, _ = load_model(folder, dtype="float16")
+            print(f"{opening}: {time.perf_counter() - start:.2f} s")
+            after = resident()
+            del model
+        for name in before:
+            print(f"{name}: {before[name]:.0f} -> {after[name]:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
