@@ -56,7 +56,9 @@ def _answer(
             raise ValueError(f"{question.task} question {question.index}: {error}") from None
         for index, logprob, ids in zip(scored, scores.logprobs, scores.token_ids, strict=True):
             logprobs[index], token_ids[index] = logprob, ids
-        lengths = [len(continuations[index].encode()) if scoring == "text" else 1 for index in scored]
+        # Labels are compared as they are, the words of a true/false question too.
+        by_byte = continuations != question.labels
+        lengths = [len(continuations[index].encode()) if by_byte else 1 for index in scored]
         normalised = [logprob / length for logprob, length in zip(scores.logprobs, lengths, strict=True)]
         prediction = question.labels[scored[normalised.index(max(normalised))]]
     return Result(question.task, question.index, question.answer, prediction, logprobs, token_ids)

@@ -84,6 +84,15 @@ def test_cached_decoding_equals_recomputation(shape):
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=1e-10)
 
 
+def greedy_tokens(model, logits, cache, number=8):
+    """(B, number): the likeliest continuation of every row in the cache."""
+    tokens = []
+    for _ in range(number):
+        tokens.append(logits.argmax(dim=-1))
+        logits = model(tokens[-1][:, None], cache=cache)[:, -1]
+    return torch.stack(tokens, dim=1)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_have_their_own_logits(shape, side):
     model = tiny_llama(shape)
@@ -98,6 +107,7 @@ def test_padded_rows_have_their_own_logits(shape, side):
     cache = KVCache(shape, 3)
     with torch.no_grad():
         uncached, cached = model(tokens, positions), model(tokens, positions, cache)
+        greedy = greedy_tokens(model, cached[torch.arange(3), positions.argmax(dim=1)], cache.select(torch.arange(3)))
         following = tokens_like(shape, 3, 7, seed=9)
         decoded = [model(following[:, i : i + 1], cache=cache) for i in range(7)]
         for i, row in enumerate(rows):
@@ -106,6 +116,9 @@ def test_padded_rows_have_their_own_logits(shape, side):
             torch.testing.assert_close(uncached[i, own], alone[: len(row)], rtol=0, atol=1e-5)
             torch.testing.assert_close(cached[i, own], alone[: len(row)], rtol=0, atol=1e-5)
             torch.testing.assert_close(torch.cat(decoded, 1)[i], alone[len(row) :], rtol=0, atol=1e-5)
+            own_cache = KVCache(shape, 1)
+            last = model(row[None], cache=own_cache)[:, -1]
+            assert greedy[i].tolist() == greedy_tokens(model, last, own_cache)[0].tolist()
     assert torch.isfinite(uncached).all()
     assert torch.isfinite(cached).all()
 
