@@ -1,4 +1,4 @@
-"""From a directory to a model: the one place that knows the order (meta, then load)."""
+"""From a directory to a model: the one place that knows the order (meta, load, adapter)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 from k2mini.config import ModelConfig
 from k2mini.nn.llama import Llama
+from k2mini.nn.lora import attach
 from k2mini.text.tokenizer import Tokenizer
+from k2mini.weights.adapter import load_adapter, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
 from k2mini.weights.hf_config import read_model_config, report_special_tokens
 
@@ -30,7 +32,10 @@ def meta_model(config: ModelConfig) -> Llama:
 
 
 def load_model(
-    directory: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    directory: str | Path,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Llama, Tokenizer | None]:
     """Load a Hugging Face LLaMA directory, in evaluation mode.
 
@@ -39,12 +44,14 @@ def load_model(
 
     Args:
         directory: config.json, weights and, if there is one, tokenizer.model.
+        adapter: a LoRA adapter's directory (PEFT's format), put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
 
     Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
 
     Raises ValueError naming the file and what is wrong with it: no such directory, another architecture, a missing,
-    extra or wrongly shaped tensor, a tokenizer that does not fit the embedding, too little memory.
+    extra or wrongly shaped tensor, a tokenizer that does not fit the embedding, too little memory, an adapter that
+    does not fit.
     """
     path = model_directory(directory)
     device = torch.device(device)
@@ -63,6 +70,10 @@ def load_model(
         check_memory(config.num_parameters(), dtype, stored, device)
     state = {name: reader.tensor(name).to(device=device, dtype=dtype) for name in expected}
     model.load_state_dict(state, strict=True, assign=True)
+    if adapter is not None:
+        section = read_adapter_config(Path(adapter))
+        attach(model, section, seed=0)
+        load_adapter(model, Path(adapter), section)
     return model.eval(), tokenizer
 
 

@@ -1,28 +1,20 @@
-"""The command line. What a verb needs is imported when it runs, so `k2mini --help` does not wait for torch."""
+"""The command line: what can be asked, and how it ends. Verbs are imported when one runs: `--help` needs no torch."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from k2mini.inference.sampling import Sampling
-    from k2mini.nn.llama import Llama
-    from k2mini.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
+from typing import NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne or none"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; each sets `run`, the function that carries it out."""
+    """The parser of all verbs; each sets `run`, which `verbs.run_…` carries it out."""
     parser = argparse.ArgumentParser(
         prog="k2mini",
         description="The K2 geoscience LLM pipeline in plain PyTorch.",
@@ -30,16 +22,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     group = common.add_argument_group("common options")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     group.add_argument("--dtype", choices=DTYPES, help="precision (default: as stored on a GPU, float32 on a CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all that is drawn (default: 0)")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (default: 0)")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
+    model.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
 
     sampling = argparse.ArgumentParser(add_help=False)
     sampling.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
@@ -51,10 +46,39 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("generate", parents=[model, sampling, common], help="answer one prompt")
     verb.add_argument("--prompt", required=True, metavar="TEXT", help="the instruction; '-' reads standard input")
     verb.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
-    verb.set_defaults(run=run_generate)
+    verb.set_defaults(run="generate")
 
     verb = verbs.add_parser("chat", parents=[model, sampling, common], help="a conversation in the terminal")
-    verb.set_defaults(run=run_chat)
+    verb.set_defaults(run="chat")
+
+    for name, what in (
+        ("pretrain", "further pretraining"),
+        ("finetune", "instruction tuning with LoRA"),
+    ):
+        verb = verbs.add_parser(name, parents=[common], help=what)
+        verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+        verb.set_defaults(run=name)
+
+    verb = verbs.add_parser("export", parents=[quiet], help="a checkpoint as a Hugging Face directory")
+    verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
+    verb.add_argument("--out", required=True, type=Path, metavar="DIR")
+    verb.set_defaults(run="export")
+
+    verb = verbs.add_parser("merge", parents=[quiet], help="base + adapter as a Hugging Face directory")
+    verb.add_argument("--base", required=True, metavar="DIR")
+    verb.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    verb.add_argument("--out", required=True, type=Path, metavar="DIR")
+    verb.set_defaults(run="merge")
+
+    verb = verbs.add_parser("delta", help="publish a tuned model as its difference from the base")
+    kinds = verb.add_subparsers(dest="kind", metavar="make|apply", required=True)
+    for name, other, what in (("make", "tuned", "tuned - base"), ("apply", "delta", "base + delta")):
+        kind = kinds.add_parser(name, parents=[quiet], help=what)
+        kind.add_argument("--base", required=True, metavar="DIR")
+        kind.add_argument(f"--{other}", required=True, metavar="DIR")
+        kind.add_argument("--out", required=True, type=Path, metavar="DIR")
+        kind.set_defaults(run=f"delta_{name}")
 
     verb = verbs.add_parser("eval", parents=[model, common], help="score a model on GeoBench")
     verb.add_argument(
@@ -76,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     verb.add_argument("--out", type=Path, metavar="DIR", help="write results.jsonl and report.json there")
     verb.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
-    verb.set_defaults(run=run_eval)
+    verb.set_defaults(run="eval")
     return parser
 
 
@@ -85,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = build_parser().parse_args(arguments)
     _log_to_stderr()
     try:
-        options.run(options)
+        from k2mini import verbs
+
+        getattr(verbs, f"run_{options.run}")(options)
         sys.stdout.flush()
         status = 0
     except KeyboardInterrupt:
@@ -108,131 +134,3 @@ def _log_to_stderr() -> None:
     package = logging.getLogger("k2mini")
     package.handlers = [handler]
     package.setLevel(logging.INFO)
-
-
-def _device(options: argparse.Namespace) -> Any:
-    import torch
-
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {options.threads}")
-        torch.set_num_threads(options.threads)
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"--device {options.device} is not a device; try cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    from k2mini.build import load_model
-
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=_device(options))
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
-    dtype = str(model.dtype).removeprefix("torch.")
-    parameters = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, dtype, model.device)
-    return model, tokenizer
-
-
-def _sampling(options: argparse.Namespace) -> Sampling:
-    from k2mini.inference.sampling import Sampling
-
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
-    return Sampling(options.temperature, options.top_k, options.top_p)
-
-
-def run_generate(options: argparse.Namespace) -> None:
-    """Print the answer as it is made, or JSON at the end."""
-    import io
-
-    from k2mini.inference.terminal import answer, encode_prompt
-    from k2mini.text.prompts import get_template
-
-    # What costs nothing is checked before the model is loaded.
-    sampling, template = _sampling(options), get_template(options.template)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    model, tokenizer = _load(options)
-    text, completion = answer(
-        model,
-        tokenizer,
-        encode_prompt(tokenizer, template, prompt),
-        sampling=sampling,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-        out=io.StringIO() if options.json else sys.stdout,
-    )
-    if options.json:
-        entry = {"prompt": prompt, "answer": text, "tokens": completion.tokens, "finish": completion.finish}
-        print(json.dumps([entry], ensure_ascii=False))
-        return
-    print()
-    if completion.finish == "length":
-        log.info("stopped after --max-new-tokens %d", options.max_new_tokens)
-
-
-def run_chat(options: argparse.Namespace) -> None:
-    """Talk until end of file."""
-    from k2mini.inference.terminal import Conversation, chat
-    from k2mini.text.prompts import get_template
-
-    sampling, template = _sampling(options), get_template(options.template)
-    model, tokenizer = _load(options)
-    conversation = Conversation(
-        model,
-        tokenizer,
-        template,
-        sampling=sampling,
-        seed=options.seed,
-        max_new_tokens=options.max_new_tokens,
-    )
-    chat(conversation)
-
-
-def run_eval(options: argparse.Namespace) -> None:
-    """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
-    from k2mini.evaluation.geobench import load_geobench
-    from k2mini.evaluation.report import summarise, table
-    from k2mini.evaluation.run import evaluate
-    from k2mini.files import make_writable, write_text
-    from k2mini.text.prompts import get_template
-
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    template = get_template(options.template)
-    questions = [question for path in options.benchmark for question in load_geobench(path)]
-    if options.limit is not None:
-        questions = [question for question in questions if question.index < options.limit]
-    if len({(question.task, question.index) for question in questions}) < len(questions):
-        raise ValueError("the same benchmark is named twice")
-    model, tokenizer = _load(options)
-    if options.out is not None:
-        make_writable(options.out)  # before the long run, not after it
-    results = evaluate(
-        model,
-        tokenizer,
-        questions,
-        template=template,
-        scoring=options.scoring,
-        answer_prefix=options.answer_prefix,
-    )
-    settings = {
-        "scoring": options.scoring,
-        "template": options.template,
-        "answer_prefix": options.answer_prefix,
-        "shots": 0,
-    }
-    tasks = summarise(questions, results, settings)
-    report = {"model": str(options.model), "tasks": tasks}
-    if options.out is not None:
-        write_text(options.out / "results.jsonl", "".join(result.line() + "\n" for result in results))
-        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print(json.dumps(report, ensure_ascii=False) if options.json else table(tasks))

@@ -1,8 +1,11 @@
-"""The dataclasses that describe a model, checked when they are made. Nothing here imports torch."""
+"""The dataclasses that describe models and runs, checked when they are made. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+IGNORE = -100  # the label of a position that is not supervised (PyTorch's own default)
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,136 @@ PRESETS = {
         vocab_size=32000,
     ),
 }
+
+
+def _check_positive(section: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        if not getattr(section, key) > 0:
+            raise ValueError(f"{name}.{key} must be positive, not {getattr(section, key)}")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where a run keeps what it makes, and the seed of all that it draws (order, dropout, initialisation of LoRA)."""
+
+    dir: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The model that training starts from: a Hugging Face directory, and the precision to train in."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class CorpusSection:
+    """Plain documents for further pretraining: JSONL with a `text` field."""
+
+    path: str
+    val_path: str | None = None
+    seq_len: int = 1024  # tokens a block
+    eos: bool = True  # EOS after each document (BOS stands before it in any case)
+    document_mask: bool = True  # False: K2's scheme, in which attention runs across documents
+
+
+@dataclass(frozen=True)
+class InstructionSection:
+    """Instructions with answers: JSON or JSONL with `instruction`, `input` and `output`."""
+
+    path: str
+    val_path: str | None = None
+    template: str = "alpaca"
+    max_seq_len: int = 512  # tokens; longer examples are cut, and counted
+    train_on_inputs: bool = False  # True: K2's choice, the prompt is supervised too
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    init_adapter: str | None = None  # start from this adapter's weights, with a fresh optimiser and schedule
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lora", "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty, so nothing would be trained")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, how fast, in what portions."""
+
+    lr: float
+    global_batch_size: int = 128  # samples an optimiser step
+    micro_batch_size: int = 4  # samples a forward pass
+    max_steps: int | None = None  # exactly one of max_steps and epochs
+    epochs: float | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # after warm-up; the latter two end at 0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # not on norms
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    val_every: int | None = None  # steps; None: at the end only
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "train", "lr", "global_batch_size", "micro_batch_size", "max_grad_norm", "eps")
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of train.max_steps and train.epochs (null unsets the other)")
+        for name in ("max_steps", "epochs", "val_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{name} must be positive, not {value}")
+        for name in ("warmup_steps", "weight_decay", "beta1", "beta2"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, it is {getattr(self, name)}")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.micro_batch_size})"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """When to save, what to keep, where to go on from."""
+
+    every: int = 100  # steps
+    keep_last: int = 2
+    resume: str = "auto"  # 'auto': the newest complete one of this run; 'none': start anew; or a checkpoint's path
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "checkpoint", "every", "keep_last")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """`k2mini pretrain`: all parameters, plain documents."""
+
+    run: RunSection
+    model: ModelSection
+    data: CorpusSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`k2mini finetune`: LoRA, instructions."""
+
+    run: RunSection
+    model: ModelSection
+    data: InstructionSection
+    train: TrainSection
+    lora: LoraSection = field(default_factory=LoraSection)
+    checkpoint: CheckpointSection = CheckpointSection()

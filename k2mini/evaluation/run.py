@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-
-from tqdm import tqdm
 
 from k2mini.evaluation.geobench import Question
 from k2mini.evaluation.report import Result
 from k2mini.evaluation.score import score_options
 from k2mini.nn.llama import Llama
+from k2mini.progress import progress_bar
 from k2mini.text.prompts import Template
 from k2mini.text.tokenizer import Tokenizer
 
@@ -36,8 +34,12 @@ def evaluate(
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, not {scoring!r}")
-    progress = tqdm(questions, desc="eval", unit=" questions", file=sys.stderr, disable=not questions)
-    return [_answer(model, tokenizer, question, template, scoring, answer_prefix) for question in progress]
+    results = []
+    with progress_bar(len(questions), "eval", "questions") as progress:
+        for question in questions:
+            results.append(_answer(model, tokenizer, question, template, scoring, answer_prefix))
+            progress.update()
+    return results
 
 
 def _answer(

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from k2mini.build import load_model, meta_model
-from k2mini.config import PRESETS
+from k2mini.config import IGNORE, PRESETS
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import IGNORE, token_loss
+from k2mini.nn.loss import token_loss
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import naive_logits, to_transformers
 

@@ -1,0 +1,76 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) as layers in place of the linear ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2mini.config import LoraSection
+from k2mini.nn.linear import Linear
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraLinear(Linear):
+    """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3). The weight keeps its name and is frozen.
+
+    A is Kaiming-uniform and B zero, so that a fresh adapter changes nothing. Both are kept in
+    `promote_types(W.dtype, float32)`.
+    """
+
+    def __init__(self, base: Linear, section: LoraSection, generator: torch.Generator) -> None:
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features)
+        self.weight = base.weight.requires_grad_(False)
+        dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
+        bound = base.in_features**-0.5  # Kaiming-uniform with a = sqrt(5), as in the authors' code and peft
+        start = torch.empty(section.rank, base.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device))  # (R, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
+        self.scaling = section.alpha / section.rank
+        self.dropout = section.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out), in x's dtype."""
+        out = F.linear(x, self.weight)
+        low = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        return out + (F.linear(F.linear(low, self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
+
+
+def attach(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
+    """Freeze the model and put an adapter on every linear module that a target names.
+
+    Returns: the modules' names. Raises ValueError where a target matches nothing.
+    """
+    model.requires_grad_(False)
+    names = []
+    for target in section.target_modules:
+        found = [name for name, module in model.named_modules() if name.rpartition(".")[2] == target]
+        if target not in TARGETS or not found:
+            raise ValueError(f"lora.target_modules: the model has no {target!r}; there are {', '.join(TARGETS)}")
+        names += found
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(names):
+        parent, _, child = name.rpartition(".")
+        base = model.get_submodule(name)
+        assert isinstance(base, Linear)
+        setattr(model.get_submodule(parent), child, LoraLinear(base, section, generator))
+    return sorted(names)
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
+    """The adapted modules by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A, computed in `promote_types(W.dtype, float32)` and rounded once. (out, in).
+
+    Raises ValueError where the result is not finite.
+    """
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    merged = (weight.to(precise) + scaling * (lora_b.to(precise) @ lora_a.to(precise))).to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"merging gives values that are not finite in {weight.dtype}")
+    return merged

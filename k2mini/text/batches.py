@@ -1,0 +1,138 @@
+"""What training consumes: a batch is a pure function of (seed, position), so any run can start anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from k2mini.config import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass.
+
+    Attributes:
+        tokens: (B, T) int64.
+        positions: (B, T) int64, counting from 0 within each document, -1 where padded; None: one document a row,
+            without padding.
+        labels: (B, T) int64, the token that each position should predict, or `IGNORE`.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    labels: Tensor
+
+    def num_supervised(self) -> int:
+        """Tokens that count in the loss."""
+        return int((self.labels != IGNORE).sum())
+
+
+class Samples(Protocol):
+    """An endless, seeded sequence of samples that is addressed by one integer."""
+
+    num_samples: int
+    """Samples an epoch."""
+
+    def batch(self, position: int, count: int) -> Batch:
+        """Samples position, …, position + count - 1 of the sequence."""
+        ...
+
+
+def shuffled(position: int, num_samples: int, seed: int | None) -> int:
+    """The sample at a position of the endless sequence in which every epoch is a new permutation (seed None: the same).
+
+    A 4-round Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains", section 4): a bijection in O(1) memory.
+    """
+    epoch, index = divmod(position, num_samples)
+    if seed is None:
+        return index
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & mask
+        for round_number in range(4):
+            key = f"{seed}/{epoch}/{round_number}/{right}".encode()
+            left, right = right, left ^ (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") & mask)
+        index = left << half_bits | right
+        if index < num_samples:
+            return index
+
+
+class Blocks:
+    """Documents, one after the other, cut into blocks of `seq_len` tokens.
+
+    Args:
+        documents: token ids, BOS first (and EOS last, if wanted).
+        document_mask: attention and positions restart at each document, and no token predicts across its end. False:
+            a block is one text, as K2 trained.
+        seed: of the order. None keeps the order, epoch after epoch (for validation).
+
+    Raises ValueError where the documents do not fill one block.
+    """
+
+    def __init__(
+        self, documents: Sequence[Sequence[int]], seq_len: int, *, document_mask: bool, seed: int | None
+    ) -> None:
+        self.seq_len, self.document_mask, self.seed = seq_len, document_mask, seed
+        self._tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
+        self.num_samples = (len(self._tokens) - 1) // seq_len  # the last token of a block predicts the next one's first
+        if self.num_samples < 1:
+            raise ValueError(f"{len(self._tokens)} tokens do not fill one block of {seq_len}; shorten data.seq_len")
+        offsets = [offset for document in documents for offset in range(len(document))]
+        self._offsets = torch.tensor(offsets, dtype=torch.int64)  # of each token within its document
+
+    def batch(self, position: int, count: int) -> Batch:
+        """Samples position, …, position + count - 1."""
+        starts = [shuffled(position + row, self.num_samples, self.seed) * self.seq_len for row in range(count)]
+        tokens = torch.stack([self._tokens[start : start + self.seq_len + 1] for start in starts])  # (B, T+1)
+        labels = tokens[:, 1:].clone()  # (B, T)
+        if not self.document_mask:
+            return Batch(tokens[:, :-1], None, labels)
+        offsets = torch.stack([self._offsets[start : start + self.seq_len + 1] for start in starts])
+        labels[offsets[:, 1:] == 0] = IGNORE
+        # A document that began before its block counts from the block's first token.
+        place = torch.arange(self.seq_len)
+        return Batch(tokens[:, :-1], torch.minimum(offsets[:, :-1], place), labels)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction with its answer: (T,) token ids, and how many of them, from the left, are not supervised."""
+
+    tokens: Sequence[int]
+    unsupervised: int
+
+
+class Examples:
+    """Independent examples, a row each, padded on the right to the longest of their batch.
+
+    Args:
+        seed: of the order. None keeps it (for validation).
+    """
+
+    def __init__(self, examples: Sequence[Example], *, seed: int | None) -> None:
+        self.seed, self._examples = seed, examples
+        self.num_samples = len(examples)
+
+    def batch(self, position: int, count: int) -> Batch:
+        """Samples position, …, position + count - 1."""
+        rows = [self._examples[shuffled(position + row, self.num_samples, self.seed)] for row in range(count)]
+        longest = max(len(row.tokens) for row in rows) - 1  # the last token predicts nothing
+        tokens = torch.zeros(count, longest, dtype=torch.int64)
+        positions = torch.full((count, longest), -1, dtype=torch.int64)
+        labels = torch.full((count, longest), IGNORE, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            length = len(row.tokens) - 1
+            ids = torch.tensor(row.tokens)
+            tokens[index, :length] = ids[:-1]
+            positions[index, :length] = torch.arange(length)
+            first = max(row.unsupervised - 1, 0)  # position t predicts token t + 1
+            labels[index, first:length] = ids[first + 1 :]
+        return Batch(tokens, positions, labels)

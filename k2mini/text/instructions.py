@@ -1,0 +1,97 @@
+"""Instructions with answers, as Alpaca and GeoSignal lay them out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from k2mini.files import read_json
+from k2mini.text.batches import Example
+from k2mini.text.corpus import read_jsonl
+from k2mini.text.prompts import Template
+from k2mini.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    """The records of a JSON list or a JSONL file, each with `instruction`, `input` ('' where absent) and `output`.
+
+    Raises ValueError naming the file and the record where one is not of this form.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no data file {path}")
+    entries: list[tuple[str, Any]]
+    if path.suffix == ".jsonl":
+        entries = [(f"line {number}", entry) for number, entry in read_jsonl(path)]
+    else:
+        raw = read_json(path)
+        if not isinstance(raw, list) or not raw:
+            raise ValueError(f"{path} must hold a JSON list of records that is not empty")
+        entries = [(f"record {number}", entry) for number, entry in enumerate(raw)]
+    return [_record(entry, f"{path}, {place}") for place, entry in entries]
+
+
+def _record(entry: Any, place: str) -> dict[str, str]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} must be a JSON object, not {type(entry).__name__}")
+    record = {"input": "", **{key: value for key, value in entry.items() if value is not None}}
+    for key in ("instruction", "input", "output"):
+        if key not in record:
+            raise ValueError(f"{place} has no `{key}`")
+        if not isinstance(record[key], str):
+            raise ValueError(f"{place}: `{key}` must be text, not {record[key]!r}")
+    if not record["output"].strip():
+        raise ValueError(f"{place}: `output` is empty, so there is nothing to learn")
+    return record
+
+
+def encode_example(
+    record: dict[str, str], tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
+) -> tuple[Example, bool]:
+    """One record as tokens: BOS, prompt, answer, EOS, tokenised together as the text really is.
+
+    What is supervised begins at the first token that the prompt alone does not have, so that no part of the answer is
+    ever masked away; it ends with EOS, so that answers learn to end.
+
+    Returns: the example, cut to `max_seq_len` tokens, and whether it was cut.
+    """
+    prompt = template.prompt(record["instruction"], record["input"])
+    tokens = tokenizer.encode(prompt + record["output"], bos=True, eos=True)
+    alone = tokenizer.encode(prompt, bos=True, eos=False)
+    shared = next((i for i, (a, b) in enumerate(zip(alone, tokens, strict=False)) if a != b), len(alone))
+    return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens) > max_seq_len
+
+
+def read_examples(
+    path: Path, tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
+) -> list[Example]:
+    """All examples of a file that have something to learn in `max_seq_len` tokens.
+
+    What is cut or dropped is counted on the log. Raises ValueError where the file is not of the form, or nothing is
+    left.
+    """
+    examples, cut, dropped = [], 0, 0
+    for record in read_records(path):
+        example, was_cut = encode_example(
+            record, tokenizer, template, train_on_inputs=train_on_inputs, max_seq_len=max_seq_len
+        )
+        if example.unsupervised >= len(example.tokens):
+            dropped += 1
+            continue
+        cut += was_cut
+        examples.append(example)
+    if cut or dropped:
+        log.warning(
+            "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "
+            "(these are left out); %d are used",
+            path,
+            max_seq_len,
+            cut,
+            dropped,
+            len(examples),
+        )
+    if not examples:
+        raise ValueError(f"{path}: no example has any of its answer within data.max_seq_len ({max_seq_len} tokens)")
+    return examples

@@ -1,0 +1,183 @@
+"""What each verb of the command line does with its options."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import sys
+
+import torch
+
+from k2mini.build import load_model
+from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.config_file import load_config
+from k2mini.evaluation.geobench import load_geobench
+from k2mini.evaluation.report import summarise, table
+from k2mini.evaluation.run import evaluate
+from k2mini.files import make_writable, write_text
+from k2mini.inference import terminal
+from k2mini.inference.sampling import Sampling
+from k2mini.nn.llama import Llama
+from k2mini.text.prompts import get_template
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.training import run
+from k2mini.weights.adapter import merge_adapter
+from k2mini.weights.delta import apply_delta, make_delta
+from k2mini.weights.formats import model_directory
+
+log = logging.getLogger(__name__)
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"--device {options.device} is not a device; try cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    model, tokenizer = load_model(options.model, options.adapter, options.dtype, _device(options))
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
+    dtype = str(model.dtype).removeprefix("torch.")
+    parameters = model.config.num_parameters() / 1e6
+    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, dtype, model.device)
+    return model, tokenizer
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    return Sampling(options.temperature, options.top_k, options.top_p)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Print the answer as it is made, or JSON at the end."""
+    # What costs nothing is checked before the model is loaded.
+    sampling, template = _sampling(options), get_template(options.template)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    model, tokenizer = _load(options)
+    text, completion = terminal.answer(
+        model,
+        tokenizer,
+        terminal.encode_prompt(tokenizer, template, prompt),
+        sampling=sampling,
+        seed=options.seed or 0,
+        max_new_tokens=options.max_new_tokens,
+        out=io.StringIO() if options.json else sys.stdout,
+    )
+    if options.json:
+        entry = {"prompt": prompt, "answer": text, "tokens": completion.tokens, "finish": completion.finish}
+        print(json.dumps([entry], ensure_ascii=False))
+        return
+    print()
+    if completion.finish == "length":
+        log.info("stopped after --max-new-tokens %d", options.max_new_tokens)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Talk until end of file."""
+    sampling, template = _sampling(options), get_template(options.template)
+    model, tokenizer = _load(options)
+    conversation = terminal.Conversation(
+        model,
+        tokenizer,
+        template,
+        sampling=sampling,
+        seed=options.seed or 0,
+        max_new_tokens=options.max_new_tokens,
+    )
+    terminal.chat(conversation)
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, not {options.limit}")
+    template = get_template(options.template)
+    questions = [question for path in options.benchmark for question in load_geobench(path)]
+    if options.limit is not None:
+        questions = [question for question in questions if question.index < options.limit]
+    if len({(question.task, question.index) for question in questions}) < len(questions):
+        raise ValueError("the same benchmark is named twice")
+    model, tokenizer = _load(options)
+    if options.out is not None:
+        make_writable(options.out)  # before the long run, not after it
+    results = evaluate(
+        model,
+        tokenizer,
+        questions,
+        template=template,
+        scoring=options.scoring,
+        answer_prefix=options.answer_prefix,
+    )
+    settings = {
+        "scoring": options.scoring,
+        "template": options.template,
+        "answer_prefix": options.answer_prefix,
+        "shots": 0,
+    }
+    tasks = summarise(questions, results, settings)
+    report = {"model": str(options.model), "tasks": tasks}
+    if options.out is not None:
+        write_text(options.out / "results.jsonl", "".join(result.line() + "\n" for result in results))
+        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    print(json.dumps(report, ensure_ascii=False) if options.json else table(tasks))
+
+
+def run_pretrain(options: argparse.Namespace) -> None:
+    """Further pretraining."""
+    device = _device(options)
+    config = load_config(PretrainConfig, options.config, _overrides(options))
+    print(run.pretrain(config, device))
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    """Instruction tuning."""
+    device = _device(options)
+    config = load_config(FinetuneConfig, options.config, _overrides(options))
+    print(run.finetune(config, device))
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """`--seed` and `--dtype` are the file's run.seed and model.dtype."""
+    common = [f"run.seed={options.seed}"] if options.seed is not None else []
+    common += [f"model.dtype={options.dtype}"] if options.dtype is not None else []
+    return common + options.overrides
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """A checkpoint as a model."""
+    run.export(options.checkpoint, options.out)
+    print(options.out)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    """An adapter into its base."""
+    merge_adapter(model_directory(options.base), options.adapter, options.out)
+    print(options.out)
+
+
+def run_delta_make(options: argparse.Namespace) -> None:
+    """tuned - base."""
+    make_delta(model_directory(options.base), model_directory(options.tuned), options.out)
+    print(options.out)
+
+
+def run_delta_apply(options: argparse.Namespace) -> None:
+    """base + delta."""
+    apply_delta(model_directory(options.base), model_directory(options.delta), options.out)
+    print(options.out)

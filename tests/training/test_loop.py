@@ -1,0 +1,213 @@
+"""The training step against transformers, against itself in other portions, and across kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from k2mini.config import CheckpointSection, TrainSection
+from k2mini.text.batches import Batch, Blocks
+from k2mini.training.checkpoint import checkpoints
+from k2mini.training.loop import StoppedBySignalError, accumulate, train
+from k2mini.training.metrics import read_metrics
+from k2mini.training.optim import build_optimizer, lr_at
+from tests.conftest import tiny_llama
+from tests.reference import to_transformers
+
+
+def documents(number=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 60, (number,), generator=generator).tolist()
+    return [[1, *torch.randint(3, 199, (length,), generator=generator).tolist()] for length in lengths]
+
+
+def samples(seed=0, document_mask=True):
+    return Blocks(documents(), 32, document_mask=document_mask, seed=seed)
+
+
+def section(**changes):
+    return TrainSection(**{"lr": 1e-3, "global_batch_size": 4, "micro_batch_size": 4, "max_steps": 20, **changes})
+
+
+def test_twenty_adamw_steps_equal_transformers():
+    """With K2's own scheme (no document mask), since transformers has no other for plain rows."""
+    model = tiny_llama()
+    reference = to_transformers(model).train()
+    data = samples(document_mask=False)
+    ours = build_optimizer(model, section(weight_decay=0.1))
+    decayed = [p for p in reference.parameters() if p.ndim > 1]
+    rest = [p for p in reference.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=1e-3)
+    for step in range(20):
+        batch = data.batch(4 * step, 4)
+        loss = accumulate(model, [batch])
+        expected = torch.nn.functional.cross_entropy(
+            reference(batch.tokens).logits.flatten(0, 1), batch.labels.flatten()
+        )
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        expected.backward()
+        for network, optimizer in ((model, ours), (reference, theirs)):
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def gradients(batches):
+    model = tiny_llama(dtype=torch.float64)
+    loss = accumulate(model, batches)
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_the_loss_is_the_mean_over_the_global_batch_however_it_is_cut():
+    """Micro-batches hold unequal numbers of supervised tokens, so a mean of means would differ."""
+    data = samples()
+    whole = data.batch(0, 8)
+    assert len({data.batch(i, 1).num_supervised() for i in range(8)}) > 1
+    loss, expected = gradients([whole])
+    for size in (1, 2, 4):
+        other, found = gradients([data.batch(start, size) for start in range(0, 8, size)])
+        assert other == pytest.approx(loss, abs=1e-12)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-12)
+
+
+def test_a_step_without_supervision_changes_nothing():
+    empty = Batch(torch.ones(1, 4, dtype=torch.int64), None, torch.full((1, 4), -100))
+    loss, found = gradients([empty])
+    assert loss == 0
+    assert all(gradient.abs().max() == 0 for gradient in found.values())
+
+
+def test_learning_rates():
+    def rates(**changes):
+        return [lr_at(step, 10, section(lr=1.0, **changes)) for step in range(10)]
+
+    assert rates(schedule="constant", warmup_steps=4) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    assert rates(schedule="linear") == pytest.approx([1 - step / 10 for step in range(10)])
+    assert rates(schedule="cosine", warmup_steps=2)[2] == 1
+    assert rates(schedule="cosine", warmup_steps=2)[6] == pytest.approx(0.5)
+
+
+def run(directory, *, steps=12, every=3, model=None, **options):
+    model = model or tiny_llama(seed=5)
+    train(
+        model,
+        samples(seed=7),
+        directory,
+        seed=7,
+        section=section(max_steps=steps, warmup_steps=2, val_every=5),
+        checkpoint=CheckpointSection(every=every, **options),
+        identity={"data": "x"},
+        val=samples(seed=None),
+    )
+    return model
+
+
+def losses(directory):
+    return [
+        {key: value for key, value in entry.items() if key != "tokens_per_second"}
+        for entry in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    undisturbed = run(tmp_path / "whole")
+    lines = losses(tmp_path / "whole")
+    assert [entry["step"] for entry in lines if "loss" in entry] == list(range(1, 13))
+    assert [entry["step"] for entry in lines if "val_loss" in entry] == [5, 10, 12]
+
+    # A kill after step 8: the checkpoint is of step 6, the metrics know 8 steps and half a line.
+    kept = tmp_path / "killed"
+    with pytest.raises(RuntimeError, match="killed"):
+        run_until(kept, 8)
+    with (kept / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    resumed = run(kept)
+    assert losses(kept) == lines
+    for (name, a), b in zip(undisturbed.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert [path.name for path in checkpoints(kept / "checkpoints")] == ["step_0000009", "step_0000012"]
+
+
+def run_until(directory, step):
+    """Train with checkpoints every 3 steps, and die in the forward pass of step + 1."""
+    model = tiny_llama(seed=5)
+    calls = []
+
+    def die(module, _inputs):
+        calls.append(module.training)
+        if calls.count(True) > step:
+            raise RuntimeError("killed")
+
+    model.model.register_forward_pre_hook(die)
+    run(directory, model=model)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_so(tmp_path, number):
+    run(tmp_path / "whole", steps=200, every=1000)
+    timer = threading.Timer(0.4, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(StoppedBySignalError, match=f"stopped by {number.name}; saved .*step_") as caught:
+        run(tmp_path / "stopped", steps=200, every=1000)
+    timer.join()
+    assert caught.value.number == number
+    stopped = losses(tmp_path / "stopped")[-1]["step"]
+    assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step_{stopped:07}"
+    run(tmp_path / "stopped", steps=200, every=1000)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_what_can_not_be_resumed_is_refused(tmp_path):
+    run(tmp_path / "run", steps=6)
+    with pytest.raises(ValueError, match=r"checkpoint.resume is none, but .* holds a run"):
+        run(tmp_path / "run", resume="none")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        run(tmp_path / "run", resume=str(tmp_path))
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "identity": {"data": "y"}}))
+    with pytest.raises(ValueError, match="was made with another data"):
+        run(tmp_path / "run")
+    (newest / "state.json").write_text(json.dumps(state))
+    weights = newest / "tensors.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"tensors.safetensors is damaged"):
+        run(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before["model.norm.weight"][0] = torch.inf
+    model.load_state_dict(before)
+    with pytest.raises(ValueError, match=r"stopped before step 1 \(samples 0 to 3\): its loss is nan"):
+        run(tmp_path, model=model)
+    assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
+
+
+def test_kill_9_in_the_midst(tmp_path):
+    """A real process, killed without warning as soon as it has made some progress, then started again."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.training.test_loop import run\n"
+        "run(Path(sys.argv[1]), steps=60, every=7)\n"
+    )
+
+    def start(directory):
+        return subprocess.Popen([sys.executable, "-c", code, str(directory)], stderr=subprocess.DEVNULL)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    process = start(killed)
+    while not checkpoints(killed / "checkpoints"):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert start(killed).wait() == 0
+    assert losses(killed) == losses(whole)
