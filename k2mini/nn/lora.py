@@ -30,6 +30,7 @@ class LoraLinear(Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
         self.scaling = section.alpha / section.rank
         self.dropout = section.dropout
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from k2mini.config import LoraSection
+from k2mini.nn.lora import attach, lora_modules, merged_weight
+from k2mini.nn.loss import token_loss
+from tests.conftest import tiny_config, tiny_llama
+from tests.reference import to_transformers
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.randint(199, (2, 25), generator=torch.Generator().manual_seed(1))
+
+
+def adapted(config=None, targets=("q_proj", "k_proj", "v_proj"), dropout=0.0, fill=True, dtype=torch.float32):
+    """A tiny model with an adapter that does something."""
+    model = tiny_llama(config, dtype=dtype)
+    attach(model, LoraSection(rank=4, alpha=6.0, dropout=dropout, target_modules=list(targets)), seed=1)
+    if fill:
+        generator = torch.Generator().manual_seed(2)
+        for module in lora_modules(model).values():
+            module.lora_B.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def to_peft(model, targets, dropout=0.0):
+    """The same weights and adapters in peft over transformers."""
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_llama(model.config)
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+    reference = get_peft_model(to_transformers(plain), config)
+    with torch.no_grad():
+        for name, module in lora_modules(model).items():
+            theirs = reference.get_submodule(f"base_model.model.{name}")
+            theirs.lora_A["default"].weight.copy_(module.lora_A)
+            theirs.lora_B["default"].weight.copy_(module.lora_B)
+    return reference
+
+
+@pytest.mark.parametrize("targets", [ALL, ["q_proj", "k_proj", "v_proj"]], ids=["all", "qkv"])
+def test_forward_and_gradients_equal_peft(targets):
+    model = adapted(tiny_config(num_kv_heads=2), targets)
+    reference = to_peft(model, targets).eval()
+    logits = model(TOKENS)
+    torch.testing.assert_close(logits, reference(TOKENS).logits, rtol=0, atol=1e-5)
+    total, count = token_loss(logits[:, :-1], TOKENS[:, 1:])
+    (total / count).backward()
+    reference(TOKENS, labels=TOKENS).loss.backward()
+    for name, module in lora_modules(model).items():
+        theirs = reference.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close(module.lora_A.grad, theirs.lora_A["default"].weight.grad, rtol=0, atol=1e-5)
+        torch.testing.assert_close(module.lora_B.grad, theirs.lora_B["default"].weight.grad, rtol=0, atol=1e-5)
+        assert module.weight.grad is None
+
+
+def test_a_fresh_adapter_changes_nothing_and_keeps_names():
+    plain, model = tiny_llama(), adapted(fill=False)
+    assert torch.equal(plain(TOKENS), model(TOKENS))
+    names = set(model.state_dict())
+    assert set(plain.state_dict()) < names
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3 * 3
+    assert all(name.rpartition(".")[2] in ("lora_A", "lora_B") for name in trained)
+
+
+def test_initialisation_follows_the_seed_and_pefts_law():
+    one, same = adapted(fill=False), adapted(fill=False)
+    module = one.requires_grad_(False).model.layers[0].self_attn.q_proj
+    assert torch.equal(module.lora_A, same.model.layers[0].self_attn.q_proj.lora_A)
+    bound = 64**-0.5  # Kaiming-uniform with a = sqrt(5): variance 1 / (3 in)
+    assert module.lora_A.abs().max() <= bound
+    assert module.lora_A.var() == pytest.approx(bound**2 / 3, rel=0.2)
+    assert not torch.equal(module.lora_A, one.model.layers[1].self_attn.q_proj.lora_A)
+
+
+def test_dropout_acts_in_training_only():
+    model = adapted(dropout=0.5)
+    assert torch.equal(model(TOKENS), model(TOKENS))
+    model.train()
+    torch.manual_seed(0)
+    first = model(TOKENS)
+    assert not torch.equal(first, model(TOKENS))
+    torch.manual_seed(0)
+    assert torch.equal(first, model(TOKENS))
+
+
+def test_adapters_stay_fp32_over_bf16():
+    model = adapted(dtype=torch.bfloat16)
+    module = model.model.layers[0].self_attn.q_proj
+    assert (module.weight.dtype, module.lora_A.dtype) == (torch.bfloat16, torch.float32)
+    assert model(TOKENS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("targets", [["q_prj"], ["embed_tokens"], ["q_proj", "nothing"]])
+def test_a_target_that_matches_nothing_is_refused(targets):
+    with pytest.raises(ValueError, match=f"lora.target_modules: the model has no '{targets[-1]}'"):
+        attach(tiny_llama(), LoraSection(target_modules=targets), seed=0)
+
+
+def test_merging_rounds_once_and_checks():
+    weight = torch.randn(6, 5).bfloat16()
+    a, b = torch.randn(2, 5), torch.randn(6, 2)
+    expected = (weight.double() + 0.5 * b.double() @ a.double()).float().bfloat16()
+    torch.testing.assert_close(merged_weight(weight, a, b, 0.5), expected, rtol=0, atol=1e-2)
+    with pytest.raises(ValueError, match=r"not finite in torch.float16"):
+        merged_weight(weight.half(), a * 1e6, b, 0.5)

@@ -1,0 +1,112 @@
+"""Adapters in PEFT's format, with peft at the other end."""
+
+import json
+
+import pytest
+import torch
+
+from k2mini.build import load_model
+from k2mini.config import LoraSection
+from k2mini.nn.lora import lora_modules
+from k2mini.weights.adapter import merge_adapter, save_adapter
+from k2mini.weights.formats import save_model
+from tests.conftest import tiny_llama
+from tests.nn.test_lora import ALL, TOKENS, adapted
+
+SECTION = LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(base directory, adapter directory, the adapted model)"""
+    model = adapted()
+    plain = tiny_llama()
+    save_model(plain.state_dict(), plain.config, tmp_path / "base")
+    save_adapter(model, SECTION, tmp_path / "adapter", base=str(tmp_path / "base"))
+    return tmp_path / "base", tmp_path / "adapter", model
+
+
+def test_peft_loads_what_k2mini_writes(written):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    base, adapter, model = written
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_k2mini_loads_what_peft_writes(written, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    base, _, _ = written
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=ALL, init_lora_weights=False, task_type="CAUSAL_LM")
+    reference = get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
+    reference.save_pretrained(tmp_path / "theirs")
+    model, _ = load_model(base, adapter=tmp_path / "theirs")
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_it_comes_back_as_it_was(written):
+    base, adapter, model = written
+    loaded, _ = load_model(base, adapter=adapter)
+    for name, module in lora_modules(model).items():
+        assert torch.equal(module.lora_A, lora_modules(loaded)[name].lora_A)
+        assert torch.equal(module.lora_B, lora_modules(loaded)[name].lora_B)
+    assert torch.equal(model(TOKENS), loaded(TOKENS))
+
+
+def test_merged_equals_unmerged_here_and_in_peft(written, tmp_path):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    base, adapter, model = written
+    merge_adapter(base, adapter, tmp_path / "merged")
+    merged, _ = load_model(tmp_path / "merged")
+    torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=0, atol=1e-5)
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    theirs = reference.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+
+
+def edit(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 8}, "is not of rank 8"),
+        ({"target_modules": ["q_proj"]}, "k_proj is not in the model; they do not belong together"),
+        ({"target_modules": ALL}, "is not in the adapter; they do not belong together"),
+        ({"use_dora": True}, "use_dora is True, which is not supported"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"peft_type": "IA3"}, "peft_type must be LORA"),
+        ({"r": 0}, "lora.rank must be positive"),
+        ({"r": None}, "r must be a whole number"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(written, changes, message):
+    base, adapter, _ = written
+    edit(adapter, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(base, adapter=adapter)
+
+
+def test_damaged_and_missing_files(written, tmp_path):
+    base, adapter, _ = written
+    with pytest.raises(ValueError, match=r"has no adapter_config.json"):
+        load_model(base, adapter=base)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    for call in (lambda: load_model(base, adapter=adapter), lambda: merge_adapter(base, adapter, tmp_path / "out")):
+        with pytest.raises(ValueError, match="is missing or damaged"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_adapter_has_none_to_save(tmp_path):
+    with pytest.raises(ValueError, match="no adapter to save"):
+        save_adapter(tiny_llama(), SECTION, tmp_path / "x", base="b")
