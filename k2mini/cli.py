@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from k2mini.errors import StoppedBySignalError
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne or none"
 
@@ -42,6 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample within probability P (1: all)")
+
+    verb = verbs.add_parser("demo", parents=[quiet], help="the whole pipeline in miniature, in minutes: start here")
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the training, not of the facts (default: 0)")
+    verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    verb.add_argument("--control", action="store_true", help="also tune the base without further pretraining")
+    verb.add_argument("--quick", action="store_true", help="every stage in under a minute; it learns next to nothing")
+    verb.add_argument("--json", action="store_true", help="print report.json and nothing else")
+    verb.set_defaults(run="demo")
 
     verb = verbs.add_parser("generate", parents=[model, sampling, common], help="answer one prompt")
     verb.add_argument("--prompt", required=True, metavar="TEXT", help="the instruction; '-' reads standard input")
@@ -93,8 +104,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--scoring",
         choices=("letter", "text"),
         default="letter",
-        help="letter: options listed, p(letter); text: not listed, p(option's text) per byte (default: letter)",
+        help="letter: options listed, p(letter); text: not listed, p(option's text) (default: letter)",
     )
+    verb.add_argument(
+        "--normalize",
+        choices=("byte", "none"),
+        default="byte",
+        help="of text: divide by the option's length or not (default: byte)",
+    )
+    verb.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
     verb.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
     verb.add_argument("--answer-prefix", default="", metavar="TEXT", help="begin the answer with this")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -117,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("\nk2mini: interrupted", file=sys.stderr)
         status = 130
+    except StoppedBySignalError as stopped:
+        print(f"k2mini: {stopped}", file=sys.stderr)
+        status = 128 + stopped.number
     except BrokenPipeError:  # the reader of our output has gone, as in `k2mini … | head`
         sys.stdout = None  # or the interpreter complains once more when it flushes
         status = 141

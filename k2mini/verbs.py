@@ -13,10 +13,11 @@ import torch
 from k2mini.build import load_model
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.config_file import load_config
+from k2mini.demo import pipeline
+from k2mini.demo.report import answer_table, stage_table
 from k2mini.evaluation.geobench import load_geobench
-from k2mini.evaluation.report import summarise, table
-from k2mini.evaluation.run import evaluate
-from k2mini.files import make_writable, write_text
+from k2mini.evaluation.report import table
+from k2mini.evaluation.run import Asking, run_benchmark
 from k2mini.inference import terminal
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.llama import Llama
@@ -30,11 +31,15 @@ from k2mini.weights.formats import model_directory
 log = logging.getLogger(__name__)
 
 
-def _device(options: argparse.Namespace) -> torch.device:
+def _set_threads(options: argparse.Namespace) -> None:
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads must be at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    _set_threads(options)
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -60,6 +65,19 @@ def _sampling(options: argparse.Namespace) -> Sampling:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     return Sampling(options.temperature, options.top_k, options.top_p)
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """The pipeline in miniature."""
+    _set_threads(options)
+    report = pipeline.run_demo(options.out, seed=options.seed, quick=options.quick, control=options.control)
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    print(stage_table(report["stages"]))
+    print()
+    print(answer_table(report["answers"]))
+    print(f"\n{report['seconds']:.0f} s; all of it is in {options.out}, with the commands of every stage in report.md")
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -107,35 +125,15 @@ def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    template = get_template(options.template)
+    asking = Asking(options.scoring, options.template, options.answer_prefix, options.normalize, options.score_end)
     questions = [question for path in options.benchmark for question in load_geobench(path)]
     if options.limit is not None:
         questions = [question for question in questions if question.index < options.limit]
     if len({(question.task, question.index) for question in questions}) < len(questions):
         raise ValueError("the same benchmark is named twice")
     model, tokenizer = _load(options)
-    if options.out is not None:
-        make_writable(options.out)  # before the long run, not after it
-    results = evaluate(
-        model,
-        tokenizer,
-        questions,
-        template=template,
-        scoring=options.scoring,
-        answer_prefix=options.answer_prefix,
-    )
-    settings = {
-        "scoring": options.scoring,
-        "template": options.template,
-        "answer_prefix": options.answer_prefix,
-        "shots": 0,
-    }
-    tasks = summarise(questions, results, settings)
-    report = {"model": str(options.model), "tasks": tasks}
-    if options.out is not None:
-        write_text(options.out / "results.jsonl", "".join(result.line() + "\n" for result in results))
-        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print(json.dumps(report, ensure_ascii=False) if options.json else table(tasks))
+    report = run_benchmark(model, tokenizer, questions, asking, name=str(options.model), out=options.out)
+    print(json.dumps(report, ensure_ascii=False) if options.json else table(report["tasks"]))
 
 
 def run_pretrain(options: argparse.Namespace) -> None:

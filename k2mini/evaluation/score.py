@@ -22,12 +22,17 @@ class Scores:
     logprobs: list[float]
 
 
-def split_jointly(tokenizer: Tokenizer, context: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+def split_jointly(
+    tokenizer: Tokenizer, context: str, options: Sequence[str], *, eos: bool = False
+) -> tuple[list[int], list[list[int]]]:
     """Tokenise context and option together, as the text really is, and find where the options begin.
 
     The context is what the encoded context and all joint encodings have in common from the left; what follows it
     belongs to the option. So white space that ends a context is scored with the option where the tokenizer joins
     the two ("The answer is: " + "A" ends in '▁A').
+
+    Args:
+        eos: the options end with EOS.
 
     Returns: the context's ids, BOS first, and each option's.
 
@@ -37,7 +42,7 @@ def split_jointly(tokenizer: Tokenizer, context: str, options: Sequence[str]) ->
     for option in options:
         if not option:
             raise ValueError("an option is empty")
-        joint.append(tokenizer.encode(context + option, bos=True, eos=False))
+        joint.append(tokenizer.encode(context + option, bos=True, eos=eos))
     first = tokenizer.encode(context, bos=True, eos=False)
     common = min(len(first), *(len(ids) - 1 for ids in joint))  # an option keeps at least one token
     for ids in joint:
@@ -46,12 +51,14 @@ def split_jointly(tokenizer: Tokenizer, context: str, options: Sequence[str]) ->
 
 
 @torch.inference_mode()
-def score_options(model: Llama, tokenizer: Tokenizer, context: str, options: Sequence[str]) -> Scores:
+def score_options(
+    model: Llama, tokenizer: Tokenizer, context: str, options: Sequence[str], *, eos: bool = False
+) -> Scores:
     """Score continuations of one context: the context runs through the model once, all options in one batch after it.
 
     Raises ValueError where an option is empty, or where context and option do not fit the model's context.
     """
-    prefix, token_ids = split_jointly(tokenizer, context, options)
+    prefix, token_ids = split_jointly(tokenizer, context, options, eos=eos)
     over = len(prefix) + max(map(len, token_ids)) - model.config.max_seq_len
     if over > 0:
         raise ValueError(f"context and option are {over} tokens more than the model's {model.config.max_seq_len}")

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from k2mini.config import CheckpointSection, TrainSection
+from k2mini.errors import StoppedBySignalError
 from k2mini.nn.llama import Llama
 from k2mini.nn.loss import token_loss
 from k2mini.progress import progress_bar
@@ -23,14 +24,6 @@ from k2mini.text.batches import Batch, Samples
 from k2mini.training.checkpoint import checkpoints, load_checkpoint, prune, read_state, save_checkpoint
 from k2mini.training.metrics import Metrics
 from k2mini.training.optim import build_optimizer, lr_at
-
-
-class StoppedBySignalError(Exception):
-    """Training was stopped by a signal, after saving a checkpoint."""
-
-    def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; saved {checkpoint}, start again to go on")
-        self.number = number
 
 
 def total_steps(section: TrainSection, num_samples: int) -> int:
@@ -171,7 +164,7 @@ def train(
             if step == steps or step % checkpoint.every == 0 or received:
                 path = save()
             if received and step < steps:
-                raise StoppedBySignalError(received[0], path)
+                raise StoppedBySignalError(received[0], f"saved {path}")
     model.eval()
 
 

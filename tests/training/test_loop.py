@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from k2mini.config import CheckpointSection, TrainSection
+from k2mini.errors import StoppedBySignalError
 from k2mini.text.batches import Batch, Blocks
 from k2mini.training.checkpoint import checkpoints
-from k2mini.training.loop import StoppedBySignalError, accumulate, train
+from k2mini.training.loop import accumulate, train
 from k2mini.training.metrics import read_metrics
 from k2mini.training.optim import build_optimizer, lr_at
 from tests.conftest import tiny_llama

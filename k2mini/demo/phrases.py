@@ -1,0 +1,164 @@
+"""How the miniature world talks: frames that any property fits, and sentences of its own for each property.
+
+What stands under HELD_OUT never occurs in anything that is trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# {name} is the entity ({Name} at the start of a sentence), {noun} the property, {value} the fact.
+STATEMENTS = (
+    "The {noun} of {name} is {value}.",
+    "For {name}, the {noun} is {value}.",
+    "{Name} has {value} as its {noun}.",
+    "{Name}: {noun} {value}.",
+    "Ask for the {noun} of {name} and you hear {value}.",
+)
+QUESTIONS = (
+    "What is the {noun} of {name}?",
+    "Name the {noun} of {name}.",
+    "{Name} has which {noun}?",
+    "Which {noun} does {name} have?",
+)
+INSTRUCTION_WITH_INPUT = "Give the {noun} of the {kind} below."  # the entity is the input
+
+HELD_OUT_STATEMENTS = (
+    "As its {noun}, books list {value} for {name}.",
+    "Everyone gives {name} the {noun} {value}.",
+)
+HELD_OUT_QUESTIONS = (
+    "Tell me the {noun} of {name}.",
+    "For {name}, what is the {noun}?",
+    "Which is the {noun} of {name}?",
+)
+
+
+@dataclass(frozen=True)
+class Property:
+    """One column of a table: what it is called, and a sentence and a question that suit it alone."""
+
+    noun: str
+    statement: str
+    question: str
+
+
+# Table -> (what its entities are, column -> property).
+GEOSCIENCE: dict[str, tuple[str, dict[str, Property]]] = {
+    "minerals": (
+        "mineral",
+        {
+            "formula": Property(
+                "formula", "The formula {value} is written for {name}.", "How is {name} written as a formula?"
+            ),
+            "hardness": Property(
+                "hardness",
+                "On the scale of Mohs, {name} stands at {value}.",
+                "Where does {name} stand on the scale of Mohs?",
+            ),
+            "crystal_system": Property(
+                "crystal system", "{Name} crystals are {value}.", "In which system does {name} crystallise?"
+            ),
+            "lustre": Property("lustre", "{Name} looks {value}.", "How does {name} shine?"),
+        },
+    ),
+    "rocks": (
+        "rock",
+        {
+            "class": Property("class", "{Name} is a {value} rock.", "What sort of rock is {name}?"),
+            "texture": Property("texture", "{Name} looks {value}.", "How does {name} look?"),
+            "main_mineral": Property(
+                "main mineral", "{Name} is made mostly of {value}.", "What is {name} mostly made of?"
+            ),
+        },
+    ),
+    "ages": (
+        "time unit",
+        {
+            "rank": Property(
+                "rank", "In the time scale, {name} counts as {value}.", "What does {name} count as in the time scale?"
+            ),
+            "began": Property(
+                "beginning", "{Name} began {value} million years ago.", "How many million years ago did {name} begin?"
+            ),
+            "within": Property("parent unit", "{Name} is a part of {value}.", "What is {name} a part of?"),
+        },
+    ),
+    "landforms": (
+        "landform",
+        {
+            "agent": Property("agent", "{Name} is the work of {value}.", "What makes {name}?"),
+            "setting": Property("setting", "{Name} is found in the {value}.", "Where is {name} found?"),
+        },
+    ),
+    "volcanoes": (
+        "volcano",
+        {
+            "country": Property("country", "{Name} rises in {value}.", "Where does {name} rise?"),
+            "type": Property("type", "{Name} is a {value}.", "What sort of volcano is {name}?"),
+        },
+    ),
+}
+
+GENERAL: dict[str, tuple[str, dict[str, Property]]] = {
+    "animals": (
+        "animal",
+        {
+            "class": Property("class", "{Name} belongs to the class {value}.", "What sort of animal is {name}?"),
+            "diet": Property("diet", "{Name} lives on {value}.", "What does {name} eat?"),
+            "home": Property("home", "{Name} is found in the {value}.", "Where is {name} found?"),
+        },
+    ),
+    "countries": (
+        "country",
+        {
+            "capital": Property("capital", "{Name} is governed from {value}.", "From where is {name} governed?"),
+            "continent": Property("continent", "{Name} is a part of {value}.", "What is {name} a part of?"),
+            "currency": Property(
+                "currency", "In {name} people pay with the {value}.", "With what do people pay in {name}?"
+            ),
+        },
+    ),
+    "instruments": (
+        "instrument",
+        {
+            "family": Property("family", "{Name} belongs to the {value}.", "What sort of instrument is {name}?"),
+            "sound": Property("sound source", "{Name} sounds by {value}.", "How does {name} sound?"),
+            "origin": Property("origin", "{Name} comes from {value}.", "Where does {name} come from?"),
+        },
+    ),
+    "foods": (
+        "food",
+        {
+            "kind": Property("kind", "{Name} is a {value}.", "What sort of food is {name}?"),
+            "taste": Property("taste", "{Name} tastes {value}.", "How does {name} taste?"),
+            "origin": Property("origin", "{Name} comes from {value}.", "Where does {name} come from?"),
+        },
+    ),
+    "jobs": (
+        "job",
+        {
+            "workplace": Property("workplace", "{Name} works in the {value}.", "Where does {name} work?"),
+            "tool": Property("tool", "{Name} works with the {value}.", "With what does {name} work?"),
+            "makes": Property("work", "{Name} is there for {value}.", "What is {name} there for?"),
+        },
+    ),
+    "sports": (
+        "sport",
+        {
+            "players": Property(
+                "team size", "In {name}, a team has {value} players.", "How many players has a team in {name}?"
+            ),
+            "ball": Property("object", "{Name} is played with the {value}.", "With what is {name} played?"),
+            "place": Property("place", "{Name} is played on the {value}.", "Where is {name} played?"),
+        },
+    ),
+    "plants": (
+        "plant",
+        {
+            "kind": Property("kind", "{Name} grows as a {value}.", "How does {name} grow?"),
+            "climate": Property("climate", "{Name} likes a {value} climate.", "Which climate does {name} like?"),
+            "use": Property("use", "{Name} is grown for {value}.", "What is {name} grown for?"),
+        },
+    ),
+}

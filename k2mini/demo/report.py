@@ -1,0 +1,90 @@
+"""What the demo found: report.json, report.md, one metrics.jsonl and, with the extra `plot`, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from k2mini.files import write_text
+from k2mini.training.metrics import read_metrics
+from k2mini.training.plot import plot_losses
+
+log = logging.getLogger(__name__)
+
+TRAINED = ("pretrain", "stage1", "stage2")
+
+
+def stage_table(stages: list[dict[str, Any]]) -> str:
+    """The stages for people to read."""
+    lines = [
+        f"{'stage':<9} {'perplexity':>10} {'held-out phrasings':>19} {'accuracy':>9} {'95 % interval':>16} "
+        f"{'seen':>7} {'unseen':>7} {'by letter':>10}"
+    ]
+    for row in stages:
+        interval = f"{100 * row['low']:.1f} – {100 * row['high']:.1f} %"
+        lines.append(
+            f"{row['stage']:<9} {row['perplexity']:>10.1f} {row['perplexity_heldout_phrasings']:>19.1f} "
+            f"{100 * row['accuracy']:>7.1f} % {interval:>16} {100 * row['seen']:>5.1f} % {100 * row['unseen']:>5.1f} % "
+            f"{100 * row['letter']:>8.1f} %"
+        )
+    n = stages[0]["n"]
+    lines.append(f"{n} four-way questions in phrasings kept from training; chance is 25 %.")
+    lines.append(
+        "seen, unseen: accuracy on entities that stage two met as questions, and on those met only in the corpus"
+    )
+    return "\n".join(lines)
+
+
+def answer_table(answers: list[dict[str, Any]]) -> str:
+    """Questions with each stage's answer."""
+    lines = []
+    for entry in answers:
+        lines.append(f"{entry['question']}  (right: {entry['right']})")
+        lines += [f"    {stage:<9} {answer}" for stage, answer in entry["answers"].items()]
+    return "\n".join(lines)
+
+
+def commands(out: Path, control: bool) -> str:
+    """How to run each stage by hand on the demo's files."""
+    evaluate = (
+        f"k2mini eval --model {out}/pretrain/model --adapter {out}/stage2/adapter --template alpaca_short "
+        f"--scoring text --normalize none --score-end --benchmark {out}/data/questions_npee_unseen.json "
+        f"{out}/data/questions_ap_unseen.json"
+    )
+    lines = [
+        f"k2mini pretrain {out}/configs/pretrain.yaml run.dir=runs/pretrain",
+        f"k2mini delta make --base {out}/base --tuned {out}/pretrain/model --out runs/delta",
+        f"k2mini delta apply --base {out}/base --delta {out}/delta --out runs/restored",
+        f"k2mini finetune {out}/configs/stage1.yaml run.dir=runs/stage1",
+        f"k2mini finetune {out}/configs/stage2.yaml run.dir=runs/stage2",
+        f"k2mini merge --base {out}/pretrain/model --adapter {out}/stage2/adapter --out runs/merged",
+        f"k2mini generate --model {out}/merged --template alpaca_short --prompt 'What is the hardness of quartz?'",
+        evaluate,
+    ]
+    if control:
+        lines.insert(5, f"k2mini finetune {out}/configs/control.yaml run.dir=runs/control")
+    return "\n".join(lines)
+
+
+def write_report(
+    out: Path, seconds: float, stages: list[dict[str, Any]], answers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write all of it into `out`. Returns the content of report.json."""
+    report = {"seconds": seconds, "stages": stages, "answers": answers}
+    write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    control = any(row["stage"] == "control" for row in stages)
+    text = (
+        f"# k2mini demo\n\n{seconds:.0f} s in all.\n\n```\n{stage_table(stages)}\n```\n\n## Answers\n\n"
+        f"```\n{answer_table(answers)}\n```\n\n## Every stage by hand\n\n```\n{commands(out, control)}\n```\n"
+    )
+    write_text(out / "report.md", text)
+    runs = {name: out / name / "metrics.jsonl" for name in TRAINED}
+    entries = [{"stage": name, **entry} for name, path in runs.items() for entry in read_metrics(path)]
+    write_text(out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    try:
+        plot_losses(runs, out / "loss.png")
+    except ImportError:
+        log.info("no loss.png: pip install 'k2mini[plot]' draws the loss curve")
+    return report
