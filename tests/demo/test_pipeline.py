@@ -1,0 +1,180 @@
+"""The shrunken demo, all stages: what it leaves, that it survives interruption, that its parts are the verbs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from k2mini.build import load_model
+from k2mini.demo.pipeline import BASE, run_demo
+from k2mini.training.metrics import read_metrics
+from k2mini.weights.formats import CheckpointReader
+from tests.test_cli import run  # noqa: F401  (a fixture)
+
+STAGES = ["base", "pretrain", "stage1", "stage2", "control"]
+RUNS = ["pretrain", "stage1", "stage2", "control_stage1", "control"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, run_demo(out, quick=True, control=True)
+
+
+def losses(out):
+    return {
+        name: [entry.get("loss", entry.get("val_loss")) for entry in read_metrics(out / name / "metrics.jsonl")]
+        for name in RUNS
+        if (out / name / "metrics.jsonl").exists()
+    }
+
+
+def test_the_report_has_its_fields(demo):
+    out, report = demo
+    assert report == json.loads((out / "report.json").read_text())
+    assert [row["stage"] for row in report["stages"]] == STAGES
+    for row in report["stages"]:
+        assert {"perplexity", "accuracy", "low", "high", "chance", "n", "seen", "unseen", "letter"} <= set(row)
+        assert row["n"] == 20
+        assert row["low"] <= row["accuracy"] <= row["high"]
+        assert row["perplexity"] > 1
+    assert report["seconds"] > 0
+    text = (out / "report.md").read_text()
+    assert "k2mini pretrain" in text
+    assert "95 % interval" in text
+    assert [set(entry["answers"]) for entry in report["answers"]] == [set(STAGES)] * len(report["answers"])
+    steps = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert set(steps) == {"pretrain", "stage1", "stage2"}
+
+
+def test_the_base_knows_the_words_and_is_small(demo):
+    _, report = demo
+    model, tokenizer = load_model(BASE)
+    assert report["stages"][0]["perplexity"] < tokenizer.vocab_size
+    assert model.config.num_parameters() < 1.2e6
+    assert (BASE / "model.safetensors").stat().st_size < 3e6
+
+
+def test_the_delta_gives_back_the_tuned_weights(demo):
+    out, _ = demo
+    tuned, restored = CheckpointReader(out / "pretrain/model"), CheckpointReader(out / "restored")
+    for name in tuned.names():
+        assert torch.equal(tuned.tensor(name).view(torch.int32), restored.tensor(name).view(torch.int32))
+
+
+def test_every_directory_loads_in_transformers_and_peft(demo):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    out, _ = demo
+    tokens = torch.randint(1200, (2, 40))
+    for name in ("base", "pretrain/model", "restored", "merged"):
+        reference = LlamaForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                load_model(out / name)[0](tokens), reference(tokens).logits, rtol=0, atol=1e-4, msg=name
+            )
+    for adapter, base in [("stage1", "pretrain/model"), ("stage2", "pretrain/model"), ("control", "base")]:
+        reference = LlamaForCausalLM.from_pretrained(out / base, dtype=torch.float32)
+        reference = PeftModel.from_pretrained(reference, out / adapter / "adapter").eval()
+        with torch.no_grad():
+            ours = load_model(out / base, adapter=out / adapter / "adapter")[0](tokens)
+            torch.testing.assert_close(ours, reference(tokens).logits, rtol=0, atol=1e-4, msg=adapter)
+
+
+def test_a_second_start_does_nothing_again(demo):
+    out, report = demo
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = run_demo(out, quick=True, control=True)
+    assert {**again, "seconds": 0} == {**report, "seconds": 0}
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
+
+def test_another_seed_needs_another_folder(demo, tmp_path):
+    out, _ = demo
+    with pytest.raises(ValueError, match="holds a demo with seed 0, not 1; name another --out"):
+        run_demo(out, seed=1, quick=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        run_demo(tmp_path / "file", quick=True)
+
+
+def test_its_stages_are_the_products_verbs(demo, tmp_path, run):  # noqa: F811
+    """The same losses by hand, from the files and commands that the demo leaves."""
+    out, report = demo
+    assert run("pretrain", out / "configs/pretrain.yaml", f"run.dir={tmp_path}/pretrain")[0] == 0
+    assert run("finetune", out / "configs/stage1.yaml", f"run.dir={tmp_path}/stage1")[0] == 0
+    assert run("finetune", out / "configs/stage2.yaml", f"run.dir={tmp_path}/stage2")[0] == 0
+    by_hand, whole = losses(tmp_path), losses(out)
+    assert by_hand == {name: whole[name] for name in by_hand}
+    status, printed, err = run(
+        *("merge", "--base", out / "pretrain/model", "--adapter", out / "stage2/adapter", "--out", tmp_path / "merged")
+    )
+    assert (status, printed) == (0, f"{tmp_path}/merged\n"), err
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == (out / "merged/model.safetensors").read_bytes()
+    for arguments in (
+        ("make", "--base", out / "base", "--tuned", out / "pretrain/model", "--out", tmp_path / "delta"),
+        ("apply", "--base", out / "base", "--delta", tmp_path / "delta", "--out", tmp_path / "restored"),
+    ):
+        assert run("delta", *arguments)[0] == 0
+    assert (tmp_path / "restored/model.safetensors").read_bytes() == (out / "restored/model.safetensors").read_bytes()
+    newest = sorted((out / "pretrain/checkpoints").iterdir())[-1]
+    assert run("export", newest, "--out", tmp_path / "exported")[0] == 0
+    exported = (tmp_path / "exported/model.safetensors").read_bytes()
+    assert exported == (out / "pretrain/model/model.safetensors").read_bytes()
+    questions = [out / f"data/questions_{layout}_unseen.json" for layout in ("npee", "ap")]
+    way = ("--template", "alpaca_short", "--scoring", "text", "--normalize", "none", "--score-end", "--json")
+    adapter = ("--adapter", out / "stage2/adapter")
+    status, printed, _ = run("eval", "--model", out / "pretrain/model", *adapter, "--benchmark", *questions, *way)
+    correct = sum(task["accuracy"] * task["n"] for task in json.loads(printed)["tasks"])
+    assert correct / 10 == pytest.approx(report["stages"][3]["unseen"])
+
+
+def start(out):
+    command = [sys.executable, "-m", "k2mini", "demo", "--quick", "--control", "--threads", "1", "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(out, number, after):
+    """Start the demo, send a signal once a file is there, and return (status, stderr)."""
+    process = start(out)
+    while not (out / after).exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    return process.wait(), process.stderr.read()
+
+
+def test_interrupted_anywhere_its_losses_are_the_same(demo, tmp_path):
+    whole, _ = demo
+    out = tmp_path / "out"
+    status, err = interrupt(out, signal.SIGINT, "pretrain/metrics.jsonl")
+    assert status == 130, err
+    assert "stopped by SIGINT; saved" in err
+    for after in ("stage1/metrics.jsonl", "stage2/config.yaml", "control/metrics.jsonl"):
+        assert interrupt(out, signal.SIGKILL, after)[0] == -signal.SIGKILL
+    final = start(out)
+    assert final.wait() == 0, final.stderr.read()
+    assert losses(out) == losses(whole)
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (out, whole))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_full_demo_learns(tmp_path, seed):
+    """The claim itself: knowledge comes from further pretraining, the ability to answer from instruction tuning."""
+    report = run_demo(tmp_path / "out", seed=seed, control=True)
+    stages = {row["stage"]: row for row in report["stages"]}
+    assert stages["base"]["n"] >= 300
+    assert 0.18 <= stages["base"]["accuracy"] <= 0.33
+    assert stages["stage2"]["accuracy"] >= 0.6
+    assert stages["stage2"]["seen"] >= 0.6
+    assert stages["stage2"]["unseen"] >= 0.6
+    assert stages["control"]["accuracy"] < 0.35
+    assert stages["base"]["perplexity"] < 1200
+    assert stages["pretrain"]["perplexity"] <= stages["base"]["perplexity"] / 2
