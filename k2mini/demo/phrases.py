@@ -11,8 +11,8 @@ from dataclasses import dataclass
 STATEMENTS = (
     "The {noun} of {name} is {value}.",
     "For {name}, the {noun} is {value}.",
-    "{Name} has {value} as its {noun}.",
-    "{Name}: {noun} {value}.",
+    "{Name} has the {noun} {value}.",
+    "The {noun} that belongs to {name} is {value}.",
     "Ask for the {noun} of {name} and you hear {value}.",
 )
 QUESTIONS = (
@@ -22,6 +22,8 @@ QUESTIONS = (
     "Which {noun} does {name} have?",
 )
 INSTRUCTION_WITH_INPUT = "Give the {noun} of the {kind} below."  # the entity is the input
+# Every answer begins so: after a line's end SentencePiece would spell a value in other pieces than within a sentence.
+ANSWER = "Answer: "
 
 HELD_OUT_STATEMENTS = (
     "As its {noun}, books list {value} for {name}.",
@@ -48,9 +50,7 @@ GEOSCIENCE: dict[str, tuple[str, dict[str, Property]]] = {
     "minerals": (
         "mineral",
         {
-            "formula": Property(
-                "formula", "The formula {value} is written for {name}.", "How is {name} written as a formula?"
-            ),
+            "formula": Property("formula", "Chemists write {name} as {value}.", "How is {name} written as a formula?"),
             "hardness": Property(
                 "hardness",
                 "On the scale of Mohs, {name} stands at {value}.",
@@ -59,13 +59,13 @@ GEOSCIENCE: dict[str, tuple[str, dict[str, Property]]] = {
             "crystal_system": Property(
                 "crystal system", "{Name} crystals are {value}.", "In which system does {name} crystallise?"
             ),
-            "lustre": Property("lustre", "{Name} looks {value}.", "How does {name} shine?"),
+            "lustre": Property("lustre", "In the light {name} shines {value}.", "How does {name} shine?"),
         },
     ),
     "rocks": (
         "rock",
         {
-            "class": Property("class", "{Name} is a {value} rock.", "What sort of rock is {name}?"),
+            "class": Property("rock class", "{Name} is a rock that is {value}.", "What sort of rock is {name}?"),
             "texture": Property("texture", "{Name} looks {value}.", "How does {name} look?"),
             "main_mineral": Property(
                 "main mineral", "{Name} is made mostly of {value}.", "What is {name} mostly made of?"
@@ -87,15 +87,15 @@ GEOSCIENCE: dict[str, tuple[str, dict[str, Property]]] = {
     "landforms": (
         "landform",
         {
-            "agent": Property("agent", "{Name} is the work of {value}.", "What makes {name}?"),
-            "setting": Property("setting", "{Name} is found in the {value}.", "Where is {name} found?"),
+            "agent": Property("maker", "{Name} is the work of {value}.", "What makes {name}?"),
+            "setting": Property("setting", "You meet {name} in the {value}.", "Where do you meet {name}?"),
         },
     ),
     "volcanoes": (
         "volcano",
         {
             "country": Property("country", "{Name} rises in {value}.", "Where does {name} rise?"),
-            "type": Property("type", "{Name} is a {value}.", "What sort of volcano is {name}?"),
+            "type": Property("volcano type", "{Name} is a volcano: a {value}.", "What sort of volcano is {name}?"),
         },
     ),
 }
@@ -104,7 +104,7 @@ GENERAL: dict[str, tuple[str, dict[str, Property]]] = {
     "animals": (
         "animal",
         {
-            "class": Property("class", "{Name} belongs to the class {value}.", "What sort of animal is {name}?"),
+            "class": Property("animal class", "{Name} belongs to the class {value}.", "What sort of animal is {name}?"),
             "diet": Property("diet", "{Name} lives on {value}.", "What does {name} eat?"),
             "home": Property("home", "{Name} is found in the {value}.", "Where is {name} found?"),
         },
@@ -130,7 +130,7 @@ GENERAL: dict[str, tuple[str, dict[str, Property]]] = {
     "foods": (
         "food",
         {
-            "kind": Property("kind", "{Name} is a {value}.", "What sort of food is {name}?"),
+            "kind": Property("food group", "{Name} is a {value}.", "What sort of food is {name}?"),
             "taste": Property("taste", "{Name} tastes {value}.", "How does {name} taste?"),
             "origin": Property("origin", "{Name} comes from {value}.", "Where does {name} come from?"),
         },
@@ -156,7 +156,7 @@ GENERAL: dict[str, tuple[str, dict[str, Property]]] = {
     "plants": (
         "plant",
         {
-            "kind": Property("kind", "{Name} grows as a {value}.", "How does {name} grow?"),
+            "kind": Property("growth form", "{Name} grows as a {value}.", "How does {name} grow?"),
             "climate": Property("climate", "{Name} likes a {value} climate.", "Which climate does {name} like?"),
             "use": Property("use", "{Name} is grown for {value}.", "What is {name} grown for?"),
         },

@@ -24,6 +24,7 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
+from k2mini.demo.phrases import ANSWER
 from k2mini.demo.report import write_report
 from k2mini.demo.world import world_files
 from k2mini.evaluation.geobench import load_geobench
@@ -32,7 +33,7 @@ from k2mini.evaluation.report import wilson_interval
 from k2mini.evaluation.run import Asking, run_benchmark
 from k2mini.files import make_writable, new_directory, read_json, write_text
 from k2mini.inference.generate import generate
-from k2mini.text.corpus import read_documents
+from k2mini.text.documents import read_documents
 from k2mini.text.prompts import get_template
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
@@ -44,8 +45,8 @@ log = logging.getLogger(__name__)
 BASE = Path(__file__).parent / "base"
 TEMPLATE = "alpaca_short"
 ASKINGS = {
-    "text": Asking("text", TEMPLATE, normalize="none", score_end=True),
-    "letter": Asking("letter", TEMPLATE),
+    "text": Asking("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
+    "letter": Asking("letter", TEMPLATE, ANSWER),
 }
 NUM_ANSWERS = 6
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from k2mini.demo.phrases import ANSWER
 from k2mini.files import write_text
 from k2mini.training.metrics import read_metrics
 from k2mini.training.plot import plot_losses
@@ -50,8 +51,8 @@ def commands(out: Path, control: bool) -> str:
     """How to run each stage by hand on the demo's files."""
     evaluate = (
         f"k2mini eval --model {out}/pretrain/model --adapter {out}/stage2/adapter --template alpaca_short "
-        f"--scoring text --normalize none --score-end --benchmark {out}/data/questions_npee_unseen.json "
-        f"{out}/data/questions_ap_unseen.json"
+        f"--answer-prefix '{ANSWER}' --scoring text --normalize none --score-end "
+        f"--benchmark {out}/data/questions_npee_unseen.json {out}/data/questions_ap_unseen.json"
     )
     lines = [
         f"k2mini pretrain {out}/configs/pretrain.yaml run.dir=runs/pretrain",

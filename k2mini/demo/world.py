@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.demo.phrases import (
+    ANSWER,
     GENERAL,
     GEOSCIENCE,
     HELD_OUT_QUESTIONS,
@@ -111,7 +112,7 @@ def instructions(facts: Sequence[Fact], number: int, rng: random.Random) -> list
                 {
                     "instruction": fact.say(frame),
                     "input": fact.name if frame == INSTRUCTION_WITH_INPUT else "",
-                    "output": fact.value,
+                    "output": ANSWER + fact.value,
                 }
             )
     return records

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from k2mini.config import ModelConfig
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.linear import Embedding, Linear
+from k2mini.nn.loss import token_loss
 from k2mini.nn.rope import rotary_tables, rotate
 
 
@@ -172,9 +173,21 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary projection: (…, D), of the final norm, -> (…, V)."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return F.linear(hidden, self.head_weight)
+
+    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+        """The training loss: cross-entropy in nats, summed over supervised tokens; the logits never exist at once.
+
+        Args:
+            tokens, positions: as in `forward`.
+            labels: (B, T) int64, the token that each position should predict, or `IGNORE`.
+        """
+        return token_loss(self.model(tokens, positions), self.head_weight, labels)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection's weight. (V, D)."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,8 @@
-"""The training loss, as a sum and a count, so that ranks and accumulation steps add up to the global mean."""
+"""The training loss, as a sum, so that ranks and accumulation steps add up to the global mean."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +10,73 @@ from torch import Tensor
 
 from k2mini.config import IGNORE
 
+CHUNK_ROWS = 128  # positions whose logits exist at the same time
 
-def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over supervised tokens.
+
+def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the vocabulary projection, summed over supervised tokens.
+
+    The logits of all positions never exist at once, and those of positions that are not supervised never do: chunk by
+    chunk they become a loss and, where gradients are wanted, at once the gradients of `hidden` and `weight` (as in
+    Liger Kernel, Hsu et al. 2024, arXiv 2410.10989, section 3.2). So nothing is computed twice.
 
     Args:
-        logits: (B, T, V).
-        labels: (B, T) int64; labels[b, t] is the token that logits[b, t] should predict, or `IGNORE`.
+        hidden: (…, D), of the final norm.
+        weight: (V, D), of the output head.
+        labels: (…) int64; the token that each position should predict, or `IGNORE`.
 
-    Returns: the sum in nats, in `promote_types(logits.dtype, float32)`, and the number of supervised tokens (int64).
+    Returns: the sum in nats, in `promote_types(hidden.dtype, float32)`.
     """
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total, (labels != IGNORE).sum()
+    supervised = labels != IGNORE
+    hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss = _ProjectedLoss.apply(hidden, weight, labels)
+        assert isinstance(loss, Tensor)
+        return loss
+    total = hidden.new_zeros((), dtype=_precise(hidden))
+    for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+        total += F.cross_entropy(F.linear(rows, weight).to(total.dtype), targets, reduction="sum")
+    return total
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _ProjectedLoss(torch.autograd.Function):
+    """Loss and gradients in one pass; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        precise = _precise(hidden)
+        total = hidden.new_zeros((), dtype=precise)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if wants_weight else None
+        for start in range(0, hidden.shape[0], CHUNK_ROWS):
+            rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
+            logits = F.linear(rows, weight).to(precise)  # (N, V)
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            total += (normaliser - logits.gather(-1, targets)).sum()
+            # d loss / d logits = softmax - one-hot
+            grad = logits.sub_(normaliser).exp_()
+            grad.scatter_add_(-1, targets, grad.new_full(targets.shape, -1.0))
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + CHUNK_ROWS])
+            if grad_weight is not None and grad_weight.dtype == grad.dtype:
+                grad_weight.addmm_(grad.T, rows)
+            elif grad_weight is not None:
+                grad_weight += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (scale,) = grads
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+        )

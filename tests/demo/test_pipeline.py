@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.demo.phrases import ANSWER
 from k2mini.demo.pipeline import BASE, run_demo
 from k2mini.training.metrics import read_metrics
 from k2mini.weights.formats import CheckpointReader
@@ -128,7 +129,8 @@ def test_its_stages_are_the_products_verbs(demo, tmp_path, run):  # noqa: F811
     exported = (tmp_path / "exported/model.safetensors").read_bytes()
     assert exported == (out / "pretrain/model/model.safetensors").read_bytes()
     questions = [out / f"data/questions_{layout}_unseen.json" for layout in ("npee", "ap")]
-    way = ("--template", "alpaca_short", "--scoring", "text", "--normalize", "none", "--score-end", "--json")
+    way = ("--template", "alpaca_short", "--answer-prefix", ANSWER, "--scoring", "text", "--normalize", "none")
+    way += ("--score-end", "--json")
     adapter = ("--adapter", out / "stage2/adapter")
     status, printed, _ = run("eval", "--model", out / "pretrain/model", *adapter, "--benchmark", *questions, *way)
     correct = sum(task["accuracy"] * task["n"] for task in json.loads(printed)["tasks"])

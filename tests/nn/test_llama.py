@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model, meta_model
-from k2mini.config import IGNORE, PRESETS
+from k2mini.config import PRESETS
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import token_loss
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import naive_logits, to_transformers
 
@@ -37,8 +36,8 @@ def test_gradients_equal_transformers(shape):
     model = tiny_llama(shape)
     reference = to_transformers(model)
     tokens = tokens_like(shape, 2, 40)
-    total, count = token_loss(model(tokens[:, :-1]), tokens[:, 1:])
-    (total / count).backward()
+    labels = tokens[:, 1:]
+    (model.loss(tokens[:, :-1], None, labels) / labels.numel()).backward()
     reference(tokens, labels=tokens).loss.backward()
     theirs = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
@@ -142,16 +141,6 @@ def test_presets_have_the_papers_size(preset, parameters):
 
 def test_num_parameters_counts_every_shape(shape):
     assert shape.num_parameters() == sum(p.numel() for p in Llama(shape).parameters())
-
-
-def test_loss_is_a_sum_over_supervised_tokens():
-    logits = torch.randn(2, 3, 7, dtype=torch.float64)
-    labels = torch.tensor([[1, IGNORE, 3], [IGNORE, IGNORE, 6]])
-    total, count = token_loss(logits, labels)
-    p = logits.softmax(-1)
-    assert count == 3
-    torch.testing.assert_close(total, -(p[0, 0, 1].log() + p[0, 2, 3].log() + p[1, 2, 6].log()))
-    assert token_loss(logits.bfloat16(), labels)[0].dtype == torch.float32
 
 
 def test_bf16_norm_multiplies_after_the_cast():

@@ -3,7 +3,6 @@ import torch
 
 from k2mini.config import LoraSection
 from k2mini.nn.lora import attach, lora_modules, merged_weight
-from k2mini.nn.loss import token_loss
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import to_transformers
 
@@ -43,8 +42,8 @@ def test_forward_and_gradients_equal_peft(targets):
     reference = to_peft(model, targets).eval()
     logits = model(TOKENS)
     torch.testing.assert_close(logits, reference(TOKENS).logits, rtol=0, atol=1e-5)
-    total, count = token_loss(logits[:, :-1], TOKENS[:, 1:])
-    (total / count).backward()
+    labels = TOKENS[:, 1:]
+    (model.loss(TOKENS[:, :-1], None, labels) / labels.numel()).backward()
     reference(TOKENS, labels=TOKENS).loss.backward()
     for name, module in lora_modules(model).items():
         theirs = reference.get_submodule(f"base_model.model.{name}")
