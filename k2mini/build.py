@@ -1,4 +1,4 @@
-"""From a directory to a model: the one place that knows the order (meta, load, adapter)."""
+"""From a directory to a model: the one place that knows the order (meta, LoRA, shard, load)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from k2mini.config import ModelConfig
+from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
+from k2mini.distributed import World, local_part, local_rows, shard
 from k2mini.nn.llama import Llama
-from k2mini.nn.lora import attach
+from k2mini.nn.lora import attach, init_adapters
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.weights.adapter import load_adapter, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
@@ -53,28 +56,97 @@ def load_model(
     extra or wrongly shaped tensor, a tokenizer that does not fit the embedding, too little memory, an adapter that
     does not fit.
     """
-    path = model_directory(directory)
     device = torch.device(device)
+    model, reader, tokenizer = _open(model_directory(directory))
+    stored = reader.dtype("model.embed_tokens.weight")
+    dtype = resolve_dtype(dtype, stored, device)
+    if dtype != stored or device.type != "cpu":
+        check_memory(model.config.num_parameters(), dtype, stored, device)
+    model.to(dtype)
+    if adapter is not None:
+        section = read_adapter_config(Path(adapter))
+        attach(model, section)
+    _materialise(model, reader, device)
+    if adapter is not None:
+        load_adapter(model, Path(adapter), section)
+    return model.eval(), tokenizer
+
+
+def training_model(
+    section: ModelSection,
+    train: TrainSection,
+    parallel: ParallelSection,
+    world: World,
+    lora: LoraSection | None = None,
+    seed: int = 0,
+) -> tuple[Llama, Tokenizer]:
+    """Load a model to be trained, spread over the ranks: each reads from the files what it keeps, and nothing else.
+
+    Args:
+        lora: train fresh adapters, drawn from `seed`; None: all parameters.
+
+    Raises ValueError as `load_model` does, and where the directory has no tokenizer.
+    """
+    path = model_directory(section.path)
+    model, reader, tokenizer = _open(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
+    compute = DTYPES[section.dtype]
+    kept = torch.promote_types(compute, torch.float32) if lora is None else compute
+    model.to(kept)
+    if lora is not None:
+        attach(model, lora)
+    model.model.recompute_every = train.activation_checkpointing
+    if train.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    if world.size > 1 or kept != compute:
+        shard(model, model.model.layers, ("loss",), world, parallel, compute if kept != compute else None)
+        model.to_empty(device=world.device)
+    else:
+        check_memory(model.config.num_parameters(), kept, kept, world.device)
+    _materialise(model, reader, world.device)
+    if lora is not None:
+        init_adapters(model, seed)
+    return model, tokenizer
+
+
+def needs_process_group(section: ModelSection, lora: LoraSection | None) -> bool:
+    """Whether even a process that is alone is sharded: FSDP keeps float32 weights beside a bfloat16 computation."""
+    return section.dtype == "bfloat16" and lora is None
+
+
+def _open(path: Path) -> tuple[Llama, CheckpointReader, Tokenizer | None]:
+    """A model without storage, its tensors, checked to be the right ones, and its tokenizer."""
     config = read_model_config(path)
     tokenizer = load_tokenizer(path, config.vocab_size)
     reader = CheckpointReader(path)
     model = meta_model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(reader, expected)
-
-    stored = reader.dtype("model.embed_tokens.weight")
     for name in expected:
         reader.dtype(name)  # refuses integer and 8-bit types before anything is read
-    dtype = resolve_dtype(dtype, stored, device)
-    if dtype != stored or device.type != "cpu":
-        check_memory(config.num_parameters(), dtype, stored, device)
-    state = {name: reader.tensor(name).to(device=device, dtype=dtype) for name in expected}
-    model.load_state_dict(state, strict=True, assign=True)
-    if adapter is not None:
-        section = read_adapter_config(Path(adapter))
-        attach(model, section, seed=0)
-        load_adapter(model, Path(adapter), section)
-    return model.eval(), tokenizer
+    return model, reader, tokenizer
+
+
+def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -> None:
+    """Give every parameter its stored values, in the dtype that it has; adapters get storage without values.
+
+    A parameter whose dtype and device are already right stays memory-mapped; a sharded one is read by its rows.
+    """
+    for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, DTensor):
+            if name in reader.files:
+                with torch.no_grad():
+                    local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
+            continue
+        if name in reader.files:
+            values = reader.tensor(name).to(device=device, dtype=parameter.dtype)
+        else:
+            values = torch.empty_like(parameter, device=device)
+        parent, _, attribute = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:

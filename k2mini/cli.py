@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -62,6 +64,21 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("chat", parents=[model, sampling, common], help="a conversation in the terminal")
     verb.set_defaults(run="chat")
 
+    verb = verbs.add_parser("prepare", parents=[quiet], help="documents into a corpus for pretrain")
+    verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .txt, .md (or .gz), or folders")
+    verb.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
+    verb.add_argument("--out", required=True, type=Path, metavar="DIR")
+    verb.add_argument("--val-percent", type=float, default=0.0, metavar="P", help="set aside P %% of the documents")
+    verb.add_argument("--workers", type=int, default=1, metavar="N", help="files encoded at a time (default: 1)")
+    verb.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after each document")
+    verb.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="at a malformed line: stop, or leave it out and count (default: fail)",
+    )
+    verb.set_defaults(run="prepare")
+
     for name, what in (
         ("pretrain", "further pretraining"),
         ("finetune", "instruction tuning with LoRA"),
@@ -74,7 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("export", parents=[quiet], help="a checkpoint as a Hugging Face directory")
     verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
     verb.add_argument("--out", required=True, type=Path, metavar="DIR")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the tensors written (default: the run's model.dtype)")
     verb.set_defaults(run="export")
+
+    verb = verbs.add_parser("plot", parents=[quiet], help="loss curves of runs as a picture (extra: plot)")
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.dir of pretrain or finetune")
+    verb.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    verb.set_defaults(run="plot")
 
     verb = verbs.add_parser("merge", parents=[quiet], help="base + adapter as a Hugging Face directory")
     verb.add_argument("--base", required=True, metavar="DIR")
@@ -144,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
         print(f"k2mini: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
@@ -154,4 +179,5 @@ def _log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("k2mini: %(message)s"))
     package = logging.getLogger("k2mini")
     package.handlers = [handler]
-    package.setLevel(logging.INFO)
+    # Of the ranks that torchrun starts, one speaks.
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

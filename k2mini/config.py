@@ -117,11 +117,15 @@ class RunSection:
 
     dir: str
     seed: int = 0
+    tensorboard: bool = False  # also write the metrics for TensorBoard (extra `tensorboard`)
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The model that training starts from: a Hugging Face directory, and the precision to train in."""
+    """The model that training starts from: a Hugging Face directory, and the precision to compute in.
+
+    What trains is kept in float32 at least, its gradients and AdamW's state too.
+    """
 
     path: str
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -129,10 +133,13 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class CorpusSection:
-    """Plain documents for further pretraining: JSONL with a `text` field."""
+    """Plain documents for further pretraining: a directory that `k2mini prepare` made, or what it takes as input.
+
+    The latter is prepared on first use, within `run.dir`.
+    """
 
     path: str
-    val_path: str | None = None
+    val_path: str | None = None  # None: the part that `prepare --val-percent` set aside, if any
     seq_len: int = 1024  # tokens a block
     eos: bool = True  # EOS after each document (BOS stands before it in any case)
     document_mask: bool = True  # False: K2's scheme, in which attention runs across documents
@@ -178,12 +185,16 @@ class TrainSection:
     epochs: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # after warm-up; the latter two end at 0
     warmup_steps: int = 0
+    warmup_ratio: float | None = None  # of all steps, in place of warmup_steps
     weight_decay: float = 0.0  # not on norms
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     val_every: int | None = None  # steps; None: at the end only
+    activation_checkpointing: int = 0  # recompute every n-th block in the backward pass: 1 all of them, 0 none
+    compile: bool = False  # torch.compile, block by block
+    tf32: bool = False  # float32 matrix products in TensorFloat-32, on GPUs that have it
 
     def __post_init__(self) -> None:
         _check_positive(self, "train", "lr", "global_batch_size", "micro_batch_size", "max_grad_norm", "eps")
@@ -193,7 +204,11 @@ class TrainSection:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"train.{name} must be positive, not {value}")
-        for name in ("warmup_steps", "weight_decay", "beta1", "beta2"):
+        if self.warmup_ratio is not None and not (0 <= self.warmup_ratio <= 1 and self.warmup_steps == 0):
+            raise ValueError(
+                f"train.warmup_ratio ({self.warmup_ratio}) must be between 0 and 1, and stands in place of warmup_steps"
+            )
+        for name in ("warmup_steps", "weight_decay", "beta1", "beta2", "activation_checkpointing"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, it is {getattr(self, name)}")
         if self.global_batch_size % self.micro_batch_size:
@@ -209,10 +224,24 @@ class CheckpointSection:
 
     every: int = 100  # steps
     keep_last: int = 2
+    keep_best: bool = True  # keep the one of the lowest validation loss as well
     resume: str = "auto"  # 'auto': the newest complete one of this run; 'none': start anew; or a checkpoint's path
+    ignore_changes: bool = False  # resume although data, tokenizer, schedule or seed changed
 
     def __post_init__(self) -> None:
         _check_positive(self, "checkpoint", "every", "keep_last")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How the ranks that torchrun started share the model (alone, there is nothing to share)."""
+
+    replicate: int = 1  # whole copies of the model, each sharded over world size / replicate ranks
+    reshard_after_forward: bool = True  # True: ZeRO-3; False: ZeRO-2, more memory and less communication
+    timeout_minutes: float = 10.0  # after which a rank gives up waiting for another
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "parallel", "replicate", "timeout_minutes")
 
 
 @dataclass(frozen=True)
@@ -224,6 +253,7 @@ class PretrainConfig:
     data: CorpusSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()
 
 
 @dataclass(frozen=True)
@@ -236,3 +266,4 @@ class FinetuneConfig:
     train: TrainSection
     lora: LoraSection = field(default_factory=LoraSection)
     checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()

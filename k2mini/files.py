@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,12 +20,22 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file's or directory's content is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:
@@ -41,11 +52,11 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
-        _sync(beside)
+        sync_path(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def make_writable(directory: Path) -> None:
@@ -81,9 +92,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         mode = 0o666 & ~_umask()
         for file in beside.iterdir():
             file.chmod(mode)
-            _sync(file)
-        _sync(beside)
+            sync_path(file)
+        sync_path(beside)
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    _sync(path.parent)
+    sync_path(path.parent)

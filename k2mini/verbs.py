@@ -7,23 +7,29 @@ import io
 import json
 import logging
 import sys
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from k2mini.build import load_model
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.config_file import load_config
 from k2mini.demo import pipeline
 from k2mini.demo.report import answer_table, stage_table
+from k2mini.demo.sources import with_demo_files
+from k2mini.distributed import disconnect
 from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.report import table
 from k2mini.evaluation.run import Asking, run_benchmark
 from k2mini.inference import terminal
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.llama import Llama
+from k2mini.text.prepare import describe, prepare
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.training import run
+from k2mini.training import metrics, run
+from k2mini.training.plot import plot_losses
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
 from k2mini.weights.formats import model_directory
@@ -136,18 +142,48 @@ def run_eval(options: argparse.Namespace) -> None:
     print(json.dumps(report, ensure_ascii=False) if options.json else table(report["tasks"]))
 
 
+def run_prepare(options: argparse.Namespace) -> None:
+    """Documents into a prepared corpus."""
+    tokenizer = options.tokenizer / "tokenizer.model" if options.tokenizer.is_dir() else options.tokenizer
+    manifest = prepare(
+        options.inputs,
+        tokenizer,
+        options.out,
+        eos=options.eos,
+        val_percent=options.val_percent,
+        on_error=options.on_error,
+        workers=options.workers,
+    )
+    print(describe(manifest))
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    """Loss curves of runs."""
+    plot_losses({str(folder): folder / metrics.FILE for folder in options.runs}, options.out)
+    print(options.out)
+
+
 def run_pretrain(options: argparse.Namespace) -> None:
     """Further pretraining."""
     device = _device(options)
-    config = load_config(PretrainConfig, options.config, _overrides(options))
-    print(run.pretrain(config, device))
+    config = with_demo_files(load_config(PretrainConfig, options.config, _overrides(options)))
+    assert isinstance(config, PretrainConfig)
+    _print_first(run.pretrain(config, device))
 
 
 def run_finetune(options: argparse.Namespace) -> None:
     """Instruction tuning."""
     device = _device(options)
-    config = load_config(FinetuneConfig, options.config, _overrides(options))
-    print(run.finetune(config, device))
+    config = with_demo_files(load_config(FinetuneConfig, options.config, _overrides(options)))
+    assert isinstance(config, FinetuneConfig)
+    _print_first(run.finetune(config, device))
+
+
+def _print_first(path: Path) -> None:
+    """A run's result, from one of its ranks; then all of them part."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(path)
+    disconnect()
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -159,7 +195,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 def run_export(options: argparse.Namespace) -> None:
     """A checkpoint as a model."""
-    run.export(options.checkpoint, options.out)
+    run.export(options.checkpoint, options.out, options.dtype)
     print(options.out)
 
 

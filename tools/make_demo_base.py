@@ -22,6 +22,7 @@ from k2mini.demo.pipeline import BASE, TEMPLATE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.text.batches import Blocks
+from k2mini.text.corpus import Documents
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.loop import train
@@ -120,7 +121,7 @@ def main() -> None:
         init_weights(model, SEED)
         train(
             model,
-            Blocks(encoded, 128, document_mask=True, seed=SEED),
+            Blocks(Documents(encoded), 128, document_mask=True, seed=SEED),
             folder / "run",
             seed=SEED,
             section=TrainSection(

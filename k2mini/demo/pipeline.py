@@ -88,9 +88,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
 
     steps.begin("the miniature world: facts, corpus, instructions, questions", 1)
     if not data.exists():
-        with new_directory(data) as beside:
-            for name, content in world_files(seed, scale.sizes).items():
-                (beside / name).write_text(_dump(name, content), encoding="utf-8")
+        write_world(data, seed, scale)
     if not base.exists():
         with new_directory(base) as beside:
             for file in BASE.iterdir():
@@ -149,6 +147,13 @@ class _Steps:
     def begin(self, what: str, seconds: int) -> None:
         self.number += 1
         log.info("[%d/%d] %s (about %d s on two cores)", self.number, self.total, what, seconds)
+
+
+def write_world(folder: Path, seed: int, scale: Scale) -> None:
+    """Write the world's files; the folder appears whole."""
+    with new_directory(folder) as beside:
+        for name, content in world_files(seed, scale.sizes).items():
+            (beside / name).write_text(_dump(name, content), encoding="utf-8")
 
 
 def _settings(out: Path, seed: int, quick: bool) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
 from k2mini.nn.kv_cache import KVCache
@@ -124,6 +125,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward`."""
@@ -140,8 +142,12 @@ class Decoder(nn.Module):
             positions, mask = torch.arange(num_tokens, device=tokens.device).unsqueeze(0), None
         x = self.embed_tokens(tokens)  # (B, T, D)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+        for index, layer in enumerate(self.layers):
+            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
+                # Chen et al. 2016, arXiv 1604.06174: only the block's input is kept.
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2mini.config import LoraSection
+from k2mini.distributed import fill, local_part
 from k2mini.nn.linear import Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -15,19 +16,16 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoraLinear(Linear):
     """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3). The weight keeps its name and is frozen.
 
-    A is Kaiming-uniform and B zero, so that a fresh adapter changes nothing. Both are kept in
-    `promote_types(W.dtype, float32)`.
+    Both are kept in `promote_types(W.dtype, float32)`, and have no values yet: see `init_adapters`.
     """
 
-    def __init__(self, base: Linear, section: LoraSection, generator: torch.Generator) -> None:
+    def __init__(self, base: Linear, section: LoraSection) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight = base.weight.requires_grad_(False)
         dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
-        bound = base.in_features**-0.5  # Kaiming-uniform with a = sqrt(5), as in the authors' code and peft
-        start = torch.empty(section.rank, base.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(device))  # (R, in)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
+        self.lora_A = nn.Parameter(torch.empty(section.rank, base.in_features, dtype=dtype, device=device))  # (R, in)
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
         self.scaling = section.alpha / section.rank
         self.dropout = section.dropout
         self.train(base.training)
@@ -39,8 +37,8 @@ class LoraLinear(Linear):
         return out + (F.linear(F.linear(low, self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
 
 
-def attach(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
-    """Freeze the model and put an adapter on every linear module that a target names.
+def attach(model: nn.Module, section: LoraSection) -> list[str]:
+    """Freeze the model and put an adapter, without values yet, on every linear module that a target names.
 
     Returns: the modules' names. Raises ValueError where a target matches nothing.
     """
@@ -51,13 +49,35 @@ def attach(model: nn.Module, section: LoraSection, seed: int) -> list[str]:
         if target not in TARGETS or not found:
             raise ValueError(f"lora.target_modules: the model has no {target!r}; there are {', '.join(TARGETS)}")
         names += found
-    generator = torch.Generator().manual_seed(seed)
     for name in sorted(names):
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
         assert isinstance(base, Linear)
-        setattr(model.get_submodule(parent), child, LoraLinear(base, section, generator))
+        setattr(model.get_submodule(parent), child, LoraLinear(base, section))
     return sorted(names)
+
+
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Fill all adapters: A Kaiming-uniform, B zero, so that a fresh one changes nothing. Repeats for a seed.
+
+    A sharded adapter gets its part of the same values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, module in sorted(lora_modules(model).items()):
+            bound = module.in_features**-0.5  # Kaiming-uniform with a = sqrt(5), as in the authors' code and peft
+            start = torch.empty(module.lora_A.shape, dtype=module.lora_A.dtype)
+            fill(module.lora_A, start.uniform_(-bound, bound, generator=generator))
+            local_part(module.lora_B).zero_()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' parameters by name."""
+    return {
+        f"{name}.{kind}": getattr(module, kind).detach()
+        for name, module in lora_modules(model).items()
+        for kind in ("lora_A", "lora_B")
+    }
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from k2mini.config import IGNORE
+from k2mini.text.corpus import TokenSource
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Batch:
     def num_supervised(self) -> int:
         """Tokens that count in the loss."""
         return int((self.labels != IGNORE).sum())
+
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.tokens.numel() if self.positions is None else int((self.positions >= 0).sum())
 
 
 class Samples(Protocol):
@@ -66,10 +73,10 @@ def shuffled(position: int, num_samples: int, seed: int | None) -> int:
 
 
 class Blocks:
-    """Documents, one after the other, cut into blocks of `seq_len` tokens.
+    """A corpus, cut into blocks of `seq_len` tokens.
 
     Args:
-        documents: token ids, BOS first (and EOS last, if wanted).
+        source: tokens of documents, BOS first (and EOS last, if wanted).
         document_mask: attention and positions restart at each document, and no token predicts across its end. False:
             a block is one text, as K2 trained.
         seed: of the order. None keeps the order, epoch after epoch (for validation).
@@ -77,25 +84,22 @@ class Blocks:
     Raises ValueError where the documents do not fill one block.
     """
 
-    def __init__(
-        self, documents: Sequence[Sequence[int]], seq_len: int, *, document_mask: bool, seed: int | None
-    ) -> None:
+    def __init__(self, source: TokenSource, seq_len: int, *, document_mask: bool, seed: int | None) -> None:
         self.seq_len, self.document_mask, self.seed = seq_len, document_mask, seed
-        self._tokens = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
-        self.num_samples = (len(self._tokens) - 1) // seq_len  # the last token of a block predicts the next one's first
+        self._source = source
+        self.num_samples = (source.num_tokens - 1) // seq_len  # the last token of a block predicts the next one's first
         if self.num_samples < 1:
-            raise ValueError(f"{len(self._tokens)} tokens do not fill one block of {seq_len}; shorten data.seq_len")
-        offsets = [offset for document in documents for offset in range(len(document))]
-        self._offsets = torch.tensor(offsets, dtype=torch.int64)  # of each token within its document
+            raise ValueError(f"{source.num_tokens} tokens do not fill one block of {seq_len}; shorten data.seq_len")
 
     def batch(self, position: int, count: int) -> Batch:
         """Samples position, …, position + count - 1."""
         starts = [shuffled(position + row, self.num_samples, self.seed) * self.seq_len for row in range(count)]
-        tokens = torch.stack([self._tokens[start : start + self.seq_len + 1] for start in starts])  # (B, T+1)
+        parts = [self._source.read(start, start + self.seq_len + 1) for start in starts]
+        tokens = torch.from_numpy(np.stack([part[0] for part in parts]))  # (B, T+1)
         labels = tokens[:, 1:].clone()  # (B, T)
         if not self.document_mask:
             return Batch(tokens[:, :-1], None, labels)
-        offsets = torch.stack([self._offsets[start : start + self.seq_len + 1] for start in starts])
+        offsets = torch.from_numpy(np.stack([part[1] for part in parts]))
         labels[offsets[:, 1:] == 0] = IGNORE
         # A document that began before its block counts from the block's first token.
         place = torch.arange(self.seq_len)
@@ -136,3 +140,36 @@ class Examples:
             first = max(row.unsupervised - 1, 0)  # position t predicts token t + 1
             labels[index, first:length] = ids[first + 1 :]
         return Batch(tokens, positions, labels)
+
+
+def without_weight(batch: Batch) -> Batch:
+    """The same rows with nothing supervised, for a rank that has to keep step and has no data left."""
+    return Batch(batch.tokens, batch.positions, torch.full_like(batch.labels, IGNORE))
+
+
+class Ahead:
+    """Makes the next step's batches in the background while this one's are computed on.
+
+    Args:
+        make: (position) -> the batches; a pure function.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]]) -> None:
+        self._make = make
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._pending: tuple[int, Future[list[Batch]]] | None = None
+
+    def get(self, position: int, following: int | None) -> list[Batch]:
+        """The batches at a position; those at `following` are begun."""
+        if self._pending is not None and self._pending[0] == position:
+            batches = self._pending[1].result()
+        else:
+            batches = self._make(position)
+        self._pending = None if following is None else (following, self._pool.submit(self._make, following))
+        return batches
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from k2mini.files import read_json
 from k2mini.text.batches import Example
-from k2mini.text.corpus import read_jsonl
+from k2mini.text.documents import read_jsonl
 from k2mini.text.prompts import Template
 from k2mini.text.tokenizer import Tokenizer
 

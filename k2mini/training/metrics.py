@@ -8,22 +8,42 @@ from typing import Any
 
 from k2mini.files import write_text
 
+FILE = "metrics.jsonl"
+
 
 class Metrics:
-    """The metrics file of a run, opened to go on after `step`.
+    """The metrics of a run, to go on after `step`.
 
     Lines of later steps, and a line that a killed process left unfinished, are dropped; the steps will come again.
+
+    Args:
+        tensorboard: write them as event files too, in `run_dir/tensorboard`.
+
+    Raises ValueError where the extra `tensorboard` is wanted and missing.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if path.exists() else []
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool = False) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / FILE
+        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step] if self._path.exists() else []
+        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._board = _board(run_dir / "tensorboard", step) if tensorboard else None
 
-    def write(self, **values: Any) -> None:
+    def write(self, step: int, **values: float) -> None:
         """Append one line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("run.tensorboard needs an extra: pip install 'k2mini[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -37,11 +37,14 @@ def lr_at(step: int, total_steps: int, section: TrainSection) -> float:
     It rises linearly over the warm-up, whose last step has `lr` in full; then it stays, or falls towards 0, which the
     step after the last would have.
     """
-    if step < section.warmup_steps:
-        return section.lr * (step + 1) / section.warmup_steps
+    warmup_steps = section.warmup_steps
+    if section.warmup_ratio is not None:
+        warmup_steps = math.ceil(section.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return section.lr * (step + 1) / warmup_steps
     if section.schedule == "constant":
         return section.lr
-    done = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if section.schedule == "linear":
         return section.lr * (1 - done)
     return section.lr * 0.5 * (1 + math.cos(math.pi * done))

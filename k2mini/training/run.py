@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from k2mini.build import load_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
-from k2mini.files import make_writable, write_text
+from k2mini.build import DTYPES, needs_process_group, training_model
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, TrainSection
+from k2mini.distributed import World, connect
+from k2mini.files import make_writable, sha256, write_text
 from k2mini.nn.llama import Llama
-from k2mini.nn.lora import attach
 from k2mini.text.batches import Blocks, Examples
-from k2mini.text.corpus import read_documents
+from k2mini.text.corpus import Corpus, fingerprint, is_prepared, read_manifest
+from k2mini.text.documents import list_files
 from k2mini.text.instructions import read_examples
+from k2mini.text.prepare import prepare
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.training.checkpoint import read_state
+from k2mini.training.checkpoint import StoredModel, read_state
 from k2mini.training.loop import train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
 from k2mini.weights.formats import model_directory, save_model
@@ -32,47 +33,59 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig, device: torch.device | str = "cpu", label: str = "pretrain") -> Path:
-    """Train all parameters on plain documents. Returns the directory of the model, `run.dir/model`.
+    """Train all parameters on plain documents, on all ranks. Returns the directory of the model, `run.dir/model`.
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
     """
-    run_dir, out = _prepare(config, "model")
+    world = connect(torch.device(device), config.parallel, alone_too=needs_process_group(config.model, None))
+    run_dir, out = _prepare(config, "model", world)
     if out.exists():
         return out
-    model, tokenizer = _load(config.model.path, config.model.dtype, device)
-    data = config.data
-    documents = read_documents(Path(data.path), tokenizer, eos=data.eos)
-    samples = Blocks(documents, data.seq_len, document_mask=data.document_mask, seed=config.run.seed)
+    _set_precision(config.train)
+    model, tokenizer = training_model(config.model, config.train, config.parallel, world)
+    data, seed = config.data, config.run.seed
+    directory = _prepared(Path(data.path), config, tokenizer, world)
+    samples = Blocks(Corpus(directory), data.seq_len, document_mask=data.document_mask, seed=seed)
     val = None
     if data.val_path is not None:
-        documents = read_documents(Path(data.val_path), tokenizer, eos=data.eos)
-        val = Blocks(documents, data.seq_len, document_mask=data.document_mask, seed=None)
-    train(
+        val_corpus: Corpus | None = Corpus(_prepared(Path(data.val_path), config, tokenizer, world))
+    else:
+        val_corpus = Corpus(directory, "val") if "val" in read_manifest(directory)["splits"] else None
+    if val_corpus is not None:
+        val = Blocks(val_corpus, data.seq_len, document_mask=data.document_mask, seed=None)
+    last = train(
         model,
         samples,
         run_dir,
-        seed=config.run.seed,
+        seed=seed,
         section=config.train,
         checkpoint=config.checkpoint,
-        identity=_identity(config),
+        identity=_identity(config, fingerprint(directory), tokenizer),
         val=val,
         label=label,
+        world=world,
+        tensorboard=config.run.tensorboard,
     )
-    save_model(model.state_dict(), model.config, out, tokenizer=tokenizer)
+    if world.is_first:
+        export(last, out, config.model.dtype)
+    world.wait()
     return out
 
 
 def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: str = "finetune") -> Path:
-    """Train LoRA on instructions. Returns the directory of the adapter, `run.dir/adapter`.
+    """Train LoRA on instructions, on all ranks. Returns the directory of the adapter, `run.dir/adapter`.
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
     """
-    run_dir, out = _prepare(config, "adapter")
+    world = connect(torch.device(device), config.parallel)
+    run_dir, out = _prepare(config, "adapter", world)
     if out.exists():
         return out
-    template = get_template(config.data.template)
-    model, tokenizer = _load(config.model.path, config.model.dtype, device)
-    section = _attach(model, config)
+    _set_precision(config.train)
+    template, section = get_template(config.data.template), config.lora
+    model, tokenizer = training_model(config.model, config.train, config.parallel, world, section, config.run.seed)
+    if section.init_adapter is not None:
+        _start_from(model, section, Path(section.init_adapter))
 
     def read(path: str, seed: int | None) -> Examples:
         examples = read_examples(
@@ -84,66 +97,89 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
         )
         return Examples(examples, seed=seed)
 
-    train(
+    samples = read(config.data.path, config.run.seed)
+    last = train(
         model,
-        read(config.data.path, config.run.seed),
+        samples,
         run_dir,
         seed=config.run.seed,
         section=config.train,
         checkpoint=config.checkpoint,
-        identity=_identity(config),
+        identity=_identity(config, sha256(Path(config.data.path)), tokenizer),
         val=None if config.data.val_path is None else read(config.data.val_path, None),
         label=label,
+        world=world,
+        tensorboard=config.run.tensorboard,
     )
-    save_adapter(model, section, out, base=config.model.path)
+    if world.is_first:
+        save_adapter(StoredModel(last), section, out, base=config.model.path)
+    world.wait()
     return out
 
 
-def _prepare(config: PretrainConfig | FinetuneConfig, result: str) -> tuple[Path, Path]:
+def _set_precision(section: TrainSection) -> None:
+    torch.set_float32_matmul_precision("high" if section.tf32 else "highest")
+
+
+def _prepare(config: PretrainConfig | FinetuneConfig, result: str, world: World) -> tuple[Path, Path]:
     """The run's directory, made, with the configuration in it; and where its result goes."""
     run_dir = Path(config.run.dir)
-    make_writable(run_dir)
     out = run_dir / result
-    if out.exists():
-        log.info("%s is complete; set run.dir to another folder to train anew", out)
-    else:
-        # JSON is YAML, so this file can be given back to the verb.
-        write_text(run_dir / "config.yaml", json.dumps(asdict(config), indent=2) + "\n")
+    if world.is_first:
+        make_writable(run_dir)
+        if out.exists():
+            log.info("%s is complete; set run.dir to another folder to train anew", out)
+        else:
+            # JSON is YAML, so this file can be given back to the verb.
+            write_text(run_dir / "config.yaml", json.dumps(asdict(config), indent=2) + "\n")
+    world.wait()
     return run_dir, out
 
 
-def _load(path: str, dtype: str, device: torch.device | str) -> tuple[Llama, Tokenizer]:
-    model, tokenizer = load_model(path, dtype=dtype, device=device)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
-    return model, tokenizer
+def _prepared(path: Path, config: PretrainConfig, tokenizer: Tokenizer, world: World) -> Path:
+    """The prepared corpus at `path`, or made of what is there, once, within the run's directory.
+
+    Raises ValueError where it was prepared with another tokenizer or in another way.
+    """
+    if not is_prepared(path):
+        sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in list_files([path])]
+        key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer.path)}".encode()).hexdigest()[:12]
+        made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
+        if world.is_first and not is_prepared(made):
+            prepare([path], tokenizer.path, made, eos=config.data.eos)
+        world.wait()
+        path = made
+    manifest = read_manifest(path)
+    if manifest["tokenizer"] != sha256(tokenizer.path):
+        raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer.path}; prepare it again")
+    if manifest["eos"] != config.data.eos:
+        raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
+    return path
 
 
-def _attach(model: Llama, config: FinetuneConfig) -> LoraSection:
-    section = config.lora
-    attach(model, section, seed=config.run.seed)
-    if section.init_adapter is not None:
-        given = read_adapter_config(Path(section.init_adapter))
-        for key in ("rank", "alpha", "target_modules"):
-            ours, theirs = getattr(section, key), getattr(given, key)
-            if isinstance(ours, list):
-                ours, theirs = sorted(ours), sorted(theirs)
-            if ours != theirs:
-                raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {section.init_adapter} is {theirs}")
-        load_adapter(model, Path(section.init_adapter), given)
-    return section
+def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
+    """Put the values of `lora.init_adapter` into the model's adapters."""
+    given = read_adapter_config(directory)
+    for key in ("rank", "alpha", "target_modules"):
+        ours, theirs = getattr(section, key), getattr(given, key)
+        if isinstance(ours, list):
+            ours, theirs = sorted(ours), sorted(theirs)
+        if ours != theirs:
+            raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
+    load_adapter(model, directory, given)
 
 
-def _identity(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+# How a step is computed, not what it computes: these may change when a run is resumed.
+_FREE = ("micro_batch_size", "val_every", "activation_checkpointing", "compile", "tf32")
+
+
+def _identity(config: PretrainConfig | FinetuneConfig, data: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint must agree on to be resumed."""
     raw = asdict(config)
-    train_section = {key: value for key, value in raw["train"].items() if key != "val_every"}
-    data = {key: value for key, value in raw["data"].items() if not key.endswith("path")}
-    tokenizer = model_directory(config.model.path) / "tokenizer.model"
     return {
-        "train": train_section,
-        "data": {**data, "sha256": _sha256(Path(config.data.path))},
-        "tokenizer": _sha256(tokenizer),
+        "schedule": {key: value for key, value in raw["train"].items() if key not in _FREE},
+        "data": {**{key: value for key, value in raw["data"].items() if not key.endswith("path")}, "content": data},
+        "tokenizer": sha256(tokenizer.path),
         "seed": config.run.seed,
         "lora": raw.get("lora"),
         "model": str(config.model.path),
@@ -151,18 +187,11 @@ def _identity(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def export(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
+    """Write a checkpoint of `pretrain` as a Hugging Face directory, tensor by tensor.
 
-
-def export(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint of `pretrain` as a Hugging Face directory.
+    Args:
+        dtype: of the tensors written; None: that of the run's `model.dtype`.
 
     Raises ValueError where it is no such checkpoint, or `out` exists and is not empty.
     """
@@ -171,7 +200,5 @@ def export(checkpoint: Path, out: Path) -> None:
     if identity["lora"] is not None:
         raise ValueError(f"{checkpoint} holds an adapter, not a model; the run's end writes it to run.dir/adapter")
     base = model_directory(identity["model"])
-    with safe_open(checkpoint / "tensors.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118 (it is no dict)
-        tensors = {name.removeprefix("model."): file.get_tensor(name) for name in names}
+    tensors = StoredModel(checkpoint, DTYPES[dtype or identity["dtype"]])
     save_model(tensors, read_model_config(base), out, tokenizer=Tokenizer(base / "tokenizer.model"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from k2mini.config import LoraSection
+from k2mini.distributed import fill
 from k2mini.files import new_directory, read_json
 from k2mini.nn.lora import lora_modules, merged_weight
 from k2mini.text.tokenizer import Tokenizer
@@ -20,18 +21,16 @@ from k2mini.weights.hf_config import read_model_config
 PREFIX = "base_model.model."  # how peft wraps the model; the module's own name follows
 
 
-def save_adapter(model: nn.Module, section: LoraSection, directory: Path, base: str) -> None:
+def save_adapter(adapters: Mapping[str, Tensor], section: LoraSection, directory: Path, base: str) -> None:
     """Write the adapters of a model; the directory appears whole or not at all.
 
     Args:
+        adapters: parameter name -> tensor, as `adapter_tensors` gives them.
         base: the base model's path, for peft's `base_model_name_or_path`.
 
-    Raises ValueError where the model has no adapter, or `directory` exists and is not empty.
+    Raises ValueError where there is no adapter, or `directory` exists and is not empty.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, module in lora_modules(model).items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+    tensors = {f"{PREFIX}{name}.weight": adapters[name].cpu().contiguous() for name in adapters}
     if not tensors:
         raise ValueError("the model has no adapter to save")
     config = {
@@ -110,13 +109,12 @@ def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> Non
     if odd:
         where = "the adapter" if odd[0] in modules else "the model"
         raise ValueError(f"{directory}: {odd[0]} is not in {where}; they do not belong together")
-    with torch.no_grad():
-        for name, (lora_a, lora_b) in pairs.items():
-            module = modules[name]
-            if lora_a.shape != module.lora_A.shape or lora_b.shape != module.lora_B.shape:
-                raise ValueError(f"{directory}: {name} has another shape than the model's")
-            module.lora_A.copy_(lora_a)
-            module.lora_B.copy_(lora_b)
+    for name, (lora_a, lora_b) in pairs.items():
+        module = modules[name]
+        if lora_a.shape != module.lora_A.shape or lora_b.shape != module.lora_B.shape:
+            raise ValueError(f"{directory}: {name} has another shape than the model's")
+        fill(module.lora_A, lora_a)
+        fill(module.lora_B, lora_b)
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:

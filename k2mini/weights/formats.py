@@ -112,6 +112,14 @@ class CheckpointReader:
             return self._safetensors[path].get_tensor(name)
         return self._bins[path][name]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start, …, stop - 1 of one tensor, and nothing else of it."""
+        path = self.files[name]
+        if path in self._safetensors:
+            rows: Tensor = self._safetensors[path].get_slice(name)[start:stop]
+            return rows
+        return self._bins[path][name][start:stop]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """One tensor's shape, from the header."""
         path = self.files[name]

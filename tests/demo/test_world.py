@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from k2mini.demo.phrases import GENERAL, GEOSCIENCE
+from k2mini.demo.phrases import ANSWER, GENERAL, GEOSCIENCE
 from k2mini.demo.world import TABLES, as_npee, choice_questions, documents, instructions, read_facts, world_files
 
 SIZES = {"copies": 2, "general": 50, "expert": 60, "questions": 20}
@@ -113,6 +113,6 @@ def test_documents_and_instructions_state_facts():
         assert all(value in text for value in by_name[name])
     records = instructions(facts, 70, random.Random(0))
     assert len(records) == 70
-    assert {record["output"] for record in records} == {fact.value for fact in facts}
+    assert {record["output"] for record in records} == {ANSWER + fact.value for fact in facts}
     assert any(record["input"] for record in records)
     assert as_npee([])["choice"] == {"question": [], "answer": []}

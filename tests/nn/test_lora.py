@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from k2mini.config import LoraSection
-from k2mini.nn.lora import attach, lora_modules, merged_weight
+from k2mini.nn.lora import attach, init_adapters, lora_modules, merged_weight
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import to_transformers
 
@@ -13,7 +13,8 @@ TOKENS = torch.randint(199, (2, 25), generator=torch.Generator().manual_seed(1))
 def adapted(config=None, targets=("q_proj", "k_proj", "v_proj"), dropout=0.0, fill=True, dtype=torch.float32):
     """A tiny model with an adapter that does something."""
     model = tiny_llama(config, dtype=dtype)
-    attach(model, LoraSection(rank=4, alpha=6.0, dropout=dropout, target_modules=list(targets)), seed=1)
+    attach(model, LoraSection(rank=4, alpha=6.0, dropout=dropout, target_modules=list(targets)))
+    init_adapters(model, seed=1)
     if fill:
         generator = torch.Generator().manual_seed(2)
         for module in lora_modules(model).values():
@@ -93,7 +94,7 @@ def test_adapters_stay_fp32_over_bf16():
 @pytest.mark.parametrize("targets", [["q_prj"], ["embed_tokens"], ["q_proj", "nothing"]])
 def test_a_target_that_matches_nothing_is_refused(targets):
     with pytest.raises(ValueError, match=f"lora.target_modules: the model has no '{targets[-1]}'"):
-        attach(tiny_llama(), LoraSection(target_modules=targets), seed=0)
+        attach(tiny_llama(), LoraSection(target_modules=targets))
 
 
 def test_merging_rounds_once_and_checks():

@@ -5,7 +5,8 @@ import torch
 
 from k2mini.config import IGNORE
 from k2mini.text.batches import Blocks, Example, Examples, shuffled
-from k2mini.text.corpus import read_documents
+from k2mini.text.corpus import Documents
+from k2mini.text.documents import read_documents
 from k2mini.text.instructions import encode_example, read_examples, read_records
 from k2mini.text.prompts import get_template
 
@@ -23,7 +24,7 @@ def test_every_epoch_is_another_permutation(number):
 
 
 def test_blocks_keep_documents_apart():
-    batch = Blocks(DOCUMENTS, 7, document_mask=True, seed=None).batch(0, 2)
+    batch = Blocks(Documents(DOCUMENTS), 7, document_mask=True, seed=None).batch(0, 2)
     assert batch.tokens.tolist() == [[1, 10, 11, 12, 2, 1, 20], [2, 1, 30, 31, 32, 33, 34]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 0, 1, 2, 3, 4, 5]]
     # The last token of a document does not predict the next one's first; a block predicts the next block's first.
@@ -31,14 +32,14 @@ def test_blocks_keep_documents_apart():
 
 
 def test_k2s_scheme_runs_across_documents():
-    batch = Blocks(DOCUMENTS, 7, document_mask=False, seed=None).batch(0, 1)
+    batch = Blocks(Documents(DOCUMENTS), 7, document_mask=False, seed=None).batch(0, 1)
     assert batch.positions is None
     assert batch.labels.tolist() == [[10, 11, 12, 2, 1, 20, 2]]
 
 
 def test_a_batch_is_a_function_of_seed_and_position():
     def data(seed=1):
-        return Blocks(DOCUMENTS * 9, 5, document_mask=True, seed=seed)
+        return Blocks(Documents(DOCUMENTS * 9), 5, document_mask=True, seed=seed)
 
     whole = data().batch(0, 50).tokens  # several epochs
     assert torch.equal(whole, torch.cat([data().batch(i, 5).tokens for i in range(0, 50, 5)]))
@@ -47,7 +48,7 @@ def test_a_batch_is_a_function_of_seed_and_position():
 
 def test_too_little_text_is_refused():
     with pytest.raises(ValueError, match="15 tokens do not fill one block of 15"):
-        Blocks(DOCUMENTS, 15, document_mask=True, seed=None)
+        Blocks(Documents(DOCUMENTS), 15, document_mask=True, seed=None)
 
 
 def test_examples_are_padded_and_masked():
@@ -102,7 +103,7 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
         ("a.json", '[{"instruction": "x", "output": " "}]', "record 0: `output` is empty"),
         ("a.json", "[3]", "record 0 must be a JSON object, not int"),
         ("a.jsonl", "", "is empty"),
-        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"x"', "line 2 is not valid JSON"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"x"', "line 2: not valid JSON"),
         ("a.jsonl", '{"output": "y"}\n', "line 1 has no `instruction`"),
     ],
 )
@@ -116,10 +117,10 @@ def test_instruction_files_of_another_form_are_refused(tmp_path, name, content, 
     ("content", "message"),
     [
         ("", "is empty"),
-        ('{"text": "x"}\n{"txt": "y"}\n', "line 2: `text` must be text that is not empty, not None"),
+        ('{"text": "x"}\n{"txt": "y"}\n', "line 2: `text` must be text that is not empty"),
         ('{"text": " "}\n', "line 1: `text` must be text"),
-        ("[1]\n", "line 1 must be a JSON object"),
-        ("plain text\n", "line 1 is not valid JSON"),
+        ("[1]\n", "line 1: must be a JSON object"),
+        ("plain text\n", "line 1: not valid JSON"),
     ],
 )
 def test_corpora_of_another_form_are_refused(tiny_tokenizer, tmp_path, content, message):
@@ -127,7 +128,7 @@ def test_corpora_of_another_form_are_refused(tiny_tokenizer, tmp_path, content, 
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_documents(path, tiny_tokenizer, eos=True)
-    with pytest.raises(ValueError, match="there is no data file"):
+    with pytest.raises(ValueError, match="there is no file or folder"):
         read_documents(tmp_path / "none.jsonl", tiny_tokenizer, eos=True)
 
 

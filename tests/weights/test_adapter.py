@@ -7,7 +7,7 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
-from k2mini.nn.lora import lora_modules
+from k2mini.nn.lora import adapter_tensors, lora_modules
 from k2mini.weights.adapter import merge_adapter, save_adapter
 from k2mini.weights.formats import save_model
 from tests.conftest import tiny_llama
@@ -22,7 +22,7 @@ def written(tmp_path):
     model = adapted()
     plain = tiny_llama()
     save_model(plain.state_dict(), plain.config, tmp_path / "base")
-    save_adapter(model, SECTION, tmp_path / "adapter", base=str(tmp_path / "base"))
+    save_adapter(adapter_tensors(model), SECTION, tmp_path / "adapter", base=str(tmp_path / "base"))
     return tmp_path / "base", tmp_path / "adapter", model
 
 
@@ -109,4 +109,4 @@ def test_damaged_and_missing_files(written, tmp_path):
 
 def test_a_model_without_adapter_has_none_to_save(tmp_path):
     with pytest.raises(ValueError, match="no adapter to save"):
-        save_adapter(tiny_llama(), SECTION, tmp_path / "x", base="b")
+        save_adapter(adapter_tensors(tiny_llama()), SECTION, tmp_path / "x", base="b")
