@@ -1,0 +1,125 @@
+"""One launch of two ranks (and, slow, of four) against a process that is alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k2mini.build import training_model
+from k2mini.config import CheckpointSection, ModelSection, ParallelSection
+from k2mini.distributed import World
+from tests.distributed import worker
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(size, path, out):
+    out.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed.worker", str(path), str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / f"results_{size}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_directory, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    worker.main(tiny_directory, out)
+    return out, json.loads((out / "results_1.json").read_text())
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tiny_directory, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks") / str(request.param)
+    return request.param, out, launch(request.param, tiny_directory, out)
+
+
+def close(found, expected, rel):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=rel, abs=rel)
+
+
+def test_losses_and_norms_equal_those_of_one_process(alone, ranks):
+    """30 steps, some of them past an epoch's end, with validation on an odd number of rows."""
+    _, one = alone
+    _size, _, many = ranks
+    assert len([row for row in one["plain"] if len(row) == 2]) == worker.STEPS
+    for name in ("plain", "recomputed", "accumulated"):
+        close(many[name], one["plain"], 1e-12)
+    close(many["zero2"], one["plain"], 1e-12)
+    close(many["replicated"], one["plain"], 1e-12)
+    close(many["lora"], one["lora"], 1e-12)
+    close(many["float32"], one["float32"], 1e-4)
+    assert many["plain"] == many["zero2"]
+    assert many["plain"] == many["recomputed"]
+    # In bf16 it learns as well, from float32 weights.
+    assert many["bfloat16"][-2][0] == pytest.approx(one["plain"][9][0], rel=0.02)
+
+
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(alone, ranks):
+    """1 x 8, 8 x 1 and ranks x accumulation, with unequal numbers of supervised tokens."""
+    expected = alone[1]["gradients"]
+    for found in (alone[1]["gradients_accumulated"], ranks[2]["gradients"], ranks[2]["gradients_accumulated"]):
+        assert found.keys() == expected.keys()
+        for name, numbers in expected.items():
+            assert found[name] == pytest.approx(numbers, abs=1e-12, rel=1e-12), name
+
+
+def test_each_rank_keeps_its_share(alone, ranks):
+    size, _, many = ranks
+    (whole,) = alone[1]["kept"]
+    assert sum(many["kept"]) == whole
+    assert max(many["kept"]) <= 1.05 * whole / size
+
+
+def test_a_checkpoint_of_many_ranks_goes_on_in_one_process(alone, ranks, tiny_directory, tmp_path):
+    """The same samples in the same order, so the same losses."""
+    _, out, many = ranks
+    checkpoint = CheckpointSection(resume=str(out / "plain/checkpoints/step_0000010"))
+    rows = worker.run(tiny_directory, World(), tmp_path / "resumed", keep=checkpoint)
+    close(rows, [*[row for row in many["plain"] if len(row) > 1][10:], many["plain"][-1]], 1e-12)
+
+
+def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_path):
+    _, out, _ = ranks
+    training = worker.section(World())
+    model, _ = training_model(ModelSection(str(tiny_directory), "float64"), training, ParallelSection(), World())
+    samples = worker.Recorder()
+    worker.train(
+        model,
+        samples,
+        tmp_path / "run",
+        seed=3,
+        section=training,
+        checkpoint=CheckpointSection(resume=str(out / "plain/checkpoints/step_0000020")),
+        identity={"data": "x"},
+    )
+    assert samples.asked == set(range(20 * 8, 30 * 8))
+
+
+def test_bf16_alone_keeps_float32_weights(tiny_directory):
+    code = (
+        "import torch\nfrom k2mini.build import training_model, needs_process_group\n"
+        "from k2mini.config import *\nfrom k2mini.distributed import connect, disconnect\n"
+        f"section = ModelSection({str(tiny_directory)!r}, 'bfloat16')\n"
+        "world = connect(torch.device('cpu'), ParallelSection(), alone_too=needs_process_group(section, None))\n"
+        "model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), world)\n"
+        "tokens = torch.ones(1, 9, dtype=torch.int64)\n"
+        "loss = model.loss(tokens, None, tokens)\nloss.backward()\n"
+        "assert loss.dtype == torch.float32\n"
+        "assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())\n"
+        "disconnect()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_portions_that_do_not_come_out_even_are_refused(tiny_directory, tmp_path):
+    with pytest.raises(ValueError, match=r"global_batch_size \(8\) must be a multiple of train.micro_batch_size \(2\) "
+                       "times the 3 ranks"):  # fmt: skip
+        worker.local_batches(worker.Recorder(), 0, worker.section(World(), micro_batch_size=2), World(0, 3))

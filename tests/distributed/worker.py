@@ -1,0 +1,112 @@
+"""What each rank does: python -m tests.distributed.worker MODEL OUT, alone or under torchrun. OUT gets a JSON file."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from k2mini.build import training_model
+from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.distributed import connect, disconnect, local_part
+from k2mini.text.batches import Blocks
+from k2mini.text.corpus import Documents
+from k2mini.training.loop import accumulate, local_batches, train
+from k2mini.training.metrics import read_metrics
+
+STEPS = 30
+
+
+def documents(number=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 60, (number,), generator=generator).tolist()
+    return Documents([[1, *torch.randint(3, 199, (length,), generator=generator).tolist()] for length in lengths])
+
+
+class Recorder(Blocks):
+    """Blocks that note which samples were asked for."""
+
+    def __init__(self, seed=3):
+        super().__init__(documents(), 32, document_mask=True, seed=seed)
+        self.asked = set()
+
+    def batch(self, position, count):
+        self.asked |= set(range(position, position + count))
+        return super().batch(position, count)
+
+
+def section(world, *, accumulation=1, **changes):
+    values = {"lr": 1e-3, "global_batch_size": 8, "max_steps": STEPS, "warmup_steps": 3, **changes}
+    return TrainSection(**{"micro_batch_size": 8 // world.size // accumulation, **values})
+
+
+def run(path, world, out, *, dtype="float64", parallel=None, lora=None, seed=3, accumulation=1, keep=None, **changes):
+    """Losses and gradient norms of a run, and its checkpoints' folder."""
+    parallel, training = parallel or ParallelSection(), section(world, accumulation=accumulation, **changes)
+    model, _ = training_model(ModelSection(str(path), dtype), training, parallel, world, lora, seed)
+    samples = Recorder(seed)
+    train(
+        model,
+        samples,
+        out,
+        seed=seed,
+        section=training,
+        checkpoint=keep or CheckpointSection(every=10, keep_last=5),
+        identity={"data": "x"},
+        val=Blocks(documents(9, seed=1), 32, document_mask=True, seed=None),
+        world=world,
+    )
+    world.wait()
+    rows = read_metrics(out / "metrics.jsonl")
+    return [[row[key] for key in ("loss", "grad_norm", "val_loss") if key in row] for row in rows]
+
+
+def gradients(path, world, accumulation):
+    """The gradients of one global batch, whole, as one number a parameter: its norm and a fixed projection."""
+    training = section(world, accumulation=accumulation)
+    model, _ = training_model(ModelSection(str(path), "float64"), training, ParallelSection(), world)
+    batches = local_batches(Recorder(), 0, training, world)
+    (count,) = world.sum(sum(batch.num_supervised() for batch in batches))
+    accumulate(model, batches, count, world)
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        weights = torch.linspace(-1, 1, gradient.numel(), dtype=torch.float64)
+        found[name] = [gradient.norm().item(), (gradient.flatten() * weights).sum().item()]
+    return found
+
+
+def sharding(path, world):
+    """How much of the model this rank keeps."""
+    model, _ = training_model(ModelSection(str(path), "float64"), section(world), ParallelSection(), world)
+    return sum(local_part(parameter).numel() for parameter in model.parameters())
+
+
+def main(path, out):
+    torch.set_num_threads(1)
+    # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
+    world = connect(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv)
+    results = {
+        "plain": run(path, world, out / "plain"),
+        "float32": run(path, world, out / "float32", dtype="float32"),
+        "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2),
+        "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size),
+        "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0)),
+        "gradients": gradients(path, world, 1),
+        "gradients_accumulated": gradients(path, world, 8 // world.size),
+        "kept": world.gather(sharding(path, world)),
+    }
+    if world.size > 1:
+        results["zero2"] = run(path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False))
+        results["replicated"] = run(path, world, out / "replicated", parallel=ParallelSection(replicate=world.size))
+        results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", max_steps=10)
+    if world.is_first:
+        (out / f"results_{world.size}.json").write_text(json.dumps(results))
+    disconnect()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
