@@ -1,0 +1,129 @@
+"""Checkpoints that are damaged, planted, or can't be written; which are kept."""
+
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from k2mini.distributed import World
+from k2mini.files import sha256
+from k2mini.training.checkpoint import (
+    StoredModel,
+    best_checkpoint,
+    checkpoints,
+    load_checkpoint,
+    prune,
+    read_state,
+    save_checkpoint,
+)
+from k2mini.training.metadata import SafeReader
+from k2mini.training.optim import build_optimizer
+from tests.conftest import tiny_llama
+from tests.training.test_loop import section
+
+
+def stepped(seed=0):
+    model = tiny_llama(seed=seed)
+    optimizer = build_optimizer(model, section())
+    tokens = torch.randint(199, (2, 9), generator=torch.Generator().manual_seed(seed))
+    model.loss(tokens, None, tokens).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def saved(folder, step=1, **state):
+    model, optimizer = stepped()
+    return model, save_checkpoint(folder, step, model, optimizer, {"identity": {}, "tokens": 0, **state}, World())
+
+
+def test_round_trip(tmp_path):
+    model, path = saved(tmp_path, 7, val_loss=2.5)
+    other, optimizer = stepped(seed=1)
+    load_checkpoint(path, other, optimizer, World())
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert {float(state["step"]) for state in optimizer.state.values()} == {7.0}
+    stored = StoredModel(path)
+    assert set(stored) == set(model.state_dict())
+    assert torch.equal(stored["model.norm.weight"], model.model.norm.weight)
+    state = read_state(path)
+    assert (state["step"], state["val_loss"]) == (7, 2.5)
+    assert set(state["files"]) == {"__0_0.distcp", ".metadata"}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_damage_is_named(tmp_path, name):
+    _, path = saved(tmp_path)
+    model, optimizer = stepped()
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is not what was saved \(its SHA-256 differs\); resume from another"):
+        load_checkpoint(path, model, optimizer, World())
+    (path / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing"):
+        load_checkpoint(path, model, optimizer, World())
+
+
+def test_code_planted_in_the_metadata_does_not_run(tmp_path):
+    """Even where whoever planted it mended the hash."""
+    _, path = saved(tmp_path)
+    witness = tmp_path / "ran"
+
+    class Planted:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    (path / ".metadata").write_bytes(pickle.dumps(Planted()))
+    text = (path / "state.json").read_text()
+    state = read_state(path)
+    (path / "state.json").write_text(text.replace(state["files"][".metadata"], sha256(path / ".metadata")))
+    model, optimizer = stepped()
+    with pytest.raises(ValueError, match=r"\.metadata is not a checkpoint's metadata .*nothing in it was run"):
+        load_checkpoint(path, model, optimizer, World())
+    assert not witness.exists()
+    for harmful in (b"", b"x", pickle.dumps({"a": 1}), pickle.dumps(torch.ones)):
+        (path / ".metadata").write_bytes(harmful)
+        with pytest.raises(ValueError, match="is not a checkpoint's metadata"):
+            SafeReader(path).read_metadata()
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path):
+    """A real refusal of the system to write: files may not grow beyond 50 kB."""
+    _, path = saved(tmp_path)
+    before = sha256(path / "__0_0.distcp")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step_0000002 could not be saved \(.*; the checkpoints before it are unt"):
+            saved(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_0000001"]
+    assert sha256(path / "__0_0.distcp") == before
+    load_checkpoint(path, *stepped(), World())
+
+
+def test_another_model_is_refused(tmp_path):
+    _, path = saved(tmp_path)
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"belongs to another model or other trained parameters \(.*lm_head"):
+        load_checkpoint(path, model, build_optimizer(model, section()), World())
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    for step, loss in enumerate([3.0, 1.5, 2.0, None, 1.5, 1.9], start=1):
+        saved(tmp_path, step, val_loss=loss)
+    (tmp_path / ".step_0000009.tmp").mkdir()
+    assert best_checkpoint(tmp_path).name == "step_0000005"
+    prune(tmp_path, 1, keep_best=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000005", "step_0000006"]
+    assert len(list(tmp_path.iterdir())) == 2
+    prune(tmp_path, 1, keep_best=False)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000006"]
+    shutil.rmtree(tmp_path / "step_0000006")
+    assert best_checkpoint(tmp_path) is None

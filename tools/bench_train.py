@@ -1,0 +1,180 @@
+"""Training against transformers and peft, pair by pair: python tools/bench_train.py pretrain|memory (needs `[test]`).
+
+pretrain   tokens a second, and the share of this machine's own rate of matrix products that a step reaches
+memory     peak of the loss over (2,048, 32,000), and of a model with and without activation checkpointing
+
+The model has 58 M parameters (dim 512, 8 layers, vocabulary 32,000), random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from k2mini.config import ModelConfig, TrainSection
+from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.loss import token_loss
+from k2mini.text.batches import Blocks
+from k2mini.text.corpus import Documents
+from k2mini.training.loop import accumulate, clip_gradients
+from k2mini.training.optim import build_optimizer
+from k2mini.training.watch import peak_flops
+
+CONFIG = ModelConfig(
+    dim=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    intermediate_dim=1376,
+    vocab_size=32000,
+    max_seq_len=2048,
+)
+ROWS, LENGTH = 2, 512
+
+
+def pairs(ours: Callable[[], float], theirs: Callable[[], float], number: int) -> None:
+    """Print the median rates of the two, measured in turn, and the median of the pairs' ratios."""
+    ours(), theirs()  # warm up
+    rates = [(ours(), theirs()) for _ in range(number)]
+    for name, values in zip(("k2mini", "reference"), zip(*rates, strict=True), strict=True):
+        spread = f"{min(values):,.0f} to {max(values):,.0f}"
+        print(f"{name:<10} {statistics.median(values):>8,.0f} tokens/s   ({spread}, {number} runs)")
+    ratios = [a / b for a, b in rates]
+    print(f"{'ratio':<10} {statistics.median(ratios):>8.2f}            ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def pretrain(number: int, steps: int) -> None:
+    """Full training, in float32, of the same model on the same batches; the reference is transformers' Trainer."""
+    from transformers import Trainer, TrainingArguments
+
+    from k2mini.weights.formats import save_model
+
+    torch.manual_seed(0)
+    rows = torch.randint(3, CONFIG.vocab_size, (64 * ROWS, LENGTH + 1))
+    model = Llama(CONFIG)
+    init_weights(model, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model.state_dict(), CONFIG, Path(folder) / "model")
+        from transformers import LlamaForCausalLM
+
+        reference = LlamaForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    section = TrainSection(lr=1e-5, global_batch_size=ROWS, micro_batch_size=ROWS, max_steps=steps)
+    samples = Blocks(Documents(rows[:, :-1].tolist()), LENGTH, document_mask=False, seed=None)
+    optimizer = build_optimizer(model.train(), section)
+
+    def ours() -> float:
+        start = time.perf_counter()
+        for step in range(steps):
+            batch = samples.batch(step * ROWS, ROWS)
+            accumulate(model, [batch], batch.num_supervised())
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return steps * ROWS * LENGTH / (time.perf_counter() - start)
+
+    data = [{"input_ids": row, "labels": row} for row in rows[:, :LENGTH]]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=ROWS,
+            max_steps=steps,
+            learning_rate=1e-5,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1000,
+            disable_tqdm=True,
+        )
+
+        def theirs() -> float:
+            trainer = Trainer(model=reference, args=arguments, train_dataset=data)
+            start = time.perf_counter()
+            trainer.train()
+            return steps * ROWS * LENGTH / (time.perf_counter() - start)
+
+        pairs(ours, theirs, number)
+    rate = statistics.median(ours() for _ in range(3))
+    used = (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.dim) * 6 * rate
+    peak = peak_flops(torch.device("cpu"), torch.float32)
+    print(f"matrix products alone need {used / 1e9:.0f} GFLOP/s, {100 * used / peak:.0f} % of {peak / 1e9:.0f}")
+
+
+def peak_of(what: str) -> float:
+    """The peak memory, in MiB above what it was before, of something done in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def _rss() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def loss_peak(naive: bool) -> None:
+    """Forward and backward of the loss, over 2,048 positions."""
+    hidden = torch.randn(2048, CONFIG.dim, requires_grad=True)
+    weight = torch.randn(CONFIG.vocab_size, CONFIG.dim, requires_grad=True)
+    labels = torch.randint(CONFIG.vocab_size, (2048,))
+    token_loss(hidden[:2], weight, labels[:2]).backward()  # what a first call allocates, and the gradients
+    before = _rss()
+    if naive:
+        F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum").backward()
+    else:
+        token_loss(hidden, weight, labels).backward()
+    gradient = weight.numel() * 4 / 2**20  # the step's own, before it is added
+    print(_rss() - before - gradient)
+
+
+def model_peak(recompute: int) -> None:
+    """Forward and backward of the model, over two rows of 512."""
+    model = Llama(CONFIG)
+    init_weights(model, 0)
+    model.model.recompute_every = recompute
+    tokens = torch.randint(CONFIG.vocab_size, (ROWS, LENGTH))
+    model.loss(tokens[:, :2], None, tokens[:, :2]).backward()
+    before = _rss()
+    model.loss(tokens, None, tokens).backward()
+    print(_rss() - before)
+
+
+def memory() -> None:
+    """Peaks, each in a process of its own."""
+    naive, chunked = peak_of("naive-loss"), peak_of("chunked-loss")
+    print(f"loss over (2,048, 32,000): naive {naive:,.0f}, k2mini {chunked:,.0f} MiB: {naive / chunked:.1f} times less")
+    kept, recomputed = peak_of("kept"), peak_of("recomputed")
+    print(
+        f"model, 2 x 512: activations kept {kept:,.0f} MiB, checkpointed {recomputed:,.0f} MiB, {kept / recomputed:.1f}"
+    )
+
+
+def main() -> None:
+    """Run what is named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("pretrain", "memory", "naive-loss", "chunked-loss", "kept", "recomputed"))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    match options.what:
+        case "pretrain":
+            pretrain(options.pairs, options.steps)
+        case "memory":
+            memory()
+        case "naive-loss" | "chunked-loss":
+            loss_peak(options.what == "naive-loss")
+        case _:
+            model_peak(int(options.what == "recomputed"))
+
+
+if __name__ == "__main__":
+    main()
