@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
-from k2mini.distributed import World, local_part, local_rows, shard
+from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.text.tokenizer import Tokenizer
@@ -101,7 +101,14 @@ def training_model(
         for layer in model.model.layers:
             layer.compile()
     if world.size > 1 or kept != compute:
-        shard(model, model.model.layers, ("loss",), world, parallel, compute if kept != compute else None)
+        shard(
+            model,
+            model.units(),
+            ("loss",),
+            device_mesh(world, parallel),
+            compute if kept != compute else None,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )
         model.to_empty(device=world.device)
     else:
         check_memory(model.config.num_parameters(), kept, kept, world.device)

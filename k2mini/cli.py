@@ -88,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
         verb.set_defaults(run=name)
 
+    verb = verbs.add_parser("plan", parents=[quiet], help="memory, communication and length of a run, before it is run")
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    verb.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
+    verb.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
+    verb.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    verb.set_defaults(run="plan")
+
     verb = verbs.add_parser("export", parents=[quiet], help="a checkpoint as a Hugging Face directory")
     verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
     verb.add_argument("--out", required=True, type=Path, metavar="DIR")

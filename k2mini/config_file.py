@@ -23,14 +23,7 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     Raises ValueError with every error found, a line each: unknown keys (and the nearest right one), missing ones,
     values of the wrong type or out of range.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no configuration file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold sections ({', '.join(f.name for f in fields(kind))})")
+    raw = _read(path)
     errors: list[str] = []
     for override in overrides:
         _override(raw, override, errors)
@@ -39,6 +32,26 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         raise ValueError(f"{path}: " + "; ".join(errors))
     assert isinstance(config, kind)
     return config
+
+
+def config_kind(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
+    """What a file configures: instruction tuning where it has a section `lora` or `data.template`."""
+    raw = _read(path)
+    data = raw.get("data")
+    instructions = isinstance(data, dict) and ("template" in data or "max_seq_len" in data)
+    return FinetuneConfig if "lora" in raw or instructions else PretrainConfig
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no configuration file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold sections such as run, model, data and train")
+    return raw
 
 
 def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:

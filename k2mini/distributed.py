@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -96,7 +97,8 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _mesh(world: World, section: ParallelSection) -> DeviceMesh:
+def device_mesh(world: World, section: ParallelSection) -> DeviceMesh:
+    """The ranks in a row, or, where the model is replicated, in rows of which each holds one model."""
     if section.replicate == 1:
         return init_device_mesh(world.device.type, (world.size,))
     shape = (section.replicate, world.size // section.replicate)
@@ -105,25 +107,27 @@ def _mesh(world: World, section: ParallelSection) -> DeviceMesh:
 
 def shard(
     model: nn.Module,
-    blocks: nn.ModuleList,
+    units: Iterable[nn.Module],
     forward_methods: tuple[str, ...],
-    world: World,
-    section: ParallelSection,
+    mesh: DeviceMesh,
     compute: torch.dtype | None,
+    *,
+    reshard_after_forward: bool,
 ) -> None:
-    """Spread parameters, gradients and optimiser state over the ranks: every block a unit, the rest another.
+    """Spread parameters, gradients and optimiser state over the ranks: unit by unit, and what is left as another.
 
     ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054), or ZeRO-2, or either within replicas (hybrid sharding).
 
     Args:
+        units: modules that are gathered when they are called, and let go of after.
         forward_methods: of the model, which run it as its `forward` does.
         compute: gather parameters in this dtype (gradients are reduced in float32); None: as they are kept.
+        reshard_after_forward: True: ZeRO-3, gather again for the backward pass; False: ZeRO-2, keep.
     """
-    mesh = _mesh(world, section)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=None if compute is None else torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=section.reshard_after_forward)
-    # The root's own (embedding, norm, head) are used at both ends of a pass and stay gathered in between.
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # What is left is needed until the end of the forward pass, and again at the beginning of the backward pass.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in forward_methods:
         register_fsdp_forward_method(model, name)

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from k2mini.build import load_model
 from k2mini.config import FinetuneConfig, PretrainConfig
-from k2mini.config_file import load_config
+from k2mini.config_file import config_kind, load_config
 from k2mini.demo import pipeline
 from k2mini.demo.report import answer_table, stage_table
 from k2mini.demo.sources import with_demo_files
@@ -29,6 +30,9 @@ from k2mini.text.prepare import describe, prepare
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.training import metrics, run
+from k2mini.training.plan import BUDGET as PLAN_BUDGET
+from k2mini.training.plan import describe as describe_plan
+from k2mini.training.plan import parse_memory, plan_run, readable, smallest_change
 from k2mini.training.plot import plot_losses
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
@@ -191,6 +195,30 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     common = [f"run.seed={options.seed}"] if options.seed is not None else []
     common += [f"model.dtype={options.dtype}"] if options.dtype is not None else []
     return common + options.overrides
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """What a run would take."""
+    memory = parse_memory(options.gpu_memory)
+    config: PretrainConfig | FinetuneConfig
+    if config_kind(options.config) is PretrainConfig:
+        config = load_config(PretrainConfig, options.config, options.overrides)
+    else:
+        config = load_config(FinetuneConfig, options.config, options.overrides)
+    config = with_demo_files(config)
+    found = plan_run(config, options.world_size)
+    fits = found.peak <= PLAN_BUDGET * memory
+    change = None if fits else smallest_change(config, options.world_size, memory, PLAN_BUDGET)
+    if options.json:
+        print(json.dumps({**asdict(found), "fits": fits, "change": change}))
+        return
+    print(describe_plan(found, options.world_size))
+    share = f"{100 * PLAN_BUDGET:.0f} % of {options.gpu_memory}"
+    size = readable(found.peak)
+    if fits:
+        print(f"it fits: {size} are within {share}")
+    else:
+        print(f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}")
 
 
 def run_export(options: argparse.Namespace) -> None:

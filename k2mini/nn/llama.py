@@ -190,6 +190,10 @@ class Llama(nn.Module):
         """
         return token_loss(self.model(tokens, positions), self.head_weight, labels)
 
+    def units(self) -> list[nn.Module]:
+        """The parts whose weights are needed only while they are called: all but the last norm and the head."""
+        return [*self.model.layers, *([] if self.lm_head is None else [self.model.embed_tokens])]
+
     @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection's weight. (V, D)."""

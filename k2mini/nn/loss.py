@@ -30,13 +30,18 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     supervised = labels != IGNORE
     hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss = _ProjectedLoss.apply(hidden, weight, labels)
-        assert isinstance(loss, Tensor)
-        return loss
+        return projected_loss(hidden, weight, labels)
     total = hidden.new_zeros((), dtype=_precise(hidden))
     for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
         total += F.cross_entropy(F.linear(rows, weight).to(total.dtype), targets, reduction="sum")
     return total
+
+
+def projected_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`token_loss` with gradients, where every position is supervised: hidden (N, D), weight (V, D), labels (N)."""
+    loss = _ProjectedLoss.apply(hidden, weight, labels)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -1,0 +1,80 @@
+"""How many bytes of tensors are alive, on fake tensors as well as on real ones."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from k2mini.distributed import local_part
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, as operations make them and references to them go.
+
+    FSDP lets go of gathered weights by resizing their storage to nothing, so that is watched as well.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self._model = model
+        self._sizes: dict[int, int] = {}
+        self._now = self.peak = 0
+        self._broken_down = self._gradients = 0
+        weights = [local_part(parameter) for parameter in model.parameters()]
+        moments = [local_part(v) for state in optimizer.state.values() for v in state.values() if v.ndim]
+        self._given = {"parameters": _bytes(weights), "optimiser": _bytes(moments)}
+        for tensor in (*weights, *moments):
+            self._see(tensor)
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, out)
+        return out
+
+    def __enter__(self) -> Alive:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._count(storage, size)
+            return result
+
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            weakref.finalize(storage, self._forget, storage._cdata)
+            self._count(storage, storage.nbytes())
+
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        self._now += size - self._sizes.get(storage._cdata, 0)
+        self._sizes[storage._cdata] = size
+        self.peak = max(self.peak, self._now)
+        if self._now > 1.01 * self._broken_down:  # looking at every byte would take long
+            self._broken_down = self._now
+            self._gradients = _bytes([local_part(p.grad) for p in self._model.parameters() if p.grad is not None])
+
+    def kinds(self) -> dict[str, int]:
+        """What the peak consists of; gradients as they were within a hundredth of it."""
+        rest = self.peak - self._gradients - sum(self._given.values())
+        return {**self._given, "gradients": self._gradients, "activations and gathered weights": rest}
+
+    def _forget(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -1,0 +1,285 @@
+"""`k2mini plan`: what a run will take, before anyone rents a cluster. Nothing is allocated and nothing is sent.
+
+One step of the real model runs on fake tensors, as rank 0 of a fake process group, while every storage that would be
+alive is counted. What the count leaves out: the memory of the process and of the device's libraries, fragmentation,
+and communication buffers; leave a tenth of the device free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+
+from k2mini.build import DTYPES
+from k2mini.config import PRESETS, FinetuneConfig, ModelConfig, PretrainConfig
+from k2mini.distributed import World, device_mesh, shard
+from k2mini.nn.llama import Llama
+from k2mini.nn.lora import attach
+from k2mini.nn.loss import projected_loss
+from k2mini.text.corpus import is_prepared, read_manifest
+from k2mini.training.alive import Alive
+from k2mini.training.loop import rank_share
+from k2mini.training.optim import build_optimizer
+from k2mini.weights.formats import model_directory
+from k2mini.weights.hf_config import read_model_config
+
+Config = PretrainConfig | FinetuneConfig
+
+BUDGET = 0.9  # of a device's memory; the rest is for what the count leaves out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank takes, in bytes, and how long the run is.
+
+    Attributes:
+        peak: the most memory of tensors within a step; `kinds` is what it consists of at that moment.
+        received: bytes that a rank receives from others in a step.
+        checkpoint: bytes on disk of each checkpoint, over all ranks.
+        epoch_tokens, epoch_steps: None where the data is not prepared yet.
+    """
+
+    parameters: int
+    trained: int
+    peak: int
+    kinds: dict[str, int]
+    received: int
+    checkpoint: int
+    step_tokens: int
+    epoch_tokens: int | None
+    epoch_steps: int | None
+
+
+class _Planned(Llama):
+    """A Llama whose loss takes every position for supervised: what is supervised is not known of fake tokens."""
+
+    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+        hidden = self.model(tokens, positions).flatten(0, 1)
+        return projected_loss(hidden, self.head_weight, labels.flatten())
+
+
+def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
+    """Plan a run on so many ranks.
+
+    Args:
+        exact: False: run models of 4 and of 8 blocks, and go on from there in a straight line, in seconds.
+
+    Raises ValueError where the configuration does not fit the number of ranks, or names no model.
+    """
+    if world_size < 1:
+        raise ValueError(f"--world-size must be at least 1, not {world_size}")
+    rank_share(config.train, world_size)
+    shape = planned_shape(config.model.path)
+    with _ranks(config, world_size) as mesh:
+        if exact or shape.num_layers <= 8:
+            peak, parameters, trained, kinds = _track(config, shape, mesh)
+        else:
+            fewer, more = (_track(config, replace(shape, num_layers=number), mesh) for number in (4, 8))
+            blocks = (shape.num_layers - 8) / 4
+            pairs = zip(fewer[:3], more[:3], strict=True)
+            peak, parameters, trained = (int(b + (b - a) * blocks) for a, b in pairs)
+            kinds = {}
+    epoch_tokens = epoch_steps = None
+    row = config.data.seq_len if isinstance(config, PretrainConfig) else config.data.max_seq_len
+    if isinstance(config, PretrainConfig) and is_prepared(Path(config.data.path)):
+        epoch_tokens = read_manifest(Path(config.data.path))["splits"]["train"]["tokens"]
+        epoch_steps = math.ceil((epoch_tokens - 1) // row / config.train.global_batch_size)
+    return Plan(
+        parameters=parameters,
+        trained=trained,
+        peak=peak,
+        kinds=kinds,
+        received=_received(config, world_size, parameters, trained),
+        # Weights and AdamW's two moments, in float32 or float64.
+        checkpoint=3 * trained * _kept(config).itemsize,
+        step_tokens=config.train.global_batch_size * row,
+        epoch_tokens=epoch_tokens,
+        epoch_steps=epoch_steps,
+    )
+
+
+def planned_shape(path: str) -> ModelConfig:
+    """The shape of the model at a path or, where there is none, of the preset of its name (`llama-7b`)."""
+    name = Path(path).name
+    if not Path(path).exists() and name in PRESETS:
+        return PRESETS[name]
+    return read_model_config(model_directory(path))
+
+
+def _kept(config: Config) -> torch.dtype:
+    """The dtype in which what trains is kept."""
+    return torch.promote_types(DTYPES[config.model.dtype], torch.float32)
+
+
+@contextmanager
+def _ranks(config: Config, world_size: int) -> Iterator[DeviceMesh | None]:
+    """A process group whose other ranks do not exist; None where a run alone has none."""
+    alone = world_size == 1 and not (isinstance(config, PretrainConfig) and config.model.dtype == "bfloat16")
+    if alone:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if world_size % config.parallel.replicate:
+        raise ValueError(f"parallel.replicate ({config.parallel.replicate}) does not divide the {world_size} ranks")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield device_mesh(World(0, world_size), config.parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple[int, int, int, dict[str, int]]:
+    """The peak of a step, the number of parameters and of those that train, and what the peak consists of."""
+    compute, kept = DTYPES[config.model.dtype], _kept(config)
+    lora = config.lora if isinstance(config, FinetuneConfig) else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _of_dtype(shape, kept if lora is None else compute)
+        if lora is not None:
+            attach(model, lora)
+        model.model.recompute_every = config.train.activation_checkpointing
+        counts = [p.numel() for p in model.parameters()], [p.numel() for p in model.parameters() if p.requires_grad]
+        if mesh is not None:
+            cast = compute if lora is None and compute != kept else None
+            again = config.parallel.reshard_after_forward
+            shard(model, model.units(), ("loss",), mesh, cast, reshard_after_forward=again)
+        optimizer = build_optimizer(model, config.train)
+        batch = _fake_batch(config)
+
+        def step() -> None:
+            model.loss(*batch).backward()
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        model.train()
+        step()  # the first step makes the optimiser's state; the tracker is to see it as given
+        with Alive(model, optimizer) as alive:
+            step()
+    return alive.peak, sum(counts[0]), sum(counts[1]), alive.kinds()
+
+
+def _of_dtype(shape: ModelConfig, dtype: torch.dtype) -> _Planned:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # fake parameters can't be cast afterwards
+    try:
+        return _Planned(shape)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fake_batch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
+    rows = config.train.micro_batch_size
+    data: Any = config.data
+    length = data.seq_len if isinstance(config, PretrainConfig) else data.max_seq_len
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    masked = not isinstance(config, PretrainConfig) or data.document_mask
+    return tokens, torch.zeros_like(tokens) if masked else None, torch.zeros_like(tokens)
+
+
+def _received(config: Config, world_size: int, parameters: int, trained: int) -> int:
+    """Bytes a step that a rank receives: parameters gathered (again for the backward pass), gradients reduced.
+
+    Each micro-batch gathers and reduces anew. Rings: (n - 1) / n of what is gathered or reduced; twice that for the
+    all-reduce between replicas.
+    """
+    micro_steps = rank_share(config.train, world_size) // config.train.micro_batch_size
+    group = world_size // config.parallel.replicate
+    full = isinstance(config, PretrainConfig)
+    gathered = parameters * DTYPES[config.model.dtype].itemsize * (1 + config.parallel.reshard_after_forward)
+    reduced = trained * (4 if full else _kept(config).itemsize)
+    between = 2 * (config.parallel.replicate - 1) / config.parallel.replicate * reduced / group
+    return int(micro_steps * ((gathered + reduced) * (group - 1) / group + between))
+
+
+def describe(plan: Plan, world_size: int) -> str:
+    """A plan for people to read."""
+    kinds = ", ".join(f"{name} {readable(size)}" for name, size in plan.kinds.items())
+    lines = [
+        f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {world_size} ranks",
+        f"peak memory     {readable(plan.peak)} a rank ({kinds})",
+        f"communication   {readable(plan.received)} received a rank and step",
+        f"checkpoint      {readable(plan.checkpoint)} on disk",
+        f"a step          {plan.step_tokens:,} tokens",
+    ]
+    if plan.epoch_steps is not None:
+        lines.append(f"an epoch        {plan.epoch_tokens:,} tokens, {plan.epoch_steps:,} steps")
+    return "\n".join(lines)
+
+
+def smallest_change(config: Config, world_size: int, memory: int, budget: float) -> str | None:
+    """The first of a few changes, the cheapest first, with which the run would fit; None where none of them helps.
+
+    Args:
+        memory: bytes of each device.
+        budget: how much of it tensors may take.
+    """
+    for overrides, ranks in _changes(config, world_size):
+        changed = replace(
+            config,
+            train=replace(config.train, **{k: v for k, v in overrides.items() if hasattr(config.train, k)}),
+            parallel=replace(config.parallel, **{k: v for k, v in overrides.items() if hasattr(config.parallel, k)}),
+            model=replace(config.model, **{k: v for k, v in overrides.items() if hasattr(config.model, k)}),
+        )
+        try:
+            found = plan_run(changed, ranks, exact=False)
+        except ValueError:
+            continue
+        if found.peak <= budget * memory:
+            named = [f"{_section(config, key)}.{key}={str(value).lower()}" for key, value in overrides.items()]
+            named += [f"--world-size {ranks}"] * (ranks != world_size)
+            return f"{' '.join(named)} ({readable(found.peak)})"
+    return None
+
+
+def _section(config: Config, key: str) -> str:
+    return next(name for name in ("train", "parallel", "model") if hasattr(getattr(config, name), key))
+
+
+def _changes(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """What to try: settings first, each together with those before it; then more ranks, without and with them."""
+    overrides: dict[str, Any] = {}
+    if not config.parallel.reshard_after_forward:
+        overrides |= {"reshard_after_forward": True}
+        yield dict(overrides), world_size
+    if config.train.activation_checkpointing != 1:
+        overrides |= {"activation_checkpointing": 1}
+        yield dict(overrides), world_size
+    if config.train.micro_batch_size > 1:
+        overrides |= {"micro_batch_size": 1}
+        yield dict(overrides), world_size
+    if config.model.dtype != "bfloat16":
+        overrides |= {"dtype": "bfloat16"}
+        yield dict(overrides), world_size
+    for factor in (2, 4, 8, 16):
+        yield {}, world_size * factor
+        yield dict(overrides), world_size * factor
+
+
+def readable(size: int) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def parse_memory(text: str) -> int:
+    """'40GiB' -> bytes. Raises ValueError where it is not a number with GiB, MiB, GB or MB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("GB", 10**9), ("MB", 10**6)):
+        if text.lower().endswith(unit.lower()):
+            try:
+                size = float(text[: -len(unit)])
+            except ValueError:
+                break
+            if size > 0:
+                return int(size * factor)
+    raise ValueError(f"--gpu-memory must be a size such as 40GiB, not {text!r}")

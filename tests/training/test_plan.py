@@ -1,0 +1,130 @@
+"""Plans against closed forms; against real ranks it is tools/bench_plan.py's business."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from k2mini.config import (
+    CorpusSection,
+    FinetuneConfig,
+    InstructionSection,
+    LoraSection,
+    ModelSection,
+    ParallelSection,
+    PretrainConfig,
+    RunSection,
+    TrainSection,
+)
+from k2mini.training.plan import parse_memory, plan_run, smallest_change
+from k2mini.weights.formats import save_model
+from tests.conftest import tiny_config, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """9 blocks, so that a straight line through 4 and 8 has something to foretell."""
+    folder = tmp_path_factory.mktemp("plan") / "model"
+    config = tiny_config(num_layers=9, dim=128, intermediate_dim=344, head_dim=32, vocab_size=2000)
+    save_model(tiny_llama(config).state_dict(), config, folder)
+    return folder
+
+
+def pretraining(directory, **train):
+    settings = {"lr": 1e-3, "max_steps": 1, "global_batch_size": 16, "micro_batch_size": 4, **train}
+    return PretrainConfig(
+        RunSection("x"),
+        ModelSection(str(directory)),
+        CorpusSection("x", seq_len=128, document_mask=False),
+        TrainSection(**settings),
+    )
+
+
+def test_what_is_given_is_counted_exactly(directory):
+    config = pretraining(directory)
+    one, four = plan_run(config, 1), plan_run(config, 4)
+    parameters = tiny_config(num_layers=9, dim=128, intermediate_dim=344, head_dim=32, vocab_size=2000).num_parameters()
+    assert one.parameters == one.trained == parameters
+    assert one.kinds["parameters"] == 4 * parameters
+    assert one.kinds["optimiser"] == 8 * parameters
+    assert four.kinds["parameters"] == parameters
+    assert one.checkpoint == four.checkpoint == 12 * parameters
+    assert one.received == 0
+    # Four ranks, one micro-batch: gathered twice, reduced once, three quarters of it from others.
+    assert four.received == int(3 * 4 * parameters * 3 / 4)
+    assert sum(one.kinds.values()) == one.peak
+    assert one.step_tokens == 16 * 128
+
+
+def test_what_saves_memory_saves_it(directory):
+    config = pretraining(directory)
+    kept, recomputed = plan_run(config, 1), plan_run(pretraining(directory, activation_checkpointing=1), 1)
+    assert recomputed.peak < 0.9 * kept.peak
+    assert plan_run(config, 4).peak < kept.peak
+    bf16 = replace(config, model=replace(config.model, dtype="bfloat16"))
+    assert plan_run(bf16, 2).peak < plan_run(config, 2).peak
+    zero2 = replace(config, parallel=ParallelSection(reshard_after_forward=False))
+    assert plan_run(zero2, 4).peak > plan_run(config, 4).peak
+    assert plan_run(zero2, 4).received < plan_run(config, 4).received
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_straight_line_foretells_more_blocks(directory, ranks):
+    config = pretraining(directory)
+    assert plan_run(config, ranks, exact=False).peak == pytest.approx(plan_run(config, ranks).peak, rel=0.02)
+
+
+def test_lora(directory):
+    config = FinetuneConfig(
+        RunSection("x"),
+        ModelSection(str(directory)),
+        InstructionSection("x", max_seq_len=128),
+        TrainSection(lr=1e-3, max_steps=1, global_batch_size=16, micro_batch_size=4),
+        LoraSection(rank=4),
+    )
+    found = plan_run(config, 1)
+    assert found.trained == 9 * 3 * 2 * 4 * 128
+    assert found.kinds["optimiser"] == 8 * found.trained
+    assert found.peak < plan_run(pretraining(directory), 1).peak
+
+
+def test_the_smallest_change_that_fits(directory):
+    config = pretraining(directory)
+    recomputed = plan_run(pretraining(directory, activation_checkpointing=1), 1).peak
+    assert smallest_change(config, 1, int(recomputed / 0.9) + 1000, 0.9).startswith(
+        "train.activation_checkpointing=1 ("
+    )
+
+
+def test_from_the_command_line():
+    def run(*arguments):
+        command = [sys.executable, "-m", "k2mini", "plan", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("configs/tiny_pretrain.yaml", "--world-size", "2", "--gpu-memory", "1GiB", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"]
+    done = run("configs/tiny_pretrain.yaml", "--world-size", "2", "--gpu-memory", "20MiB")
+    assert "it does not fit" in done.stdout
+    assert "the smallest change that fits: train.activation_checkpointing=1" in done.stdout
+    done = run("configs/tiny_pretrain.yaml", "--world-size", "3", "--gpu-memory", "1GiB")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "times the 3 ranks" in done.stderr
+
+
+def test_no_ranks(directory):
+    with pytest.raises(ValueError, match="--world-size must be at least 1"):
+        plan_run(pretraining(directory), 0)
+
+
+def test_sizes():
+    assert parse_memory("40GiB") == 40 * 2**30
+    assert parse_memory("1.5gb") == 1_500_000_000
+    for text in ("40", "GiB", "-1GiB", "40TB"):
+        with pytest.raises(ValueError, match="must be a size such as 40GiB"):
+            parse_memory(text)

@@ -1,0 +1,142 @@
+"""`k2mini plan` against what real ranks use on a CPU: python tools/bench_plan.py [CASE …] (four minutes).
+
+Each case runs three steps of a 118 M model (dim 768, 12 layers, vocabulary 32,000) in processes of its own; measured is
+the growth of the resident memory over what a process has before the model is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2mini.build import training_model
+from k2mini.config import FinetuneConfig, LoraSection, ModelConfig, PretrainConfig
+from k2mini.config_file import config_kind, load_config
+from k2mini.distributed import connect, disconnect
+from k2mini.nn.llama import Llama, init_weights
+from k2mini.text.batches import Batch
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.training.loop import accumulate, clip_gradients
+from k2mini.training.optim import build_optimizer
+from k2mini.training.plan import plan_run
+from k2mini.weights.formats import save_model
+
+SHAPE = ModelConfig(
+    dim=768,
+    num_layers=12,
+    num_heads=12,
+    num_kv_heads=12,
+    head_dim=64,
+    intermediate_dim=2048,
+    vocab_size=32000,
+    max_seq_len=2048,
+)
+PRETRAIN = "data: {path: x, seq_len: 512, document_mask: false}"
+FINETUNE = "data: {path: x, max_seq_len: 512}\nlora: {rank: 8}"
+# name: (ranks, data section, more of the train section)
+CASES: dict[str, tuple[int, str, str]] = {
+    "1 rank, full training": (1, PRETRAIN, ""),
+    "2 ranks, full training": (2, PRETRAIN, ""),
+    "2 ranks, checkpointing": (2, PRETRAIN, ", activation_checkpointing: 1"),
+    "1 rank, LoRA": (1, FINETUNE, ""),
+    "2 ranks, LoRA, checkpointing": (2, FINETUNE, ", activation_checkpointing: 1"),
+}
+
+
+def read(path: Path) -> PretrainConfig | FinetuneConfig:
+    """A configuration of either kind."""
+    return (
+        load_config(PretrainConfig, path) if config_kind(path) is PretrainConfig else load_config(FinetuneConfig, path)
+    )
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(path: Path) -> None:
+    """What a rank does: three steps; the largest growth of any rank goes to the standard output of the first."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # large blocks are given back at once, as a GPU's allocator would
+    config = read(path)
+    world = connect(torch.device("cpu"), config.parallel)
+    lora: LoraSection | None = config.lora if isinstance(config, FinetuneConfig) else None
+    before = resident()
+    model, _ = training_model(config.model, config.train, config.parallel, world, lora)
+    optimizer = build_optimizer(model.train(), config.train)
+    rows = config.train.micro_batch_size
+    tokens = torch.randint(3, SHAPE.vocab_size, (rows, 513))
+    positions = None if lora is None else torch.arange(512).repeat(rows, 1)
+    batch = Batch(tokens[:, :-1], positions, tokens[:, 1:])
+    for _ in range(3):
+        accumulate(model, [batch], batch.num_supervised() * world.size, world)
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    largest = max(world.gather(peak))
+    if world.is_first:
+        print(json.dumps({"peak": largest}))
+    disconnect()
+
+
+def launch(path: Path, ranks: int) -> Any:
+    """Measure in processes of their own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, __file__, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)["peak"]
+
+
+def main() -> None:
+    """Predict, measure, compare."""
+    if len(sys.argv) > 1 and Path(sys.argv[1]).is_file():
+        measure(Path(sys.argv[1]))
+        return
+    from k2mini.demo.pipeline import BASE
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = Llama(SHAPE)
+        init_weights(model, 0)
+        save_model(model.state_dict(), SHAPE, folder / "model")
+        del model
+        stand_in(folder / "model", Tokenizer(BASE / "tokenizer.model"))
+        for case, (ranks, data, train) in CASES.items():
+            if not case.startswith(tuple(sys.argv[1:]) or ""):
+                continue
+            path = folder / "case.yaml"
+            settings = f"lr: 1.0e-4, max_steps: 3, global_batch_size: {2 * ranks}, micro_batch_size: 2{train}"
+            path.write_text(f"run: {{dir: x}}\nmodel: {{path: {folder}/model}}\n{data}\ntrain: {{{settings}}}\n")
+            predicted, measured = plan_run(read(path), ranks).peak / 2**20, launch(path, ranks) / 2**20
+            off = 100 * (predicted / measured - 1)
+            print(
+                f"{case:<30} predicted {predicted:>6,.0f} MiB   measured {measured:>6,.0f} MiB   {off:+.1f} %",
+                flush=True,
+            )
+
+
+def stand_in(directory: Path, tokenizer: Tokenizer) -> None:
+    """Any tokenizer of the right size will do: no text is read."""
+    import sentencepiece.sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.ParseFromString(tokenizer.path.read_bytes())
+    for number in range(SHAPE.vocab_size - len(model.pieces)):
+        model.pieces.add(piece=f"<x{number}>", score=0.0, type=4)
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+if __name__ == "__main__":
+    main()
