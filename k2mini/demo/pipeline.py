@@ -48,7 +48,7 @@ ASKINGS = {
     "text": Asking("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
     "letter": Asking("letter", TEMPLATE, ANSWER),
 }
-NUM_ANSWERS = 6
+NUM_ANSWERS = 3
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     stages = [Stage("base", base)]
     _judge(out, stages[-1])
 
-    steps.begin("further pretraining: all parameters, on the corpus", 60)
+    steps.begin("further pretraining: all parameters, on the corpus", 45)
     tuned = pretrain(_write(out, "pretrain", _pretrain_config(out, seed, scale)))
     stages.append(Stage("pretrain", tuned))
     _judge(out, stages[-1])
@@ -109,7 +109,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     stages.append(Stage("stage1", tuned, first))
     _judge(out, stages[-1])
 
-    steps.begin("instruction tuning, stage two: expert instructions, from stage one's adapter", 30)
+    steps.begin("instruction tuning, stage two: expert instructions, from stage one's adapter", 20)
     config = _finetune_config(out, "stage2", tuned, "expert", seed, scale.stage2_steps, init=first)
     second = finetune(_write(out, "stage2", config))
     stages.append(Stage("stage2", tuned, second))
@@ -123,10 +123,10 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
         steps.begin("control, stage one: the same, without further pretraining", 10)
         name = "control_stage1"
         first = finetune(_write(out, name, _finetune_config(out, name, base, "general", seed, scale.stage1_steps)))
-        steps.begin("control, stage two", 30)
+        steps.begin("control, stage two", 15)
         config = _finetune_config(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
         second = finetune(_write(out, "control", config))
-        steps.begin("control: judged", 8)
+        steps.begin("control: judged", 5)
         stages.append(Stage("control", base, second))
         _judge(out, stages[-1])
 

@@ -77,4 +77,5 @@ class Alive(TorchDispatchMode):
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    storages = {storage._cdata: storage.nbytes() for tensor in tensors for storage in [tensor.untyped_storage()]}
+    return sum(storages.values())  # FSDP's gradients of one unit are views of one storage
