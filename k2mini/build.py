@@ -1,9 +1,10 @@
-"""From a directory to a model: the one place that knows the order (meta, LoRA, shard, load)."""
+"""From a directory to a model: the one place that knows the order (meta, quantise, LoRA, shard, load)."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSectio
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
+from k2mini.nn.quant import quantize_blocks, quantize_rows
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.adapter import load_adapter, read_adapter_config
+from k2mini.weights.adapter import check_base, load_adapter, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
 from k2mini.weights.hf_config import read_model_config, report_special_tokens
 
@@ -39,6 +41,7 @@ def load_model(
     adapter: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Load a Hugging Face LLaMA directory, in evaluation mode.
 
@@ -49,6 +52,7 @@ def load_model(
         directory: config.json, weights and, if there is one, tokenizer.model.
         adapter: a LoRA adapter's directory (PEFT's format), put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
+        quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py); each is quantised as it is read.
 
     Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
 
@@ -60,10 +64,12 @@ def load_model(
     model, reader, tokenizer = _open(model_directory(directory))
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
-    if dtype != stored or device.type != "cpu":
+    if quantize is None and (dtype != stored or device.type != "cpu"):
         check_memory(model.config.num_parameters(), dtype, stored, device)
     model.to(dtype)
+    _quantize(model, quantize)
     if adapter is not None:
+        check_base(Path(adapter), reader)
         section = read_adapter_config(Path(adapter))
         attach(model, section)
     _materialise(model, reader, device)
@@ -94,7 +100,10 @@ def training_model(
     compute = DTYPES[section.dtype]
     kept = torch.promote_types(compute, torch.float32) if lora is None else compute
     model.to(kept)
+    _quantize(model, section.quantize)
     if lora is not None:
+        if lora.init_adapter is not None:
+            check_base(Path(lora.init_adapter), reader)
         attach(model, lora)
     model.model.recompute_every = train.activation_checkpointing
     if train.compile:
@@ -110,12 +119,31 @@ def training_model(
             reshard_after_forward=parallel.reshard_after_forward,
         )
         model.to_empty(device=world.device)
-    else:
+    elif section.quantize is None:
         check_memory(model.config.num_parameters(), kept, kept, world.device)
     _materialise(model, reader, world.device)
     if lora is not None:
         init_adapters(model, seed)
     return model, tokenizer
+
+
+def _quantize(model: Llama, how: str | None) -> None:
+    if how not in (None, "int8"):
+        raise ValueError(f"quantize must be int8 or nothing, not {how!r}")
+    if how is not None:
+        quantize_blocks(model.model.layers)
+
+
+def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.device) -> None:
+    """Read a matrix, or the rows of it that this rank keeps, and keep it in int8 with its scales."""
+    module: Any = model.get_submodule(name.removesuffix(".weight"))
+    weight, scale = quantize_rows(reader.rows(name, *local_rows(module.weight)).to(device))
+    for attribute, values in (("weight", weight), ("scale", scale)):
+        parameter = getattr(module, attribute)
+        if isinstance(parameter, DTensor):
+            local_part(parameter).copy_(values)
+        else:
+            setattr(module, attribute, nn.Parameter(values, requires_grad=False))
 
 
 def needs_process_group(section: ModelSection, lora: LoraSection | None) -> bool:
@@ -139,9 +167,15 @@ def _open(path: Path) -> tuple[Llama, CheckpointReader, Tokenizer | None]:
 def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -> None:
     """Give every parameter its stored values, in the dtype that it has; adapters get storage without values.
 
-    A parameter whose dtype and device are already right stays memory-mapped; a sharded one is read by its rows.
+    A parameter whose dtype and device are already right stays memory-mapped; a sharded one is read by its rows; what is
+    kept in int8 is quantised matrix by matrix.
     """
     for name, parameter in list(model.named_parameters()):
+        if parameter.dtype == torch.int8:
+            _fill_int8(model, name, reader, device)
+            continue
+        if name.endswith(".scale"):  # filled with its weight
+            continue
         if isinstance(parameter, DTensor):
             if name in reader.files:
                 with torch.no_grad():

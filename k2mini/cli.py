@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
     model.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
+    model.add_argument("--quantize", choices=("int8",), help="keep the blocks' matrices in int8 (default: no)")
 
     sampling = argparse.ArgumentParser(add_help=False)
     sampling.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
@@ -87,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
         verb.set_defaults(run=name)
+
+    verb = verbs.add_parser("preview", parents=[quiet], help="what a run would be fed, token by token")
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    verb.add_argument("--number", type=int, default=2, metavar="N", help="samples (default: 2)")
+    verb.set_defaults(run="preview")
 
     verb = verbs.add_parser("plan", parents=[quiet], help="memory, communication and length of a run, before it is run")
     verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")

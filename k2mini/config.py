@@ -129,6 +129,7 @@ class ModelSection:
 
     path: str
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    quantize: Literal["int8"] | None = None  # the frozen base of LoRA in int8
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,18 @@ class InstructionSection:
 
     path: str
     val_path: str | None = None
+    val_size: int = 0  # records of `path`, drawn by run.seed, that are set aside to validate
     template: str = "alpaca"
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
     train_on_inputs: bool = False  # True: K2's choice, the prompt is supervised too
+    packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "data", "max_seq_len")
+        if self.val_size < 0:
+            raise ValueError(f"data.val_size must not be negative, it is {self.val_size}")
+        if self.val_size and self.val_path is not None:
+            raise ValueError("set data.val_size or data.val_path, not both")
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,7 @@ class LoraSection:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
+    rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
     init_adapter: str | None = None  # start from this adapter's weights, with a fresh optimiser and schedule
 
@@ -172,6 +183,11 @@ class LoraSection:
             raise ValueError(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty, so nothing would be trained")
+
+    @property
+    def scaling(self) -> float:
+        """What the adapter's output is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -254,6 +270,10 @@ class PretrainConfig:
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+
+    def __post_init__(self) -> None:
+        if self.model.quantize is not None:
+            raise ValueError("model.quantize is for LoRA's frozen base; further pretraining trains all weights")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
 
 def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
     """`value` as a `kind`: str, int, float, bool, Literal, list[str], or one of these or None."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    options = typing.get_args(kind) if union else (kind,)
     if value is None and type(None) in options:
         return None
     (plain,) = [option for option in options if option is not type(None)]

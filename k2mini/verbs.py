@@ -34,6 +34,7 @@ from k2mini.training.plan import BUDGET as PLAN_BUDGET
 from k2mini.training.plan import describe as describe_plan
 from k2mini.training.plan import parse_memory, plan_run, readable, smallest_change
 from k2mini.training.plot import plot_losses
+from k2mini.training.preview import preview
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
 from k2mini.weights.formats import model_directory
@@ -62,7 +63,7 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    model, tokenizer = load_model(options.model, options.adapter, options.dtype, _device(options))
+    model, tokenizer = load_model(options.model, options.adapter, options.dtype, _device(options), options.quantize)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -197,15 +198,22 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return common + options.overrides
 
 
+def _either_config(options: argparse.Namespace) -> PretrainConfig | FinetuneConfig:
+    if config_kind(options.config) is PretrainConfig:
+        return with_demo_files(load_config(PretrainConfig, options.config, options.overrides))
+    return with_demo_files(load_config(FinetuneConfig, options.config, options.overrides))
+
+
+def run_preview(options: argparse.Namespace) -> None:
+    """What a run would be fed."""
+    for line in preview(_either_config(options), options.number):
+        print(line)
+
+
 def run_plan(options: argparse.Namespace) -> None:
     """What a run would take."""
     memory = parse_memory(options.gpu_memory)
-    config: PretrainConfig | FinetuneConfig
-    if config_kind(options.config) is PretrainConfig:
-        config = load_config(PretrainConfig, options.config, options.overrides)
-    else:
-        config = load_config(FinetuneConfig, options.config, options.overrides)
-    config = with_demo_files(config)
+    config = _either_config(options)
     found = plan_run(config, options.world_size)
     fits = found.peak <= PLAN_BUDGET * memory
     change = None if fits else smallest_change(config, options.world_size, memory, PLAN_BUDGET)

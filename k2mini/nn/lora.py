@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from k2mini.config import LoraSection
 from k2mini.distributed import fill, local_part
 from k2mini.nn.linear import Linear
+from k2mini.nn.quant import Int8Linear, int8_product
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -16,23 +17,24 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoraLinear(Linear):
     """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3). The weight keeps its name and is frozen.
 
-    Both are kept in `promote_types(W.dtype, float32)`, and have no values yet: see `init_adapters`.
+    W may be in int8. A and B are kept in `promote_types(W.dtype, float32)`; `init_adapters` gives them values.
     """
 
     def __init__(self, base: Linear, section: LoraSection) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight = base.weight.requires_grad_(False)
+        self.scale = base.scale if isinstance(base, Int8Linear) else None
         dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_A = nn.Parameter(torch.empty(section.rank, base.in_features, dtype=dtype, device=device))  # (R, in)
         self.lora_B = nn.Parameter(torch.empty(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
-        self.scaling = section.alpha / section.rank
+        self.scaling = section.scaling
         self.dropout = section.dropout
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
-        out = F.linear(x, self.weight)
+        out = F.linear(x, self.weight) if self.scale is None else int8_product(x, self.weight, self.scale)
         low = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
         return out + (F.linear(F.linear(low, self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
 

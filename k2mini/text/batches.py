@@ -46,6 +46,13 @@ class Samples(Protocol):
     num_samples: int
     """Samples an epoch."""
 
+    even: bool
+    """Whether every rank and every micro-batch must get as many samples."""
+
+    def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
+        """A rank's micro-batches, of `size` rows, of the step that takes samples position, …, position + count - 1."""
+        ...
+
     def batch(self, position: int, count: int) -> Batch:
         """Samples position, …, position + count - 1 of the sequence."""
         ...
@@ -85,11 +92,17 @@ class Blocks:
     """
 
     def __init__(self, source: TokenSource, seq_len: int, *, document_mask: bool, seed: int | None) -> None:
+        self.even = True
         self.seq_len, self.document_mask, self.seed = seq_len, document_mask, seed
         self._source = source
         self.num_samples = (source.num_tokens - 1) // seq_len  # the last token of a block predicts the next one's first
         if self.num_samples < 1:
             raise ValueError(f"{source.num_tokens} tokens do not fill one block of {seq_len}; shorten data.seq_len")
+
+    def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
+        """See Samples. Ranks take slices one after the other."""
+        share = count // ranks
+        return [self.batch(position + rank * share + start, size) for start in range(0, share, size)]
 
     def batch(self, position: int, count: int) -> Batch:
         """Samples position, …, position + count - 1."""
@@ -121,13 +134,29 @@ class Examples:
         seed: of the order. None keeps it (for validation).
     """
 
+    even = True
+
     def __init__(self, examples: Sequence[Example], *, seed: int | None) -> None:
         self.seed, self._examples = seed, examples
         self.num_samples = len(examples)
 
+    def examples(self, position: int, count: int) -> list[Example]:
+        """Samples position, …, position + count - 1, one by one."""
+        return [self._examples[shuffled(position + row, self.num_samples, self.seed)] for row in range(count)]
+
+    def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
+        """See Samples. Within a step rows are grouped by length, so that little is padded."""
+        rows = sorted(self.examples(position, count), key=lambda example: len(example.tokens))
+        groups = [rows[start : start + size] for start in range(0, count, size)]
+        return [self._padded(group) for group in groups[rank::ranks]]
+
     def batch(self, position: int, count: int) -> Batch:
         """Samples position, …, position + count - 1."""
-        rows = [self._examples[shuffled(position + row, self.num_samples, self.seed)] for row in range(count)]
+        return self._padded(self.examples(position, count))
+
+    @staticmethod
+    def _padded(rows: Sequence[Example]) -> Batch:
+        count = len(rows)
         longest = max(len(row.tokens) for row in rows) - 1  # the last token predicts nothing
         tokens = torch.zeros(count, longest, dtype=torch.int64)
         positions = torch.full((count, longest), -1, dtype=torch.int64)

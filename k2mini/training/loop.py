@@ -22,7 +22,7 @@ from k2mini.errors import StoppedBySignalError
 from k2mini.nn.llama import Llama
 from k2mini.progress import progress_bar
 from k2mini.text.batches import Ahead, Batch, Samples, without_weight
-from k2mini.training.checkpoint import checkpoints, load_checkpoint, prune, read_state, save_checkpoint
+from k2mini.training.checkpoint import best_checkpoint, checkpoints, load_checkpoint, prune, read_state, save_checkpoint
 from k2mini.training.metrics import Metrics
 from k2mini.training.optim import build_optimizer, lr_at
 from k2mini.training.watch import Watch
@@ -53,9 +53,9 @@ def rank_share(section: TrainSection, world_size: int) -> int:
 
 def local_batches(samples: Samples, position: int, section: TrainSection, world: World) -> list[Batch]:
     """This rank's micro-batches of the step that begins at a position."""
-    share, size = rank_share(section, world.size), section.micro_batch_size
-    first = position + world.rank * share
-    return [samples.batch(first + start, size) for start in range(0, share, size)]
+    if samples.even:
+        rank_share(section, world.size)
+    return samples.rank_batches(position, section.global_batch_size, section.micro_batch_size, world.rank, world.size)
 
 
 def accumulate(model: Llama, batches: list[Batch], count: float, world: World = ALONE) -> float:
@@ -133,6 +133,7 @@ def train(
     label: str = "train",
     world: World = ALONE,
     tensorboard: bool = False,
+    save_best: bool = False,
 ) -> Path:
     """Train what `requires_grad`, from where the run stopped, to the end; `run_dir` gets metrics and checkpoints.
 
@@ -141,6 +142,7 @@ def train(
     Args:
         identity: what must be the same for a checkpoint to be resumed (data, schedule, …), as plain JSON.
         label: of the progress line.
+        save_best: save whenever validation finds a lower loss than before.
 
     Returns: the checkpoint of the last step.
 
@@ -149,14 +151,15 @@ def train(
             that is not finite.
         StoppedBySignalError: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    rank_share(section, world.size)
+    if samples.even:
+        rank_share(section, world.size)
     optimizer = build_optimizer(model, section)
     folder, batch_size = run_dir / "checkpoints", section.global_batch_size
     steps = total_steps(section, samples.num_samples)
     with _signals() as received, ExitStack() as stack:
         step, tokens = _resume(folder, checkpoint, model, optimizer, identity, world)
         metrics = Metrics(run_dir, step, tensorboard=tensorboard) if world.is_first else None
-        watch = Watch(model, world)
+        watch, best = Watch(model, world), world.share(_best_loss(folder))
         ahead = stack.enter_context(Ahead(lambda position: local_batches(samples, position, section, world)))
         progress = stack.enter_context(progress_bar(steps, label, "steps", step, shown=world.is_first))
         model.train()
@@ -180,7 +183,9 @@ def train(
                 line = f"loss {numbers['loss']:.3f}, lr {numbers['lr']:.1e}, {watch.line(rate)}"
                 progress.set_postfix_str(line, refresh=False)
                 progress.update()
-            if step == steps or step % checkpoint.every == 0 or stop:
+            better = save_best and val_loss is not None and val_loss < best
+            if step == steps or step % checkpoint.every == 0 or stop or better:
+                best = min(best, val_loss if val_loss is not None else best)
                 state = {"identity": identity, "tokens": tokens, "val_loss": val_loss}
                 path = save_checkpoint(folder, step, model, optimizer, state, world)
                 if world.is_first:
@@ -215,6 +220,11 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+
+
+def _best_loss(folder: Path) -> float:
+    path = best_checkpoint(folder)
+    return math.inf if path is None else float(read_state(path)["val_loss"])
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

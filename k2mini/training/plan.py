@@ -26,6 +26,7 @@ from k2mini.distributed import World, device_mesh, shard
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss
+from k2mini.nn.quant import quantize_blocks
 from k2mini.text.corpus import is_prepared, read_manifest
 from k2mini.training.alive import Alive
 from k2mini.training.loop import rank_share
@@ -145,6 +146,8 @@ def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple
     lora = config.lora if isinstance(config, FinetuneConfig) else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _of_dtype(shape, kept if lora is None else compute)
+        if config.model.quantize is not None:
+            quantize_blocks(model.model.layers)
         if lora is not None:
             attach(model, lora)
         model.model.recompute_every = config.train.activation_checkpointing

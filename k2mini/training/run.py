@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from k2mini.build import DTYPES, needs_process_group, training_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, TrainSection
+from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
 from k2mini.distributed import World, connect
 from k2mini.files import make_writable, sha256, write_text
 from k2mini.nn.llama import Llama
-from k2mini.text.batches import Blocks, Examples
+from k2mini.text.batches import Blocks, Example, Examples, shuffled
 from k2mini.text.corpus import Corpus, fingerprint, is_prepared, read_manifest
 from k2mini.text.documents import list_files
 from k2mini.text.instructions import read_examples
+from k2mini.text.packing import PackedExamples
 from k2mini.text.prepare import prepare
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.training.checkpoint import StoredModel, read_state
+from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
 from k2mini.weights.formats import model_directory, save_model
@@ -87,7 +88,7 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
     if section.init_adapter is not None:
         _start_from(model, section, Path(section.init_adapter))
 
-    def read(path: str, seed: int | None) -> Examples:
+    def read(path: str) -> list[Example]:
         examples = read_examples(
             Path(path),
             tokenizer,
@@ -95,9 +96,12 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
             train_on_inputs=config.data.train_on_inputs,
             max_seq_len=config.data.max_seq_len,
         )
-        return Examples(examples, seed=seed)
+        return examples
 
-    samples = read(config.data.path, config.run.seed)
+    examples, held_out = _split(read(config.data.path), config)
+    samples = _samples(examples, config.data, config.run.seed)
+    if config.data.val_path is not None:
+        held_out = read(config.data.val_path)
     last = train(
         model,
         samples,
@@ -106,15 +110,35 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
         section=config.train,
         checkpoint=config.checkpoint,
         identity=_identity(config, sha256(Path(config.data.path)), tokenizer),
-        val=None if config.data.val_path is None else read(config.data.val_path, None),
+        val=Examples(held_out, seed=None) if held_out else None,
         label=label,
         world=world,
         tensorboard=config.run.tensorboard,
+        save_best=True,
     )
     if world.is_first:
-        save_adapter(StoredModel(last), section, out, base=config.model.path)
+        kept = best_checkpoint(last.parent) or last
+        if kept != last:
+            log.info("the adapter of the lowest validation loss is kept: %s", kept)
+        save_adapter(StoredModel(kept), section, out, base=config.model.path)
     world.wait()
     return out
+
+
+def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
+    """What is trained on, and the `data.val_size` examples that run.seed sets aside, drawn whatever their order."""
+    size = config.data.val_size
+    if size >= len(examples):
+        raise ValueError(f"data.val_size ({size}) leaves nothing of the {len(examples)} examples to train on")
+    drawn = [shuffled(position, len(examples), config.run.seed) for position in range(size)]
+    aside = set(drawn)
+    return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]
+
+
+def _samples(examples: list[Example], data: InstructionSection, seed: int) -> Examples:
+    if not data.packing:
+        return Examples(examples, seed=seed)
+    return PackedExamples(examples, data.max_seq_len, seed=seed)
 
 
 def _set_precision(section: TrainSection) -> None:
@@ -184,6 +208,7 @@ def _identity(config: PretrainConfig | FinetuneConfig, data: str, tokenizer: Tok
         "lora": raw.get("lora"),
         "model": str(config.model.path),
         "dtype": config.model.dtype,
+        "quantize": config.model.quantize,
     }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,24 +16,32 @@ from k2mini.distributed import fill
 from k2mini.files import new_directory, read_json
 from k2mini.nn.lora import lora_modules, merged_weight
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.formats import CheckpointReader, save_model
+from k2mini.weights.formats import CheckpointReader, model_directory, read_bin, save_model
 from k2mini.weights.hf_config import read_model_config
+from k2mini.weights.manifest import model_fingerprint
 
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+KINDS = ("lora_A", "lora_B")
 PREFIX = "base_model.model."  # how peft wraps the model; the module's own name follows
 
 
-def save_adapter(adapters: Mapping[str, Tensor], section: LoraSection, directory: Path, base: str) -> None:
-    """Write the adapters of a model; the directory appears whole or not at all.
+def save_adapter(
+    adapters: Mapping[str, Tensor], section: LoraSection, directory: Path, base: str, *, trained: bool = True
+) -> None:
+    """Write the adapters of a model, read them back and compare; the directory appears whole or not at all.
 
     Args:
         adapters: parameter name -> tensor, as `adapter_tensors` gives them.
-        base: the base model's path, for peft's `base_model_name_or_path`.
+        base: the base model's directory; its fingerprint is noted where it is one.
+        trained: refuse an adapter whose B are all zero, since nothing was learned.
 
-    Raises ValueError where there is no adapter, or `directory` exists and is not empty.
+    Raises ValueError where there is no adapter or nothing in it, or `directory` exists and is not empty.
     """
     tensors = {f"{PREFIX}{name}.weight": adapters[name].cpu().contiguous() for name in adapters}
     if not tensors:
         raise ValueError("the model has no adapter to save")
+    if trained and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise ValueError("every B of the adapter is zero: it would have no effect, so nothing was learned")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -41,14 +50,29 @@ def save_adapter(adapters: Mapping[str, Tensor], section: LoraSection, directory
         "lora_alpha": section.alpha if section.alpha % 1 else int(section.alpha),
         "lora_dropout": section.dropout,
         "target_modules": section.target_modules,
+        "use_rslora": section.rslora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
     with new_directory(directory) as beside:
-        save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-        (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if Path(base).is_dir():
+            note = {"format": "k2mini adapter 1", "base": model_fingerprint(CheckpointReader(model_directory(base)))}
+            (beside / MANIFEST).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        written = read_adapter(beside, read_adapter_config(beside))
+        flat = {f"{module}.{kind}": t for module, pair in written.items() for kind, t in zip(KINDS, pair, strict=True)}
+        if flat.keys() != adapters.keys() or any(not torch.equal(flat[k], adapters[k].cpu()) for k in flat):
+            raise OSError(f"{directory}: what was written does not read back as it was")
+
+
+def check_base(directory: Path, base: CheckpointReader) -> None:
+    """Raise ValueError where an adapter says that it was trained on another base (one of peft's does not say)."""
+    note = directory / MANIFEST
+    if note.is_file() and read_json(note).get("base") != model_fingerprint(base):
+        raise ValueError(f"{directory} was trained on another base than {base.directory}; they do not belong together")
 
 
 def read_adapter_config(directory: Path) -> LoraSection:
@@ -59,7 +83,7 @@ def read_adapter_config(directory: Path) -> LoraSection:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA")
-    for key in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
+    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if raw.get(key):
             raise ValueError(f"{path}: {key} is {raw[key]!r}, which is not supported")
     if raw.get("bias", "none") != "none":
@@ -72,6 +96,7 @@ def read_adapter_config(directory: Path) -> LoraSection:
             rank=raw["r"],
             alpha=float(raw.get("lora_alpha") or raw["r"]),
             dropout=float(raw.get("lora_dropout") or 0.0),
+            rslora=bool(raw.get("use_rslora")),
             target_modules=sorted(targets),
         )
     except ValueError as error:
@@ -80,23 +105,33 @@ def read_adapter_config(directory: Path) -> LoraSection:
 
 def read_adapter(directory: Path, section: LoraSection) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name -> (A (R, in), B (out, R)). Raises ValueError where the file is damaged or of another rank."""
-    path = directory / "adapter_model.safetensors"
+    path, tensors = _read_weights(directory)
     pairs: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                module, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-                if kind not in ("lora_A", "lora_B") or not key.startswith(PREFIX):
-                    raise ValueError(f"{path} holds {key}, which is no LoRA weight")
-                pairs.setdefault(module, {})[kind] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error})") from None
+    for key, tensor in tensors.items():
+        module, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if kind not in KINDS or not key.startswith(PREFIX):
+            raise ValueError(f"{path} holds {key}, which is no LoRA weight")
+        pairs.setdefault(module, {})[kind] = tensor
+    if not pairs:
+        raise ValueError(f"{path} is empty: it holds no LoRA weight")
     for module, pair in pairs.items():
-        if set(pair) != {"lora_A", "lora_B"}:
+        if set(pair) != set(KINDS):
             raise ValueError(f"{path}: {module} has only {next(iter(pair))}")
         if pair["lora_A"].shape[0] != section.rank or pair["lora_B"].shape[1] != section.rank:
             raise ValueError(f"{path}: {module} is not of rank {section.rank}, which adapter_config.json says")
     return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
+
+
+def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The adapter's file, safetensors or, as peft wrote in 2023, .bin; and the tensors in it."""
+    path, old = directory / WEIGHTS, directory / "adapter_model.bin"
+    if not path.is_file() and old.is_file():
+        return old, read_bin(old)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return path, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error})") from None
 
 
 def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> None:
@@ -120,15 +155,37 @@ def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> Non
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     """Write base + adapter as a Hugging Face directory, in the base's dtype, with the base's tokenizer.
 
+    One matrix is merged at a time, and no more of the model is in memory than a file of the output holds.
+
     Raises ValueError where the two do not belong together, or the result is not finite.
     """
     config, section = read_model_config(base), read_adapter_config(adapter)
     reader, pairs = CheckpointReader(base), read_adapter(adapter, section)
-    tensors = {name: reader.tensor(name) for name in reader.names()}
+    check_base(adapter, reader)
     for module, (lora_a, lora_b) in pairs.items():
         name = f"{module}.weight"
-        if name not in tensors or tuple(tensors[name].shape) != (lora_b.shape[0], lora_a.shape[1]):
+        if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
             raise ValueError(f"{adapter}: {module} does not fit {base}; they do not belong together")
-        tensors[name] = merged_weight(tensors[name], lora_a, lora_b, section.alpha / section.rank)
     file = base / "tokenizer.model"
-    save_model(tensors, config, out, tokenizer=Tokenizer(file) if file.exists() else None)
+    tokenizer = Tokenizer(file) if file.exists() else None
+    save_model(_Merged(reader, pairs, section.scaling), config, out, tokenizer=tokenizer)
+
+
+class _Merged(Mapping[str, Tensor]):
+    """The merged weights by name, each made when asked for."""
+
+    def __init__(self, reader: CheckpointReader, pairs: dict[str, tuple[Tensor, Tensor]], scaling: float) -> None:
+        self._reader, self._pairs, self._scaling = reader, pairs, scaling
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, pair = self._reader.tensor(name), self._pairs.get(name.removesuffix(".weight"))
+        try:
+            return weight if pair is None else merged_weight(weight, *pair, self._scaling)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.names())
+
+    def __len__(self) -> int:
+        return len(self._reader.files)

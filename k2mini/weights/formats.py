@@ -89,15 +89,7 @@ class CheckpointReader:
                 raise ValueError(f"{path} is truncated or damaged ({error}); copy or download it again") from None
             self._safetensors[path] = handle
             return list(handle.keys())
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError:
-            raise ValueError(f"{path} holds more than tensors; code in it is never run, so it was not loaded") from None
-        except (RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is truncated, damaged or in PyTorch's format of before 1.6 ({reason})") from None
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError(f"{path} is not a state dict (a mapping of names to tensors)")
+        content = read_bin(path)
         self._bins[path] = content
         return list(content)
 
@@ -139,6 +131,20 @@ class CheckpointReader:
         if dtype not in DTYPES.values():
             raise ValueError(f"{path}: {name} is stored as {dtype}; k2mini reads {', '.join(DTYPES)}")
         return dtype
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """A state dict that `torch.save` wrote, memory-mapped. Raises ValueError where it is none, or holds code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors; code in it is never run, so it was not loaded") from None
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is truncated, damaged or in PyTorch's format of before 1.6 ({reason})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} is not a state dict (a mapping of names to tensors)")
+    return content
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:

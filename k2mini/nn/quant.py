@@ -1,0 +1,88 @@
+"""int8 weights: one float32 scale a row, symmetric. What `load_in_8bit` is to bitsandbytes, in plain tensors.
+
+The reference is weight-only: a weight is brought back to the compute dtype for the product and let go of after it
+(Dettmers et al. 2022, arXiv 2208.07339, section 2.1, absmax quantisation row by row, without their outlier columns).
+Embedding, norms and the head stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2mini.nn.linear import Linear
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) floating -> (out, in) int8 and (out,) float32, with weight ≈ int8 * scale[:, None].
+
+    Raises ValueError where a weight is not finite.
+    """
+    precise = weight.to(torch.float32)
+    largest = precise.abs().amax(dim=1)  # (out,)
+    if not torch.isfinite(largest).all():
+        raise ValueError("a weight is not finite, so it can't be quantised")
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (precise / scale[:, None]).round_().to(torch.int8), scale
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in) int8 and (out,) -> (out, in) in a floating dtype."""
+    return (weight.to(scale.dtype) * scale[:, None]).to(dtype)
+
+
+class Int8Linear(Linear):
+    """y = x W^T with W in int8: (…, in) -> (…, out). The weight keeps its name and is frozen; `scale` stands beside it.
+
+    Both are parameters, not buffers, so that FSDP shards them.
+    """
+
+    def __init__(self, base: Linear) -> None:
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features)
+        device = base.weight.device
+        shape = (base.out_features, base.in_features)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
+        self.scale = nn.Parameter(
+            torch.empty(base.out_features, dtype=torch.float32, device=device), requires_grad=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out), in x's dtype."""
+        return int8_product(x, self.weight, self.scale)
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T, with a gradient for x alone. x: (…, in); weight: (out, in) int8; scale: (out,)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.linear(x, dequantize(weight, scale, x.dtype))
+    product = _Product.apply(x, weight, scale)
+    assert isinstance(product, Tensor)
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """The dequantised weight is made again for the backward pass, so that it is never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, dequantize(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        weight, scale = ctx.saved_tensors
+        return grad @ dequantize(weight, scale, grad.dtype), None, None
+
+
+def quantize_blocks(blocks: nn.ModuleList) -> None:
+    """Put an Int8Linear, without values yet, in the place of every linear module of the blocks."""
+    for block in blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, Int8Linear(module))

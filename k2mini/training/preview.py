@@ -1,0 +1,67 @@
+"""`k2mini preview`: what a run would be fed, token by token, with what is supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from k2mini.build import load_tokenizer
+from k2mini.config import IGNORE, FinetuneConfig, PretrainConfig
+from k2mini.text.batches import Batch, Blocks, Examples
+from k2mini.text.corpus import Corpus, Documents, is_prepared
+from k2mini.text.documents import list_files, read_documents
+from k2mini.text.instructions import read_examples
+from k2mini.text.prompts import get_template
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.weights.formats import model_directory
+from k2mini.weights.hf_config import read_model_config
+
+
+def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[str]:
+    """Lines for the first `number` samples of a run, in the order in which it takes them.
+
+    Raises ValueError where the data or the tokenizer can't be read.
+    """
+    path = model_directory(config.model.path)
+    tokenizer = load_tokenizer(path, read_model_config(path).vocab_size)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
+    if number < 1:
+        raise ValueError(f"--number must be at least 1, not {number}")
+    samples = _samples(config, tokenizer)
+    for index in range(min(number, samples.num_samples)):
+        yield f"sample {index} of {samples.num_samples:,}"
+        yield from _table(samples.batch(index, 1), tokenizer)
+
+
+def _samples(config: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer) -> Blocks | Examples:
+    data, seed = config.data, config.run.seed
+    if isinstance(config, FinetuneConfig):
+        section = config.data
+        examples = read_examples(
+            Path(section.path),
+            tokenizer,
+            get_template(section.template),
+            train_on_inputs=section.train_on_inputs,
+            max_seq_len=section.max_seq_len,
+        )
+        return Examples(examples, seed=seed)
+    corpus, source = config.data, Path(data.path)
+    if is_prepared(source):
+        return Blocks(Corpus(source), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
+    documents = [ids for file in list_files([source]) for ids in read_documents(file, tokenizer, eos=corpus.eos)]
+    return Blocks(Documents(documents), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
+
+
+def _table(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
+    """One line a position: its place in its document, what is read there, and what is to be predicted, if anything."""
+    yield "position      id  piece                  supervised: the next token"
+    tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
+    positions = range(len(tokens)) if batch.positions is None else batch.positions[0].tolist()
+    for position, token, label in zip(positions, tokens, labels, strict=True):
+        if position < 0:
+            continue
+        target = "" if label == IGNORE else f"{label:>6}  {tokenizer.piece(label)!r}"
+        yield f"{position:>8}  {token:>6}  {tokenizer.piece(token)!r:<22} {target}".rstrip()
+    count = batch.num_supervised()
+    yield f"{batch.num_tokens()} tokens, {count} of them supervised"
