@@ -10,7 +10,7 @@ from torch import Tensor
 
 from k2mini.config import IGNORE
 
-CHUNK_ROWS = 128  # positions whose logits exist at the same time
+CHUNK_ROWS = 512  # positions whose logits exist at the same time
 
 
 def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -61,10 +61,13 @@ class _ProjectedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
             logits = F.linear(rows, weight).to(precise)  # (N, V)
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, targets)).sum()
+            largest = logits.amax(dim=-1, keepdim=True)
+            picked = logits.gather(-1, targets) - largest
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(dim=-1, keepdim=True)
+            total += (sums.log() - picked).sum()
             # d loss / d logits = softmax - one-hot
-            grad = logits.sub_(normaliser).exp_()
+            grad = exponentials.div_(sums)
             grad.scatter_add_(-1, targets, grad.new_full(targets.shape, -1.0))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:

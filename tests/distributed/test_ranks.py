@@ -49,14 +49,14 @@ def test_losses_and_norms_equal_those_of_one_process(alone, ranks):
     _, one = alone
     _size, _, many = ranks
     assert len([row for row in one["plain"] if len(row) == 2]) == worker.STEPS
-    for name in ("plain", "recomputed", "accumulated"):
-        close(many[name], one["plain"], 1e-12)
-    close(many["zero2"], one["plain"], 1e-12)
-    close(many["replicated"], one["plain"], 1e-12)
-    close(many["lora"], one["lora"], 1e-12)
+    for name in ("plain", "recomputed", "accumulated", "lora"):
+        close(many[name], one[name], 1e-12)
+    close(many["int8"], one["int8"], 1e-6)  # its adapters are float32
+    close(many["zero2"], one["recomputed"], 1e-12)
+    close(many["replicated"], one["recomputed"], 1e-12)
+    close(one["accumulated"], one["recomputed"], 1e-12)
     close(many["float32"], one["float32"], 1e-4)
-    assert many["plain"] == many["zero2"]
-    assert many["plain"] == many["recomputed"]
+    assert many["recomputed"] == many["zero2"]
     # In bf16 it learns as well, from float32 weights.
     assert many["bfloat16"][-2][0] == pytest.approx(one["plain"][9][0], rel=0.02)
 

@@ -42,10 +42,23 @@ def section(world, *, accumulation=1, **changes):
     return TrainSection(**{"micro_batch_size": 8 // world.size // accumulation, **values})
 
 
-def run(path, world, out, *, dtype="float64", parallel=None, lora=None, seed=3, accumulation=1, keep=None, **changes):
+def run(
+    path,
+    world,
+    out,
+    *,
+    dtype="float64",
+    quantize=None,
+    parallel=None,
+    lora=None,
+    seed=3,
+    accumulation=1,
+    keep=None,
+    **changes,
+):
     """Losses and gradient norms of a run, and its checkpoints' folder."""
     parallel, training = parallel or ParallelSection(), section(world, accumulation=accumulation, **changes)
-    model, _ = training_model(ModelSection(str(path), dtype), training, parallel, world, lora, seed)
+    model, _ = training_model(ModelSection(str(path), dtype, quantize), training, parallel, world, lora, seed)
     samples = Recorder(seed)
     train(
         model,
@@ -88,20 +101,24 @@ def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
     world = connect(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv)
+    few = {"max_steps": STEPS // 3}
     results = {
         "plain": run(path, world, out / "plain"),
         "float32": run(path, world, out / "float32", dtype="float32"),
-        "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2),
-        "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size),
-        "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0)),
+        "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2, **few),
+        "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
+        "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0), **few),
+        "int8": run(path, world, out / "int8", lora=LoraSection(rank=2, dropout=0.0), quantize="int8", **few),
         "gradients": gradients(path, world, 1),
         "gradients_accumulated": gradients(path, world, 8 // world.size),
         "kept": world.gather(sharding(path, world)),
     }
     if world.size > 1:
-        results["zero2"] = run(path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False))
-        results["replicated"] = run(path, world, out / "replicated", parallel=ParallelSection(replicate=world.size))
-        results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", max_steps=10)
+        results["zero2"] = run(path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few)
+        results["replicated"] = run(
+            path, world, out / "replicated", parallel=ParallelSection(replicate=world.size), **few
+        )
+        results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", **few)
     if world.is_first:
         (out / f"results_{world.size}.json").write_text(json.dumps(results))
     disconnect()

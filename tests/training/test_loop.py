@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -192,24 +190,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     with pytest.raises(ValueError, match=r"stopped before step 1 \(samples 0 to 3\): its loss is nan"):
         run(tmp_path, model=model)
     assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
-
-
-def test_kill_9_in_the_midst(tmp_path):
-    """A real process, killed without warning as soon as it has made some progress, then started again."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom tests.training.test_loop import run\n"
-        "run(Path(sys.argv[1]), steps=60, every=7)\n"
-    )
-
-    def start(directory):
-        return subprocess.Popen([sys.executable, "-c", code, str(directory)], stderr=subprocess.DEVNULL)
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == 0
-    process = start(killed)
-    while not checkpoints(killed / "checkpoints"):
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    assert start(killed).wait() == 0
-    assert losses(killed) == losses(whole)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, lora_modules
 from k2mini.weights.adapter import merge_adapter, save_adapter
-from k2mini.weights.formats import save_model
+from k2mini.weights.formats import CheckpointReader, save_model
+from k2mini.weights.manifest import model_fingerprint
 from tests.conftest import tiny_llama
 from tests.nn.test_lora import ALL, TOKENS, adapted
 
@@ -110,3 +112,82 @@ def test_damaged_and_missing_files(written, tmp_path):
 def test_a_model_without_adapter_has_none_to_save(tmp_path):
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapter(adapter_tensors(tiny_llama()), SECTION, tmp_path / "x", base="b")
+
+
+def test_an_adapter_of_2023_is_read(written):
+    """peft 0.3 wrote adapter_model.bin and fewer fields, as in K2's own adapter."""
+    base, adapter, model = written
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    torch.save(tensors, adapter / "adapter_model.bin")
+    weights.unlink()
+    (adapter / "manifest.json").unlink()
+    old = {
+        "base_model_name_or_path": "daven3/k2",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": 6,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(old))
+    loaded, _ = load_model(base, adapter=adapter)
+    assert torch.equal(model(TOKENS), loaded(TOKENS))
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"adapter_model.bin is truncated"):
+        load_model(base, adapter=adapter)
+
+
+def test_an_empty_adapter_is_refused(written):
+    """443 bytes: what alpaca-lora's users found on their disks."""
+    base, adapter, _ = written
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is empty: it holds no LoRA weight"):
+        load_model(base, adapter=adapter)
+
+
+def test_keys_that_would_have_no_effect_are_refused(written):
+    base, adapter, _ = written
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({key.replace("base_model.model.", ""): value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match="which is no LoRA weight"):
+        load_model(base, adapter=adapter)
+
+
+def test_another_base_is_refused(written, tmp_path):
+    _, adapter, _ = written
+    other = tiny_llama(seed=1)
+    save_model(other.state_dict(), other.config, tmp_path / "other")
+    for call in (
+        lambda: load_model(tmp_path / "other", adapter=adapter),
+        lambda: merge_adapter(tmp_path / "other", adapter, tmp_path / "merged"),
+    ):
+        with pytest.raises(ValueError, match="was trained on another base than"):
+            call()
+    half = tiny_llama(dtype=torch.float16)
+    save_model(half.float().state_dict(), half.config, tmp_path / "wide")
+    save_model(half.half().state_dict(), half.config, tmp_path / "narrow")
+    prints = {model_fingerprint(CheckpointReader(tmp_path / name)) for name in ("wide", "narrow")}
+    assert len(prints) == 1  # the same values in another dtype are the same base
+
+
+def test_rank_stabilised_scaling_equals_pefts(written, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    base, _, _ = written
+    settings = LoraConfig(
+        r=4, lora_alpha=5, target_modules=ALL, init_lora_weights=False, use_rslora=True, task_type="CAUSAL_LM"
+    )
+    reference = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings).eval()
+    reference.save_pretrained(tmp_path / "theirs")
+    model, _ = load_model(base, adapter=tmp_path / "theirs")
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)

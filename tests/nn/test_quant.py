@@ -1,0 +1,125 @@
+"""int8 weights against plain ones, and on the real model against its own precision."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from k2mini.build import load_model
+from k2mini.config import LoraSection
+from k2mini.nn.linear import Linear
+from k2mini.nn.lora import LoraLinear, attach, init_adapters, lora_modules
+from k2mini.nn.quant import Int8Linear, dequantize, quantize_rows
+from tests.nn.test_lora import TOKENS
+
+
+def weight(rows=6, columns=10, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def int8_linear(values):
+    layer = Int8Linear(Linear(values.shape[1], values.shape[0]))
+    quantised, scale = quantize_rows(values)
+    layer.weight.data.copy_(quantised)
+    layer.scale.data.copy_(scale)
+    return layer
+
+
+def test_rounding_is_at_most_half_a_step():
+    values = torch.cat([weight() * torch.logspace(-4, 4, 6)[:, None], torch.zeros(1, 10)])
+    quantised, scale = quantize_rows(values)
+    assert quantised.dtype == torch.int8
+    assert quantised.abs().amax(dim=1).tolist() == [127] * 6 + [0]
+    error = (dequantize(quantised, scale, torch.float32) - values).abs()
+    assert (error <= scale[:, None] * 0.5001).all()
+    with pytest.raises(ValueError, match="is not finite"):
+        quantize_rows(torch.tensor([[1.0, math.inf]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_product_and_its_gradient_are_those_of_the_dequantised_weight(dtype):
+    layer = int8_linear(weight())
+    x = weight(4, seed=1).to(dtype).requires_grad_()
+    plain = dequantize(layer.weight, layer.scale, dtype)
+    out = layer(x)
+    assert out.dtype == dtype
+    (gradient,) = torch.autograd.grad(out.sum() * 3, x)
+    (expected,) = torch.autograd.grad(F.linear(x, plain).sum() * 3, x)
+    assert torch.equal(out, F.linear(x, plain))
+    assert torch.equal(gradient, expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), out)
+
+
+def test_lora_over_int8_is_lora_over_the_dequantised_weight():
+    base = int8_linear(weight())
+    plain = Linear(10, 6)
+    plain.weight.data.copy_(dequantize(base.weight, base.scale, torch.float32))
+    layers = [LoraLinear(layer, LoraSection(rank=2, dropout=0.0)) for layer in (base, plain)]
+    for layer in layers:
+        layer.lora_A.data.copy_(weight(2, seed=2))
+        layer.lora_B.data.copy_(weight(6, 2, seed=3))
+    x = weight(4, seed=1)
+    first, second = (layer(x) for layer in layers)
+    assert torch.equal(first, second)
+    first.square().sum().backward()
+    second.square().sum().backward()
+    assert torch.equal(layers[0].lora_A.grad, layers[1].lora_A.grad)
+    assert torch.equal(layers[0].lora_B.grad, layers[1].lora_B.grad)
+    assert layers[0].lora_A.dtype == torch.float32
+
+
+def test_a_model_is_quantised_as_it_is_loaded(tiny_directory):
+    plain, _ = load_model(tiny_directory)
+    model, _ = load_model(tiny_directory, quantize="int8")
+    names = dict(model.named_parameters())
+    assert {name for name, p in names.items() if p.dtype == torch.int8} == {
+        f"model.layers.{layer}.{part}_proj.weight"
+        for layer in range(3)
+        for part in [f"self_attn.{x}" for x in "qkvo"] + [f"mlp.{x}" for x in ("gate", "up", "down")]
+    }
+    assert torch.equal(names["lm_head.weight"], plain.lm_head.weight)
+    with torch.no_grad():
+        error = (model(TOKENS) - plain(TOKENS)).std() / plain(TOKENS).std()
+    assert 1e-4 < error < 0.05
+    with pytest.raises(ValueError, match="quantize must be int8 or nothing"):
+        load_model(tiny_directory, quantize="int4")
+
+
+def test_adapters_train_over_an_int8_model(tiny_directory):
+    model, _ = load_model(tiny_directory, quantize="int8")
+    attach(model, LoraSection(target_modules=["q_proj", "down_proj"]))
+    init_adapters(model, 0)
+    model.loss(TOKENS[:, :-1], None, TOKENS[:, 1:]).backward()
+    assert all(module.lora_B.grad.abs().sum() > 0 for module in lora_modules(model).values())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.{kind}" for name in lora_modules(model) for kind in ("lora_A", "lora_B")
+    }
+
+
+def test_real_model_keeps_its_perplexity(real_model, geobench, capsys):
+    """On GeoBench's own answers: perplexity rises by 1 % at most; KL and agreement of the likeliest token reported."""
+    raw = json.loads(geobench["npee"].read_text())
+    texts = [f"{q} {a}" for q, a in zip(raw["qa"]["question"], raw["qa"]["answer"], strict=True)][:24]
+    plain, tokenizer = load_model(real_model)
+    model, _ = load_model(real_model, quantize="int8")
+    losses, divergence, agreeing, count = torch.zeros(2), 0.0, 0, 0
+    with torch.no_grad():
+        for text in texts:
+            tokens = torch.tensor([tokenizer.encode(text, bos=True, eos=False)[:256]])
+            first, second = (m(tokens[:, :-1])[0].log_softmax(-1) for m in (plain, model))
+            picked = tokens[0, 1:, None]
+            losses -= torch.stack([first.gather(1, picked).sum(), second.gather(1, picked).sum()])
+            divergence += F.kl_div(second, first, reduction="sum", log_target=True).item()
+            agreeing += int((first.argmax(-1) == second.argmax(-1)).sum())
+            count += len(picked)
+    before, after = (losses / count).exp().tolist()
+    with capsys.disabled():
+        print(
+            f"\nint8 on {count} tokens: perplexity {before:.3f} -> {after:.3f}, mean KL {divergence / count:.5f} nats, "
+            f"the same likeliest token {100 * agreeing / count:.1f} %"
+        )
+    assert count > 1000
+    assert after <= 1.01 * before

@@ -1,0 +1,191 @@
+"""Instruction tuning against peft, through kills and stages, and what must never go wrong again."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from k2mini.build import load_model
+from k2mini.config import (
+    CheckpointSection,
+    FinetuneConfig,
+    InstructionSection,
+    LoraSection,
+    ModelSection,
+    RunSection,
+    TrainSection,
+)
+from k2mini.demo.pipeline import BASE, TEMPLATE
+from k2mini.demo.world import instructions, read_facts
+from k2mini.inference.generate import generate
+from k2mini.nn.lora import adapter_tensors
+from k2mini.text.batches import Examples
+from k2mini.text.instructions import read_examples
+from k2mini.text.prompts import get_template
+from k2mini.training.loop import accumulate, clip_gradients
+from k2mini.training.metrics import read_metrics
+from k2mini.training.optim import build_optimizer
+from k2mini.training.run import finetune
+from k2mini.weights.adapter import save_adapter
+from tests.conftest import asset
+from tests.nn.test_lora import adapted, to_peft
+from tests.text.test_packing import examples
+from tests.training.test_loop import section
+
+
+@pytest.fixture
+def data(tmp_path):
+    import random
+
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(instructions(read_facts("geoscience"), 300, random.Random(0))))
+    return path
+
+
+def config(tmp_path, data, name="run", lora=None, model=None, **train):
+    settings = {"lr": 2e-3, "global_batch_size": 16, "micro_batch_size": 4, "max_steps": 12, "val_every": 4, **train}
+    return FinetuneConfig(
+        RunSection(str(tmp_path / name)),
+        model or ModelSection(str(BASE)),
+        InstructionSection(str(data), val_size=20, template=TEMPLATE, max_seq_len=128),
+        TrainSection(**settings),
+        lora or LoraSection(),
+        CheckpointSection(every=5),
+    )
+
+
+def losses(folder):
+    return [row.get("loss", row.get("val_loss")) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_twenty_steps_equal_pefts():
+    targets = ["q_proj", "k_proj", "v_proj"]
+    model = adapted(targets=targets, fill=False)
+    reference = to_peft(model, targets).train()
+    ours = build_optimizer(model.train(), section(lr=1e-2))
+    theirs = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    samples = Examples(examples(60), seed=1)
+    for step in range(20):
+        batch = samples.batch(4 * step, 4)
+        loss = accumulate(model, [batch], batch.num_supervised())
+        mask = (batch.positions >= 0).long()
+        logits = reference(batch.tokens, attention_mask=mask).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        expected.backward()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        clip_gradients(model, 1.0)
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_adapter_of_the_lowest_validation_loss_is_kept(tmp_path, data, caplog):
+    """A learning rate that ruins what it has learned, once the warm-up is over."""
+    caplog.set_level(logging.INFO, logger="k2mini")
+    run = config(tmp_path, data, lr=0.2, warmup_steps=12, schedule="constant")
+    out = finetune(run)
+    found = {row["step"]: row["val_loss"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "val_loss" in row}
+    best = min(found, key=found.get)
+    assert best != 12
+    assert f"step_{best:07}" in caplog.text
+    model, tokenizer = load_model(BASE, adapter=out)
+    from k2mini.training.loop import validation_loss
+    from k2mini.training.run import _split
+
+    held_out = read_examples(data, tokenizer, get_template(TEMPLATE), train_on_inputs=False, max_seq_len=128)
+    again = validation_loss(model, Examples(_split(held_out, run)[1], seed=None), 4)
+    assert again == pytest.approx(found[best], rel=1e-5)
+
+
+def test_stage_two_begins_where_stage_one_ended(tmp_path, data):
+    """`init_adapter` takes the weights alone; `resume` goes on with the same run. Neither jumps."""
+    first = finetune(config(tmp_path, data, "first"))
+    second = config(tmp_path, data, "second", LoraSection(init_adapter=str(first)), max_steps=8)
+    finetune(second)
+    one, two = losses(tmp_path / "first"), losses(tmp_path / "second")
+    assert two[0] < 1.3 * min(one)
+    assert two[0] < 0.85 * one[0]
+    with pytest.raises(ValueError, match=r"lora.rank is 4, that of lora.init_adapter .* is 8"):
+        finetune(config(tmp_path, data, "third", LoraSection(rank=4, init_adapter=str(first))))
+
+
+def test_validation_rows_are_not_trained_on(tmp_path, data):
+    from k2mini.training.run import _split
+
+    _, tokenizer = load_model(BASE)
+    run = config(tmp_path, data)
+    whole = read_examples(data, tokenizer, get_template(TEMPLATE), train_on_inputs=False, max_seq_len=128)
+    rest, aside = _split(whole, run)
+    assert (len(rest), len(aside)) == (280, 20)
+    assert sorted(map(id, rest + aside)) == sorted(map(id, whole))
+    assert whole[:20] != aside
+
+
+def test_nothing_learned_is_not_saved(tmp_path):
+    model = adapted(fill=False)
+    with pytest.raises(ValueError, match="every B of the adapter is zero"):
+        save_adapter(adapter_tensors(model), LoraSection(rank=4), tmp_path / "out", base="b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_default_targets_are_k2s():
+    """Its code has three sets of defaults; the README's commands, which ran, name these."""
+    assert LoraSection().target_modules == ["q_proj", "k_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"val_size": 300}}, r"data.val_size \(300\) leaves nothing of the 300 examples"),
+        ({"data": {"template": "llama"}}, "there is no template 'llama'; there are alpaca"),
+        ({"data": {"path": "nowhere.json"}}, "there is no data file nowhere.json"),
+        ({"lora": {"target_modules": ["query"]}}, "the model has no 'query'; there are q_proj"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, data, changes, message):
+    from dataclasses import replace
+
+    run = config(tmp_path, data)
+    for name, values in changes.items():
+        run = replace(run, **{name: replace(getattr(run, name), **values)})
+    with pytest.raises(ValueError, match=message):
+        finetune(run)
+    assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.slow
+def test_fifty_of_fifty_answers_end(tmp_path):
+    """A model tuned on examples that fit learns to stop."""
+    import random
+
+    path = tmp_path / "data.json"
+    records = instructions(read_facts("general"), 1024, random.Random(0))
+    path.write_text(json.dumps(records))
+    out = finetune(config(tmp_path, path, max_steps=96, global_batch_size=32))
+    model, tokenizer = load_model(BASE, adapter=out)
+    template = get_template(TEMPLATE)
+    prompts = [
+        tokenizer.encode(template.prompt(r["instruction"], r["input"]), bos=True, eos=False) for r in records[:50]
+    ]
+    done = generate(model, prompts, max_new_tokens=40, stop_ids=[tokenizer.eos_id])
+    assert [completion.finish for completion in done] == ["eos"] * 50
+
+
+@pytest.mark.slow
+def test_an_int8_base_trains_as_well(tmp_path, capsys):
+    """7,787 real records; validation loss within 2 % of the float32 base's."""
+    arc = asset("data", "instructions", "arc_sft.json")
+    found = {}
+    for quantize in (None, "int8"):
+        model = ModelSection(str(BASE), quantize=quantize)
+        run = config(tmp_path, arc, str(quantize), model=model, max_steps=60, val_every=60)
+        from dataclasses import replace
+
+        run = replace(run, data=replace(run.data, val_size=200, max_seq_len=256))
+        finetune(run)
+        found[quantize] = losses(tmp_path / str(quantize))[-1]
+    with capsys.disabled():
+        print(f"\nvalidation loss on arc_sft: float32 base {found[None]:.4f}, int8 base {found['int8']:.4f}")
+    assert found["int8"] == pytest.approx(found[None], rel=0.02)
