@@ -238,7 +238,7 @@ def _write(files: list[Path], settings: Settings, parts: Path, out: Path, shard_
             part = _part(parts, file)
             note = read_json(part.with_suffix(".json"))
             records = np.fromfile(part.with_suffix(".records"), dtype=RECORD)
-            tokens = np.fromfile(part.with_suffix(".tokens"), dtype=settings.dtype)
+            tokens = _mapped(part.with_suffix(".tokens"), settings.dtype)
             place = 0
             for digest, length in zip(records["digest"].tolist(), records["tokens"].tolist(), strict=True):
                 if digest in seen:
@@ -268,6 +268,13 @@ def _write(files: list[Path], settings: Settings, parts: Path, out: Path, shard_
         }
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    """A file's numbers, not read before they are needed."""
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)  # an empty file can't be mapped
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def _falls_into_val(digest: bytes, percent: float) -> bool:
