@@ -106,6 +106,8 @@ def training_model(
             check_base(Path(lora.init_adapter), reader)
         attach(model, lora)
     model.model.recompute_every = train.activation_checkpointing
+    # Compiled blocks want shapes that stay; and on a GPU one call under a mask beats many small ones.
+    model.model.by_document = world.device.type == "cpu" and not train.compile
     if train.compile:
         for layer in model.model.layers:
             layer.compile()

@@ -137,6 +137,7 @@ def finetune(number: int) -> None:
     save_model(model.state_dict(), CONFIG, folder / "model")
     attach(model, section)
     init_adapters(model, 0)
+    model.model.by_document = True  # as k2mini trains on a CPU
     settings = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.05, target_modules=section.target_modules, task_type="CAUSAL_LM"
     )
@@ -151,7 +152,7 @@ def finetune(number: int) -> None:
     def ours() -> float:
         position = 128 * (next(parts) // 2 % 4)
         start = time.perf_counter()
-        batches = samples.rank_batches(position, 128, 2, 0, 1)
+        batches = samples.rank_batches(position, 128, 4, 0, 1)
         count = sum(batch.num_supervised() for batch in batches)
         accumulate(model, batches, count)
         clip_gradients(model, 1.0)

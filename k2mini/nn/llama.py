@@ -17,6 +17,10 @@ from k2mini.nn.linear import Embedding, Linear
 from k2mini.nn.loss import token_loss
 from k2mini.nn.rope import rotary_tables, rotate
 
+# Who looks at whom. A tensor: (B or 1, 1, T, S) bool. A list: the lengths of the documents in all rows, row after row.
+# None: a row is one document.
+Mask = Tensor | list[int] | None
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
@@ -51,13 +55,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D). mask: (B or 1, 1, T, S) bool; None means causal."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, T, H, E)
         k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, T, K, E)
         v = self.v_proj(x).view(heads)  # (B, T, K, E)
+        if isinstance(mask, list):
+            out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
+            return self.o_proj(out.view(batch_size, num_tokens, -1))
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
         else:
@@ -71,6 +78,19 @@ class Attention(nn.Module):
             enable_gqa=self.grouped,
         )
         return self.o_proj(out.transpose(1, 2).reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
+
+    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        """Causal attention within each document of packed rows: what a mask would hide is not computed.
+
+        q: (B*T, H, E); k, v: (B*T, K, E); `lengths` add up to B*T. Returns (B*T, H, E).
+        """
+        outs = []
+        for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            own_q, own_k, own_v = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, t, E)
+            causal = own_q.shape[2] > 1
+            out = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=causal, enable_gqa=self.grouped)
+            outs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outs)
 
 
 class MLP(nn.Module):
@@ -97,7 +117,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -116,6 +136,19 @@ def document_mask(positions: Tensor) -> Tensor:
     return same.tril().unsqueeze(1)
 
 
+def document_lengths(positions: Tensor) -> list[int]:
+    """The lengths of the documents in rows, one row after the other; a run of padding counts as one.
+
+    Args:
+        positions: (B, T) int64; 0 begins a document, -1 is padding.
+    """
+    begins = positions == 0
+    begins[:, 0] = True
+    begins[:, 1:] |= (positions[:, 1:] < 0) & (positions[:, :-1] >= 0)
+    places = begins.flatten().nonzero().flatten().tolist()
+    return [stop - start for start, stop in zip(places, [*places[1:], positions.numel()], strict=True)]
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and the final norm: tokens to hidden states."""
 
@@ -125,6 +158,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.by_document = False  # attend to packed documents one by one, not under a mask over whole rows
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -132,12 +166,13 @@ class Decoder(nn.Module):
         num_tokens = tokens.shape[1]
         if positions is not None and positions.shape != tokens.shape:
             raise ValueError(f"positions {tuple(positions.shape)} must have the shape of tokens {tuple(tokens.shape)}")
+        mask: Mask
         if cache is not None:
             if cache.batch_size != tokens.shape[0]:
                 raise ValueError(f"a cache of {cache.batch_size} rows was given for {tokens.shape[0]} rows of tokens")
             positions, mask = cache.advance(num_tokens, positions)
         elif positions is not None:
-            mask = document_mask(positions)
+            mask = document_lengths(positions) if self.by_document else document_mask(positions)
         else:
             positions, mask = torch.arange(num_tokens, device=tokens.device).unsqueeze(0), None
         x = self.embed_tokens(tokens)  # (B, T, D)

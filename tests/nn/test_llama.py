@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model, meta_model
-from k2mini.config import PRESETS
+from k2mini.config import IGNORE, PRESETS
 from k2mini.nn.kv_cache import KVCache
-from k2mini.nn.llama import Llama
+from k2mini.nn.llama import Llama, document_lengths
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import naive_logits, to_transformers
 
@@ -141,6 +141,26 @@ def test_presets_have_the_papers_size(preset, parameters):
 
 def test_num_parameters_counts_every_shape(shape):
     assert shape.num_parameters() == sum(p.numel() for p in Llama(shape).parameters())
+
+
+def test_documents_one_by_one_equal_documents_under_a_mask(shape):
+    """Rows that begin within a document, end in padding, or are nothing else."""
+    model = tiny_llama(shape, dtype=torch.float64)
+    positions = torch.tensor(
+        [[0, 1, 2, 3, 0, 1, 0, 0, 1, 2], [2, 3, 0, 1, 2, 3, 4, -1, -1, -1], [0, 1, 2, -1, -1, -1, -1, -1, -1, -1]]
+    )
+    assert document_lengths(positions) == [4, 2, 1, 3, 2, 5, 3, 3, 7]
+    tokens, labels = tokens_like(shape, 3, 10), tokens_like(shape, 3, 10, seed=1)
+    labels[positions < 0] = IGNORE
+    results = []
+    for by_document in (False, True):
+        model.model.by_document = by_document
+        model.zero_grad()
+        loss = model.loss(tokens, positions, labels)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for masked, alone in zip(*results, strict=True):
+        torch.testing.assert_close(alone, masked, rtol=0, atol=1e-12)
 
 
 def test_bf16_norm_multiplies_after_the_cast():
