@@ -18,7 +18,8 @@ from k2mini.nn.quant import quantize_blocks, quantize_rows
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.weights.adapter import check_base, load_adapter, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
-from k2mini.weights.hf_config import read_model_config, report_special_tokens
+from k2mini.weights.hf_config import read_model_config, report_special_tokens, tensor_shapes
+from k2mini.weights.manifest import read_manifest
 
 DTYPES = {
     "float64": torch.float64,
@@ -155,12 +156,14 @@ def needs_process_group(section: ModelSection, lora: LoraSection | None) -> bool
 
 def _open(path: Path) -> tuple[Llama, CheckpointReader, Tokenizer | None]:
     """A model without storage, its tensors, checked to be the right ones, and its tokenizer."""
+    if (read_manifest(path) or {}).get("kind") == "delta":
+        raise ValueError(f"{path} is a delta, not a model; k2mini delta apply puts it on its base")
     config = read_model_config(path)
     tokenizer = load_tokenizer(path, config.vocab_size)
     reader = CheckpointReader(path)
     model = meta_model(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_tensors(reader, expected)
+    expected = tensor_shapes(config)
+    check_tensors(reader, expected, path)
     for name in expected:
         reader.dtype(name)  # refuses integer and 8-bit types before anything is read
     return model, reader, tokenizer

@@ -29,6 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
     quiet = argparse.ArgumentParser(add_help=False)
     quiet.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    target = argparse.ArgumentParser(add_help=False, parents=[quiet])
+    target.add_argument("--out", required=True, type=Path, metavar="DIR")
+    target.add_argument("--force", action="store_true", help="replace DIR, once what replaces it is complete")
+
     common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     group = common.add_argument_group("common options")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
@@ -103,9 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
     verb.set_defaults(run="plan")
 
-    verb = verbs.add_parser("export", parents=[quiet], help="a checkpoint as a Hugging Face directory")
+    verb = verbs.add_parser("export", parents=[target], help="a checkpoint as a Hugging Face directory")
     verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
-    verb.add_argument("--out", required=True, type=Path, metavar="DIR")
     verb.add_argument("--dtype", choices=DTYPES, help="of the tensors written (default: the run's model.dtype)")
     verb.set_defaults(run="export")
 
@@ -114,20 +117,49 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", required=True, type=Path, metavar="FILE.png")
     verb.set_defaults(run="plot")
 
-    verb = verbs.add_parser("merge", parents=[quiet], help="base + adapter as a Hugging Face directory")
+    verb = verbs.add_parser("merge", parents=[target], help="base + adapter as a Hugging Face directory")
     verb.add_argument("--base", required=True, metavar="DIR")
     verb.add_argument("--adapter", required=True, type=Path, metavar="DIR")
-    verb.add_argument("--out", required=True, type=Path, metavar="DIR")
     verb.set_defaults(run="merge")
 
     verb = verbs.add_parser("delta", help="publish a tuned model as its difference from the base")
     kinds = verb.add_subparsers(dest="kind", metavar="make|apply", required=True)
-    for name, other, what in (("make", "tuned", "tuned - base"), ("apply", "delta", "base + delta")):
-        kind = kinds.add_parser(name, parents=[quiet], help=what)
-        kind.add_argument("--base", required=True, metavar="DIR")
-        kind.add_argument(f"--{other}", required=True, metavar="DIR")
-        kind.add_argument("--out", required=True, type=Path, metavar="DIR")
-        kind.set_defaults(run=f"delta_{name}")
+    kind = kinds.add_parser("make", parents=[target], help="tuned - base")
+    kind.add_argument("--base", required=True, metavar="DIR")
+    kind.add_argument("--tuned", required=True, metavar="DIR")
+    kind.add_argument(
+        "--format",
+        choices=("bits", "add"),
+        default="bits",
+        help="bits: exact; add: float16 sums, as FastChat and K2 published them (default: bits)",
+    )
+    kind.set_defaults(run="delta_make")
+    kind = kinds.add_parser("apply", parents=[target], help="base + delta; FastChat's and K2's deltas, too")
+    kind.add_argument("--base", required=True, metavar="DIR")
+    kind.add_argument("--delta", required=True, metavar="DIR")
+    kind.add_argument("--resize-vocab", action="store_true", help="tokens that the base lacks come from the delta")
+    kind.set_defaults(run="delta_apply")
+
+    verb = verbs.add_parser("convert", parents=[target], help="a model in another format, dtype or shard size")
+    verb.add_argument("model", metavar="DIR", help="Hugging Face's (safetensors, .bin) or Meta's (consolidated.*.pth)")
+    verb.add_argument(
+        "--to",
+        required=True,
+        choices=("hf", "bin", "meta", "gguf"),
+        help="hf: safetensors; bin: PyTorch's; meta: consolidated.00.pth; gguf: a file for llama.cpp (extra: gguf)",
+    )
+    verb.add_argument("--dtype", choices=DTYPES[:3], help="of the tensors written (default: as stored)")
+    verb.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
+    verb.set_defaults(run="convert")
+
+    verb = verbs.add_parser("verify", parents=[quiet], help="compare a directory that k2mini wrote with its manifest")
+    verb.add_argument("directory", metavar="DIR")
+    verb.set_defaults(run="verify")
+
+    verb = verbs.add_parser("info", parents=[quiet], help="what a model or adapter is, from its headers alone")
+    verb.add_argument("directory", metavar="DIR")
+    verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    verb.set_defaults(run="info")
 
     verb = verbs.add_parser("eval", parents=[model, common], help="score a model on GeoBench")
     verb.add_argument(

@@ -1,13 +1,10 @@
-"""Files and directories that appear whole or not at all: written beside, synced, then renamed."""
+"""Files that appear whole or not at all: written beside, synced, then renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +35,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 file; a reader sees the old one or the new one, never a part.
 
@@ -56,45 +47,4 @@ def write_text(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    sync_path(path.parent)
-
-
-def make_writable(directory: Path) -> None:
-    """Make `directory` if it is missing. Raises OSError, naming it, where files can't be written there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f".{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
-
-
-def check_new(path: Path) -> None:
-    """Raise ValueError unless `path` is free, or an empty directory, to be filled by `new_directory`."""
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{path} exists already; name another place or remove it first")
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a fresh directory beside `path` that takes its name once the block is through.
-
-    Files get the modes that the umask gives (safetensors writes 0600). After an exception nothing is left.
-
-    Raises ValueError where `path` exists and is not an empty directory.
-    """
-    check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.mkdir()
-    try:
-        yield beside
-        mode = 0o666 & ~_umask()
-        for file in beside.iterdir():
-            file.chmod(mode)
-            sync_path(file)
-        sync_path(beside)
-        beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     sync_path(path.parent)

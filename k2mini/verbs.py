@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from k2mini.build import load_model
+from k2mini.build import DTYPES, load_model
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.config_file import config_kind, load_config
 from k2mini.demo import pipeline
@@ -26,18 +26,22 @@ from k2mini.evaluation.run import Asking, run_benchmark
 from k2mini.inference import terminal
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.llama import Llama
+from k2mini.sizes import parse_size, readable
 from k2mini.text.prepare import describe, prepare
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.training import metrics, run
 from k2mini.training.plan import BUDGET as PLAN_BUDGET
 from k2mini.training.plan import describe as describe_plan
-from k2mini.training.plan import parse_memory, plan_run, readable, smallest_change
+from k2mini.training.plan import plan_run, smallest_change
 from k2mini.training.plot import plot_losses
 from k2mini.training.preview import preview
 from k2mini.weights.adapter import merge_adapter
+from k2mini.weights.convert import convert
 from k2mini.weights.delta import apply_delta, make_delta
 from k2mini.weights.formats import model_directory
+from k2mini.weights.info import describe_directory, inspect_directory
+from k2mini.weights.manifest import verify
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +216,7 @@ def run_preview(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     """What a run would take."""
-    memory = parse_memory(options.gpu_memory)
+    memory = parse_size(options.gpu_memory, "--gpu-memory")
     config = _either_config(options)
     found = plan_run(config, options.world_size)
     fits = found.peak <= PLAN_BUDGET * memory
@@ -231,23 +235,50 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """A checkpoint as a model."""
-    run.export(options.checkpoint, options.out, options.dtype)
+    run.export(options.checkpoint, options.out, options.dtype, force=options.force)
     print(options.out)
 
 
 def run_merge(options: argparse.Namespace) -> None:
     """An adapter into its base."""
-    merge_adapter(model_directory(options.base), options.adapter, options.out)
+    merge_adapter(model_directory(options.base), options.adapter, options.out, force=options.force)
     print(options.out)
 
 
 def run_delta_make(options: argparse.Namespace) -> None:
     """tuned - base."""
-    make_delta(model_directory(options.base), model_directory(options.tuned), options.out)
+    base, tuned = model_directory(options.base), model_directory(options.tuned)
+    lost = make_delta(base, tuned, options.out, kind=options.format, force=options.force)
+    if options.format == "add":
+        log.info("%s elements will not come back exactly; --format bits gives every one back", f"{lost:,}")
     print(options.out)
 
 
 def run_delta_apply(options: argparse.Namespace) -> None:
     """base + delta."""
-    apply_delta(model_directory(options.base), model_directory(options.delta), options.out)
+    base, delta = model_directory(options.base), model_directory(options.delta)
+    apply_delta(base, delta, options.out, resize_vocab=options.resize_vocab, force=options.force)
     print(options.out)
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """A model in another layout."""
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    shard_bytes = parse_size(options.shard_size, "--shard-size")
+    source = model_directory(options.model)
+    convert(source, options.to, options.out, dtype=dtype, shard_bytes=shard_bytes, force=options.force)
+    print(options.out)
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """What a directory holds."""
+    found = inspect_directory(model_directory(options.directory))
+    print(json.dumps(found) if options.json else describe_directory(found))
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    """A directory against its manifest."""
+    number, unknown = verify(model_directory(options.directory))
+    if unknown:
+        log.warning("not in the manifest, so not checked: %s", ", ".join(unknown))
+    print(f"{options.directory}: {number} files are as they were written")

@@ -112,7 +112,7 @@ def tiny_tokenizer(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
     """A tiny random model with the tiny tokenizer, as k2mini writes it."""
-    from k2mini.weights.formats import save_model
+    from k2mini.weights.model_files import save_model
 
     directory = tmp_path_factory.mktemp("model") / "tiny"
     config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)

@@ -8,7 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "k2mini"
 # A module may import from its own layer's folder and from earlier layers.
 LAYERS = [
-    {"config", "errors", "files", "progress"},
+    {"config", "errors", "files", "progress", "sizes"},
+    {"directories"},
     {"config_file", "distributed"},
     {"nn"},
     {"text"},

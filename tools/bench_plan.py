@@ -28,7 +28,7 @@ from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.loop import accumulate, clip_gradients
 from k2mini.training.optim import build_optimizer
 from k2mini.training.plan import plan_run
-from k2mini.weights.formats import save_model
+from k2mini.weights.model_files import save_model
 
 SHAPE = ModelConfig(
     dim=768,

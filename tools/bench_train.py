@@ -63,7 +63,7 @@ def pretrain(number: int, steps: int) -> None:
     """Full training, in float32, of the same model on the same batches; the reference is transformers' Trainer."""
     from transformers import Trainer, TrainingArguments
 
-    from k2mini.weights.formats import save_model
+    from k2mini.weights.model_files import save_model
 
     torch.manual_seed(0)
     rows = torch.randint(3, CONFIG.vocab_size, (64 * ROWS, LENGTH + 1))
@@ -124,7 +124,7 @@ def finetune(number: int) -> None:
     from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, LlamaTokenizer, Trainer, TrainingArguments
 
     from k2mini.demo.pipeline import BASE
-    from k2mini.weights.formats import save_model
+    from k2mini.weights.model_files import save_model
 
     generator = torch.Generator().manual_seed(0)
     drawn = torch.empty(512).log_normal_(math.log(80), 0.7, generator=generator)

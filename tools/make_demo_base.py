@@ -26,7 +26,7 @@ from k2mini.text.corpus import Documents
 from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.loop import train
-from k2mini.weights.formats import save_model
+from k2mini.weights.model_files import save_model
 
 VOCAB_SIZE = 1200
 SYLLABLES = [start + vowel for start in (*"bcdfgklmnprstvz", "br", "dr", "kl", "st", "tr") for vowel in "aeiou"]

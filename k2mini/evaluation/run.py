@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from k2mini.directories import make_writable
 from k2mini.evaluation.geobench import Question
 from k2mini.evaluation.report import Result, summarise
 from k2mini.evaluation.score import score_options
-from k2mini.files import make_writable, write_text
+from k2mini.files import write_text
 from k2mini.nn.llama import Llama
 from k2mini.progress import progress_bar
 from k2mini.text.prompts import get_template

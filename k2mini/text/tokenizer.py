@@ -83,6 +83,22 @@ class Tokenizer:
             return " ⁇ ".encode()
         return piece.replace("▁", " ").encode()
 
+    def kind(self, token: int) -> str:
+        """'normal', 'unknown', 'control', 'unused' or 'byte'."""
+        for kind in ("unknown", "control", "unused", "byte"):
+            if getattr(self._model, f"is_{kind}")(token):
+                return kind
+        return "normal"
+
+    def score(self, token: int) -> float:
+        """The piece's score, by which SentencePiece chooses what to merge."""
+        return float(self._model.get_score(token))
+
+    @property
+    def unk_id(self) -> int:
+        """The id that unknown text gets."""
+        return int(self._model.unk_id())
+
     def hf_config(self) -> dict[str, Any]:
         """The content of a tokenizer_config.json with which transformers' LlamaTokenizer gives the same ids."""
         return {
@@ -92,7 +108,7 @@ class Tokenizer:
             "add_prefix_space": self.adds_space,
             "bos_token": self.piece(self.bos_id),
             "eos_token": self.piece(self.eos_id),
-            "unk_token": self.piece(self._model.unk_id()),
+            "unk_token": self.piece(self.unk_id),
             "clean_up_tokenization_spaces": False,
             "legacy": False,
             "model_max_length": 10**30,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,23 +184,42 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-class StoredModel(Mapping[str, Tensor]):
-    """A checkpoint's parameters by name, each read whole when asked for. For one process, on the CPU."""
+class StoredModel:
+    """A checkpoint's parameters as a source, each read whole when first asked for. For one process, on the CPU."""
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
         self._reader, self._dtype = SafeReader(path), dtype
         entries = self._reader.read_metadata().state_dict_metadata
-        self._entries = {name[6:]: entry for name, entry in entries.items() if name.startswith("model.")}
+        self._entries: dict[str, Any] = {
+            name[6:]: entry for name, entry in entries.items() if name.startswith("model.")
+        }
+        self._lock = threading.Lock()  # rows are asked for from several threads
+        self._last: tuple[str, Tensor] | None = None
 
-    def __getitem__(self, name: str) -> Tensor:
-        entry: Any = self._entries[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    def names(self) -> list[str]:
+        """All parameters."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One parameter's."""
+        return tuple(self._entries[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The one asked for, or as stored."""
+        stored: torch.dtype = self._entries[name].properties.dtype
+        return self._dtype or stored
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter, whole."""
+        tensor = torch.empty(self.shape(name), dtype=self._entries[name].properties.dtype)
         with _quiet():
             load({f"model.{name}": tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+        return tensor.to(self.dtype(name))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Of the parameter last read, or of one that is read now."""
+        with self._lock:
+            if self._last is None or self._last[0] != name:
+                self._last = None
+                self._last = name, self.tensor(name)
+            return self._last[1][start:stop]

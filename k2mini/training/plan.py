@@ -27,6 +27,7 @@ from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss
 from k2mini.nn.quant import quantize_blocks
+from k2mini.sizes import readable
 from k2mini.text.corpus import is_prepared, read_manifest
 from k2mini.training.alive import Alive
 from k2mini.training.loop import rank_share
@@ -268,21 +269,3 @@ def _changes(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], 
     for factor in (2, 4, 8, 16):
         yield {}, world_size * factor
         yield dict(overrides), world_size * factor
-
-
-def readable(size: int) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def parse_memory(text: str) -> int:
-    """'40GiB' -> bytes. Raises ValueError where it is not a number with GiB, MiB, GB or MB."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("GB", 10**9), ("MB", 10**6)):
-        if text.lower().endswith(unit.lower()):
-            try:
-                size = float(text[: -len(unit)])
-            except ValueError:
-                break
-            if size > 0:
-                return int(size * factor)
-    raise ValueError(f"--gpu-memory must be a size such as 40GiB, not {text!r}")

@@ -13,8 +13,9 @@ import torch
 
 from k2mini.build import DTYPES, needs_process_group, training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
+from k2mini.directories import make_writable
 from k2mini.distributed import World, connect
-from k2mini.files import make_writable, sha256, write_text
+from k2mini.files import sha256, write_text
 from k2mini.nn.llama import Llama
 from k2mini.text.batches import Blocks, Example, Examples, shuffled
 from k2mini.text.corpus import Corpus, fingerprint, is_prepared, read_manifest
@@ -27,8 +28,9 @@ from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
-from k2mini.weights.formats import model_directory, save_model
+from k2mini.weights.formats import model_directory
 from k2mini.weights.hf_config import read_model_config
+from k2mini.weights.model_files import save_model
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,9 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
         kept = best_checkpoint(last.parent) or last
         if kept != last:
             log.info("the adapter of the lowest validation loss is kept: %s", kept)
-        save_adapter(StoredModel(kept), section, out, base=config.model.path)
+        stored = StoredModel(kept)
+        adapters = {name: stored.tensor(name) for name in stored.names()}
+        save_adapter(adapters, section, out, base=config.model.path)
     world.wait()
     return out
 
@@ -212,11 +216,12 @@ def _identity(config: PretrainConfig | FinetuneConfig, data: str, tokenizer: Tok
     }
 
 
-def export(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
+def export(checkpoint: Path, out: Path, dtype: str | None = None, *, force: bool = False) -> None:
     """Write a checkpoint of `pretrain` as a Hugging Face directory, tensor by tensor.
 
     Args:
         dtype: of the tensors written; None: that of the run's `model.dtype`.
+        force: replace a directory that exists.
 
     Raises ValueError where it is no such checkpoint, or `out` exists and is not empty.
     """
@@ -226,4 +231,5 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> None:
         raise ValueError(f"{checkpoint} holds an adapter, not a model; the run's end writes it to run.dir/adapter")
     base = model_directory(identity["model"])
     tensors = StoredModel(checkpoint, DTYPES[dtype or identity["dtype"]])
-    save_model(tensors, read_model_config(base), out, tokenizer=Tokenizer(base / "tokenizer.model"))
+    tokenizer = Tokenizer(base / "tokenizer.model")
+    save_model(tensors, read_model_config(base), out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base))

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from k2mini.config import LoraSection
+from k2mini.directories import new_directory
 from k2mini.distributed import fill
-from k2mini.files import new_directory, read_json
+from k2mini.files import read_json
 from k2mini.nn.lora import lora_modules, merged_weight
-from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.formats import CheckpointReader, model_directory, read_bin, save_model
+from k2mini.weights.formats import CheckpointReader, model_directory, read_bin
 from k2mini.weights.hf_config import read_model_config
-from k2mini.weights.manifest import model_fingerprint
+from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
+from k2mini.weights.model_files import find_tokenizer, save_model
+from k2mini.weights.stream import Tensors, Written, write_safetensors
 
-WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = ("lora_A", "lora_B")
 PREFIX = "base_model.model."  # how peft wraps the model; the module's own name follows
 
@@ -57,21 +58,22 @@ def save_adapter(
         "init_lora_weights": True,
     }
     with new_directory(directory) as beside:
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        content = Written()
+        write_safetensors(Tensors(tensors), list(tensors), beside / WEIGHTS, content)
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if Path(base).is_dir():
-            note = {"format": "k2mini adapter 1", "base": model_fingerprint(CheckpointReader(model_directory(base)))}
-            (beside / MANIFEST).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         written = read_adapter(beside, read_adapter_config(beside))
         flat = {f"{module}.{kind}": t for module, pair in written.items() for kind, t in zip(KINDS, pair, strict=True)}
         if flat.keys() != adapters.keys() or any(not torch.equal(flat[k], adapters[k].cpu()) for k in flat):
             raise OSError(f"{directory}: what was written does not read back as it was")
+        known = Path(base).is_dir()
+        note = {"base": model_fingerprint(CheckpointReader(model_directory(base)))} if known else {}
+        write_manifest(beside, "adapter", content, note)
 
 
 def check_base(directory: Path, base: CheckpointReader) -> None:
     """Raise ValueError where an adapter says that it was trained on another base (one of peft's does not say)."""
-    note = directory / MANIFEST
-    if note.is_file() and read_json(note).get("base") != model_fingerprint(base):
+    note = (read_manifest(directory) or {}).get("base")
+    if note is not None and note != model_fingerprint(base):
         raise ValueError(f"{directory} was trained on another base than {base.directory}; they do not belong together")
 
 
@@ -152,10 +154,10 @@ def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> Non
         fill(module.lora_B, lora_b)
 
 
-def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
+def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) -> None:
     """Write base + adapter as a Hugging Face directory, in the base's dtype, with the base's tokenizer.
 
-    One matrix is merged at a time, and no more of the model is in memory than a file of the output holds.
+    A few megabytes are merged at a time.
 
     Raises ValueError where the two do not belong together, or the result is not finite.
     """
@@ -166,26 +168,23 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
         name = f"{module}.weight"
         if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
             raise ValueError(f"{adapter}: {module} does not fit {base}; they do not belong together")
-    file = base / "tokenizer.model"
-    tokenizer = Tokenizer(file) if file.exists() else None
-    save_model(_Merged(reader, pairs, section.scaling), config, out, tokenizer=tokenizer)
+    source = _Merged(reader, pairs, section.scaling)
+    save_model(source, config, out, tokenizer=find_tokenizer(base), force=force, inputs=(base, adapter))
 
 
-class _Merged(Mapping[str, Tensor]):
-    """The merged weights by name, each made when asked for."""
+class _Merged:
+    """The merged weights, as a source."""
 
     def __init__(self, reader: CheckpointReader, pairs: dict[str, tuple[Tensor, Tensor]], scaling: float) -> None:
         self._reader, self._pairs, self._scaling = reader, pairs, scaling
+        self.names, self.shape, self.dtype = reader.names, reader.shape, reader.dtype
 
-    def __getitem__(self, name: str) -> Tensor:
-        weight, pair = self._reader.tensor(name), self._pairs.get(name.removesuffix(".weight"))
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The base's, with the same rows of B @ A added."""
+        weight, pair = self._reader.rows(name, start, stop), self._pairs.get(name.removesuffix(".weight"))
+        if pair is None:
+            return weight
         try:
-            return weight if pair is None else merged_weight(weight, *pair, self._scaling)
+            return merged_weight(weight, pair[0], pair[1][start:stop], self._scaling)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reader.names())
-
-    def __len__(self) -> int:
-        return len(self._reader.files)

@@ -1,102 +1,332 @@
-"""Deltas: what a licence lets one publish instead of the tuned weights. Made and applied without losing a bit.
+"""Deltas: what a licence lets one publish instead of the tuned weights. Made, applied and proved, tensor by tensor.
 
-The difference is that of the raw words, as integers that wrap: adding it back gives the tuned weights exactly, with
--0.0 and the payloads of NaNs, which no floating-point difference does.
+Two formats:
+
+`bits`, which `make_delta` writes: the difference of the raw words, as integers that wrap, after casting the base to the
+tuned model's dtype. Adding it back gives the tuned weights exactly, with -0.0 and the payloads of NaNs, which no
+floating-point difference does. Rows that the base does not have (a vocabulary that grew) are kept as they are.
+
+`add`, FastChat's and K2's (github:lm-sys/FastChat, fastchat/model/apply_delta.py): tuned - base in float16, both sides
+cast to it first. Not exact. What they published is a model directory without a manifest.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from k2mini.files import new_directory, read_json
-from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.formats import CheckpointReader, save_model
+from k2mini.config import ModelConfig
+from k2mini.directories import check_new, check_space, new_directory
+from k2mini.weights.formats import CheckpointReader, some
 from k2mini.weights.hf_config import read_model_config
+from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
+from k2mini.weights.model_files import find_tokenizer, save_model, write_side_files
+from k2mini.weights.stream import SHARD_BYTES, hash_tensors, total_bytes, write_weights
 
+log = logging.getLogger(__name__)
+
+FORMATS = ("bits", "add")
 WORDS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-NAMES = {str(dtype): dtype for dtype in WORDS}
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WORDS}
+# What grows with the vocabulary; nothing else of a delta may be of another shape than the base's.
+BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def content_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and raw bytes."""
-    header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    words = tensor.contiguous().view(WORDS.get(tensor.dtype, tensor.dtype))
-    return hashlib.sha256(header + words.numpy().tobytes()).hexdigest()
+def make_delta(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    *,
+    kind: str = "bits",
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write the difference tuned - base as a directory, with the hashes of the tuned weights.
 
+    Returns: how many elements applying it will not give back exactly; with `bits`, 0.
 
-def make_delta(base: Path, tuned: Path, out: Path) -> None:
-    """Write the difference tuned - base, with the hashes of both sides.
-
-    Raises ValueError where the two are not models of one shape, or `out` exists and is not empty.
+    Raises ValueError where the two are not models of one shape (the tuned one may have more tokens), where `out` can't
+    be written, or the disk is too small; nothing is written then.
     """
-    if read_model_config(base) != read_model_config(tuned):
-        raise ValueError(f"{base} and {tuned} are models of different shapes (their config.json differ)")
-    base_reader, tuned_reader = CheckpointReader(base), CheckpointReader(tuned)
-    _same_tensors(base_reader, tuned_reader)
-    tensors: dict[str, Tensor] = {}
-    hashes = {}
-    for name in tuned_reader.names():
-        original, after = base_reader.tensor(name), tuned_reader.tensor(name)
-        words = WORDS[after.dtype]
-        tensors[name] = after.view(words) - original.to(after.dtype).view(words)
-        hashes[name] = {"dtype": str(after.dtype), "base": content_hash(original), "tuned": content_hash(after)}
-    manifest = {"format": "bits", "tensors": hashes}
-    with new_directory(out) as beside:
-        save_file(tensors, beside / "delta.safetensors")
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for file in ("config.json", "tokenizer.model"):
-            if (tuned / file).exists():
-                shutil.copyfile(tuned / file, beside / file)
+    if kind not in FORMATS:
+        raise ValueError(f"a delta's format is one of {', '.join(FORMATS)}, not {kind!r}")
+    before, after = _open_base(base), CheckpointReader(tuned)
+    config = read_model_config(tuned)
+    _check_shapes(base, read_model_config(base), tuned, config)
+    _check_tensors(before, after, grow=True)
+    source = _Difference(before, after) if kind == "bits" else _Subtraction(before, after)
+    check_new(out, force=force, inputs=(base, tuned))
+    check_space(out, total_bytes(source))
+    tokenizer = find_tokenizer(tuned, base)
+    with new_directory(out, force=force) as beside, ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(hash_tensors, after) if kind == "bits" else None
+        written = write_weights(source, beside, shard_bytes)
+        write_side_files(beside, config, tokenizer, "float16" if kind == "add" else _short(after))
+        note: dict[str, Any] = {"delta": kind, "base": model_fingerprint(before)}
+        if hashes is not None:
+            note["tuned"] = {
+                name: {"dtype": str(after.dtype(name)).removeprefix("torch."), "sha256": digest}
+                for name, digest in hashes.result().items()
+            }
+        write_manifest(beside, "delta", written, note)
+    return source.lost
 
 
-def apply_delta(base: Path, delta: Path, out: Path) -> None:
-    """Write base + delta, checked tensor by tensor against the tuned weights' hashes.
+def apply_delta(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    resize_vocab: bool = False,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write base + delta as a model; that of a `bits` delta is checked against the tuned weights' hashes.
 
-    Raises ValueError where `base` is not what the delta was made against, or the delta is damaged; nothing is
-    written then.
+    A directory without a manifest is taken for one of FastChat's or K2's sums.
+
+    Args:
+        resize_vocab: accept a delta of more tokens than the base has; the new rows are the delta's.
+
+    Raises ValueError where the two do not belong together or one is damaged, where `out` can't be written, or the disk
+    is too small; nothing is written then.
     """
-    manifest = read_json(delta / "manifest.json") if (delta / "manifest.json").is_file() else None
-    if not isinstance(manifest, dict) or manifest.get("format") != "bits":
-        raise ValueError(f"{delta} is not a delta that k2mini made (no manifest.json of format 'bits')")
-    reader, hashes = CheckpointReader(base), manifest["tensors"]
-    if set(hashes) != set(reader.names()):
-        odd = sorted(set(hashes) ^ set(reader.names()))[0]
-        raise ValueError(f"{base} and {delta} do not have the same tensors ({odd})")
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(delta / "delta.safetensors", framework="pt") as file:
-            for name, expected in hashes.items():
-                original, dtype = reader.tensor(name), NAMES[expected["dtype"]]
-                if content_hash(original) != expected["base"]:
-                    raise ValueError(f"{base}: {name} differs from the base that {delta} was made against")
-                words = WORDS[dtype]
-                tensors[name] = (original.to(dtype).view(words) + file.get_tensor(name)).view(dtype)
-                if content_hash(tensors[name]) != expected["tuned"]:
-                    raise ValueError(f"{delta}: {name} does not give the tuned weights; the delta is damaged")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{delta}/delta.safetensors is missing or damaged ({error})") from None
-    file_ = delta / "tokenizer.model"
-    tokenizer = Tokenizer(file_) if file_.exists() else None
-    save_model(tensors, read_model_config(delta), out, tokenizer=tokenizer)
+    before, difference = _open_base(base), CheckpointReader(delta)
+    manifest = read_manifest(delta)
+    if manifest is not None and manifest["kind"] != "delta":
+        raise ValueError(f"{delta} is no delta: its manifest says {manifest['kind']}")
+    config = _config(base, delta)
+    _check_tensors(before, difference, grow=resize_vocab)
+    if manifest is None:
+        log.info("%s has no manifest: taken for a sum in float16, as FastChat and K2 published them", delta)
+        _check_not_swapped(before, difference)
+    elif manifest["base"] != model_fingerprint(before):
+        raise ValueError(f"{base} is not the base that {delta} was made against; its weights differ")
+    kind = "add" if manifest is None else manifest["delta"]
+    tuned: Mapping[str, Any] = manifest["tuned"] if manifest is not None and kind == "bits" else {}
+    source = _Restored(before, difference, tuned) if kind == "bits" else _Addition(before, difference)
+    for name in source.names():
+        stored = difference.stored_dtype(name)
+        if stored != (WORDS[source.dtype(name)] if kind == "bits" else difference.dtype(name)):
+            raise ValueError(
+                f"{difference.files[name]}: {name} is stored as {stored}, which its manifest does not mean"
+            )
+
+    def check(name: str, digest: str) -> None:
+        if tuned and tuned[name]["sha256"] != digest:
+            whose = _culprit(difference, manifest or {}, name)
+            raise ValueError(f"{name} does not come out as the tuned weights: {whose or base} is damaged there")
+
+    save_model(
+        source,
+        config,
+        out,
+        tokenizer=find_tokenizer(delta, base),
+        shard_bytes=shard_bytes,
+        force=force,
+        inputs=(base, delta),
+        check=check,
+    )
 
 
-def _same_tensors(base: CheckpointReader, tuned: CheckpointReader) -> None:
-    odd = sorted(set(base.names()) ^ set(tuned.names()))
+def _open_base(base: Path) -> CheckpointReader:
+    manifest = read_manifest(base)
+    if manifest is not None and manifest["kind"] == "delta":
+        raise ValueError(f"{base} is a delta, not a base; are the two swapped?")
+    reader = CheckpointReader(base)
+    for name in reader.names():
+        reader.dtype(name)  # refuses what is no floating-point type before anything is written
+    return reader
+
+
+def _config(base: Path, delta: Path) -> ModelConfig:
+    """The tuned model's shape; deltas are published without a config.json, too."""
+    ours = read_model_config(base)
+    if not (delta / "config.json").is_file():
+        return replace(ours, vocab_size=_tokens(CheckpointReader(delta)))
+    theirs = read_model_config(delta)
+    _check_shapes(base, ours, delta, theirs)
+    return theirs
+
+
+def _check_shapes(base: Path, ours: ModelConfig, other: Path, theirs: ModelConfig) -> None:
+    """Raise ValueError unless both are the same network. Copies of LLaMA differ in context length and norm_eps."""
+    free = {"vocab_size": 0, "max_seq_len": 0, "norm_eps": 0.0}
+    a, b = asdict(ours) | free, asdict(theirs) | free
+    odd = [key for key in a if a[key] != b[key]]
     if odd:
-        raise ValueError(f"{odd[0]} is not in both {base.directory} and {tuned.directory}")
+        values = ", ".join(f"{key} is {a[key]} and {b[key]}" for key in odd)
+        raise ValueError(f"{base} and {other} are models of different shapes: by their config.json, {values}")
+
+
+def _tokens(reader: CheckpointReader) -> int:
+    return reader.shape(BY_TOKEN[0])[0]
+
+
+def _short(reader: CheckpointReader) -> str:
+    return str(reader.dtype(BY_TOKEN[0])).removeprefix("torch.")
+
+
+def _check_tensors(base: CheckpointReader, other: CheckpointReader, *, grow: bool) -> None:
+    """Raise ValueError unless both have the same tensors of the same shapes; `grow`: `other` may have more tokens."""
+    odd = sorted(set(base.names()) ^ set(other.names()))
+    if odd:
+        raise ValueError(f"{base.directory} and {other.directory} do not have the same tensors: {some(odd)}")
     for name in base.names():
-        if base.shape(name) != tuned.shape(name):
-            raise ValueError(f"{name} is {base.shape(name)} in {base.directory} and {tuned.shape(name)} in the other")
+        ours, theirs = base.shape(name), other.shape(name)
+        if ours == theirs:
+            continue
+        if name in BY_TOKEN and ours[1:] == theirs[1:]:
+            if grow and ours[0] < theirs[0]:
+                continue
+            sizes = f"{name} has {ours[0]:,} rows in {base.directory} and {theirs[0]:,} in {other.directory}"
+            if ours[0] < theirs[0]:
+                raise ValueError(f"{sizes}: tokens were added; --resize-vocab takes the new rows from the delta")
+            raise ValueError(f"{sizes}: the base has more tokens, so it is not the one that was tuned")
+        raise ValueError(f"{name} is {ours} in {base.directory} and {theirs} in {other.directory}")
+
+
+def _check_not_swapped(base: CheckpointReader, delta: CheckpointReader) -> None:
+    """Raise ValueError where the base's norms are next to nothing beside the delta's: those of a model are near one."""
+    norms = [name for name in base.names() if len(base.shape(name)) == 1]
+    ours, theirs = (sum(r.tensor(name).float().abs().mean().item() for name in norms) for r in (base, delta))
+    if ours * 10 < theirs:
+        raise ValueError(
+            f"the norms of {base.directory} are near zero, as a delta's are, and those of {delta.directory} are not; "
+            "are --base and --delta swapped?"
+        )
+
+
+def _culprit(delta: CheckpointReader, manifest: Mapping[str, Any], name: str) -> Path | None:
+    """The delta's directory, if it is the delta's tensor that is not what was published."""
+    found = hash_tensors(_One(delta, name))[name]
+    return delta.directory if found != manifest["tensors"][name]["sha256"] else None
+
+
+class _Pair:
+    """A source of the second reader's tensors, each row combined with the first's where that has it."""
+
+    def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
+        self.base, self.other = base, other
+        self.names, self.shape = other.names, other.shape
+        self.lost = 0  # elements that will not come back exactly
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Float16, unless a subclass says otherwise."""
+        return torch.float16
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the result; where the base has none, they are made of the other's alone."""
+        end = max(start, min(stop, self.base.shape(name)[0]))
+        other = self.other.rows(name, start, stop)
+        known, new = other[: end - start], other[end - start :]
+        return torch.cat([self.combine(self.base.rows(name, start, end), known, name), self.new(new)])
+
+    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
+        """Rows of the result from those of both sides."""
+        raise NotImplementedError
+
+    def new(self, other: Tensor) -> Tensor:
+        """Rows of the result from those that only the other side has."""
+        return other.to(torch.float16)
+
+
+class _Difference(_Pair):
+    """tuned - base, in words."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The words of the tuned dtype."""
+        return WORDS[self.other.dtype(name)]
+
+    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
+        """Integers, which wrap."""
+        words = WORDS[other.dtype]
+        return other.view(words) - base.to(other.dtype).view(words)
+
+    def new(self, other: Tensor) -> Tensor:
+        """As they are."""
+        return other.view(WORDS[other.dtype])
+
+
+class _Restored(_Pair):
+    """base + delta, in words: the tuned weights."""
+
+    def __init__(self, base: CheckpointReader, other: CheckpointReader, tuned: Mapping[str, Any]) -> None:
+        super().__init__(base, other)
+        self._dtypes = {name: NAMES[entry["dtype"]] for name, entry in tuned.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tuned dtype."""
+        return self._dtypes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The words, seen as the tuned dtype."""
+        return super().rows(name, start, stop).view(self._dtypes[name])
+
+    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
+        """Integers, which wrap."""
+        dtype = self._dtypes[name]
+        return base.to(dtype).view(WORDS[dtype]) + other
+
+    def new(self, other: Tensor) -> Tensor:
+        """As they are."""
+        return other
+
+
+class _Addition(_Pair):
+    """base + delta, in float16."""
+
+    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
+        """As FastChat's apply_delta.py did."""
+        return base.to(torch.float16) + other.to(torch.float16)
+
+
+class _Subtraction(_Pair):
+    """tuned - base, in float16; counts what adding it to the base will not give back."""
+
+    def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
+        super().__init__(base, other)
+        self._lock = threading.Lock()  # rows are asked for from several threads
+
+    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
+        """As FastChat's make_delta.py did."""
+        base = base.to(torch.float16)
+        delta = other.to(torch.float16) - base
+        self._count(base + delta, other)
+        return delta
+
+    def new(self, other: Tensor) -> Tensor:
+        """In float16."""
+        self._count(other.to(torch.float16), other)
+        return other.to(torch.float16)
+
+    def _count(self, again: Tensor, tuned: Tensor) -> None:
+        wide = torch.promote_types(tuned.dtype, torch.float32)
+        lost = int((again.to(wide).view(WORDS[wide]) != tuned.to(wide).view(WORDS[wide])).sum())
+        with self._lock:
+            self.lost += lost
+
+
+class _One:
+    """One tensor of a reader, as a source."""
+
+    def __init__(self, reader: CheckpointReader, name: str) -> None:
+        self._name = name
+        self.shape, self.rows, self.dtype = reader.shape, reader.rows, reader.stored_dtype
+
+    def names(self) -> list[str]:
+        """The one."""
+        return [self._name]

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: reading their tensors by name, and writing them whole.
+"""Hugging Face model directories: reading their tensors by name.
 
 Nothing is read before it is asked for: tensors are views of memory-mapped files, in safetensors or in PyTorch's
 `.bin`, so a 13 GB checkpoint opens at once and its pages can be evicted.
@@ -6,23 +6,19 @@ Nothing is read before it is asked for: tensors are views of memory-mapped files
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from k2mini.config import ModelConfig
-from k2mini.files import new_directory, read_json
-from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.hf_config import hf_config
+from k2mini.directories import recover
+from k2mini.files import read_json
+from k2mini.weights.stream import Source
 
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -32,15 +28,17 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-SHARD_BYTES = 5 * 10**9
+WORDS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
 
 
 def model_directory(path: str | Path) -> Path:
-    """`path`, checked to be a directory.
+    """`path`, checked to be a directory; where a killed process was replacing it, that is put right first.
 
     Raises ValueError: it is not; for what looks like a hub id, with the command that downloads it.
     """
     directory = Path(path)
+    if not directory.exists():
+        recover(directory)
     if directory.is_dir():
         return directory
     if directory.exists():
@@ -71,7 +69,7 @@ class CheckpointReader:
             names = self._open(path)
             missing = sorted(set(expected) - set(names)) if expected is not None else []
             if missing:
-                raise ValueError(f"{path} does not hold {_some(missing)}, which the index says it does")
+                raise ValueError(f"{path} does not hold {some(missing)}, which the index says it does")
             for name in names:
                 if IGNORED.search(name):
                     continue
@@ -119,17 +117,23 @@ class CheckpointReader:
             return tuple(self._safetensors[path].get_slice(name).get_shape())
         return tuple(self._bins[path][name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """One tensor's dtype, from the header; the words of a delta are integers. Raises ValueError for other types."""
         path = self.files[name]
         if path in self._safetensors:
             code = self._safetensors[path].get_slice(name).get_dtype()
-            if code not in DTYPES:
-                raise ValueError(f"{path}: {name} is stored as {code}; k2mini reads {', '.join(DTYPES)}")
-            return DTYPES[code]
-        dtype = self._bins[path][name].dtype
+            dtype = {**DTYPES, **WORDS}.get(code)
+        else:
+            dtype = code = self._bins[path][name].dtype
+        if dtype is None:
+            raise ValueError(f"{path}: {name} is stored as {code}; k2mini reads {', '.join(DTYPES)}")
+        return dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
+        dtype = self.stored_dtype(name)
         if dtype not in DTYPES.values():
-            raise ValueError(f"{path}: {name} is stored as {dtype}; k2mini reads {', '.join(DTYPES)}")
+            raise ValueError(f"{self.files[name]}: {name} is stored as {dtype}; k2mini reads {', '.join(DTYPES)}")
         return dtype
 
 
@@ -176,90 +180,41 @@ def _indexed(index: Path) -> dict[Path, list[str] | None]:
     return dict(sorted(expected.items()))
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def check_tensors(reader: CheckpointReader, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], directory: Path) -> None:
     """Raise ValueError unless the directory's tensors are the expected ones; it names what is missing, extra or bent.
 
     A model with tied embeddings may carry an `lm_head.weight`, provided it equals the embedding bit for bit.
     """
-    found = set(reader.names())
+    found = set(source.names())
     missing = sorted(set(expected) - found)
     extra = sorted(found - set(expected))
     if "lm_head.weight" in extra:
         embedding = "model.embed_tokens.weight"
-        if embedding in found and torch.equal(reader.tensor("lm_head.weight"), reader.tensor(embedding)):
+        if embedding in found and _equal(source, "lm_head.weight", embedding):
             extra.remove("lm_head.weight")
         else:
             raise ValueError(
-                f"{reader.directory}: config.json ties lm_head to the embedding, yet lm_head.weight is stored and "
+                f"{directory}: config.json ties lm_head to the embedding, yet lm_head.weight is stored and "
                 "differs; set tie_word_embeddings to false if the stored one is meant"
             )
     if missing:
         hint = "; is tie_word_embeddings meant to be true?" if missing == ["lm_head.weight"] else ""
-        raise ValueError(f"{reader.directory} lacks {_some(missing)}{hint}")
+        raise ValueError(f"{directory} lacks {some(missing)}{hint}")
     if extra:
-        raise ValueError(f"{reader.directory} holds {_some(extra)}, which a LLaMA of its config.json does not have")
+        raise ValueError(f"{directory} holds {some(extra)}, which a LLaMA of its config.json does not have")
     for name, shape in expected.items():
-        if reader.shape(name) != shape:
-            raise ValueError(f"{reader.files[name]}: {name} is {reader.shape(name)}, config.json makes it {shape}")
+        if source.shape(name) != shape:
+            raise ValueError(f"{directory}: {name} is {source.shape(name)}, config.json makes it {shape}")
 
 
-def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Split tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets a shard of its own)."""
-    shards: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if not shards or size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
-def write_weights(tensors: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or shards of at most `shard_bytes` and an index, with the hub's file names."""
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    shards = plan_shards(sizes, shard_bytes)
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        content = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(content, directory / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def save_model(
-    tensors: Mapping[str, Tensor],
-    config: ModelConfig,
-    directory: Path,
-    *,
-    tokenizer: Tokenizer | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write a Hugging Face directory that loads alone, here and in transformers; it appears whole or not at all.
-
-    Args:
-        tensors: Hugging Face names to tensors of one dtype, as `Llama.state_dict()` gives them.
-        tokenizer: written beside the weights; without it the directory has none.
-
-    Raises ValueError where `directory` exists and is not empty.
-    """
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    with new_directory(directory) as beside:
-        write_weights(tensors, beside, shard_bytes)
-        written = {"config.json": hf_config(config, dtype, bos_id, eos_id)}
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.path, beside / "tokenizer.model")
-            written["tokenizer_config.json"] = tokenizer.hf_config()
-            written["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        for name, content in written.items():
-            (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _equal(source: Source, one: str, other: str) -> bool:
+    rows = source.shape(one)[0]
+    return source.shape(one) == source.shape(other) and torch.equal(
+        source.rows(one, 0, rows), source.rows(other, 0, rows)
+    )

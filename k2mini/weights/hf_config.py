@@ -164,3 +164,26 @@ def report_special_tokens(directory: Path, bos_id: int, eos_id: int) -> None:
                 said,
                 right,
             )
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model under Hugging Face's name, with its shape; a tied output has none of its own."""
+    dim, q_dim, kv_dim = config.dim, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
+    for layer in range(config.num_layers):
+        block: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (q_dim, dim),
+            "self_attn.k_proj": (kv_dim, dim),
+            "self_attn.v_proj": (kv_dim, dim),
+            "self_attn.o_proj": (dim, q_dim),
+            "mlp.gate_proj": (config.intermediate_dim, dim),
+            "mlp.up_proj": (config.intermediate_dim, dim),
+            "mlp.down_proj": (dim, config.intermediate_dim),
+            "input_layernorm": (dim,),
+            "post_attention_layernorm": (dim,),
+        }
+        shapes.update({f"model.layers.{layer}.{module}.weight": shape for module, shape in block.items()})
+    shapes["model.norm.weight"] = (dim,)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, dim)
+    return shapes

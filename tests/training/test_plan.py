@@ -19,8 +19,9 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
-from k2mini.training.plan import parse_memory, plan_run, smallest_change
-from k2mini.weights.formats import save_model
+from k2mini.sizes import parse_size
+from k2mini.training.plan import plan_run, smallest_change
+from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +123,8 @@ def test_no_ranks(directory):
 
 
 def test_sizes():
-    assert parse_memory("40GiB") == 40 * 2**30
-    assert parse_memory("1.5gb") == 1_500_000_000
+    assert parse_size("40GiB", "--gpu-memory") == 40 * 2**30
+    assert parse_size("1.5gb", "--gpu-memory") == 1_500_000_000
     for text in ("40", "GiB", "-1GiB", "40TB"):
         with pytest.raises(ValueError, match="must be a size such as 40GiB"):
-            parse_memory(text)
+            parse_size(text, "--gpu-memory")

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from k2mini.weights.delta import apply_delta, make_delta
-from k2mini.weights.formats import CheckpointReader, save_model
+from k2mini.weights.formats import CheckpointReader
+from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

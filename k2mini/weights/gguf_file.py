@@ -1,0 +1,149 @@
+"""GGUF, which llama.cpp runs: LLaMA's tensors in F32 or F16, with the SentencePiece vocabulary. Extra: gguf.
+
+Names, metadata and the order of q's and k's rows are those of llama.cpp's convert_hf_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2mini.config import ModelConfig
+from k2mini.directories import check_space
+from k2mini.files import sync_path
+from k2mini.nn.rope import inverse_frequencies
+from k2mini.progress import progress_bar
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.weights.meta import interleave, is_rotary
+from k2mini.weights.stream import SHOWN, Source, num_bytes
+
+OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+INNER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+SCALED = "rope_freqs.weight"  # by what each rotary frequency is divided, for LLaMA 3.1's scaling
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor that has Hugging Face's."""
+    module = name.removesuffix(".weight")
+    if module in OUTER:
+        return f"{OUTER[module]}.weight"
+    _, _, layer, inner = module.split(".", 3)
+    return f"blk.{layer}.{INNER[inner]}.weight"
+
+
+def write_gguf(
+    source: Source, config: ModelConfig, out: Path, tokenizer: Tokenizer | None, dtype: torch.dtype, *, force: bool
+) -> None:
+    """Write a file that llama.cpp runs; it appears whole or not at all.
+
+    Args:
+        dtype: float32, or float16 for the matrices (vectors stay float32, as llama.cpp wants them).
+
+    Raises ValueError where the extra is not installed, there is no tokenizer, `dtype` is another, a value is too large
+    for it, `out` exists and is not to be replaced, or the disk is too small.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("GGUF needs the gguf package: pip install -c constraints.txt -e '.[gguf]'") from None
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"GGUF is written in float32 or float16, not {str(dtype).removeprefix('torch.')}")
+    if tokenizer is None:
+        raise ValueError("GGUF holds the vocabulary too: put the model's tokenizer.model beside its weights")
+    if out.is_dir() or (out.exists() and not force):
+        raise ValueError(f"{out} exists already; name another file, remove it, or replace it with --force")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    dtypes = {name: dtype if len(source.shape(name)) > 1 else torch.float32 for name in source.names()}
+    sizes = {name: num_bytes(source.shape(name), kind) for name, kind in dtypes.items()}
+    check_space(out, sum(sizes.values()))
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(beside, "llama")
+    _add_fields(writer, config, dtype, gguf)
+    _add_vocabulary(writer, config, tokenizer, gguf)
+    if config.rope_scaling is not None:
+        writer.add_tensor_info(SCALED, (config.head_dim // 2,), torch.empty(0).numpy().dtype, config.head_dim * 2)
+    for name, kind in dtypes.items():
+        array = torch.empty(0, dtype=kind).numpy()
+        writer.add_tensor_info(gguf_name(name), source.shape(name), array.dtype, sizes[name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if config.rope_scaling is not None:
+            writer.write_tensor_data(_divisors(config).numpy())
+        total = sum(sizes.values())
+        with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
+            for name, kind in dtypes.items():
+                writer.write_tensor_data(_tensor(source, name, kind, config.head_dim).numpy())
+                progress.update(sizes[name])
+        writer.close()
+        sync_path(beside)
+        beside.replace(out)
+    finally:
+        writer.close()
+        beside.unlink(missing_ok=True)
+    sync_path(out.parent)
+
+
+def _tensor(source: Source, name: str, dtype: torch.dtype, head_dim: int) -> Tensor:
+    stored = source.rows(name, 0, source.shape(name)[0])
+    cast = stored.to(dtype)
+    if dtype == torch.float16 and bool((stored.isfinite() & ~cast.isfinite()).any()):
+        raise ValueError(f"{name} has values that are too large for float16; --dtype float32 holds them")
+    return (interleave(cast, head_dim) if is_rotary(name) else cast).contiguous()
+
+
+def _divisors(config: ModelConfig) -> Tensor:
+    plain = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    return (plain / inverse_frequencies(config, torch.float64, torch.device("cpu"))).to(torch.float32)
+
+
+def _add_fields(writer: Any, config: ModelConfig, dtype: torch.dtype, gguf: Any) -> None:
+    kinds = gguf.LlamaFileType
+    writer.add_file_type(kinds.ALL_F32 if dtype == torch.float32 else kinds.MOSTLY_F16)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+
+
+def _add_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer, gguf: Any) -> None:
+    tokens, scores, kinds = [], [], []
+    for token in range(config.vocab_size):
+        known = token < tokenizer.vocab_size  # rows beyond the tokenizer's are padding
+        tokens.append((tokenizer.piece(token) if known else f"[PAD{token}]").encode())
+        scores.append(tokenizer.score(token) if known else -1000.0)
+        kinds.append(getattr(gguf.TokenType, tokenizer.kind(token).upper() if known else "UNUSED"))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_unk_token_id(tokenizer.unk_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(tokenizer.adds_space)

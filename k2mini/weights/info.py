@@ -1,0 +1,149 @@
+"""What a directory is, from headers alone: nothing of 13 GB is read to tell it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2mini.config import ModelConfig
+from k2mini.sizes import readable
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.weights.adapter import read_adapter, read_adapter_config
+from k2mini.weights.convert import open_model
+from k2mini.weights.formats import CheckpointReader
+from k2mini.weights.manifest import read_manifest
+
+WEIGHTS = (".safetensors", ".bin", ".pth")
+
+
+def inspect_directory(directory: Path) -> dict[str, Any]:
+    """What a model, delta or adapter is made of.
+
+    Returns: `kind` ('model', 'meta', 'delta' or 'adapter'), `parameters`, `dtypes` (name -> parameters), `files` (name
+    -> bytes), `tokenizer`, `manifest`; of a model and a delta `shape`; of a model `memory` (precision -> bytes of
+    weights and of a cache of the whole context, one row); of an adapter `rank`, `alpha`, `target_modules`, `base`.
+
+    Raises ValueError, naming the file, where it is none of these, or not complete.
+    """
+    manifest = read_manifest(directory)
+    found: dict[str, Any] = {"directory": str(directory), "files": _files(directory), "manifest": manifest is not None}
+    if (directory / "adapter_config.json").is_file():
+        return found | _adapter(directory)
+    source, config = open_model(directory)
+    sizes: Counter[str] = Counter()
+    for name in source.names():
+        stored = source.stored_dtype(name) if isinstance(source, CheckpointReader) else source.dtype(name)
+        sizes[str(stored).removeprefix("torch.")] += torch.Size(source.shape(name)).numel()
+    default = "model" if isinstance(source, CheckpointReader) else "meta"
+    kind = manifest["kind"] if manifest is not None else default
+    found |= {
+        "kind": kind,
+        "shape": {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope_scaling"},
+        "parameters": sum(sizes.values()),
+        "dtypes": dict(sizes),
+        "tokenizer": _tokenizer(directory),
+    }
+    if kind == "delta":
+        return found | {"delta": manifest["delta"] if manifest else None}
+    return found | {"memory": memory(config)}
+
+
+def memory(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Bytes of the weights, and of a key/value cache of one row of the whole context, in each precision.
+
+    In int8, what is no matrix of a block stays in bfloat16, and so does the cache; each row has a float32 scale.
+    """
+    matrices = config.num_layers * _block_matrices(config)
+    rows = config.num_layers * (
+        config.head_dim * (config.num_heads + 2 * config.num_kv_heads) + 2 * config.dim + 2 * config.intermediate_dim
+    )
+    total = config.num_parameters()
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * config.max_seq_len
+    return {
+        "float32": {"weights": 4 * total, "cache": 4 * cached},
+        "bfloat16": {"weights": 2 * total, "cache": 2 * cached},
+        "int8": {"weights": 2 * (total - matrices) + matrices + 4 * rows, "cache": 2 * cached},
+    }
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    attention = 2 * config.dim * config.head_dim * (config.num_heads + config.num_kv_heads)
+    return attention + 3 * config.dim * config.intermediate_dim
+
+
+def _files(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.suffix in WEIGHTS}
+
+
+def _tokenizer(directory: Path) -> dict[str, int] | None:
+    path = directory / "tokenizer.model"
+    if not path.is_file():
+        return None
+    tokenizer = Tokenizer(path)
+    return {"tokens": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    section = read_adapter_config(directory)
+    pairs = read_adapter(directory, section)
+    tensors = [tensor for pair in pairs.values() for tensor in pair]
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors:
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return {
+        "kind": "adapter",
+        "parameters": sum(dtypes.values()),
+        "dtypes": dict(dtypes),
+        "rank": section.rank,
+        "alpha": section.alpha,
+        "target_modules": section.target_modules,
+        "modules": len(pairs),
+        "tokenizer": None,
+    }
+
+
+def describe_directory(found: dict[str, Any]) -> str:
+    """`inspect_directory`'s findings as lines for people."""
+    lines = [f"{found['directory']}: {_title(found)}"]
+    dtypes = ", ".join(f"{count:,} in {dtype}" for dtype, count in found["dtypes"].items())
+    lines.append(f"parameters: {found['parameters']:,} ({dtypes})")
+    if found["kind"] == "adapter":
+        lines.append(
+            f"LoRA: rank {found['rank']}, alpha {found['alpha']:g}, on {', '.join(found['target_modules'])} "
+            f"({found['modules']} modules)"
+        )
+    else:
+        shape = found["shape"]
+        lines.append(
+            f"shape: dim {shape['dim']}, {shape['num_layers']} layers, {shape['num_heads']} heads "
+            f"({shape['num_kv_heads']} of keys and values) of {shape['head_dim']}, "
+            f"intermediate_dim {shape['intermediate_dim']}, vocab_size {shape['vocab_size']}, "
+            f"max_seq_len {shape['max_seq_len']}"
+        )
+        tokenizer = found["tokenizer"]
+        known = (
+            f"{tokenizer['tokens']:,} tokens, BOS {tokenizer['bos']}, EOS {tokenizer['eos']}" if tokenizer else "none"
+        )
+        lines.append(f"tokenizer: {known}")
+    sizes = found["files"]
+    lines.append(f"weights: {len(sizes)} file{'s' * (len(sizes) != 1)}, {readable(sum(sizes.values()))}")
+    lines.append("manifest: yes; k2mini verify checks every byte" if found["manifest"] else "manifest: none")
+    for precision, parts in found.get("memory", {}).items():
+        lines.append(
+            f"to run it in {precision}: {readable(parts['weights'])} of weights and, for one row of "
+            f"{found['shape']['max_seq_len']:,} tokens, {readable(parts['cache'])} of cache"
+        )
+    return "\n".join(lines)
+
+
+def _title(found: dict[str, Any]) -> str:
+    titles = {
+        "model": "a LLaMA model",
+        "meta": "a LLaMA model in Meta's layout",
+        "adapter": "a LoRA adapter",
+        "delta": f"a delta of format {found.get('delta')}; k2mini delta apply puts it on its base",
+    }
+    return titles[found["kind"]]

@@ -1,0 +1,263 @@
+"""Tensors from wherever they are to safetensors files, a few megabytes at a time.
+
+A source is asked for rows; several pieces are read and computed ahead by threads while earlier ones are hashed and
+written. So a 13 GB model passes through well under a gigabyte of memory, at about the disk's pace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from k2mini.progress import progress_bar
+
+CHUNK_BYTES = 16 << 20
+AHEAD = 4  # pieces that are computed while one is written
+SHARD_BYTES = 5 * 10**9
+SHOWN = 10**9  # from here on there is a progress bar
+# safetensors' codes. The integers are the words of a delta.
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+}
+
+
+class Source(Protocol):
+    """Tensors by name, none of which has to be in memory. `rows` is called from several threads."""
+
+    def names(self) -> list[str]:
+        """In the order in which they are written."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """One tensor's dtype, without reading it."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start, …, stop - 1 along the first dimension."""
+
+
+class Tensors:
+    """A mapping as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        """In the mapping's order."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's."""
+        return self._tensors[name].dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """On the CPU."""
+        return self._tensors[name][start:stop].detach().cpu()
+
+
+class Cast:
+    """A source in another dtype.
+
+    `rows` raises ValueError, naming the tensor, where a finite value would become infinite.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self._source, self._dtype = source, dtype
+        self.names, self.shape = source.names, source.shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The new one."""
+        return self._dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The source's, cast."""
+        stored = self._source.rows(name, start, stop)
+        cast = stored.to(self._dtype)
+        lost = int(stored.isfinite().sum() - cast.isfinite().sum()) if cast.dtype != stored.dtype else 0
+        if lost:
+            short = str(self._dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: {lost} values are too large for {short}; bfloat16 and float32 hold them")
+        return cast
+
+
+def pieces(source: Source, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, start, stop): all rows of all tensors, in order, at most `CHUNK_BYTES` at a time (or one row)."""
+    for name in names:
+        shape = source.shape(name)
+        row = num_bytes(shape[1:], source.dtype(name))
+        step = max(1, CHUNK_BYTES // max(1, row))
+        for start in range(0, shape[0], step):
+            yield name, start, min(start + step, shape[0])
+
+
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """The size of a tensor."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def total_bytes(source: Source) -> int:
+    """The size of all tensors of a source."""
+    return sum(num_bytes(source.shape(name), source.dtype(name)) for name in source.names())
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map(function, items)` in order, with `AHEAD` results under way in two threads."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="ahead") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def read(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, rows) of all tensors, in order; the rows in memory, contiguous."""
+
+    def load(piece: tuple[str, int, int]) -> tuple[str, Tensor]:
+        # Cloned, for a mapped file is only read when its pages are touched: here, not where they are written.
+        return piece[0], source.rows(*piece).clone(memory_format=torch.contiguous_format)
+
+    return ahead(load, pieces(source, names))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, as they are in memory and in files (little-endian)."""
+    array: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+@dataclass
+class Written:
+    """What went into a directory's files.
+
+    Attributes:
+        files: name -> {"bytes", "sha256"}.
+        tensors: name -> {"file", "dtype", "shape", "sha256"}; the last is that of the tensor's raw bytes.
+    """
+
+    files: dict[str, dict[str, int | str]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def add_tensor(self, name: str, file: str, dtype: torch.dtype, shape: tuple[int, ...], digest: str) -> None:
+        """Note one tensor."""
+        short = str(dtype).removeprefix("torch.")
+        self.tensors[name] = {"file": file, "dtype": short, "shape": list(shape), "sha256": digest}
+
+
+Check = Callable[[str, str], None]  # a tensor's name and hash, once it is known; raises to stop
+
+
+def hash_tensors(source: Source) -> dict[str, str]:
+    """The SHA-256 of every tensor's raw bytes."""
+    digests = {name: hashlib.sha256() for name in source.names()}
+    for name, rows in read(source, digests):
+        digests[name].update(raw(rows))
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Split tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets a shard of its own)."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def write_weights(
+    source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None
+) -> Written:
+    """Write `model.safetensors`, or shards of at most `shard_bytes` and an index, with the hub's file names."""
+    sizes = {name: num_bytes(source.shape(name), source.dtype(name)) for name in source.names()}
+    shards, written = plan_shards(sizes, shard_bytes), Written()
+    weight_map = {}
+    total = sum(sizes.values())
+    with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(source, names, directory / file, written, check, progress.update)
+            weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return written
+
+
+def write_safetensors(
+    source: Source,
+    names: list[str],
+    path: Path,
+    written: Written,
+    check: Check | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Write one file (the format: 8 bytes of header length, a JSON header, then the tensors' bytes, back to back)."""
+    # The widest types first, so that every tensor is aligned to its own width.
+    names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in names:
+        shape, dtype = source.shape(name), source.dtype(name)
+        end = position + num_bytes(shape, dtype)
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    whole = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(content: bytes | memoryview) -> None:
+            whole.update(content)
+            file.write(content)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for name, parts in groupby(read(source, names), key=itemgetter(0)):
+            own = hashlib.sha256()
+            for _, rows in parts:
+                content = raw(rows)
+                own.update(content)
+                put(content)
+                progress(content.nbytes)
+            written.add_tensor(name, path.name, source.dtype(name), source.shape(name), own.hexdigest())
+            if check is not None:
+                check(name, own.hexdigest())
+        size = file.tell()
+    written.files[path.name] = {"bytes": size, "sha256": whole.hexdigest()}

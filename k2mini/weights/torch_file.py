@@ -1,0 +1,129 @@
+"""PyTorch's own files (`.bin`, `.pth`), written a few megabytes at a time: what `torch.save` does needs all in memory.
+
+The format since PyTorch 1.6 is a zip archive, uncompressed: `data.pkl`, a pickle that rebuilds tensors out of storages
+it names by number, and one entry `data/N` a storage (torch/serialization.py, `_save` and `persistent_id`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._utils import _rebuild_tensor_v2
+
+from k2mini.progress import progress_bar
+from k2mini.weights.stream import SHARD_BYTES, SHOWN, Check, Source, Written, num_bytes, plan_shards, raw, read
+
+ROOT = "archive"
+ALIGNMENT = 64  # of each storage in the file, so that it can be mapped
+STORAGES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+def write_bin(source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None) -> Written:
+    """Write `pytorch_model.bin`, or shards of at most `shard_bytes` and an index, with the hub's file names."""
+    sizes = {name: num_bytes(source.shape(name), source.dtype(name)) for name in source.names()}
+    shards, written, weight_map = plan_shards(sizes, shard_bytes), Written(), {}
+    total = sum(sizes.values())
+    with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
+        for number, names in enumerate(shards, start=1):
+            file = "pytorch_model.bin" if len(shards) == 1 else f"pytorch_model-{number:05}-of-{len(shards):05}.bin"
+            write_torch(source, names, directory / file, written, check, progress.update)
+            weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        path = directory / "pytorch_model.bin.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return written
+
+
+def write_torch(
+    source: Source,
+    names: list[str],
+    path: Path,
+    written: Written,
+    check: Check | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Write one file that `torch.load` reads as a state dict, with `weights_only` and `mmap` or without."""
+    numbers = {name: number for number, name in enumerate(names)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry("data.pkl"), _pickled(source, names))
+        archive.writestr(_entry("byteorder"), b"little")
+        for name, parts in groupby(read(source, names), key=itemgetter(0)):
+            entry = _entry(f"data/{numbers[name]}")
+            entry.file_size = num_bytes(source.shape(name), source.dtype(name))
+            _align(entry, archive)
+            own = hashlib.sha256()
+            with archive.open(entry, "w") as file:
+                for _, rows in parts:
+                    content = raw(rows)
+                    own.update(content)
+                    file.write(content)
+                    progress(content.nbytes)
+            written.add_tensor(name, path.name, source.dtype(name), source.shape(name), own.hexdigest())
+            if check is not None:
+                check(name, own.hexdigest())
+        archive.writestr(_entry("version"), b"3\n")
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"{ROOT}/{name}")  # dated 1980, so that equal tensors give equal files
+
+
+def _align(entry: zipfile.ZipInfo, archive: zipfile.ZipFile) -> None:
+    """Pad the entry's header, so that its data begins at a multiple of `ALIGNMENT`."""
+    assert archive.fp is not None
+    # zipfile itself adds 20 bytes for the 64-bit sizes of an entry of more than 2 GiB or so.
+    header = 30 + len(entry.filename.encode()) + (20 if entry.file_size * 1.05 > zipfile.ZIP64_LIMIT else 0)
+    padding = -(archive.fp.tell() + header + 4) % ALIGNMENT
+    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+
+
+class _Storage:
+    """Stands for a storage in the pickle."""
+
+    def __init__(self, dtype: torch.dtype, number: int, size: int) -> None:
+        self.id = ("storage", STORAGES[dtype], str(number), "cpu", size)
+
+
+class _Tensor:
+    """Stands for a contiguous tensor in the pickle."""
+
+    def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
+        strides = torch.empty(shape, device="meta").stride()
+        self.arguments: tuple[Any, ...] = (storage, 0, shape, strides, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        """A storage's number and type; None for all else."""
+        return obj.id if isinstance(obj, _Storage) else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """A tensor is what rebuilds it."""
+        return (_rebuild_tensor_v2, obj.arguments) if isinstance(obj, _Tensor) else NotImplemented
+
+
+def _pickled(source: Source, names: list[str]) -> bytes:
+    state = OrderedDict()
+    for number, name in enumerate(names):
+        shape = source.shape(name)
+        state[name] = _Tensor(_Storage(source.dtype(name), number, torch.Size(shape).numel()), shape)
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(state)
+    return buffer.getvalue()
