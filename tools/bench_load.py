@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
 
-from k2mini.build import load_model, meta_model
+from k2mini.build import load_model
 from k2mini.config import PRESETS
-from k2mini.weights.formats import plan_shards
-from k2mini.weights.hf_config import hf_config
+from k2mini.weights.hf_config import hf_config, tensor_shapes
+from k2mini.weights.stream import plan_shards
 
 
 def write_sparse(directory: Path, preset: str) -> int:
     """A checkpoint of zeros in fp16, in two shards with an index. Returns its size in bytes."""
     config = PRESETS[preset]
-    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
-    sizes = {name: 2 * tensor.numel() for name, tensor in meta_model(config).state_dict().items()}
+    shapes = tensor_shapes(config)
+    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     (directory / "config.json").write_text(json.dumps(hf_config(config, "float16", 1, 2)))
     weight_map = {}
     shards = plan_shards(sizes, 10**10)

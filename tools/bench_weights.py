@@ -37,10 +37,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 base, delta, out = map(Path, sys.argv[1:])
 out.mkdir()
+deltas = [safe_open(path, "pt") for path in sorted(delta.glob("*.safetensors"))]
+where = {name: file for file in deltas for name in file.keys()}
 for path in sorted(base.glob("*.safetensors")):
-    with safe_open(path, "pt") as a, safe_open(delta / path.name, "pt") as b:
-        save_file({n: (a.get_tensor(n).view(torch.int16) + b.get_tensor(n)).view(torch.float16) for n in a.keys()},
-                  out / path.name)
+    with safe_open(path, "pt") as file:
+        save_file({name: (file.get_tensor(name).view(torch.int16) + where[name].get_tensor(name)).view(torch.float16)
+                   for name in file.keys()}, out / path.name)
     os.fsync(os.open(out / path.name, os.O_RDONLY))
 """
 

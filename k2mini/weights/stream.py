@@ -22,7 +22,7 @@ from torch import Tensor
 
 from k2mini.progress import progress_bar
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 2 << 20  # small, for the C library keeps freed blocks of a few megabytes, and some are always in use
 AHEAD = 4  # pieces that are computed while one is written
 SHARD_BYTES = 5 * 10**9
 SHOWN = 10**9  # from here on there is a progress bar

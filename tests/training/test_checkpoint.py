@@ -47,8 +47,8 @@ def test_round_trip(tmp_path):
         assert torch.equal(a, b), name
     assert {float(state["step"]) for state in optimizer.state.values()} == {7.0}
     stored = StoredModel(path)
-    assert set(stored) == set(model.state_dict())
-    assert torch.equal(stored["model.norm.weight"], model.model.norm.weight)
+    assert set(stored.names()) == set(model.state_dict())
+    assert torch.equal(stored.tensor("model.norm.weight"), model.model.norm.weight)
     state = read_state(path)
     assert (state["step"], state["val_loss"]) == (7, 2.5)
     assert set(state["files"]) == {"__0_0.distcp", ".metadata"}

@@ -1,11 +1,20 @@
+import dataclasses
 import json
+import subprocess
+import sys
+import time
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k2mini.weights.delta import apply_delta, make_delta
+from k2mini.build import load_model
+from k2mini.weights.delta import BY_TOKEN, apply_delta, make_delta
 from k2mini.weights.formats import CheckpointReader
+from k2mini.weights.hf_config import hf_config
+from k2mini.weights.manifest import verify
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
@@ -63,45 +72,170 @@ def trio(tmp_path):
     return tmp_path
 
 
+def save_bin(model, directory, dtype, shards=1, **side_files):
+    """As transformers 4 wrote: `.bin`, in shards with an index or alone, with the rotary frequencies of 2023."""
+    directory.mkdir()
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    names, files = sorted(tensors), {}
+    for number in range(shards):
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        part = names[number::shards]
+        torch.save({name: tensors[name] for name in part}, directory / file)
+        files.update(dict.fromkeys(part, file))
+    if shards > 1:
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    (directory / "config.json").write_text(json.dumps(hf_config(model.config, "float16", 1, 2)))
+    for name, content in side_files.items():
+        (directory / f"{name}.model").write_bytes(content)
+    return tensors
+
+
+def grown(model, tokens):
+    """The same model with more tokens."""
+    config = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + tokens)
+    more, state = tiny_llama(config, seed=5), model.state_dict()
+    for name in BY_TOKEN:
+        more.state_dict()[name][: model.config.vocab_size] = state[name]
+    more.load_state_dict({**state, **{name: more.state_dict()[name] for name in BY_TOKEN}})
+    return more
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_published_deltas_are_added_as_fastchat_adds(tmp_path, tiny_tokenizer, dtype):
+    """Sums in .bin shards without a manifest; the base in other shards and another dtype."""
+    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size)
+    base, difference = tiny_llama(config), tiny_llama(config, seed=1)
+    for tensor in difference.state_dict().values():
+        tensor.mul_(0.01 if tensor.dim() > 1 else 0.001)
+    a = save_bin(base, tmp_path / "base", dtype, shards=2, tokenizer=tiny_tokenizer.path.read_bytes())
+    b = save_bin(difference, tmp_path / "delta", torch.float16, shards=3)
+    apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(out) == set(base.state_dict())
+    for name, tensor in out.items():
+        assert torch.equal(tensor, a[name].half() + b[name].half()), name
+    assert load_model(tmp_path / "out")[1] is not None, "K2's delta has no tokenizer: the base's is taken"
+    with pytest.raises(ValueError, match="are --base and --delta swapped"):
+        apply_delta(tmp_path / "delta", tmp_path / "base", tmp_path / "other")
+
+
+def test_make_add_counts_what_does_not_come_back(trio):
+    lost = make_delta(trio / "base", trio / "tuned", trio / "sums", kind="add")
+    apply_delta(trio / "base", trio / "sums", trio / "again")
+    tuned, again = load_file(trio / "tuned" / "model.safetensors"), load_file(trio / "again" / "model.safetensors")
+    assert lost == sum(int((tuned[n] != again[n].float()).sum()) for n in tuned) > 0
+    assert all(torch.allclose(tuned[n], again[n].float(), atol=1e-2) for n in tuned)
+    assert verify(trio / "sums")[1] == []
+
+
+def test_a_vocabulary_that_grew(tmp_path, caplog):
+    base = tiny_llama()
+    tuned = grown(base, 1)
+    save_model(base.state_dict(), base.config, tmp_path / "base")
+    save_model(tuned.state_dict(), tuned.config, tmp_path / "tuned")
+    for kind in ("bits", "add"):
+        make_delta(tmp_path / "base", tmp_path / "tuned", tmp_path / kind, kind=kind)
+        with pytest.raises(ValueError, match=r"199 rows in .* and 200 in .*: tokens were added; --resize-vocab takes"):
+            apply_delta(tmp_path / "base", tmp_path / kind, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        apply_delta(tmp_path / "base", tmp_path / kind, tmp_path / f"{kind}_out", resize_vocab=True)
+    for name, bits_ in bits(tmp_path / "tuned").items():
+        assert torch.equal(bits_, bits(tmp_path / "bits_out")[name]), name
+    added = CheckpointReader(tmp_path / "add_out").tensor("lm_head.weight")
+    assert torch.equal(added[199], tuned.lm_head.weight[199].half())
+    with pytest.raises(ValueError, match="the base has more tokens"):
+        make_delta(tmp_path / "tuned", tmp_path / "base", tmp_path / "out")
+
+
 def test_another_base_is_refused(trio):
-    with pytest.raises(ValueError, match=r"differs from the base that .* was made against"):
+    with pytest.raises(ValueError, match=r"tuned is not the base that .*delta was made against"):
         apply_delta(trio / "tuned", trio / "delta", trio / "out")
-    with pytest.raises(ValueError, match="is not a delta that k2mini made"):
+    with pytest.raises(ValueError, match="delta is a delta, not a base; are the two swapped"):
         apply_delta(trio / "delta", trio / "base", trio / "out")
+    with pytest.raises(ValueError, match="tuned is no delta: its manifest says model"):
+        apply_delta(trio / "base", trio / "tuned", trio / "out")
+    with pytest.raises(ValueError, match="is a delta, not a model; k2mini delta apply"):
+        load_model(trio / "delta")
     assert not (trio / "out").exists()
 
 
-def test_a_flipped_bit_is_found(trio):
-    path = trio / "delta" / "delta.safetensors"
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("side", ["base", "delta"])
+def test_a_flipped_bit_is_found_and_its_side_named(trio, side):
+    path = trio / side / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] ^= 1
+    words = tensors[NAME].view(torch.int32)
+    words[3, 4] ^= 1
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight does not give the tuned weights"):
+    with pytest.raises(ValueError, match=rf"{NAME} does not come out as the tuned weights: .*/{side} is damaged there"):
         apply_delta(trio / "base", trio / "delta", trio / "out")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is missing or damaged"):
+    with pytest.raises(ValueError, match="is truncated or damaged"):
         apply_delta(trio / "base", trio / "delta", trio / "out")
-    assert not (trio / "out").exists()
+    path.unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        apply_delta(trio / "base", trio / "delta", trio / "out")
+    assert sorted(path.name for path in trio.iterdir()) == ["base", "delta", "tuned"]
 
 
 def test_models_of_other_shapes_are_refused(trio):
     other = tiny_llama(tiny_config(dim=32))
     save_model(other.state_dict(), other.config, trio / "other")
-    with pytest.raises(ValueError, match="models of different shapes"):
+    with pytest.raises(ValueError, match=r"models of different shapes: by their config.json, dim is 64 and 32"):
         make_delta(trio / "base", trio / "other", trio / "out")
-    raw = json.loads((trio / "delta" / "manifest.json").read_text())
-    raw["tensors"].pop("model.norm.weight")
-    (trio / "delta" / "manifest.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=r"do not have the same tensors \(model.norm.weight\)"):
-        apply_delta(trio / "base", trio / "delta", trio / "out")
 
 
-def test_an_existing_target_stays(trio):
+def test_targets_that_are_refused(trio, monkeypatch):
     before = (trio / "tuned" / "model.safetensors").read_bytes()
-    for call in (
-        lambda: make_delta(trio / "base", trio / "tuned", trio / "tuned"),
-        lambda: apply_delta(trio / "base", trio / "delta", trio / "tuned"),
+    for target, said in (
+        (trio / "tuned", "exists already"),
+        (trio / "base", "is itself an input"),
+        (trio / "base" / "deep" / "er", "is inside .*base, which is an input"),
+        (trio, "an input, is inside"),
     ):
-        with pytest.raises(ValueError, match="exists already"):
-            call()
+        for force in (False, True):
+            if force and said == "exists already":
+                continue
+            with pytest.raises(ValueError, match=said):
+                apply_delta(trio / "base", trio / "delta", target, force=force)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"would take 0.00 GB, 0.00 GB are free on its disk"):
+        apply_delta(trio / "base", trio / "delta", trio / "out")
     assert (trio / "tuned" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in trio.iterdir()) == ["base", "delta", "tuned"]
+
+
+def test_force_replaces(trio):
+    apply_delta(trio / "base", trio / "delta", trio / "out")
+    (trio / "out" / "model.safetensors").write_bytes(b"old")
+    apply_delta(trio / "base", trio / "delta", trio / "out", force=True)
+    assert verify(trio / "out")[0] == 2
+    assert sorted(path.name for path in trio.iterdir()) == ["base", "delta", "out", "tuned"]
+
+
+@pytest.mark.parametrize("number", [pytest.param(6, id="few"), pytest.param(50, id="many", marks=pytest.mark.slow)])
+def test_killed_at_any_moment(trio, number):
+    """Over and over a process replaces the target, until it is killed: what stands there, or comes back, is whole."""
+    code = f"""
+import logging, sys
+from pathlib import Path
+from k2mini.weights.delta import apply_delta
+trio = Path({str(trio)!r})
+print("ready", flush=True)
+while True:
+    apply_delta(trio / "base", trio / "delta", trio / "out", force=True)
+"""
+    apply_delta(trio / "base", trio / "delta", trio / "out")
+    random = Random(0)
+    for _ in range(number):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(random.uniform(0, 0.15))
+            process.kill()
+        load_model(trio / "out")  # puts a killed swap right
+        verify(trio / "out")
+    apply_delta(trio / "base", trio / "delta", trio / "out", force=True)
+    assert sorted(path.name for path in trio.iterdir()) == ["base", "delta", "out", "tuned"]

@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("k2mini.weights.formats.save_file", full)
+    monkeypatch.setattr("k2mini.weights.stream.raw", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(model.state_dict(), model.config, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
