@@ -216,9 +216,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
-        print(f"k2mini: {error}", file=sys.stderr)
+        print(f"k2mini: {_sentence(error)}", file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def _sentence(error: Exception) -> str:
+    """What is said of an error; the system's own without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _log_to_stderr() -> None:

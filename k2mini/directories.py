@@ -95,6 +95,10 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             _swap(beside, path)
         else:
             beside.rename(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say whose it is
+            error.filename = str(path)
+        raise
     finally:
         os.close(lock)
         shutil.rmtree(beside, ignore_errors=True)

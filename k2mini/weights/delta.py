@@ -233,7 +233,8 @@ class _Pair:
         end = max(start, min(stop, self.base.shape(name)[0]))
         other = self.other.rows(name, start, stop)
         known, new = other[: end - start], other[end - start :]
-        return torch.cat([self.combine(self.base.rows(name, start, end), known, name), self.new(new)])
+        combined = self.combine(self.base.rows(name, start, end), known, name)
+        return torch.cat([combined, self.new(new)]) if len(new) else combined
 
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Rows of the result from those of both sides."""

@@ -147,8 +147,10 @@ def read(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, rows) of all tensors, in order; the rows in memory, contiguous."""
 
     def load(piece: tuple[str, int, int]) -> tuple[str, Tensor]:
-        # Cloned, for a mapped file is only read when its pages are touched: here, not where they are written.
-        return piece[0], source.rows(*piece).clone(memory_format=torch.contiguous_format)
+        rows = source.rows(*piece).contiguous()
+        # A mapped file is only read when its pages are touched: here, not where they are written.
+        mapped = rows.untyped_storage().nbytes() > rows.nbytes
+        return piece[0], rows.clone() if mapped else rows
 
     return ahead(load, pieces(source, names))
 
@@ -157,6 +159,26 @@ def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, as they are in memory and in files (little-endian)."""
     array: Any = tensor.flatten().view(torch.uint8).numpy()
     return memoryview(array)
+
+
+class Digest:
+    """A SHA-256 whose updates a thread computes, in order, while the caller goes on."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool, self._hash = pool, hashlib.sha256()
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, content: bytes | memoryview) -> None:
+        """Take some more bytes; not to be changed before `hexdigest`."""
+        self._waiting.append(self._pool.submit(self._hash.update, content))
+        if len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes taken."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._hash.hexdigest()
 
 
 @dataclass
@@ -241,8 +263,8 @@ def write_safetensors(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    whole = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash") as pool:
+        whole = Digest(pool)
 
         def put(content: bytes | memoryview) -> None:
             whole.update(content)
@@ -250,7 +272,7 @@ def write_safetensors(
 
         put(len(text).to_bytes(8, "little") + text)
         for name, parts in groupby(read(source, names), key=itemgetter(0)):
-            own = hashlib.sha256()
+            own = Digest(pool)
             for _, rows in parts:
                 content = raw(rows)
                 own.update(content)
