@@ -46,6 +46,9 @@ def check_new(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -
             raise ValueError(f"{path} is inside {source}, which is an input; name a place outside it")
         if ours in theirs.parents:
             raise ValueError(f"{source}, an input, is inside {path}; name another place for the output")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file, so nothing can be written below it")
     if path.is_symlink():
         raise ValueError(f"{path} is a symbolic link; name the directory itself")
     if path.exists() and not path.is_dir():

@@ -1,4 +1,8 @@
-"""From logits to the next token: pure functions, one row independent of the others."""
+"""From logits to the next token: pure functions, one row independent of the others.
+
+The transforms are those of transformers, in its order: repetition penalty, no repeated n-gram, forbidden tokens; then,
+for sampling, temperature, top-k, top-p.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,10 @@ class Sampling:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest tokens that together have at least this probability (nucleus sampling, Holtzman
             et al. 2020, arXiv 1904.09751); 1 keeps all.
+        repetition_penalty: the logits of tokens that have occurred, in the prompt too, are divided by it where positive
+            and multiplied where negative (Keskar et al. 2019, arXiv 1909.05858, section 4.1); 1 changes nothing.
+        no_repeat_ngram_size: no n tokens in a row occur twice, those of the prompt included; 0 is off.
+        forbidden: ids that are never chosen.
 
     Raises ValueError where a value is out of range.
     """
@@ -25,6 +33,9 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    forbidden: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -33,6 +44,44 @@ class Sampling:
             raise ValueError(f"top_k must be 0 (off) or a positive number of tokens, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be a positive number, not {self.repetition_penalty}")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size must be 0 (off) or positive, not {self.no_repeat_ngram_size}")
+        if any(token < 0 for token in self.forbidden):
+            raise ValueError(f"forbidden must be token ids, not {min(self.forbidden)}")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the tokens so far matter."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+
+
+def penalize_repetition(logits: Tensor, history: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Make every token of a row's history less likely. (B, V) -> (B, V)."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, tokens in enumerate(history):
+        seen[row, torch.tensor(tokens, dtype=torch.int64, device=logits.device)] = True
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def repeated_ngram_ends(tokens: Sequence[int], size: int) -> list[int]:
+    """The tokens that would complete an n-gram of `size` which `tokens` hold already."""
+    if len(tokens) < size:
+        return []
+    start = tuple(tokens[len(tokens) - size + 1 :])
+    return [tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tuple(tokens[i : i + size - 1]) == start]
+
+
+def ban_repeated_ngrams(logits: Tensor, history: Sequence[Sequence[int]], size: int) -> Tensor:
+    """Tokens that would repeat an n-gram become -inf. (B, V) -> (B, V)."""
+    ends = [repeated_ngram_ends(tokens, size) for tokens in history]
+    rows = [row for row, tokens in enumerate(ends) for _ in tokens]
+    if not rows:
+        return logits
+    banned = torch.zeros_like(logits, dtype=torch.bool)
+    banned[rows, [token for tokens in ends for token in tokens]] = True
+    return logits.masked_fill(banned, -torch.inf)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -51,6 +100,23 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
+def constrain(logits: Tensor, sampling: Sampling, history: Sequence[Sequence[int]]) -> Tensor:
+    """What holds whether tokens are drawn, searched or taken greedily: repetition, n-grams, forbidden tokens.
+
+    Args:
+        logits: (B, V), or log-probabilities.
+        history: each row's tokens so far, prompt included; not used where nothing looks back.
+    """
+    if sampling.repetition_penalty != 1:
+        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
+    if sampling.no_repeat_ngram_size:
+        logits = ban_repeated_ngrams(logits, history, sampling.no_repeat_ngram_size)
+    if sampling.forbidden:
+        ids = torch.tensor(sampling.forbidden, device=logits.device)
+        logits = logits.index_fill(-1, ids[ids < logits.shape[-1]], -torch.inf)
+    return logits
+
+
 def transform(logits: Tensor, sampling: Sampling) -> Tensor:
     """Temperature, then top-k, then top-p, in `promote_types(logits.dtype, float32)`. (B, V) -> (B, V)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
@@ -61,16 +127,23 @@ def transform(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw each row's next token.
+def sample(
+    logits: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    history: Sequence[Sequence[int]] = (),
+) -> Tensor:
+    """Choose each row's next token.
 
     Args:
         logits: (B, V).
         generators: one a row, on the CPU (the same draws on every device), so that a row's tokens do not depend on
             its neighbours. Not used when greedy.
+        history: each row's tokens so far, prompt included; not used where nothing looks back.
 
     Returns: (B,) int64.
     """
+    logits = constrain(logits, sampling, history)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = transform(logits, sampling).softmax(dim=-1)  # (B, V)

@@ -9,8 +9,9 @@ from typing import TextIO
 
 import torch
 
-from k2mini.inference.generate import Completion, check_length, prefill, steps
+from k2mini.inference.generate import Completion, Step, add_step, check_length, extend, prefill, steps
 from k2mini.inference.sampling import Sampling
+from k2mini.inference.text import TextStream
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
 from k2mini.text.prompts import Template
@@ -24,24 +25,23 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list
     return tokenizer.encode(template.prompt(prompt), bos=True, eos=False)
 
 
-def collect(tokens: Iterable[list[int | None]], completion: Completion, tokenizer: Tokenizer, out: TextIO) -> str:
+def collect(
+    tokens: Iterable[list[Step | None]], completion: Completion, text: TextStream, stop_ids: Sequence[int], out: TextIO
+) -> str:
     """Print one row's answer to `out` as it is made, filling `completion` as it goes. Returns its text."""
-    stream, text = tokenizer.stream(), ""
-    for (token,) in tokens:
-        assert token is not None
-        if token == tokenizer.eos_id:
-            completion.finish = "eos"
+    for (step,) in tokens:
+        assert step is not None
+        add_step(completion, step, stop_ids)
+        if completion.finish:
             break
-        completion.tokens.append(token)
-        piece = stream.push(token)
-        out.write(piece)
+        out.write(text.push(step.token))
         out.flush()
-        text += piece
-    else:
-        completion.finish = "length"
-    rest = stream.flush()
-    out.write(rest)
-    return text + rest
+        if text.stopped:
+            completion.finish = "stop"
+            break
+    completion.finish = completion.finish or "length"
+    out.write(text.flush())
+    return text.text
 
 
 @torch.inference_mode()
@@ -54,25 +54,27 @@ def answer(
     seed: int,
     max_new_tokens: int,
     out: TextIO,
+    stop: Sequence[str] = (),
 ) -> tuple[str, Completion]:
-    """Continue one prompt until EOS, streaming the text to `out`.
+    """Continue one prompt until EOS or one of the strings `stop`, streaming the text to `out`.
 
     Raises ValueError where prompt and answer do not fit the model's context.
     """
     check_length(len(prompt), max_new_tokens, model.config.max_seq_len)
-    cache = KVCache(model.config, 1, dtype=model.dtype, device=model.device, capacity=len(prompt) + max_new_tokens)
+    cache, logits = prefill(model, [prompt], capacity=len(prompt) + max_new_tokens)
     completion = Completion()
     tokens = steps(
         model,
-        prefill(model, [prompt], cache),
+        logits,
         cache,
+        [prompt],
         sampling=sampling,
         seeds=[seed],
         stop_ids=[tokenizer.eos_id],
         max_new_tokens=max_new_tokens,
         vocab_size=tokenizer.vocab_size,
     )
-    return collect(tokens, completion, tokenizer, out), completion
+    return collect(tokens, completion, TextStream(tokenizer, stop), [tokenizer.eos_id], out), completion
 
 
 class Conversation:
@@ -90,9 +92,12 @@ class Conversation:
         sampling: Sampling,
         seed: int,
         max_new_tokens: int,
+        stop: Sequence[str] = (),
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.sampling, self.seed, self.max_new_tokens = sampling, seed, max_new_tokens
+        self.sampling, self.seed, self.max_new_tokens, self.stop = sampling, seed, max_new_tokens, stop
+        self.system = ""  # stands before the first turn
+        self.interrupted = False  # the last answer was cut by Ctrl-C
         self.reset()
 
     def reset(self) -> None:
@@ -106,25 +111,30 @@ class Conversation:
 
         Raises ValueError where the prompt is empty or the context is full; the history is as before then.
         """
-        history = self.history + encode_prompt(self.tokenizer, self.template, prompt)
+        if self.history or not self.system:
+            history = self.history + encode_prompt(self.tokenizer, self.template, prompt)
+        else:
+            text = self.system + "\n\n" + self.template.prompt(prompt)
+            history = self.tokenizer.encode(text, bos=True, eos=False)
         check_length(len(history), self.max_new_tokens, self.model.config.max_seq_len)
         known = self.cache.length
-        completion = Completion(finish="stop")
+        completion, self.interrupted = Completion(), False
         try:
-            tokens = torch.tensor([history[known:]], device=self.model.device)
-            hidden = self.model.model(tokens, cache=self.cache)
+            hidden = extend(self.model, [history[known:]], self.cache)
             decoded = steps(
                 self.model,
-                self.model.logits(hidden[:, -1]),
+                self.model.logits(hidden),
                 self.cache,
+                [history],
                 sampling=self.sampling,
                 seeds=[self.seed],
                 stop_ids=[self.tokenizer.eos_id],
                 max_new_tokens=self.max_new_tokens,
                 vocab_size=self.tokenizer.vocab_size,
             )
-            collect(decoded, completion, self.tokenizer, out)
+            collect(decoded, completion, TextStream(self.tokenizer, self.stop), [self.tokenizer.eos_id], out)
         except KeyboardInterrupt:
+            completion.finish, self.interrupted = "stop", True
             # The step that was cut may have reached some layers only.
             self.cache.truncate(known)
         self.history = [*history, *completion.tokens, self.tokenizer.eos_id]
@@ -136,7 +146,11 @@ def chat(conversation: Conversation) -> None:
     """Read prompts from standard input and answer them, until end of file or /exit."""
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing, where the platform has it)
-    print("/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr)
+    print(
+        "/reset forgets the conversation, /system TEXT begins anew with TEXT before it, /exit or Ctrl-D ends it, "
+        "Ctrl-C stops an answer.",
+        file=sys.stderr,
+    )
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -151,10 +165,14 @@ def chat(conversation: Conversation) -> None:
         if command == "/reset":
             conversation.reset()
             print("(forgotten)", file=sys.stderr)
+        elif command.split(maxsplit=1)[:1] == ["/system"]:
+            conversation.system = command.removeprefix("/system").strip()
+            conversation.reset()
+            print("(begun anew)", file=sys.stderr)
         elif command:
             try:
-                completion = conversation.turn(command, sys.stdout)
+                conversation.turn(command, sys.stdout)
             except ValueError as error:
                 print(f"k2mini: {error}; /reset starts anew", file=sys.stderr)
                 continue
-            print(" [stopped]" if completion.finish == "stop" else "", flush=True)
+            print(" [stopped]" if conversation.interrupted else "", flush=True)

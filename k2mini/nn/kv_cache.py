@@ -144,3 +144,18 @@ class KVCache:
         new.keys = [key[rows] for key in self.keys]
         new.values = [value[rows] for value in self.values]
         return new
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Let row i go on as row `rows[i]`. Only rows that change are copied, from slot `since` on.
+
+        Args:
+            rows: (B,) int64.
+            since: the tokens before this position are the same in all rows that change places.
+        """
+        moved = (rows != torch.arange(self.batch_size, device=rows.device)).nonzero().flatten()
+        if not len(moved):
+            return
+        sources = rows[moved]
+        self.lengths = self.lengths[rows]
+        for held in (*self.keys, *self.values):
+            held[moved, :, since : self.length] = held[sources, :, since : self.length]

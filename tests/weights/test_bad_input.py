@@ -62,7 +62,11 @@ CASES = {
     "index": (index_beyond, (), "model-00099-of-00099.safetensors is missing"),
     "pickle": (pickled_code, (), "holds more than tensors; code in it is never run, so it was not loaded"),
     "full disk": (full_disk, (), "out: No space left on device"),
-    "below a file": (None, ("--out", "base/config.json/out"), "Not a directory"),
+    "below a file": (
+        None,
+        ("--out", "tuned/config.json/out"),
+        "config.json is a file, so nothing can be written below it",
+    ),
     "inside the base": (None, ("--out", "base/out"), "base, which is an input; name a place outside it"),
     "no base": (None, ("--base", "nowhere"), "there is no directory"),
     "existing": (None, ("--out", "tuned"), "exists already; name another place, remove it, or replace it with --force"),
@@ -105,7 +109,7 @@ def test_verbs_of_convert_verify_and_info(trio, capfd):
 
 
 def test_memory_stays_far_below_the_model(tmp_path):
-    """200 MB a side; what can't be evicted grows by less than 100 MB (tools/bench_weights.py does it with 7B)."""
+    """600 MB pass through; what can't be evicted grows by less than 150 MB (tools/bench_weights.py does it with 7B)."""
     config = tiny_config(dim=1024, num_heads=16, num_kv_heads=16, head_dim=64, intermediate_dim=4096, vocab_size=32000)
     for name, seed in (("base", 0), ("tuned", 1)):
         model = tiny_llama(config, seed, torch.float16)
@@ -133,4 +137,4 @@ apply_delta(folder / "base", folder / "delta", folder / "out")
 print(peak[0] - start)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 100
+    assert float(done.stdout) < 150
