@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from k2mini.config import ModelConfig
 
 GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
+
+
+class Past(NamedTuple):
+    """One layer's keys and values, and where those of the new tokens go.
+
+    Attributes:
+        keys, values: (B, K, capacity + 1, E).
+        slots: of the new tokens, the same in all rows, or (B, T) int64.
+        length: how many slots are looked at; None: all of them (the mask tells which).
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: slice | Tensor
+    length: int | None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the tokens announced to `KVCache.advance`.
+
+        Args:
+            key, value: (B, T, K, E).
+
+        Returns: all keys and all values up to `length`, each (B, K, S, E).
+        """
+        if isinstance(self.slots, slice):
+            self.keys[:, :, self.slots] = key.transpose(1, 2)
+            self.values[:, :, self.slots] = value.transpose(1, 2)
+        else:
+            rows = torch.arange(key.shape[0], device=key.device)[:, None]  # (B, 1), against slots (B, T)
+            self.keys[rows, :, self.slots] = key
+            self.values[rows, :, self.slots] = value
+        if self.length is None:
+            return self.keys, self.values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class KVCache:
@@ -22,6 +58,8 @@ class KVCache:
         batch_size: B.
         dtype: the model's compute dtype.
         capacity: positions to make room for at once; the cache grows by itself past that.
+        fixed: single tokens are decoded over all slots under a mask, in shapes that stay until the cache grows:
+            for compiled blocks.
 
     Attributes:
         lengths: (B,) int64, tokens held of each row.
@@ -36,7 +74,9 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         capacity: int = GROWTH_STEP,
+        fixed: bool = False,
     ) -> None:
+        self.fixed = fixed
         self.max_seq_len = config.max_seq_len
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length = 0
@@ -88,6 +128,14 @@ class KVCache:
         """
         device = self.lengths.device
         start, end = self.length, self.length + num_tokens
+        if positions is None and self.fixed and num_tokens == 1:
+            if end > self.max_seq_len:
+                raise ValueError(f"{end} tokens are 1 more than the model's context of {self.max_seq_len}")
+            self.reserve(end)
+            self._slots, self.length = self.lengths[:, None].clone(), end  # (B, 1)
+            self.lengths += 1
+            slots = torch.arange(self.capacity + 1, device=device)
+            return self._slots, (slots <= self._slots[..., None]).unsqueeze(1)
         if positions is None and self._in_step:
             if end > self.max_seq_len:
                 over = end - self.max_seq_len
@@ -113,23 +161,10 @@ class KVCache:
         slots = torch.arange(end, device=device)
         return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's keys and values of the tokens announced to `advance`.
-
-        Args:
-            key, value: (B, T, K, E).
-
-        Returns: all keys and all values up to `length`, each (B, K, S, E).
-        """
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(self._slots, slice):
-            keys[:, :, self._slots] = key.transpose(1, 2)
-            values[:, :, self._slots] = value.transpose(1, 2)
-        else:
-            rows = torch.arange(self.batch_size, device=key.device)[:, None]  # (B, 1), against slots (B, T)
-            keys[rows, :, self._slots] = key
-            values[rows, :, self._slots] = value
-        return keys[:, :, : self.length], values[:, :, : self.length]
+    def past(self, layer: int) -> Past:
+        """One layer's part, for the tokens last announced to `advance`."""
+        whole = self.fixed and isinstance(self._slots, Tensor) and self._slots.shape[1] == 1
+        return Past(self.keys[layer], self.values[layer], self._slots, None if whole else self.length)
 
     def truncate(self, length: int) -> None:
         """Forget every row's tokens from position `length` on."""

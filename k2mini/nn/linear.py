@@ -6,7 +6,9 @@ device that draw alone imports torch._dynamo, three seconds of nothing.
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
@@ -17,6 +19,31 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leave the weight as allocated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        return product(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. (…, in) and (out, in) -> (…, out).
+
+    One row on a CPU, compiled, is written out: the code made of it streams the weight twice as fast as the library's.
+    """
+    if compiled_row(x):
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(precise) * weight.to(precise)).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+def compiled_row(x: Tensor) -> bool:
+    """Whether a compiler is looking on, and x is one row on a CPU that needs no gradient."""
+    return (
+        torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.numel() == x.shape[-1]
+        and not torch.is_grad_enabled()
+    )
 
 
 class Embedding(nn.Embedding):

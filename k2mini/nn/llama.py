@@ -6,13 +6,15 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
-from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.kv_cache import KVCache, Past
 from k2mini.nn.linear import Embedding, Linear
 from k2mini.nn.loss import token_loss
 from k2mini.nn.rope import rotary_tables, rotate
@@ -44,9 +46,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and, where K < H, grouped queries (Ainslie et al. 2023)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         self.grouped = config.num_kv_heads != config.num_heads
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -65,10 +66,10 @@ class Attention(nn.Module):
         if isinstance(mask, list):
             out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
             return self.o_proj(out.view(batch_size, num_tokens, -1))
-        if cache is None:
+        if past is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
         else:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
+            k, v = past.append(k, v)  # (B, K, S, E)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, E)
             k,
@@ -110,16 +111,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -156,9 +157,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.by_document = False  # attend to packed documents one by one, not under a mask over whole rows
+        self.decode_block: Callable[..., Tensor] | None = None  # a block's call for single tokens over a fixed cache
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -177,12 +179,16 @@ class Decoder(nn.Module):
             positions, mask = torch.arange(num_tokens, device=tokens.device).unsqueeze(0), None
         x = self.embed_tokens(tokens)  # (B, T, D)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
+        decode = self.decode_block if num_tokens == 1 and cache is not None and cache.fixed else None
         for index, layer in enumerate(self.layers):
-            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
+            past = cache.past(index) if cache is not None else None
+            if decode is not None:
+                x = decode(layer, x, cos, sin, mask, past)
+            elif self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Chen et al. 2016, arXiv 1604.06174: only the block's input is kept.
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, past, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, cos, sin, mask, past)
         return self.norm(x)
 
 

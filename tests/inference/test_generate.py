@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import extend, generate, prefill, shared_prefix
 from k2mini.inference.sampling import Sampling
+from k2mini.nn.kv_cache import KVCache
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import to_transformers
 
@@ -68,3 +69,93 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
 def test_what_can_not_be_answered_is_refused(prompts, new, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_llama(tiny_config(max_seq_len=64)), prompts, max_new_tokens=new, stop_ids=[])
+
+
+ALL = Sampling(0.9, 30, 0.95, repetition_penalty=1.2, no_repeat_ngram_size=2, forbidden=(3, 4))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), ALL], ids=["greedy", "all transforms"])
+def test_rows_are_as_alone_with_stops_of_all_kinds(sampling):
+    """Rows end at different steps, by an id, by the caller or by length, and leave the batch when half have."""
+    model = tiny_llama()
+    prompts = [[1, 2 + i, *range(20, 20 + 3 * i)] for i in range(6)]
+
+    def until(limits):
+        made = dict.fromkeys(range(6), 0)
+
+        def ended(row, _token):
+            made[row] += 1
+            return made[row] >= limits[row]
+
+        return ended
+
+    limits = [3, 40, 1, 7, 40, 5]
+    options = {"max_new_tokens": 20, "stop_ids": list(range(90, 110)), "sampling": sampling, "top_logprobs": 4}
+    batch = generate(model, prompts, seed=11, until=until(limits), **options)
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        (alone,) = generate(model, [prompt], seed=11 + row, until=until([limit]), **options)
+        assert (alone.tokens, alone.finish) == (batch[row].tokens, batch[row].finish)
+        assert alone.logprobs == pytest.approx(batch[row].logprobs, abs=1e-5)
+        for one, other in zip(alone.top, batch[row].top, strict=True):
+            assert [token for token, _ in one] == [token for token, _ in other]
+    assert {"stop", "eos", "length"} >= {c.finish for c in batch} > {"stop"}
+
+
+def test_every_transform_as_transformers_generates():
+    model = tiny_llama()
+    reference = to_transformers(model)
+    for options in ({"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}):
+        ours = generate(model, PROMPTS, max_new_tokens=24, stop_ids=[], sampling=Sampling(**options))
+        for prompt, completion in zip(PROMPTS, ours, strict=True):
+            theirs = reference.generate(
+                torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, **options
+            )
+            assert completion.tokens == theirs[0, len(prompt) :].tolist()
+
+
+def test_logprobs_are_those_of_the_whole_text():
+    model = tiny_llama()
+    (completion,) = generate(model, [[1, 2, 3]], max_new_tokens=8, stop_ids=[], top_logprobs=3)
+    tokens = torch.tensor([[1, 2, 3, *completion.tokens]])
+    logprobs = model(tokens)[0].log_softmax(-1)
+    for place, (own, top) in enumerate(zip(completion.logprobs, completion.top, strict=True)):
+        assert own == pytest.approx(logprobs[2 + place, completion.tokens[place]].item(), abs=1e-5)
+        assert [token for token, _ in top] == logprobs[2 + place].topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 512])
+def test_prefill_in_chunks(shape, chunk):
+    model = tiny_llama(shape)
+    rows = [list(range(1, 24)), [5, 6], list(range(40, 55)), [9]]
+    with torch.inference_mode():
+        cache = KVCache(shape, 4)
+        hidden = extend(model, rows, cache, chunk)
+        for row, tokens in enumerate(rows):
+            alone = model.model(torch.tensor([tokens]))[0, -1]
+            torch.testing.assert_close(hidden[row], alone, rtol=0, atol=1e-5)
+        assert cache.lengths.tolist() == [23, 2, 15, 1]
+
+
+def test_a_common_prefix_is_computed_once(shape, monkeypatch):
+    model = tiny_llama(shape)
+    prefix = list(range(1, 100))
+    prompts = [[*prefix, 150 + i, *([7] * i)] for i in range(5)]
+    assert shared_prefix(prompts) == 99
+    seen = []
+    forward = type(model.model).forward
+    monkeypatch.setattr(
+        type(model.model), "forward", lambda self, t, *a, **k: (seen.append(t.numel()), forward(self, t, *a, **k))[1]
+    )
+    with torch.inference_mode():
+        _, logits = prefill(model, prompts, capacity=128)
+        assert sum(seen) == 99 + 5 * 5  # the prefix, and five rows padded to five
+        for row, prompt in enumerate(prompts):
+            torch.testing.assert_close(logits[row], model(torch.tensor([prompt]))[0, -1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "common"),
+    [([[1, 2, 3], [1, 2, 3]], 2), ([[1], [1, 2]], 0), ([[1, 2, 9], [1, 2, 3, 4]], 2), ([[5], [6]], 0)],
+)
+def test_shared_prefix(prompts, common):
+    assert shared_prefix(prompts) == common
