@@ -14,13 +14,21 @@ from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSectio
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.nn.quant import quantize_blocks, quantize_rows
+from k2mini.nn.quant import DynamicLinear, Int8Linear, quantize_blocks, quantize_rows, quantized_head
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.adapter import check_base, load_adapter, read_adapter_config
+from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
-from k2mini.weights.hf_config import read_model_config, report_special_tokens, tensor_shapes
+from k2mini.weights.hf_config import (
+    int8_matrices,
+    int8_scales,
+    read_model_config,
+    report_special_tokens,
+    scale_name,
+    tensor_shapes,
+)
 from k2mini.weights.manifest import read_manifest
 
+KINDS = {"int8": Int8Linear, "w8a8": DynamicLinear}
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -43,6 +51,9 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    *,
+    merge: bool = False,
+    quantize_head: bool = False,
 ) -> tuple[Llama, Tokenizer | None]:
     """Load a Hugging Face LLaMA directory, in evaluation mode.
 
@@ -53,7 +64,10 @@ def load_model(
         directory: config.json, weights and, if there is one, tokenizer.model.
         adapter: a LoRA adapter's directory (PEFT's format), put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
-        quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py); each is quantised as it is read.
+        quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py), each quantised as it is read; 'w8a8'
+            quantises activations too where one row runs on a CPU. A directory of int8 weights is 'int8' by itself.
+        merge: put the adapter into the weights as they are read, in full precision.
+        quantize_head: the vocabulary projection, too.
 
     Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
 
@@ -63,19 +77,29 @@ def load_model(
     """
     device = torch.device(device)
     model, reader, tokenizer = _open(model_directory(directory))
+    if reader.is_int8:
+        quantize = quantize or "int8"
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
         check_memory(model.config.num_parameters(), dtype, stored, device)
     model.to(dtype)
     _quantize(model, quantize)
-    if adapter is not None:
+    if adapter is not None and merge:
+        if reader.is_int8:
+            raise ValueError(f"{directory} is quantised; an adapter is merged into full-precision weights only")
+        reader = merged_reader(reader, Path(adapter))
+    elif adapter is not None:
         check_base(Path(adapter), reader)
         section = read_adapter_config(Path(adapter))
         attach(model, section)
     _materialise(model, reader, device)
-    if adapter is not None:
+    if adapter is not None and not merge:
         load_adapter(model, Path(adapter), section)
+    if quantize_head:
+        if quantize is None:
+            raise ValueError("quantize_head needs quantize, which says how")
+        model.quantized_head = quantized_head(model.head_weight, KINDS[quantize])
     return model.eval(), tokenizer
 
 
@@ -96,6 +120,8 @@ def training_model(
     """
     path = model_directory(section.path)
     model, reader, tokenizer = _open(path)
+    if reader.is_int8 and section.quantize is None:
+        raise ValueError(f"{path} is quantised; train adapters over it with model.quantize=int8")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
     compute = DTYPES[section.dtype]
@@ -131,16 +157,21 @@ def training_model(
 
 
 def _quantize(model: Llama, how: str | None) -> None:
-    if how not in (None, "int8"):
-        raise ValueError(f"quantize must be int8 or nothing, not {how!r}")
-    if how is not None:
-        quantize_blocks(model.model.layers)
+    if how is None:
+        return
+    if how not in KINDS:
+        raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {how!r}")
+    quantize_blocks(model.model.layers, KINDS[how])
 
 
 def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.device) -> None:
     """Read a matrix, or the rows of it that this rank keeps, and keep it in int8 with its scales."""
     module: Any = model.get_submodule(name.removesuffix(".weight"))
-    weight, scale = quantize_rows(reader.rows(name, *local_rows(module.weight)).to(device))
+    rows = local_rows(module.weight)
+    if reader.is_int8:
+        weight, scale = (reader.rows(part, *rows).to(device) for part in (name, scale_name(name)))
+    else:
+        weight, scale = quantize_rows(reader.rows(name, *rows).to(device))
     for attribute, values in (("weight", weight), ("scale", scale)):
         parameter = getattr(module, attribute)
         if isinstance(parameter, DTensor):
@@ -163,8 +194,10 @@ def _open(path: Path) -> tuple[Llama, CheckpointReader, Tokenizer | None]:
     reader = CheckpointReader(path)
     model = meta_model(config)
     expected = tensor_shapes(config)
-    check_tensors(reader, expected, path)
+    check_tensors(reader, expected | (int8_scales(expected) if reader.is_int8 else {}), path)
     for name in expected:
+        if reader.is_int8 and name in int8_matrices(expected):
+            continue
         reader.dtype(name)  # refuses integer and 8-bit types before anything is read
     return model, reader, tokenizer
 

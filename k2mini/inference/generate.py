@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,10 +120,12 @@ def prefill(
     Returns: the cache, and the logits after each prompt's end, (B, V).
     """
     common = shared_prefix(prompts) if len(prompts) > 1 else 0
+    fixed = model.model.decode_block is not None
+    make = partial(KVCache, model.config, dtype=model.dtype, device=model.device, capacity=capacity, fixed=fixed)
     if common < SHARED_AT_LEAST:
-        cache = KVCache(model.config, len(prompts), dtype=model.dtype, device=model.device, capacity=capacity)
+        cache = make(len(prompts))
         return cache, model.logits(extend(model, prompts, cache, chunk))
-    cache = KVCache(model.config, 1, dtype=model.dtype, device=model.device, capacity=capacity)
+    cache = make(1)
     extend(model, [prompts[0][:common]], cache, chunk)
     cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=model.device))
     return cache, model.logits(extend(model, [prompt[common:] for prompt in prompts], cache, chunk))

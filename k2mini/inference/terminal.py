@@ -103,7 +103,13 @@ class Conversation:
     def reset(self) -> None:
         """Forget all turns."""
         self.history: list[int] = []  # every token so far
-        self.cache = KVCache(self.model.config, 1, dtype=self.model.dtype, device=self.model.device)
+        self.cache = KVCache(
+            self.model.config,
+            1,
+            dtype=self.model.dtype,
+            device=self.model.device,
+            fixed=self.model.model.decode_block is not None,
+        )
 
     @torch.inference_mode()
     def turn(self, prompt: str, out: TextIO) -> Completion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -99,6 +100,8 @@ class KVCache:
         if length <= self.capacity:
             return
         capacity = -(-length // GROWTH_STEP) * GROWTH_STEP
+        if self.fixed:  # few different sizes: blocks are compiled for each
+            capacity = GROWTH_STEP << max(0, math.ceil(math.log2(length / GROWTH_STEP)))
 
         def grown(old: Tensor) -> Tensor:
             batch_size, heads, _, head_dim = old.shape

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
 from k2mini.nn.kv_cache import KVCache, Past
-from k2mini.nn.linear import Embedding, Linear
+from k2mini.nn.linear import Embedding, Linear, product
 from k2mini.nn.loss import token_loss
 from k2mini.nn.rope import rotary_tables, rotate
 
@@ -204,6 +204,8 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         # A tied head has no parameter of its own, so nothing can untie it (loading, sharding, casting).
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.decode_logits: Callable[..., Tensor] | None = None  # `logits` for single tokens over a fixed cache
+        self.quantized_head: Linear | None = None  # answers in the head's place, at inference
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits of the token after each one given.
@@ -216,11 +218,16 @@ class Llama(nn.Module):
 
         Returns: (B, T, V) in the compute dtype. Padding's logits are finite and mean nothing.
         """
-        return self.logits(self.model(tokens, positions, cache))
+        hidden = self.model(tokens, positions, cache)
+        if self.decode_logits is not None and cache is not None and cache.fixed and tokens.shape[1] == 1:
+            return self.decode_logits(self, hidden)
+        return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary projection: (…, D), of the final norm, -> (…, V)."""
-        return F.linear(hidden, self.head_weight)
+        if self.quantized_head is not None:
+            return self.quantized_head(hidden)
+        return product(hidden, self.head_weight)
 
     def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
         """The training loss: cross-entropy in nats, summed over supervised tokens; the logits never exist at once.

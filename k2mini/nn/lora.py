@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from k2mini.config import LoraSection
 from k2mini.distributed import fill, local_part
-from k2mini.nn.linear import Linear
+from k2mini.nn.linear import Linear, product
 from k2mini.nn.quant import Int8Linear, int8_product
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,7 +34,7 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
-        out = F.linear(x, self.weight) if self.scale is None else int8_product(x, self.weight, self.scale)
+        out = product(x, self.weight) if self.scale is None else int8_product(x, self.weight, self.scale)
         low = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
         return out + (F.linear(F.linear(low, self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k2mini.config import IGNORE
+from k2mini.nn.linear import product
 
 CHUNK_ROWS = 512  # positions whose logits exist at the same time
 
@@ -33,7 +34,7 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return projected_loss(hidden, weight, labels)
     total = hidden.new_zeros((), dtype=_precise(hidden))
     for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-        total += F.cross_entropy(F.linear(rows, weight).to(total.dtype), targets, reduction="sum")
+        total += F.cross_entropy(product(rows, weight).to(total.dtype), targets, reduction="sum")
     return total
 
 
@@ -60,7 +61,7 @@ class _ProjectedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=precise) if wants_weight else None
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
-            logits = F.linear(rows, weight).to(precise)  # (N, V)
+            logits = product(rows, weight).to(precise)  # (N, V)
             largest = logits.amax(dim=-1, keepdim=True)
             picked = logits.gather(-1, targets) - largest
             exponentials = logits.sub_(largest).exp_()
@@ -71,7 +72,7 @@ class _ProjectedLoss(torch.autograd.Function):
             grad.scatter_add_(-1, targets, grad.new_full(targets.shape, -1.0))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + CHUNK_ROWS])
+                grad_hidden[start : start + CHUNK_ROWS] = product(grad, weight.T)
             if grad_weight is not None and grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.T, rows)
             elif grad_weight is not None:

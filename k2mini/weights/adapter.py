@@ -161,23 +161,38 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) 
 
     Raises ValueError where the two do not belong together, or the result is not finite.
     """
-    config, section = read_model_config(base), read_adapter_config(adapter)
-    reader, pairs = CheckpointReader(base), read_adapter(adapter, section)
+    source = merged_reader(CheckpointReader(base), adapter)
+    save_model(
+        source, read_model_config(base), out, tokenizer=find_tokenizer(base), force=force, inputs=(base, adapter)
+    )
+
+
+def merged_reader(reader: CheckpointReader, adapter: Path) -> MergedReader:
+    """A base's tensors with an adapter merged into them.
+
+    Raises ValueError where the two do not belong together.
+    """
+    section = read_adapter_config(adapter)
+    pairs = read_adapter(adapter, section)
     check_base(adapter, reader)
     for module, (lora_a, lora_b) in pairs.items():
         name = f"{module}.weight"
         if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
-            raise ValueError(f"{adapter}: {module} does not fit {base}; they do not belong together")
-    source = _Merged(reader, pairs, section.scaling)
-    save_model(source, config, out, tokenizer=find_tokenizer(base), force=force, inputs=(base, adapter))
+            raise ValueError(f"{adapter}: {module} does not fit {reader.directory}; they do not belong together")
+    return MergedReader(reader, pairs, section.scaling)
 
 
-class _Merged:
-    """The merged weights, as a source."""
+class MergedReader(CheckpointReader):
+    """The tensors of a directory with an adapter merged into them as they are read."""
 
     def __init__(self, reader: CheckpointReader, pairs: dict[str, tuple[Tensor, Tensor]], scaling: float) -> None:
+        self.directory, self.files, self.is_int8 = reader.directory, reader.files, reader.is_int8
         self._reader, self._pairs, self._scaling = reader, pairs, scaling
-        self.names, self.shape, self.dtype = reader.names, reader.shape, reader.dtype
+        self.shape, self.stored_dtype = reader.shape, reader.stored_dtype  # type: ignore[method-assign]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, merged."""
+        return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base's, with the same rows of B @ A added."""

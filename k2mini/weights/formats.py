@@ -18,6 +18,7 @@ from torch import Tensor
 
 from k2mini.directories import recover
 from k2mini.files import read_json
+from k2mini.weights.hf_config import is_int8
 from k2mini.weights.stream import Source
 
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
@@ -28,7 +29,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-WORDS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
+WORDS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}  # of deltas, of int8 weights
 
 
 def model_directory(path: str | Path) -> Path:
@@ -62,6 +63,7 @@ class CheckpointReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.is_int8 = is_int8(directory)  # the blocks' matrices, as k2mini quantises
         self.files: dict[str, Path] = {}  # tensor name -> its file
         self._safetensors: dict[Path, Any] = {}
         self._bins: dict[Path, dict[str, Tensor]] = {}

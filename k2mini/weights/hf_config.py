@@ -11,6 +11,7 @@ from k2mini.files import read_json
 
 log = logging.getLogger(__name__)
 
+INT8 = {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"}
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second is how checkpoints of March 2023 spell it
 
 
@@ -56,8 +57,10 @@ def _translate(raw: dict[str, Any]) -> ModelConfig:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "quantization_config": None,
     }
+    quantization = raw.get("quantization_config")
+    if quantization not in (None, INT8):
+        raise ValueError(f"quantization_config is {quantization!r}; k2mini reads its own int8 weights only")
     for key, supported in unsupported.items():
         if raw.get(key, supported) != supported:
             raise ValueError(f"{key} is {raw[key]!r}; k2mini's LLaMA supports {supported!r} only")
@@ -146,6 +149,27 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
     }
+
+
+def is_int8(directory: Path) -> bool:
+    """Whether config.json says that the blocks' matrices are stored in k2mini's int8."""
+    path = directory / "config.json"
+    return path.is_file() and read_json(path).get("quantization_config") == INT8
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of an int8 matrix."""
+    return name.removesuffix("weight") + "scale"
+
+
+def int8_matrices(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The tensors that are kept in int8: the blocks' matrices."""
+    return [name for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
+
+
+def int8_scales(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The scales of all int8 matrices, with their shapes."""
+    return {scale_name(name): shapes[name][:1] for name in int8_matrices(shapes)}
 
 
 def report_special_tokens(directory: Path, bos_id: int, eos_id: int) -> None:

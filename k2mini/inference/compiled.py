@@ -1,0 +1,37 @@
+"""Decoding with compiled blocks: one graph for all layers, in shapes that stay from token to token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2mini.nn.llama import Block, Llama
+from k2mini.nn.quant import DynamicLinear
+
+
+def compile_decoding(model: Llama) -> None:
+    """Let single tokens over a fixed cache (`KVCache(fixed=True)`) run through compiled code, on CPU and GPU alike.
+
+    Prompts do not: their lengths differ. The first token takes some seconds, and another few each time the cache grows
+    for the first time.
+
+    Raises ValueError where a module can't be compiled.
+    """
+    if any(isinstance(module, DynamicLinear) for module in model.modules()):
+        raise ValueError("--compile does not go with w8a8, whose products are PyTorch's own; take --quantize int8")
+    # Fixed caches double as they grow, and batches shrink: more shapes than dynamo's 8, past which it stops compiling.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # One graph serves all blocks, since their weights are its inputs.
+    model.model.decode_block = torch.compile(_block, dynamic=False)
+    model.decode_logits = torch.compile(_logits, dynamic=False)
+
+
+def _block(block: Block, *arguments: Any) -> Tensor:
+    out: Tensor = block(*arguments)
+    return out
+
+
+def _logits(model: Llama, hidden: Tensor) -> Tensor:
+    return model.logits(hidden)

@@ -1,0 +1,279 @@
+"""Prefill and decoding beside transformers, llama.cpp (where llama-cpp-python is installed) and the memory's bandwidth.
+
+    python tools/bench_inference.py --model DIR [--pairs 3] [--threads 2]     a real model, such as SmolLM2-135M
+    python tools/bench_inference.py --shape 1.1b                             random weights of TinyLlama's shape
+
+Each measurement is taken in turns, ours and theirs, in one process with the same threads; medians, and the range of
+the ratios pair by pair. Decoding: 32 greedy tokens after a prompt of 512. llama.cpp reads a GGUF from `k2mini convert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2mini.build import load_model
+from k2mini.config import ModelConfig
+from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.sampling import Sampling
+from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.llama import Llama, init_weights
+from k2mini.weights.convert import convert
+from k2mini.weights.hf_config import hf_config
+from k2mini.weights.model_files import save_model
+
+PROMPT, NEW = 512, 32
+TINY_LLAMA = ModelConfig(
+    dim=2048,
+    num_layers=22,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=64,
+    intermediate_dim=5632,
+    vocab_size=32000,
+    norm_eps=1e-5,
+)
+Measure = Callable[[], float]  # tokens a second
+
+
+def pairs(label: str, ours: Measure, theirs: Measure, number: int) -> None:
+    """Measure in turns and print medians and ratios."""
+    ours(), theirs()  # warm-up: compilation, pages, threads
+    a, b = zip(*((ours(), theirs()) for _ in range(number)), strict=True)
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    print(
+        f"{label:52} {statistics.median(a):8.1f} {statistics.median(b):8.1f}  "
+        f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
+    )
+
+
+def prompt(config: ModelConfig, batch: int = 1) -> torch.Tensor:
+    """Random token ids. (batch, PROMPT)"""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(300, config.vocab_size - 300, (batch, PROMPT), generator=generator)
+
+
+@torch.inference_mode()
+def our_prefill(model: Llama) -> float:
+    """A prompt through the model, the logits of its end."""
+    tokens = prompt(model.config)
+    start = time.perf_counter()
+    cache = KVCache(model.config, 1, dtype=model.dtype, capacity=PROMPT)
+    model.logits(model.model(tokens, cache=cache)[:, -1]).argmax(-1)
+    return PROMPT / (time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def our_decode(model: Llama, batch: int = 1) -> float:
+    """Greedy tokens after a prompt."""
+    fixed = model.model.decode_block is not None
+    cache = KVCache(model.config, batch, dtype=model.dtype, capacity=PROMPT + NEW + 1, fixed=fixed)
+    token = model.logits(model.model(prompt(model.config, batch), cache=cache)[:, -1]).argmax(-1)
+    token = model(token[:, None], cache=cache)[:, -1].argmax(-1)  # compiles, where it must
+    start = time.perf_counter()
+    for _ in range(NEW):
+        token = model(token[:, None], cache=cache)[:, -1].argmax(-1)
+    return batch * NEW / (time.perf_counter() - start)
+
+
+def our_beams(model: Llama) -> float:
+    """K2's search: four beams, no repeated bigram."""
+    start = time.perf_counter()
+    beam_search(
+        model,
+        prompt(model.config)[:, :64].tolist(),
+        beams=Beams(4),
+        max_new_tokens=NEW,
+        stop_ids=[],
+        sampling=Sampling(no_repeat_ngram_size=2),
+    )
+    return NEW / (time.perf_counter() - start)
+
+
+def reference_of(model: Llama) -> Any:
+    """The same tensors in transformers' LLaMA, with SDPA."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    raw = LlamaConfig(**hf_config(model.config, "float32", 1, 2), attn_implementation="sdpa")
+    with torch.device("meta"):
+        reference = LlamaForCausalLM(raw)
+    rotary = type(reference.model.rotary_emb)(raw)
+    reference.load_state_dict(model.state_dict(), strict=False, assign=True)
+    reference.tie_weights()
+    reference.model.rotary_emb = rotary
+    return reference.eval()
+
+
+@torch.inference_mode()
+def their_prefill(reference: Any, config: ModelConfig) -> float:
+    """As `our_prefill`."""
+    tokens = prompt(config)
+    start = time.perf_counter()
+    reference(tokens, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    return PROMPT / (time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def their_decode(reference: Any, config: ModelConfig, batch: int = 1) -> float:
+    """As `our_decode`."""
+    out = reference(prompt(config, batch), use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1].argmax(-1)
+    start = time.perf_counter()
+    for _ in range(NEW):
+        out = reference(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1].argmax(-1)
+    return batch * NEW / (time.perf_counter() - start)
+
+
+def their_beams(reference: Any, config: ModelConfig) -> float:
+    """As `our_beams`."""
+    start = time.perf_counter()
+    reference.generate(
+        prompt(config)[:, :64],
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        num_beams=4,
+        no_repeat_ngram_size=2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return NEW / (time.perf_counter() - start)
+
+
+class LlamaCpp:
+    """llama.cpp over a GGUF."""
+
+    def __init__(self, path: Path, threads: int, config: ModelConfig) -> None:
+        import llama_cpp
+
+        self._config = config
+        self._model = llama_cpp.Llama(
+            str(path), n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def prefill(self) -> float:
+        """As `our_prefill`."""
+        self._model.reset()
+        start = time.perf_counter()
+        self._model.eval(prompt(self._config)[0].tolist())
+        return PROMPT / (time.perf_counter() - start)
+
+    def decode(self) -> float:
+        """As `our_decode`."""
+        self.prefill()
+        start = time.perf_counter()
+        for _ in range(NEW):
+            self._model.eval([self._model.sample(temp=0.0, repeat_penalty=1.0)])
+        return NEW / (time.perf_counter() - start)
+
+
+SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
+
+def to_q8(source: Path, target: Path) -> None:
+    """llama.cpp's own quantisation."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(SILENT, None)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise SystemExit("llama.cpp could not quantise")
+
+
+def bandwidth() -> float:
+    """GB/s of reading a gigabyte."""
+    block = torch.ones(1 << 28)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        block.sum()
+        best = max(best, 4 * block.numel() / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def build_random(folder: Path, tokenizer: Path) -> Path:
+    """TinyLlama's shape, random, with a vocabulary for the GGUF."""
+    from k2mini.text.tokenizer import Tokenizer
+
+    model = Llama(TINY_LLAMA)
+    init_weights(model, 0)
+    save_model(model.state_dict(), TINY_LLAMA, folder, tokenizer=Tokenizer(tokenizer))
+    return folder
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path)
+    which.add_argument("--shape", choices=["1.1b"])
+    parser.add_argument("--tokenizer", type=Path, default=Path("../shared/assets/llama_tokenizer.model"))
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or build_random(Path(scratch) / "model", options.tokenizer)
+        run(folder, Path(scratch), options.pairs, options.threads, small=options.model is not None)
+
+
+def run(folder: Path, scratch: Path, number: int, threads: int, *, small: bool) -> None:
+    """All measurements of one model."""
+    eager, _ = load_model(folder)
+    config = eager.config
+    print(f"{config.num_parameters() / 1e6:.0f} M parameters, {threads} threads, torch {torch.__version__}")
+    print(f"read bandwidth: {(read := bandwidth()):.1f} GB/s")
+    print(f"{'tokens a second':52} {'k2mini':>8} {'peer':>8}  ratio")
+    reference = reference_of(eager)
+    compiled, _ = load_model(folder)
+    compile_decoding(compiled)
+    int8, _ = load_model(folder, quantize="int8")
+    int8_head, _ = load_model(folder, quantize="int8", quantize_head=True)
+    for model in (int8, int8_head):
+        compile_decoding(model)
+    pairs("prefill, transformers", lambda: our_prefill(eager), lambda: their_prefill(reference, config), number)
+    decode = lambda: our_decode(compiled)  # noqa: E731
+    pairs("decode, eager, transformers", lambda: our_decode(eager), lambda: their_decode(reference, config), number)
+    pairs("decode, transformers", decode, lambda: their_decode(reference, config), number)
+    if small:
+        for label, model in (("eager", eager), ("compiled", compiled)):
+            ours, theirs = (lambda m=model: our_decode(m, 8)), (lambda: their_decode(reference, config, 8))
+            pairs(f"decode, 8 rows, {label}, transformers", ours, theirs, number)
+        ours, theirs = (lambda: our_beams(compiled)), (lambda: their_beams(reference, config))
+        pairs("4 beams, transformers", ours, theirs, number)
+    pairs("decode, int8 / our float32", lambda: our_decode(int8), decode, number)
+    pairs("decode, int8 with its head / our float32", lambda: our_decode(int8_head), decode, number)
+    head = config.vocab_size * config.dim
+    touched = 4 * (config.num_parameters() - (0 if config.tie_embeddings else head))
+    rate = statistics.median(decode() for _ in range(number)) * touched / 1e9
+    print(f"float32 decoding reads {rate:.1f} GB/s of weights, {100 * rate / read:.0f} % of the bandwidth")
+    try:
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        print("llama-cpp-python is not installed, so llama.cpp was not measured")
+        return
+    full, q8 = scratch / "f32.gguf", scratch / "q8.gguf"
+    convert(folder, "gguf", full, dtype=torch.float32)
+    to_q8(full, q8)
+    peer = LlamaCpp(full, threads, config)
+    pairs("prefill, llama.cpp F32", lambda: our_prefill(eager), peer.prefill, number)
+    pairs("decode, llama.cpp F32", decode, peer.decode, number)
+    peer = LlamaCpp(q8, threads, config)
+    pairs("decode, int8, llama.cpp Q8_0", lambda: our_decode(int8), peer.decode, number)
+    pairs("decode, int8 with its head, llama.cpp Q8_0", lambda: our_decode(int8_head), peer.decode, number)
+
+
+if __name__ == "__main__":
+    main()
