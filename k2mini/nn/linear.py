@@ -49,8 +49,22 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque(x, weight)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
+
+
+@torch.library.custom_op("k2mini::onednn_product", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, for a compiler, which would want the weight packed and constant."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
