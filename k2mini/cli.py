@@ -14,7 +14,7 @@ from typing import NoReturn
 from k2mini.errors import StoppedBySignalError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne or none"
+TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne, k2, k2_wa or none"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
     model.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
-    model.add_argument("--quantize", choices=("int8",), help="keep the blocks' matrices in int8 (default: no)")
+    model.add_argument("--merge", action="store_true", help="put the adapter into the weights (default: beside them)")
+    model.add_argument(
+        "--quantize",
+        choices=("int8", "w8a8"),
+        help="keep the blocks' matrices in int8; w8a8: on a CPU quantise a single row's activations too (default: no)",
+    )
+    model.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
+    model.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")
 
     sampling = argparse.ArgumentParser(add_help=False)
     sampling.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
@@ -51,6 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample within probability P (1: all)")
+    sampling.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less of the same"
+    )
+    sampling.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no N tokens twice (0: off)")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated"
+    )
+    sampling.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams (1: none)")
+    sampling.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of beams (default: 1)")
+    sampling.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
 
     verb = verbs.add_parser("demo", parents=[quiet], help="the whole pipeline in miniature, in minutes: start here")
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
@@ -61,8 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print report.json and nothing else")
     verb.set_defaults(run="demo")
 
-    verb = verbs.add_parser("generate", parents=[model, sampling, common], help="answer one prompt")
-    verb.add_argument("--prompt", required=True, metavar="TEXT", help="the instruction; '-' reads standard input")
+    verb = verbs.add_parser("generate", parents=[model, sampling, common], help="answer a prompt, or a list")
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the instruction; '-' reads standard input")
+    source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
+    verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
     verb.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
     verb.set_defaults(run="generate")
 
@@ -149,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="hf: safetensors; bin: PyTorch's; meta: consolidated.00.pth; gguf: a file for llama.cpp (extra: gguf)",
     )
     verb.add_argument("--dtype", choices=DTYPES[:3], help="of the tensors written (default: as stored)")
+    verb.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
     verb.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
     verb.set_defaults(run="convert")
 
@@ -164,31 +186,47 @@ def build_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("eval", parents=[model, common], help="score a model on GeoBench")
     verb.add_argument(
         "--benchmark",
-        required=True,
         nargs="+",
+        default=[],
         type=Path,
         metavar="FILE",
-        help="geobench_npee.json and geobench_apstudy.json, as published",
+        help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
+    )
+    verb.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
     )
     verb.add_argument(
         "--scoring",
-        choices=("letter", "text"),
+        choices=("letter", "text", "k2"),
         default="letter",
-        help="letter: options listed, p(letter); text: not listed, p(option's text) (default: letter)",
+        help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code (default: letter)",
     )
     verb.add_argument(
         "--normalize",
-        choices=("byte", "none"),
+        choices=("byte", "token", "none"),
         default="byte",
         help="of text: divide by the option's length or not (default: byte)",
     )
     verb.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
     verb.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
-    verb.add_argument("--answer-prefix", default="", metavar="TEXT", help="begin the answer with this")
+    verb.add_argument("--answer-prefix", default="", metavar="TEXT", help=r"begin the answer so (\n: a new line)")
+    verb.add_argument("--shots", type=int, default=0, metavar="K", help="K examples before each question, by --seed")
+    verb.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="write results.jsonl and report.json there")
+    verb.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    verb.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
+    verb.add_argument("--perplexity", nargs="+", default=[], type=Path, metavar="FILE", help="text files to predict")
+    verb.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
+    verb.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
     verb.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     verb.set_defaults(run="eval")
+
+    verb = verbs.add_parser("compare", parents=[quiet], help="runs of eval side by side, with a paired test")
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
+    verb.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
+    verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    verb.set_defaults(run="compare")
     return parser
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,25 @@ from k2mini.config_file import config_kind, load_config
 from k2mini.demo import pipeline
 from k2mini.demo.report import answer_table, stage_table
 from k2mini.demo.sources import with_demo_files
+from k2mini.directories import make_writable
 from k2mini.distributed import disconnect
-from k2mini.evaluation.geobench import load_geobench
+from k2mini.evaluation.asking import Asking
+from k2mini.evaluation.compare import compare, comparison_table, draw
+from k2mini.evaluation.geobench import SUBJECTIVE, load_geobench, load_subjective
+from k2mini.evaluation.perplexity import text_perplexity
+from k2mini.evaluation.questions import Question, load_questions
 from k2mini.evaluation.report import table
-from k2mini.evaluation.run import Asking, run_benchmark
+from k2mini.evaluation.run import run_benchmark
+from k2mini.evaluation.subjective import run_subjective, subjective_table
+from k2mini.files import read_json, write_text
 from k2mini.inference import terminal
+from k2mini.inference.beam import Beams
+from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.generate import check_length
+from k2mini.inference.questions import Decoding, answers, read_questions
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.llama import Llama
+from k2mini.progress import progress_bar
 from k2mini.sizes import parse_size, readable
 from k2mini.text.prepare import describe, prepare
 from k2mini.text.prompts import get_template
@@ -39,9 +51,9 @@ from k2mini.training.preview import preview
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import apply_delta, make_delta
-from k2mini.weights.formats import model_directory
+from k2mini.weights.formats import CheckpointReader, model_directory
 from k2mini.weights.info import describe_directory, inspect_directory
-from k2mini.weights.manifest import verify
+from k2mini.weights.manifest import model_fingerprint, verify
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +79,17 @@ def _device(options: argparse.Namespace) -> torch.device:
 
 
 def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    model, tokenizer = load_model(options.model, options.adapter, options.dtype, _device(options), options.quantize)
+    model, tokenizer = load_model(
+        options.model,
+        options.adapter,
+        options.dtype,
+        _device(options),
+        options.quantize,
+        merge=options.merge,
+        quantize_head=options.quantize_head,
+    )
+    if options.compile:
+        compile_decoding(model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -76,10 +98,30 @@ def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
-def _sampling(options: argparse.Namespace) -> Sampling:
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
-    return Sampling(options.temperature, options.top_k, options.top_p)
+def _decoding(options: argparse.Namespace) -> Decoding:
+    """How to decode; what has no effect is said."""
+    sampling = Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+    )
+    beams = None
+    if options.num_beams != 1:
+        beams = Beams(options.num_beams, options.length_penalty, options.early_stopping)
+        idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if getattr(options, name) != off]
+        if idle:
+            names = ", ".join("--" + name.replace("_", "-") for name in idle)
+            log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
+    return Decoding(
+        options.max_new_tokens,
+        sampling,
+        options.seed or 0,
+        tuple(options.stop),
+        beams,
+        getattr(options, "batch_size", 1),
+    )
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -96,42 +138,60 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    """Print the answer as it is made, or JSON at the end."""
+    """Print an answer as it is made, or the answers to many as JSON."""
     # What costs nothing is checked before the model is loaded.
-    sampling, template = _sampling(options), get_template(options.template)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
+    decoding, template = _decoding(options), get_template(options.template)
+    if options.input is not None:
+        name = options.input
+        questions = read_questions(Path(name), sys.stdin.read() if name == "-" else None)
+    else:
+        questions = [sys.stdin.read() if options.prompt == "-" else options.prompt]
     model, tokenizer = _load(options)
-    text, completion = terminal.answer(
-        model,
-        tokenizer,
-        terminal.encode_prompt(tokenizer, template, prompt),
-        sampling=sampling,
-        seed=options.seed or 0,
-        max_new_tokens=options.max_new_tokens,
-        out=io.StringIO() if options.json else sys.stdout,
-    )
-    if options.json:
-        entry = {"prompt": prompt, "answer": text, "tokens": completion.tokens, "finish": completion.finish}
-        print(json.dumps([entry], ensure_ascii=False))
+    prompts = [terminal.encode_prompt(tokenizer, template, question) for question in questions]
+    if options.input is None and decoding.beams is None and not options.json and options.out is None:
+        text, completion = terminal.answer(
+            model,
+            tokenizer,
+            prompts[0],
+            sampling=decoding.sampling,
+            seed=decoding.seed,
+            max_new_tokens=decoding.max_new_tokens,
+            out=sys.stdout,
+            stop=decoding.stop,
+        )
+        print()
+        if completion.finish == "length":
+            log.info("stopped after --max-new-tokens %d", decoding.max_new_tokens)
         return
-    print()
-    if completion.finish == "length":
-        log.info("stopped after --max-new-tokens %d", options.max_new_tokens)
+    field = "prompt" if options.input is None else "question"
+    for prompt in prompts:
+        check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
+    entries = []
+    with progress_bar(len(prompts), "answering", "questions", shown=len(prompts) > 1) as progress:
+        for question, (text, completion) in zip(questions, answers(model, tokenizer, prompts, decoding), strict=True):
+            entries.append({field: question, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
+            progress.update()
+    if options.out is not None:
+        write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+        print(options.out)
+    elif options.input is not None or options.json:
+        print(json.dumps(entries, ensure_ascii=False))
+    else:
+        print(entries[0]["answer"])
 
 
 def run_chat(options: argparse.Namespace) -> None:
     """Talk until end of file."""
-    sampling, template = _sampling(options), get_template(options.template)
+    decoding, template = _decoding(options), get_template(options.template)
     model, tokenizer = _load(options)
     conversation = terminal.Conversation(
         model,
         tokenizer,
         template,
-        sampling=sampling,
-        seed=options.seed or 0,
-        max_new_tokens=options.max_new_tokens,
+        sampling=decoding.sampling,
+        seed=decoding.seed,
+        max_new_tokens=decoding.max_new_tokens,
+        stop=decoding.stop,
     )
     terminal.chat(conversation)
 
@@ -140,15 +200,99 @@ def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    asking = Asking(options.scoring, options.template, options.answer_prefix, options.normalize, options.score_end)
-    questions = [question for path in options.benchmark for question in load_geobench(path)]
+    if not options.benchmark and not options.perplexity:
+        raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
+    asking = Asking(
+        options.scoring,
+        options.template,
+        options.answer_prefix.replace("\\n", "\n"),
+        options.normalize,
+        options.score_end,
+        options.shots,
+        options.shots_file,
+        options.seed or 0,
+    )
+    questions = [question for path in options.benchmark for question in _questions(path)]
+    wanted = set(options.tasks or [])
+    if wanted:
+        questions = [question for question in questions if question.task in wanted]
     if options.limit is not None:
         questions = [question for question in questions if question.index < options.limit]
     if len({(question.task, question.index) for question in questions}) < len(questions):
         raise ValueError("the same benchmark is named twice")
+    open_tasks = [kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted]
+    unknown = wanted - {question.task for question in questions} - {f"npee/{kind}" for kind in open_tasks}
+    if unknown:
+        raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task")
+    texts = [path.read_text(encoding="utf-8") for path in options.perplexity]
+    pairs = {kind: _open_pairs(options, kind) for kind in open_tasks}
     model, tokenizer = _load(options)
-    report = run_benchmark(model, tokenizer, questions, asking, name=str(options.model), out=options.out)
-    print(json.dumps(report, ensure_ascii=False) if options.json else table(report["tasks"]))
+    report: dict[str, Any] = {"model": str(options.model), "tasks": []}
+    if questions:
+        fingerprint = model_fingerprint(CheckpointReader(model_directory(options.model)))
+        report = run_benchmark(
+            model,
+            tokenizer,
+            questions,
+            asking,
+            name=str(options.model) + (f" + {options.adapter}" if options.adapter else ""),
+            out=options.out,
+            fingerprint=fingerprint,
+            batch_size=options.batch_size,
+        )
+    if open_tasks:
+        if options.out is not None:
+            make_writable(options.out)
+        decoding = Decoding(options.max_new_tokens, Sampling(), options.seed or 0, batch_size=options.batch_size)
+        report["subjective"] = [
+            run_subjective(
+                model,
+                tokenizer,
+                pairs[kind],
+                task=f"npee/{kind}",
+                template=options.template,
+                decoding=decoding,
+                out=options.out,
+            )
+            for kind in open_tasks
+        ]
+    if texts:
+        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
+        report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
+    if options.out is not None and (open_tasks or texts):
+        make_writable(options.out)
+        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    if questions:
+        print(table(report["tasks"]))
+    if open_tasks:
+        print(subjective_table(report["subjective"]))
+    if texts:
+        print(f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte, over {found.tokens:,} tokens")
+
+
+def _questions(path: Path) -> list[Question]:
+    """GeoBench's questions, or those of a user's JSONL."""
+    if not path.is_file():
+        raise ValueError(f"there is no benchmark file {path}")
+    return load_questions(path) if path.suffix == ".jsonl" else load_geobench(path)
+
+
+def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
+    for path in options.benchmark:
+        if path.suffix != ".jsonl" and isinstance(read_json(path), dict):
+            return load_subjective(path, kind)[: options.limit]
+    raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Runs of `eval` side by side."""
+    found = compare(options.runs)
+    if options.chart is not None:
+        draw(found, options.chart)
+    print(json.dumps(found) if options.json else comparison_table(found))
 
 
 def run_prepare(options: argparse.Namespace) -> None:
@@ -266,7 +410,15 @@ def run_convert(options: argparse.Namespace) -> None:
     dtype = DTYPES[options.dtype] if options.dtype else None
     shard_bytes = parse_size(options.shard_size, "--shard-size")
     source = model_directory(options.model)
-    convert(source, options.to, options.out, dtype=dtype, shard_bytes=shard_bytes, force=options.force)
+    convert(
+        source,
+        options.to,
+        options.out,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        quantize=options.quantize,
+        force=options.force,
+    )
     print(options.out)
 
 

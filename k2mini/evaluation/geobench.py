@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2mini.evaluation.questions import NPEE_MARK, Question
 from k2mini.files import read_json
-from k2mini.text.prompts import Template
 
 CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
-NPEE_MARK = "Choose from:"
 
 
-@dataclass(frozen=True)
-class Question:
-    """One multiple-choice question.
-
-    Attributes:
-        task: 'npee/choice', 'npee/tf' or 'ap'.
-        index: its place in the published file.
-        stem: what is asked, without the options.
-        labels, texts: the options in their published order ('A' and 'Basalt'; for true/false both are the word).
-        answer: the published key. It may be no label at all: one key of NPEE is.
-    """
-
-    task: str
-    index: int
-    stem: str
-    labels: tuple[str, ...]
-    texts: tuple[str, ...]
-    answer: str
-
-    def listed(self) -> str:
-        """The question with its options, as K2 laid it out."""
-        if self.task == "npee/tf":
-            return f"True or false?\n{self.stem}"
-        gap = "\n\n" if self.task == "npee/choice" else "\n"  # NPEE's published text has an empty line there
-        options = "\n".join(f"{label}. {text}" for label, text in zip(self.labels, self.texts, strict=True))
-        return f"{self.stem}\n{NPEE_MARK}{gap}{options}"
-
-    def asked(self, scoring: str) -> tuple[str, tuple[str, ...]]:
-        """The instruction, and the continuations to score, one an option.
-
-        `letter` lists the options and scores their labels. `text` asks the bare question and scores the options'
-        texts. True/false is the same in both.
-        """
-        if scoring == "text" and self.task != "npee/tf":
-            return self.stem, self.texts
-        return self.listed(), self.labels
-
-    def context(self, template: Template, scoring: str, answer_prefix: str) -> str:
-        """The text that the options continue."""
-        return template.prompt(self.asked(scoring)[0]) + answer_prefix
+SUBJECTIVE = ("noun", "qa", "discussion", "completion")
 
 
 def load_geobench(path: Path) -> list[Question]:
@@ -61,9 +20,7 @@ def load_geobench(path: Path) -> list[Question]:
 
     Raises ValueError where the file is missing, not JSON or not one of the two.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no benchmark file {path}")
-    raw = read_json(path)
+    raw = _read(path)
     try:
         if isinstance(raw, dict):
             return [*_npee_choice(raw["choice"]), *_npee_tf(raw["tf"])]
@@ -73,6 +30,24 @@ def load_geobench(path: Path) -> list[Question]:
         detail = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not a GeoBench file ({detail}); {_EXPECTED}") from None
     raise ValueError(f"{path} is not a GeoBench file; {_EXPECTED}")
+
+
+def load_subjective(path: Path, kind: str) -> list[tuple[str, str]]:
+    """(question, reference answer) of one of NPEE's open tasks.
+
+    Raises ValueError where the file is not NPEE's, or has no such task.
+    """
+    raw = _read(path)
+    try:
+        return _pairs(raw[kind])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} has no {kind!r} of questions and answers; expected is geobench_npee.json") from None
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"there is no benchmark file {path}")
+    return read_json(path)
 
 
 _EXPECTED = "expected is geobench_npee.json or geobench_apstudy.json as published"

@@ -1,4 +1,4 @@
-"""What a run of multiple choice amounts to: accuracies with their uncertainty, as a table and as JSON."""
+"""What a run of multiple choice amounts to: accuracies with their uncertainty, and all that should make one careful."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from k2mini.evaluation.geobench import Question
+from k2mini.evaluation.questions import Question, audit
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,22 @@ class Result:
     prediction: str | None
     logprobs: list[float | None]
     token_ids: list[list[int]]
+    dropped: int = 0
+    cut: int = 0
 
     def line(self) -> str:
         """As one line of results.jsonl."""
         return json.dumps(asdict(self), ensure_ascii=False)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the prediction is the key."""
+        return self.prediction == self.answer
+
+    @property
+    def mass(self) -> float:
+        """The probability that all options get together."""
+        return sum(math.exp(logprob) for logprob in self.logprobs if logprob is not None)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -46,47 +58,100 @@ def summarise(
 
     Returns: dicts of report.json's `tasks`. `chance` is the accuracy of guessing evenly, `majority` that of always
     giving the commonest answer; `unanswerable` lists questions whose key is no option, or that have nothing to score:
-    they count as wrong.
+    they count as wrong. `distinct` leaves out copies, questions whose copies disagree, and impossible ones.
+    `confusion` counts predictions by key; `given` and `keys` are how often each option was given and was the key.
     """
     summaries = []
     for task in dict.fromkeys(question.task for question in questions):
         asked = [question for question in questions if question.task == task]
-        given = [result for result in results if result.task == task]
-        n = len(asked)
-        correct = sum(result.prediction == result.answer for result in given)
-        low, high = wilson_interval(correct, n)
+        of_task = [result for result in results if result.task == task]
+        n, checked = len(asked), audit(asked)
+        clean = set(checked.clean(asked))
+        confusion: dict[str, Counter[str]] = {}
+        for result in of_task:
+            confusion.setdefault(result.answer, Counter())[result.prediction or "none"] += 1
         summaries.append(
             {
                 "task": task,
                 "n": n,
-                "accuracy": correct / n,
-                "low": low,
-                "high": high,
+                **_accuracy([result.is_right for result in of_task]),
                 "chance": sum(1 / len(set(question.labels)) for question in asked) / n,
                 "majority": Counter(question.answer for question in asked).most_common(1)[0][1] / n,
                 **settings,
                 "unanswerable": [
                     question.index
-                    for question, result in zip(asked, given, strict=True)
+                    for question, result in zip(asked, of_task, strict=True)
                     if question.answer not in question.labels or result.prediction is None
                 ],
+                "distinct": {
+                    "n": len(clean),
+                    **_accuracy([result.is_right for result in of_task if result.index in clean]),
+                },
+                "surplus": checked.surplus,
+                "conflicting": checked.conflicting,
+                "impossible": checked.impossible,
+                "mass": sum(result.mass for result in of_task) / n,
+                "keys": dict(sorted(Counter(result.answer for result in of_task).items())),
+                "given": dict(sorted(Counter(result.prediction or "none" for result in of_task).items())),
+                "confusion": {key: dict(sorted(counts.items())) for key, counts in sorted(confusion.items())},
+                "examples_dropped": sum(result.dropped > 0 for result in of_task),
+                "cut": sum(result.cut > 0 for result in of_task),
             }
         )
     return summaries
 
 
+def _accuracy(right: Sequence[bool]) -> dict[str, float | None]:
+    if not right:
+        return {"accuracy": None, "low": None, "high": None}
+    low, high = wilson_interval(sum(right), len(right))
+    return {"accuracy": sum(right) / len(right), "low": low, "high": high}
+
+
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries for people to read, with a line for each question set that holds unanswerable questions."""
-    head = f"{'task':<12} {'n':>5}  {'accuracy':>8}  {'95 % interval':>15}  {'chance':>6}  {'majority':>8}"
+    """The summaries for people to read, with a line for all that should make one careful."""
+    head = f"{'task':<12} {'n':>5}  {'accuracy':>8}  {'95 % interval':>15}  {'chance':>6}  {'majority':>8}  distinct"
     lines = [head]
     for row in summaries:
         interval = f"{100 * row['low']:.1f} – {100 * row['high']:.1f} %"
+        distinct = row["distinct"]
+        only = f"{100 * distinct['accuracy']:.1f} % of {distinct['n']}" if distinct["n"] else "none"
         lines.append(
             f"{row['task']:<12} {row['n']:>5}  {100 * row['accuracy']:>6.1f} %  {interval:>15}  "
-            f"{100 * row['chance']:>4.1f} %  {100 * row['majority']:>6.1f} %"
+            f"{100 * row['chance']:>4.1f} %  {100 * row['majority']:>6.1f} %  {only}"
         )
     for row in summaries:
+        if row["scoring"] == "k2":
+            lines.append(f"{row['task']}: scored as K2's code does, for comparison with published figures only")
         if row["unanswerable"]:
             where = ", ".join(map(str, row["unanswerable"]))
             lines.append(f"{row['task']}: counted as wrong, since no option can be right: question {where}")
+        if row["surplus"]:
+            lines.append(
+                f"{row['task']}: {len(row['surplus'])} questions are copies of others, "
+                f"{len(row['conflicting'])} questions have copies with another key"
+            )
+        for key, what in (("examples_dropped", "asked with fewer examples"), ("cut", "cut from the left")):
+            if row[key]:
+                lines.append(f"{row['task']}: {row[key]} questions were {what}, to fit the model's context")
     return "\n".join(lines)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as a page."""
+    lines = [f"# {report['model']} on {', '.join(row['task'] for row in report['tasks'])}", "", "```"]
+    lines += [table(report["tasks"]), "```", ""]
+    for row in report["tasks"]:
+        asked = {key: row[key] for key in ("scoring", "template", "answer_prefix", "shots") if key in row}
+        lines += [f"## {row['task']}", "", f"Asked with {json.dumps(asked, ensure_ascii=False)}.", ""]
+        lines.append(f"All options together get {100 * row['mass']:.1f} % of the probability.")
+        for name in ("impossible", "conflicting"):
+            if row[name]:
+                lines.append(f"{name.capitalize()} keys: {row[name]}.")
+        columns = sorted({prediction for counts in row["confusion"].values() for prediction in counts})
+        lines += ["", "| key | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for key, counts in row["confusion"].items():
+            lines.append(f"| {key} | " + " | ".join(str(counts.get(column, 0)) for column in columns) + " |")
+        lines.append("")
+    lines.append(f"Model fingerprint {report.get('fingerprint')}, {report.get('versions')}.")
+    return "\n".join(lines) + "\n"

@@ -1,100 +1,116 @@
-"""`k2mini eval`: questions in, results and their summary out."""
+"""`k2mini eval`: questions in, results and their summary out; a run that was killed goes on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from k2mini.directories import make_writable
-from k2mini.evaluation.geobench import Question
-from k2mini.evaluation.report import Result, summarise
-from k2mini.evaluation.score import score_options
-from k2mini.files import write_text
+from k2mini.evaluation.asking import Asked, Asker, Asking
+from k2mini.evaluation.questions import Question
+from k2mini.evaluation.report import Result, markdown, summarise
+from k2mini.evaluation.score import score
+from k2mini.files import read_json, write_text
 from k2mini.nn.llama import Llama
 from k2mini.progress import progress_bar
-from k2mini.text.prompts import get_template
 from k2mini.text.tokenizer import Tokenizer
 
-SCORINGS = ("letter", "text")
-NORMALIZATIONS = ("byte", "none")
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How questions are asked and answers scored.
-
-    Args:
-        scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
-            log p(option's text).
-        template: a name of `TEMPLATES`.
-        answer_prefix: the beginning of the answer, given.
-        normalize: of 'text': 'byte' divides by the option's length in UTF-8, so that long options are not at a
-            disadvantage; 'none' does not.
-        score_end: of 'text': the end of the answer (EOS) is scored as well, as a tuned model writes it.
-
-    Raises ValueError where a value is not one of these.
-    """
-
-    scoring: str = "letter"
-    template: str = "alpaca"
-    answer_prefix: str = ""
-    normalize: str = "byte"
-    score_end: bool = False
-
-    def __post_init__(self) -> None:
-        get_template(self.template)
-        for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-
-    def settings(self) -> dict[str, Any]:
-        """What the report says of it."""
-        values = asdict(self)
-        if self.scoring == "letter":
-            del values["normalize"], values["score_end"]
-        return {**values, "shots": 0}
+RESULTS, SETTINGS = "results.jsonl", "asking.json"
 
 
 def evaluate(
-    model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], asking: Asking, label: str = "eval"
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    asking: Asking,
+    label: str = "eval",
+    *,
+    batch_size: int = 16,
+    share: bool = True,
+    journal: Path | None = None,
 ) -> list[Result]:
     """Answer every question with the option of the highest score.
 
-    Raises ValueError naming the question that does not fit the model's context.
+    Args:
+        batch_size: questions at a time.
+        share: run what prompts have in common once.
+        journal: a file of results that is added to as they come; questions that stand in it are not scored again.
+
+    Raises ValueError naming the question that can't be asked.
     """
-    results = []
-    with progress_bar(len(questions), label, "questions") as progress:
-        for question in questions:
-            results.append(_answer(model, tokenizer, question, asking))
-            progress.update()
-    return results
+    done = _read_journal(journal) if journal is not None else {}
+    tasks = dict.fromkeys(question.task for question in questions)
+    askers = {
+        task: Asker([q for q in questions if q.task == task], asking, tokenizer, model.config.max_seq_len)
+        for task in tasks
+    }
+    asked = [askers[q.task].ask(q) for q in questions if (q.task, q.index) not in done]
+    pending = [entry for entry in asked if entry.request is not None]
+    for entry in asked:
+        if entry.request is None:
+            result = _result(entry, [], asking)
+            done[result.task, result.index] = result
+    requests = [entry.request for entry in pending if entry.request is not None]
+    file = journal.open("a", encoding="utf-8") if journal is not None else None
+    try:
+        with progress_bar(len(questions), label, "questions", initial=len(questions) - len(pending)) as progress:
+            for place, logprobs in score(model, requests, batch_size=batch_size, share=share):
+                result = _result(pending[place], logprobs, asking)
+                done[result.task, result.index] = result
+                if file is not None:
+                    file.write(result.line() + "\n")
+                    file.flush()
+                progress.update()
+    finally:
+        if file is not None:
+            file.close()
+    return [done[question.task, question.index] for question in questions]
 
 
-def _answer(model: Llama, tokenizer: Tokenizer, question: Question, asking: Asking) -> Result:
-    continuations = question.asked(asking.scoring)[1]
-    # Labels are compared as they are, the words of a true/false question too.
-    by_text = continuations != question.labels
-    scored = [index for index, text in enumerate(continuations) if text.strip()]
-    logprobs: list[float | None] = [None] * len(continuations)
-    token_ids: list[list[int]] = [[] for _ in continuations]
+def _result(asked: Asked, scores: Sequence[float], asking: Asking) -> Result:
+    question = asked.question
+    logprobs: list[float | None] = [None] * len(question.labels)
+    token_ids: list[list[int]] = [[] for _ in question.labels]
     prediction = None
-    if scored:
-        context = question.context(get_template(asking.template), asking.scoring, asking.answer_prefix)
-        options = [continuations[index] for index in scored]
+    for place, ids, logprob in zip(asked.scored, asked.ids, scores, strict=True):
+        if place < len(logprobs):  # K2's count of capitals may run beyond the options
+            logprobs[place], token_ids[place] = logprob, ids
+    if scores:
+        texts = asking.options(question)
+        lengths = [1] * len(scores)
+        if asking.scoring == "text" and not question.is_true_false and asking.normalize != "none":
+            by_byte = asking.normalize == "byte"
+            lengths = [
+                len(texts[place].encode()) if by_byte else len(ids)
+                for place, ids in zip(asked.scored, asked.ids, strict=True)
+            ]
+        normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
+        best = asked.scored[normalised.index(max(normalised))]
+        prediction = question.labels[best] if best < len(question.labels) else chr(ord("A") + best)
+    return Result(
+        question.task, question.index, question.answer, prediction, logprobs, token_ids, asked.dropped, asked.cut
+    )
+
+
+def _read_journal(path: Path) -> dict[tuple[str, int], Result]:
+    """The results of an earlier start; a last line that was cut is dropped from the file."""
+    if not path.is_file():
+        return {}
+    whole, done = [], {}
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            scores = score_options(model, tokenizer, context, options, eos=by_text and asking.score_end)
-        except ValueError as error:
-            raise ValueError(f"{question.task} question {question.index}: {error}") from None
-        for index, logprob, ids in zip(scored, scores.logprobs, scores.token_ids, strict=True):
-            logprobs[index], token_ids[index] = logprob, ids
-        by_byte = by_text and asking.normalize == "byte"
-        lengths = [len(option.encode()) if by_byte else 1 for option in options]
-        normalised = [logprob / length for logprob, length in zip(scores.logprobs, lengths, strict=True)]
-        prediction = question.labels[scored[normalised.index(max(normalised))]]
-    return Result(question.task, question.index, question.answer, prediction, logprobs, token_ids)
+            result = Result(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):
+            break
+        done[result.task, result.index] = result
+        whole.append(line)
+    write_text(path, "".join(line + "\n" for line in whole))
+    return done
 
 
 def run_benchmark(
@@ -106,19 +122,48 @@ def run_benchmark(
     name: str,
     out: Path | None = None,
     label: str = "eval",
+    fingerprint: str | None = None,
+    batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Evaluate and report; with `out`, that directory gets results.jsonl and report.json.
+    """Evaluate and report; with `out`, that directory gets results.jsonl, report.json and report.md.
 
     Args:
-        name: of the model, for the report.
+        name: of the model, for the report; fingerprint: what it is known again by.
 
-    Returns: the report. Raises OSError before the long run where `out` can't be written.
+    Returns: the report. Raises OSError before the long run where `out` can't be written, ValueError where it holds
+    results of another model, other questions or another way to ask.
     """
+    journal = None
     if out is not None:
         make_writable(out)
-    results = evaluate(model, tokenizer, questions, asking, label)
-    report = {"model": name, "tasks": summarise(questions, results, asking.settings())}
+        journal = out / RESULTS
+        _check_settings(out, {"model": fingerprint or name, **asking.settings()})
+    results = evaluate(model, tokenizer, questions, asking, label, batch_size=batch_size, journal=journal)
+    report = {
+        "model": name,
+        "fingerprint": fingerprint,
+        "seed": asking.seed,
+        "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
+        "tasks": summarise(questions, results, asking.settings()),
+    }
     if out is not None:
-        write_text(out / "results.jsonl", "".join(result.line() + "\n" for result in results))
+        write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
         write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_text(out / "report.md", markdown(report))
     return report
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    path = out / SETTINGS
+    if path.is_file():
+        known = read_json(path)
+        odd = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
+        if odd:
+            raise ValueError(
+                f"{out} holds results with {odd[0]} {known.get(odd[0])!r}, not {settings.get(odd[0])!r}; "
+                "name another --out"
+            )
+    elif (out / RESULTS).is_file():
+        raise ValueError(f"{out} holds results of an unknown way to ask; name another --out")
+    else:
+        write_text(path, json.dumps(settings, ensure_ascii=False) + "\n")

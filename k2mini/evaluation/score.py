@@ -1,25 +1,39 @@
-"""log p(option | context): the scorer that multiple choice rests on."""
+"""log p(option | context): the scorer that multiple choice rests on.
+
+Context and option are tokenised together, as lm-evaluation-harness does; what many contexts begin with runs through the
+model once, a context once for all its options, and an option of one token is read off the context's own last logits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from k2mini.inference.generate import pad_right
+from k2mini.inference.generate import extend, pad_right, shared_prefix
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
 from k2mini.text.tokenizer import Tokenizer
 
+TOKEN_BUDGET = 8192  # tokens, padding included, that run at a time
+CACHE_BUDGET = 16384  # slots of the key/value cache: 8 GB of LLaMA-7B's in 16 bits
+SHARED_AT_LEAST = 16
+
 
 @dataclass(frozen=True)
-class Scores:
-    """Of each option, in the order given: the ids that were scored, and the sum of their log-probabilities (nats)."""
+class Request:
+    """What to score: `options`, each as token ids, after `prefix`.
 
-    token_ids: list[list[int]]
-    logprobs: list[float]
+    Attributes:
+        group: requests of one group are likely to begin alike.
+    """
+
+    prefix: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    group: int = 0
 
 
 def split_jointly(
@@ -51,38 +65,96 @@ def split_jointly(
 
 
 @torch.inference_mode()
-def score_options(
-    model: Llama, tokenizer: Tokenizer, context: str, options: Sequence[str], *, eos: bool = False
-) -> Scores:
-    """Score continuations of one context: the context runs through the model once, all options in one batch after it.
+def score(
+    model: Llama, requests: Sequence[Request], *, batch_size: int = 16, share: bool = True
+) -> Iterator[tuple[int, list[float]]]:
+    """Score many requests, the longest first.
 
-    Raises ValueError where an option is empty, or where context and option do not fit the model's context.
+    Args:
+        batch_size: contexts at a time, at most.
+        share: run what a group's contexts begin with once.
+
+    Yields: a request's place, and the summed log-probability of each of its options, in nats.
+
+    Raises ValueError where context and option do not fit the model's context.
     """
-    prefix, token_ids = split_jointly(tokenizer, context, options, eos=eos)
-    over = len(prefix) + max(map(len, token_ids)) - model.config.max_seq_len
-    if over > 0:
-        raise ValueError(f"context and option are {over} tokens more than the model's {model.config.max_seq_len}")
-    cache = KVCache(model.config, 1, dtype=model.dtype, device=model.device, capacity=len(prefix))
-    hidden = model.model(torch.tensor([prefix], device=model.device), cache=cache)  # (1, T, D)
-    after_prefix = _log_softmax(model.logits(hidden[0, -1]))  # (V,)
-    first = torch.tensor([ids[0] for ids in token_ids], device=model.device)
-    logprobs = after_prefix[first]  # (N,)
-    if any(len(ids) > 1 for ids in token_ids):
-        logprobs = logprobs + _score_rest(model, cache, token_ids)
-    return Scores(token_ids, logprobs.tolist())
+    for place, request in enumerate(requests):
+        over = len(request.prefix) + max(map(len, request.options)) - 1 - model.config.max_seq_len
+        if over > 0:
+            raise ValueError(
+                f"request {place}: context and option are {over} tokens more than the model's "
+                f"{model.config.max_seq_len}"
+            )
+    groups: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.group, []).append(place)
+    for places in groups.values():
+        places.sort(key=lambda place: -len(requests[place].prefix))
+        prefixes = [requests[place].prefix for place in places]
+        common = shared_prefix(prefixes) if share and len(places) > 1 else 0
+        make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
+        shared = None
+        if common >= SHARED_AT_LEAST:
+            shared = make(1, capacity=common)
+            extend(model, [prefixes[0][:common]], shared)
+        for batch in _batches(places, requests, common if shared is not None else 0, batch_size):
+            rows = [list(requests[place].prefix) for place in batch]
+            if shared is None:
+                cache = make(len(batch), capacity=max(map(len, rows)))
+            else:
+                cache = shared.select(torch.zeros(len(batch), dtype=torch.int64, device=model.device))
+                rows = [row[common:] for row in rows]
+            after = log_softmax(model.logits(extend(model, rows, cache)))  # (B, V)
+            yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
 
 
-def _score_rest(model: Llama, cache: KVCache, token_ids: list[list[int]]) -> Tensor:
+def _batches(places: Sequence[int], requests: Sequence[Request], common: int, batch_size: int) -> Iterator[list[int]]:
+    """Split requests, longest first, into batches within the row limit and the token budget."""
+    batch: list[int] = []
+    for place in places:
+        together = [requests[p] for p in (*batch, place)]
+        longest = len(together[0].prefix)  # the first of a batch is its longest
+        rows = [len(request.options) for request in together if max(map(len, request.options)) > 1]
+        width = max(len(option) for request in together for option in request.options)
+        tokens = max(len(together) * (longest - common), sum(rows) * width)
+        slots = (len(together) + sum(rows)) * (longest + width)
+        if batch and (len(batch) == batch_size or tokens > TOKEN_BUDGET or slots > CACHE_BUDGET):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _options(model: Llama, cache: KVCache, after: Tensor, requests: Sequence[Request]) -> list[list[float]]:
+    """Each request's options: their first tokens from `after` (B, V), the others from one more pass."""
+    rows = [row for row, request in enumerate(requests) for _ in request.options]
+    options = [option for request in requests for option in request.options]
+    first = torch.tensor([option[0] for option in options], device=after.device)
+    total = after[torch.tensor(rows, device=after.device), first]  # (N,)
+    long = [number for number, option in enumerate(options) if len(option) > 1]
+    if long:
+        rest = _rest(model, cache, torch.tensor([rows[n] for n in long]), [options[n] for n in long])
+        total[torch.tensor(long, device=after.device)] += rest
+    flat = iter(total.tolist())
+    return [[next(flat) for _ in request.options] for request in requests]
+
+
+def _rest(model: Llama, cache: KVCache, rows: Tensor, options: Sequence[Sequence[int]]) -> Tensor:
     """The sum of log-probabilities of each option's tokens after its first. (N,)"""
-    tokens, offsets = pad_right(token_ids, model.device)  # (N, T)
-    rows = cache.select(torch.zeros(len(token_ids), dtype=torch.int64, device=model.device))
+    tokens, offsets = pad_right(options, model.device)  # (N, T)
+    rows = rows.to(model.device)
+    starts = cache.lengths[rows]  # (N,)
     # The last token of an option predicts nothing that is scored.
     inputs, targets, scored = tokens[:, :-1], tokens[:, 1:], offsets[:, 1:] >= 0
-    positions = torch.where(scored, offsets[:, :-1] + cache.length, -1)
-    logits = model(inputs, positions, rows)  # (N, T-1, V)
-    picked = _log_softmax(logits).gather(-1, targets[..., None]).squeeze(-1)  # (N, T-1)
-    return picked.masked_fill(~scored, 0.0).sum(dim=-1)
+    positions = torch.where(scored, offsets[:, :-1] + starts[:, None], -1)
+    hidden = model.model(inputs, positions, cache.select(rows))  # (N, T-1, D)
+    logprobs = log_softmax(model.logits(hidden[scored]))  # only what is scored meets the vocabulary
+    picked = torch.zeros(scored.shape, dtype=logprobs.dtype, device=logprobs.device)
+    picked[scored] = logprobs.gather(-1, targets[scored][:, None]).squeeze(-1)
+    return picked.sum(dim=-1)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
+    """In `promote_types(dtype, float32)`."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

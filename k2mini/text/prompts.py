@@ -43,6 +43,7 @@ _WITHOUT_FR = (
 )
 _FIELDS_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 _FIELDS = "### Instruction:\n{instruction}\n\n### Response:"
+_K2 = "### Instruction:\nIdentify the choice that best completes the statement or answers the question.\n"
 
 # The formats of alpaca-lora's templates/*.json (github.com/tloen/alpaca-lora), which K2 was tuned with.
 TEMPLATES = {
@@ -53,6 +54,13 @@ TEMPLATES = {
         _WITH_FR + "### Instruction:\n{instruction}\n\n### Entrée:\n{input}\n\n### Réponse:\n",
         _WITHOUT_FR + "### Instruction:\n{instruction}\n\n### Réponse:\n",
         "### Réponse:",
+    ),
+    # K2's own questions at evaluation (github.com/davendw49/k2, evaluation/multiple_choice_samples*.txt).
+    "k2": Template(_K2 + "{instruction}\n{input}\n\n### Response:\n", _K2 + "{instruction}\n\n### Response:\n", ""),
+    "k2_wa": Template(
+        _K2 + "{instruction}\n{input}\n\n### Response:\nThe answer is:\n",
+        _K2 + "{instruction}\n\n### Response:\nThe answer is:\n",
+        "",
     ),
     "none": Template("{instruction}\n{input}", "{instruction}", ""),
 }

@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from k2mini.config import ModelConfig
+from k2mini.nn.quant import quantize_rows
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.weights.formats import CheckpointReader, check_tensors
 from k2mini.weights.gguf_file import write_gguf
-from k2mini.weights.hf_config import read_model_config, tensor_shapes
+from k2mini.weights.hf_config import int8_matrices, is_int8, read_model_config, scale_name, tensor_shapes
 from k2mini.weights.meta import OUTPUT, MetaReader, write_meta
 from k2mini.weights.model_files import find_tokenizer, save_model
 from k2mini.weights.stream import SHARD_BYTES, Cast, Source, write_weights
@@ -41,16 +43,20 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    quantize: str | None = None,
     force: bool = False,
 ) -> None:
     """Write `directory` to `out` as one of `FORMATS`, a few megabytes at a time.
 
     Args:
         dtype: None: as stored; for GGUF, float16 where 16 bits are stored and float32 else.
+        quantize: 'int8' stores the blocks' matrices so (nn/quant.py); as 'hf' only, and only k2mini reads it.
 
     Raises ValueError where a tensor is missing, extra or of another shape, a value does not fit the dtype, the format
     can't say what the model is, or `out` can't be written; nothing is written then.
     """
+    if is_int8(directory):
+        raise ValueError(f"{directory} is quantised; convert the full-precision model")
     source, config = open_model(directory)
     check_tensors(source, tensor_shapes(config), directory)
     tokenizer = _tokenizer(directory)
@@ -62,6 +68,10 @@ def convert(
         return
     if dtype is not None:
         source = Cast(source, dtype)
+    if quantize is not None:
+        if kind != "hf" or quantize != "int8":
+            raise ValueError("quantised weights are stored as int8, and with --to hf only")
+        source = _Quantized(source)
     if kind == "meta":
         write_meta(source, config, out, tokenizer, force=force, inputs=(directory,))
         return
@@ -74,6 +84,7 @@ def convert(
         force=force,
         inputs=(directory,),
         write=write_weights if kind == "hf" else write_bin,
+        int8=quantize is not None,
     )
 
 
@@ -82,6 +93,37 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
     if (directory / "params.json").is_file() and not (directory / "tokenizer.model").is_file():
         return find_tokenizer(directory, directory.parent)
     return find_tokenizer(directory)
+
+
+class _Quantized:
+    """A source with its blocks' matrices in int8, and their scales."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        matrices = int8_matrices({name: source.shape(name) for name in source.names()})
+        self._scales = {scale_name(name): name for name in matrices}
+        self._matrices = set(matrices)
+
+    def names(self) -> list[str]:
+        """The source's, and the scales."""
+        return [*self._source.names(), *self._scales]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a scale, the rows of its matrix."""
+        return self._source.shape(self._scales[name])[:1] if name in self._scales else self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """int8, float32 of a scale, or the source's."""
+        if name in self._matrices:
+            return torch.int8
+        return torch.float32 if name in self._scales else self._source.dtype(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Quantised row by row, so any rows can be asked for."""
+        if name in self._scales:
+            return quantize_rows(self._source.rows(self._scales[name], start, stop))[1]
+        rows = self._source.rows(name, start, stop)
+        return quantize_rows(rows)[0] if name in self._matrices else rows
 
 
 class _Without:

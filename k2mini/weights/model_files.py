@@ -14,7 +14,7 @@ from torch import Tensor
 from k2mini.config import ModelConfig
 from k2mini.directories import check_new, check_space, new_directory
 from k2mini.text.tokenizer import Tokenizer
-from k2mini.weights.hf_config import hf_config
+from k2mini.weights.hf_config import INT8, hf_config
 from k2mini.weights.manifest import write_manifest
 from k2mini.weights.stream import SHARD_BYTES, Check, Source, Tensors, Written, total_bytes, write_weights
 
@@ -33,6 +33,7 @@ def save_model(
     check: Check | None = None,
     note: Mapping[str, Any] | None = None,
     write: Any = write_weights,
+    int8: bool = False,
 ) -> None:
     """Write a Hugging Face directory that loads alone, here and in transformers; it appears whole or not at all.
 
@@ -44,6 +45,7 @@ def save_model(
         inputs: the directories that are read, which the output must not touch.
         check: called with each tensor's name and hash once it is written.
         note: further fields of manifest.json.
+        int8: the blocks' matrices are in int8, and config.json is to say so.
         write: in which format; `write_weights` for safetensors, `torch_file.write_bin` for PyTorch's.
 
     Raises ValueError where `directory` exists and is not to be replaced, or the disk is too small.
@@ -54,14 +56,18 @@ def save_model(
     dtype = str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
     with new_directory(directory, force=force) as beside:
         written: Written = write(source, beside, shard_bytes, check)
-        write_side_files(beside, config, tokenizer, dtype)
+        write_side_files(beside, config, tokenizer, dtype, int8=int8)
         write_manifest(beside, "model", written, note)
 
 
-def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None, dtype: str) -> None:
+def write_side_files(
+    directory: Path, config: ModelConfig, tokenizer: Tokenizer | None, dtype: str, *, int8: bool = False
+) -> None:
     """config.json and, where there is a tokenizer, its files and generation_config.json."""
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     content: dict[str, Any] = {"config.json": hf_config(config, dtype, bos_id, eos_id)}
+    if int8:
+        content["config.json"]["quantization_config"] = INT8
     if tokenizer is not None:
         shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
         content["tokenizer_config.json"] = tokenizer.hf_config()

@@ -3,8 +3,9 @@ from collections import Counter
 
 import pytest
 
-from k2mini.evaluation.geobench import load_geobench
-from k2mini.text.prompts import get_template
+from k2mini.evaluation.asking import Asking
+from k2mini.evaluation.geobench import SUBJECTIVE, load_geobench, load_subjective
+from k2mini.evaluation.questions import audit, load_questions
 
 
 def test_every_published_question_is_there(geobench):
@@ -26,16 +27,67 @@ def test_choice_questions_are_asked_as_published(geobench):
 
 def test_ways_to_ask(geobench):
     ap = load_geobench(geobench["ap"])[1]
-    assert ap.asked("letter") == (
+    letter, text = Asking("letter", "alpaca_short", "The answer is: "), Asking("text", "alpaca_short")
+    assert (letter.instruction(ap), letter.options(ap)) == (
         "A long, narrow, upper atmosphere current of fast moving air is known as a\nChoose from:\n"
         "A. jet stream\nB. thermophile\nC. contrail\nD. gust of wind\nE. typhoon",
         ("A", "B", "C", "D", "E"),
     )
-    assert ap.asked("text") == (ap.stem, ("jet stream", "thermophile", "contrail", "gust of wind", "typhoon"))
+    assert text.instruction(ap) == ap.stem
+    assert text.options(ap) == ("jet stream", "thermophile", "contrail", "gust of wind", "typhoon")
     tf = next(question for question in load_geobench(geobench["npee"]) if question.task == "npee/tf")
-    assert tf.asked("text") == tf.asked("letter") == ("True or false?\nMinerals all have cleavage", ("True", "False"))
-    context = tf.context(get_template("alpaca_short"), "letter", "The answer is: ")
-    assert context.endswith("### Response:\nThe answer is: ")
+    assert text.instruction(tf) == letter.instruction(tf) == "True or false?\nMinerals all have cleavage"
+    assert text.options(tf) == letter.options(tf) == ("True", "False")
+    assert letter.prompt(tf).endswith("### Response:\nThe answer is: ")
+
+
+def test_the_audit_finds_the_known_faults(geobench):
+    questions = load_geobench(geobench["npee"])
+    choice = [question for question in questions if question.task == "npee/choice"]
+    found = audit(choice)
+    assert (len(found.surplus), len(found.conflicting), found.impossible) == (53, 8, [155, 175])
+    assert len({question.identity for question in choice}) == 129
+    assert len(found.clean(choice)) == 129 - 8 - 1
+    assert choice[155].identity == choice[175].identity
+    assert choice[155].answer == "D"
+    assert choice[155].labels == ("A", "B", "C")
+
+
+def test_open_tasks(geobench):
+    sizes = {kind: len(load_subjective(geobench["npee"], kind)) for kind in SUBJECTIVE}
+    assert sizes == {"noun": 454, "qa": 153, "discussion": 335, "completion": 150}
+    with pytest.raises(ValueError, match=r"expected is geobench_npee.json"):
+        load_subjective(geobench["ap"], "noun")
+
+
+def test_a_users_own_task(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [("x", ["a", "b"], "B"), ("y", ["a", "b", "c"], 2), ("z", ["no", "yes"], "no")]
+    path.write_text("".join(json.dumps({"question": q, "choices": c, "answer": a}) + "\n" for q, c, a in rows))
+    questions = load_questions(path)
+    assert [(q.task, q.index, q.answer) for q in questions] == [("mine", 0, "B"), ("mine", 1, "C"), ("mine", 2, "A")]
+    assert questions[1].listed() == "y\nChoose from:\nA. a\nB. b\nC. c"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"question": "x", "choices": ["a", "b"], "answer": "D"}', "line 1: answer 'D' is none of the options"),
+        ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "line 1: answer 2 is none of the options"),
+        ('{"question": "x", "choices": ["a", " "], "answer": "A"}', "line 1: option 1 of choices is empty"),
+        ('{"question": "x", "choices": ["a"], "answer": "A"}', "a list of at least two texts"),
+        ('{"question": "", "choices": ["a", "b"], "answer": "A"}', "question is empty"),
+        ('{"question": "x", "choices": ["a", "b"]}', "there is no 'answer'"),
+        ("[1]", "it is not a JSON object"),
+        ("{", "line 1: "),
+        ("", "holds no question"),
+    ],
+)
+def test_a_task_that_is_refused(tmp_path, line, said):
+    (tmp_path / "mine.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_questions(tmp_path / "mine.jsonl")
+    assert "mine.jsonl" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,17 @@
+"""The scorer against a naive one: a full forward an option, no cache, no batch, nothing shared."""
+
+import math
+
 import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.evaluation.asking import Asker, Asking
 from k2mini.evaluation.geobench import load_geobench
-from k2mini.evaluation.score import score_options, split_jointly
-from k2mini.text.prompts import get_template
+from k2mini.evaluation.questions import Question
+from k2mini.evaluation.run import evaluate
+from k2mini.evaluation.score import Request, score, split_jointly
+from tests.conftest import asset, tiny_config, tiny_llama
 
 
 def test_white_space_that_ends_a_context_belongs_to_the_option(llama_tokenizer):
@@ -15,51 +22,194 @@ def test_white_space_that_ends_a_context_belongs_to_the_option(llama_tokenizer):
     assert options == [[29909], [29933]]
 
 
-@pytest.mark.parametrize("scoring", ["letter", "text"])
-@pytest.mark.parametrize("answer_prefix", ["", "The answer is: ", "The answer is:\n"])
-def test_what_is_scored_is_the_joint_tokenisation(llama_tokenizer, geobench, scoring, answer_prefix):
-    template = get_template("alpaca")
-    for question in load_geobench(geobench["npee"]) + load_geobench(geobench["ap"])[:200]:
-        context = question.context(template, scoring, answer_prefix)
-        texts = [text for text in question.asked(scoring)[1] if text.strip()]
-        if not texts:
-            continue
-        prefix, options = split_jointly(llama_tokenizer, context, texts)
-        for text, ids in zip(texts, options, strict=True):
-            assert ids
-            assert prefix + ids == llama_tokenizer.encode(context + text, bos=True, eos=False)
+ASKINGS = [
+    Asking("letter"),
+    Asking("text"),
+    Asking("letter", answer_prefix="The answer is: "),
+    Asking("text", answer_prefix="The answer is:\n"),
+    Asking("letter", "k2"),
+    Asking("letter", "k2_wa", shots=2),
+    Asking("text", "alpaca_short", shots=1, score_end=True),
+    Asking("letter", "none", answer_prefix="Answer:"),
+]
 
 
-def naive_score(model, tokenizer, context, option):
-    """One full forward, no cache: the sum over all that follows the longest common beginning."""
-    joint = tokenizer.encode(context + option, bos=True, eos=False)
-    logprobs = model(torch.tensor([joint]))[0].log_softmax(-1)
-    return joint, logprobs
+@pytest.mark.parametrize("asking", ASKINGS, ids=lambda a: f"{a.scoring}-{a.template}-{a.shots}-{a.answer_prefix!r}")
+def test_what_is_scored_is_the_joint_tokenisation(llama_tokenizer, geobench, asking):
+    """Every question of both files, every way to ask."""
+    questions = load_geobench(geobench["npee"]) + load_geobench(geobench["ap"])
+    for task in ("npee/choice", "npee/tf", "ap"):
+        asker = Asker([q for q in questions if q.task == task], asking, llama_tokenizer, 10**9)
+        for question in asker_questions(questions, task):
+            asked = asker.ask(question)
+            if asked.request is None:
+                continue
+            context = "".join(shot + "\n\n\n" for shot in asker._shots(question)) + asking.prompt(question)
+            for place, ids in zip(asked.scored, asked.ids, strict=True):
+                end = asking.scoring == "text" and not question.is_true_false and asking.score_end
+                text = context + asking.options(question)[place]
+                assert list(asked.request.prefix) + ids == llama_tokenizer.encode(text, bos=True, eos=end)
+                assert ids
+
+
+def asker_questions(questions, task):
+    return [question for question in questions if question.task == task]
+
+
+def naive(model, request):
+    """Sums of log-probabilities, an option at a time."""
+    sums = []
+    for option in request.options:
+        tokens = torch.tensor([[*request.prefix, *option]])
+        logprobs = model(tokens)[0].log_softmax(-1)
+        start = len(request.prefix)
+        sums.append(sum(logprobs[start + i - 1, token].item() for i, token in enumerate(option)))
+    return sums
+
+
+def random_requests(number=23, prefix=40):
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low, high):
+        size = int(torch.randint(low, high, (1,), generator=generator))
+        return tuple(torch.randint(3, 190, (size,), generator=generator).tolist())
+
+    common = ids(prefix, prefix + 1)
+    return [
+        Request((*common, *ids(1, 30)), tuple(ids(1, 6 if i % 3 else 2) for _ in range(2 + i % 4)), group=i % 2)
+        for i in range(number)
+    ]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+def test_equals_naive_scores(shape, batch_size, share):
+    model, requests = tiny_llama(shape), random_requests()
+    found = dict(score(model, requests, batch_size=batch_size, share=share))
+    with torch.inference_mode():
+        for place, request in enumerate(requests):
+            assert found[place] == pytest.approx(naive(model, request), abs=1e-4)
+
+
+def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
+    model, tokenizer = load_model(tiny_directory)
+    words = ["granite", "basalt", "quartz", "crust", "mantle", "plates", "volcano"]
+    questions = [
+        Question("rocks", i, f"{a} is made of the", ("A", "B", "C"), (b, f"{b} {a}", "a rock"), "A")
+        for i, (a, b) in enumerate((a, b) for a in words for b in words)
+    ]
+    for asking in (Asking("letter", "alpaca_short"), Asking("text", "k2", shots=2), Asking("text", score_end=True)):
+        results = [
+            evaluate(model, tokenizer, questions, asking, batch_size=size, share=share)
+            for size in (1, 8, 32)
+            for share in (True, False)
+        ]
+        for other in results[1:]:
+            assert [r.prediction for r in other] == [r.prediction for r in results[0]]
+            for one, two in zip(other, results[0], strict=True):
+                assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama_sized(llama_tokenizer):
+    """A random model with LLaMA's vocabulary, and the same in transformers."""
+    from tests.reference import to_transformers
+
+    model = tiny_llama(tiny_config(dim=32, vocab_size=32000, max_seq_len=4096, num_layers=2, head_dim=8))
+    return model, to_transformers(model)
+
+
+@pytest.mark.parametrize("form", ["", "_wa"])
+def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, form):
+    """K2's evaluation/post_process.py written plainly over transformers: softmax at the last position, fixed ids."""
+    import re
+
+    model, reference = llama_sized
+    shots = asset("data", "geobench", f"multiple_choice_samples{form}.txt")
+    asking = Asking("k2", f"k2{form}", shots_file=str(shots))
+    choice = [q for q in load_geobench(geobench["npee"]) if q.task == "npee/choice"]
+    questions = choice[::6] + load_geobench(geobench["ap"])[::60]
+    results = evaluate(model, llama_tokenizer, questions, asking)
+    letters = [319, 350, 315, 360, 382, 383, 402, 379]
+    for question, result in zip(questions, results, strict=True):
+        text = question.listed()
+        prompt = (
+            shots.read_text().rstrip("\n")
+            + "\n\n\n### Instruction:\nIdentify the choice that best completes the statement or "
+            f"answers the question.\n{text}\n\n### Response:\n" + ("The answer is:\n" if form else "")
+        )
+        ids = torch.tensor([llama_tokenizer.encode(prompt, bos=True, eos=False)])
+        with torch.inference_mode():
+            probabilities = reference(ids).logits[0, -1].float().softmax(-1)
+        capitals = sorted({ord(i) - 65 for i in re.findall(r"(?<=[^\w\-])[A-Z](?=[^\w\-])", text)})
+        number = sum(capital == i for i, capital in enumerate(capitals))
+        chosen = [probabilities[letters[i]].item() for i in range(number)]
+        assert result.prediction == chr(65 + max(range(number), key=chosen.__getitem__))
+        for mine, theirs in zip(result.logprobs, chosen, strict=False):
+            assert mine == pytest.approx(math.log(theirs), abs=1e-4)
+
+
+def test_k2_scoring_wants_llamas_tokenizer(tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"reads LLaMA's ids of the letters, which .* does not have"):
+        Asker([], Asking("k2", "k2"), tiny_tokenizer, 100)
+
+
+def rocks(number=6, length=1):
+    return [
+        Question("rocks", i, "granite " * length + str(i), ("A", "B"), (f"quartz {i}", "crust"), "AB"[i % 2])
+        for i in range(number)
+    ]
+
+
+def test_examples_are_dropped_first_and_then_the_question_is_cut(tiny_tokenizer):
+    questions = rocks(length=30)
+    full = Asker(questions, Asking(shots=3), tiny_tokenizer, 10**6).ask(questions[0])
+    length = len(full.request.prefix)
+    assert (full.dropped, full.cut) == (0, 0)
+    fewer = Asker(questions, Asking(shots=3), tiny_tokenizer, length - 1).ask(questions[0])
+    assert (fewer.dropped, fewer.cut) == (1, 0)
+    alone = Asker(questions, Asking(), tiny_tokenizer, 10**6).ask(questions[0])
+    size = len(alone.request.prefix) - 5
+    cut = Asker(questions, Asking(shots=3), tiny_tokenizer, size).ask(questions[0])
+    assert cut.dropped == 3
+    assert len(cut.request.prefix) + 1 - 1 <= size
+    assert cut.request.prefix[0] == tiny_tokenizer.bos_id
+    assert cut.request.prefix[1:] == alone.request.prefix[len(alone.request.prefix) - len(cut.request.prefix) + 1 :]
+
+
+def test_examples_are_never_the_question_or_a_copy_of_it(tiny_tokenizer):
+    questions = [*rocks(5), *[Question("rocks", 5 + i, *q[2:]) for i, q in enumerate(map(fields, rocks(5)))]]
+    asker = Asker(questions, Asking(shots=4), tiny_tokenizer, 10**6)
+    for question in questions:
+        shots = asker._shots(question)
+        assert len(set(shots)) == 4
+        assert all(question.stem not in shot.split("\n") for shot in shots)
+    with pytest.raises(ValueError, match=r"--shots 5: rocks has 5 distinct questions to draw from"):
+        Asker(questions, Asking(shots=5), tiny_tokenizer, 100)
+
+
+def fields(question):
+    return (question.task, question.index, question.stem, question.labels, question.texts, question.answer)
+
+
+def test_what_can_not_be_scored_is_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="an option is empty"):
+        split_jointly(tiny_tokenizer, "granite", ["a", ""])
+    model = tiny_llama(tiny_config(max_seq_len=16))
+    with pytest.raises(ValueError, match="tokens more than the model's 16"):
+        list(score(model, [Request(tuple(range(3, 30)), ((5,), (6,)))]))
 
 
 @pytest.mark.parametrize(
-    ("context", "options"),
+    ("values", "said"),
     [
-        ("granite is made of ", ["quartz", "crust and mantle", "a", "a rock"]),
-        ("Response:\n", ["A", "B", "C", "D"]),
-        ("the volcano", [" erodes quickly", " erodes", "s"]),
-        ("quartz", ["!"]),
+        ({"scoring": "best"}, "scoring must be one of letter, text, k2"),
+        ({"normalize": "word"}, "normalize must be one of"),
+        ({"shots": -1}, "shots must be 0 or more"),
+        ({"shots": 2, "shots_file": "x"}, "can't be given together"),
+        ({"shots_file": "/nowhere"}, "there is no file of examples"),
     ],
 )
-def test_scores_equal_naive_ones(tiny_directory, context, options):
-    model, tokenizer = load_model(tiny_directory, dtype="float64")
-    scores = score_options(model, tokenizer, context, options)
-    for option, ids, logprob in zip(options, scores.token_ids, scores.logprobs, strict=True):
-        joint, logprobs = naive_score(model, tokenizer, context, option)
-        start = len(joint) - len(ids)
-        assert joint[start:] == ids
-        expected = sum(logprobs[i - 1, joint[i]] for i in range(start, len(joint)))
-        assert logprob == pytest.approx(expected.item(), abs=1e-10)
-
-
-def test_what_can_not_be_scored_is_refused(tiny_directory):
-    model, tokenizer = load_model(tiny_directory)
-    with pytest.raises(ValueError, match="an option is empty"):
-        score_options(model, tokenizer, "granite", ["a", ""])
-    with pytest.raises(ValueError, match="tokens more than the model's 1024"):
-        score_options(model, tokenizer, "granite " * 2000, ["a", "b"])
+def test_ways_to_ask_that_are_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        Asking(**values)

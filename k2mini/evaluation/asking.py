@@ -1,0 +1,189 @@
+"""From a question to what is scored: template, examples, options, and what is cut where the context is too short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from k2mini.evaluation.questions import Question
+from k2mini.evaluation.score import Request, split_jointly
+from k2mini.text.batches import shuffled
+from k2mini.text.prompts import get_template
+from k2mini.text.tokenizer import Tokenizer
+
+SCORINGS = ("letter", "text", "k2")
+NORMALIZATIONS = ("byte", "token", "none")
+# LLaMA's ids of '▁A' … '▁H', '▁True' and '▁False' (github:davendw49/k2, evaluation/post_process.py).
+K2_LETTERS = (319, 350, 315, 360, 382, 383, 402, 379)
+K2_WORDS = {"True": 5852, "False": 7700}
+GAP = "\n\n\n"  # between examples: two blank lines, as in K2's own
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked and answers scored.
+
+    Args:
+        scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
+            log p(option's text); 'k2' is K2's own: the softmax at the last position over fixed ids, for comparison with
+            published figures.
+        template: a name of `TEMPLATES`.
+        answer_prefix: the beginning of the answer, given.
+        normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
+            are not at a disadvantage; 'none' does not.
+        score_end: of 'text': the end of the answer (EOS) is scored as well, as a tuned model writes it.
+        shots: examples before the question, drawn by `seed` from the same task.
+        shots_file: examples as they stand in a file, instead.
+
+    Raises ValueError where a value is not one of these.
+    """
+
+    scoring: str = "letter"
+    template: str = "alpaca"
+    answer_prefix: str = ""
+    normalize: str = "byte"
+    score_end: bool = False
+    shots: int = 0
+    shots_file: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        get_template(self.template)
+        for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.shots < 0:
+            raise ValueError(f"shots must be 0 or more, not {self.shots}")
+        if self.shots and self.shots_file is not None:
+            raise ValueError("shots and shots_file can't be given together")
+        if self.shots_file is not None and not Path(self.shots_file).is_file():
+            raise ValueError(f"there is no file of examples {self.shots_file}")
+
+    def settings(self) -> dict[str, Any]:
+        """What the report says of it."""
+        values = asdict(self)
+        if self.scoring != "text":
+            del values["normalize"], values["score_end"]
+        if self.shots_file is None:
+            del values["shots_file"]
+        if not self.shots:
+            del values["seed"]
+        return values
+
+    def options(self, question: Question) -> tuple[str, ...]:
+        """The continuations, one an option."""
+        return question.texts if self.scoring == "text" else question.labels
+
+    def instruction(self, question: Question) -> str:
+        """The question as it is put: without its options where their texts are scored."""
+        bare = self.scoring == "text" and not question.is_true_false
+        if self.template.startswith("k2") and question.is_true_false:
+            return question.stem
+        return question.stem if bare else question.listed()
+
+    def prompt(self, question: Question) -> str:
+        """One question, up to where the answer begins."""
+        return get_template(self.template).prompt(self.instruction(question)) + self.answer_prefix
+
+    def example(self, question: Question) -> str:
+        """A question with its answer, to stand before others."""
+        return self.prompt(question) + self.options(question)[question.labels.index(question.answer)]
+
+
+@dataclass
+class Asked:
+    """A question ready to be scored.
+
+    Attributes:
+        scored: the places of the options that can be (an empty one can't).
+        ids: those that are scored, of each of them.
+        dropped, cut: examples left out and tokens cut from the left, for the context is short.
+    """
+
+    question: Question
+    request: Request | None
+    scored: list[int]
+    ids: list[list[int]]
+    dropped: int = 0
+    cut: int = 0
+
+
+class Asker:
+    """Puts the questions of one task.
+
+    Raises ValueError where there are fewer examples than asked for, or 'k2' scoring meets another tokenizer.
+    """
+
+    def __init__(self, questions: Sequence[Question], asking: Asking, tokenizer: Tokenizer, max_seq_len: int) -> None:
+        self.asking, self.tokenizer, self.max_seq_len = asking, tokenizer, max_seq_len
+        self._file = Path(asking.shots_file).read_text(encoding="utf-8") if asking.shots_file is not None else None
+        order = [shuffled(place, len(questions), asking.seed) for place in range(len(questions))] if questions else []
+        pool = [questions[place] for place in order if questions[place].is_answerable]
+        # Of duplicates one, and none whose copies disagree.
+        keys: dict[str, set[str]] = {}
+        for question in pool:
+            keys.setdefault(question.identity, set()).add(question.answer)
+        seen: set[str] = set()
+        self._pool = []
+        for question in pool:
+            if question.identity not in seen and len(keys[question.identity]) == 1:
+                self._pool.append(question)
+            seen.add(question.identity)
+        if asking.shots and asking.shots > len(self._pool) - 1:
+            raise ValueError(
+                f"--shots {asking.shots}: {questions[0].task} has {len(self._pool)} distinct questions to draw from, "
+                "one of which may be the one that is asked"
+            )
+        self._groups: dict[tuple[str, ...], int] = {}
+        if asking.scoring == "k2":
+            _check_llama(tokenizer)
+
+    def ask(self, question: Question) -> Asked:
+        """What to score. Examples that do not fit are dropped, then the question is cut, both from the left."""
+        shots = self._shots(question)
+        texts = self.asking.options(question)
+        scored = [place for place, text in enumerate(texts) if text.strip()]
+        if self.asking.scoring == "k2":
+            scored = [place for place in range(question.k2_options()) if place < len(K2_LETTERS)]
+            scored = [0, 1] if question.is_true_false else scored
+        if not scored:
+            return Asked(question, None, [], [])
+        for dropped in range(len(shots) + 1):
+            prefix, ids = self._encode(question, shots[dropped:], scored)
+            cut = len(prefix) + max(map(len, ids)) - 1 - self.max_seq_len
+            if cut <= 0:
+                break
+        cut = max(cut, 0)
+        if cut >= len(prefix) - 1:
+            raise ValueError(f"{question.task} question {question.index}: an option alone is longer than the context")
+        if cut:
+            prefix = [prefix[0], *prefix[1 + cut :]]  # BOS stays
+        group = self._groups.setdefault(tuple(shots[dropped:]), len(self._groups))
+        return Asked(question, Request(tuple(prefix), tuple(map(tuple, ids)), group), scored, ids, dropped, cut)
+
+    def _encode(self, question: Question, shots: Sequence[str], scored: list[int]) -> tuple[list[int], list[list[int]]]:
+        context = "".join(shot + GAP for shot in shots) + self.asking.prompt(question)
+        if self.asking.scoring == "k2":
+            ids = [[K2_WORDS[word]] for word in ("True", "False")] if question.is_true_false else None
+            ids = ids or [[K2_LETTERS[place]] for place in scored]
+            return self.tokenizer.encode(context, bos=True, eos=False), ids
+        texts = self.asking.options(question)
+        end = self.asking.scoring == "text" and not question.is_true_false and self.asking.score_end
+        return split_jointly(self.tokenizer, context, [texts[place] for place in scored], eos=end)
+
+    def _shots(self, question: Question) -> list[str]:
+        if self._file is not None:
+            return [self._file.rstrip("\n")]
+        others = (shot for shot in self._pool if shot.identity != question.identity)
+        return [self.asking.example(next(others)) for _ in range(self.asking.shots)]
+
+
+def _check_llama(tokenizer: Tokenizer) -> None:
+    pieces = [f"▁{letter}" for letter in "ABCDEFGH"] + [f"▁{word}" for word in K2_WORDS]
+    ids = [*K2_LETTERS, *K2_WORDS.values()]
+    if tokenizer.vocab_size < 32000 or [tokenizer.piece(token) for token in ids] != pieces:
+        raise ValueError(
+            f"scoring 'k2' reads LLaMA's ids of the letters, which {tokenizer.path} does not have; take 'letter'"
+        )

@@ -1,0 +1,134 @@
+"""Multiple-choice questions: one form for GeoBench and for a user's own, and what is wrong with the published keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NPEE_MARK = "Choose from:"
+K2_CAPITALS = re.compile(r"(?<=[^\w\-])[A-Z](?=[^\w\-])")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question.
+
+    Attributes:
+        task: 'npee/choice', 'npee/tf', 'ap' or the name of a user's file.
+        index: its place in the published file.
+        stem: what is asked, without the options.
+        labels, texts: the options in their published order ('A' and 'Basalt'; for true/false both are the word).
+        answer: the published key. It may be no label at all: one key of NPEE is.
+    """
+
+    task: str
+    index: int
+    stem: str
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    answer: str
+
+    def listed(self) -> str:
+        """The question with its options, as K2 laid it out."""
+        if self.is_true_false:
+            return f"True or false?\n{self.stem}"
+        gap = "\n\n" if self.task == "npee/choice" else "\n"  # NPEE's published text has an empty line there
+        options = "\n".join(f"{label}. {text}" for label, text in zip(self.labels, self.texts, strict=True))
+        return f"{self.stem}\n{NPEE_MARK}{gap}{options}"
+
+    @property
+    def is_true_false(self) -> bool:
+        """Whether the options are the words themselves."""
+        return self.labels == self.texts
+
+    @property
+    def is_answerable(self) -> bool:
+        """Whether an option can be right: the key is one, and some option has a text."""
+        return self.answer in self.labels and any(text.strip() for text in self.texts)
+
+    @property
+    def identity(self) -> str:
+        """What a duplicate has in common with it: the question and its options, word for word."""
+        return json.dumps([self.task, self.stem, self.labels, self.texts])
+
+    def k2_options(self) -> int:
+        """How many options K2's evaluation sees: how far the capitals that stand alone run from A without a gap."""
+        found = {ord(letter) - ord("A") for letter in K2_CAPITALS.findall(self.listed())}
+        return next((place for place in range(27) if place not in found), 0)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is wrong with a task's questions.
+
+    Attributes:
+        surplus: places of questions that stood before, word for word.
+        conflicting: places, a group each, of the same question with different keys.
+        impossible: places of questions whose key is no option, or whose options are all empty.
+    """
+
+    surplus: list[int]
+    conflicting: list[list[int]]
+    impossible: list[int]
+
+    def clean(self, questions: Sequence[Question]) -> list[int]:
+        """Places of distinct questions that have one key, and a possible one."""
+        odd = {place for group in self.conflicting for place in group} | {*self.surplus, *self.impossible}
+        return [question.index for question in questions if question.index not in odd]
+
+
+def audit(questions: Sequence[Question]) -> Audit:
+    """Look for duplicates, conflicting keys and impossible ones among the questions of one task."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.identity, []).append(question)
+    return Audit(
+        surplus=sorted(question.index for group in groups.values() for question in group[1:]),
+        conflicting=[[q.index for q in group] for group in groups.values() if len({q.answer for q in group}) > 1],
+        impossible=[question.index for question in questions if not question.is_answerable],
+    )
+
+
+def load_questions(path: Path) -> list[Question]:
+    """A user's own task: JSONL of `question`, `choices` (texts) and `answer` (a letter, a place from 0, or a text).
+
+    Raises ValueError, naming the file and the line, where a field is missing, empty or does not fit the others.
+    """
+    questions: list[Question] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                questions.append(_question(path.stem, len(questions), json.loads(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                detail = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"{path}, line {number}: {detail}") from None
+    if not questions:
+        raise ValueError(f"{path} holds no question")
+    return questions
+
+
+def _question(task: str, index: int, raw: Any) -> Question:
+    if not isinstance(raw, dict):
+        raise ValueError("it is not a JSON object with question, choices and answer")
+    stem, texts, answer = raw["question"], raw["choices"], raw["answer"]
+    if not isinstance(stem, str) or not stem.strip():
+        raise ValueError("question is empty or no text")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("choices must be a list of at least two texts")
+    empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise ValueError(f"option {empty} of choices is empty")
+    labels = tuple(chr(ord("A") + place) for place in range(len(texts)))
+    if answer in labels:
+        key = answer
+    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        key = labels[answer]
+    elif answer in texts:
+        key = labels[texts.index(answer)]
+    else:
+        raise ValueError(f"answer {answer!r} is none of the options ({', '.join(labels)}, a place from 0, or a text)")
+    return Question(task, index, stem, labels, tuple(texts), key)

@@ -1,0 +1,94 @@
+"""NPEE's open tasks: answers to be read, and measures that need no other model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from k2mini.evaluation.measures import rouge_l, token_f1, words
+from k2mini.evaluation.score import Request, score, split_jointly
+from k2mini.files import write_text
+from k2mini.inference.questions import Decoding, answers
+from k2mini.nn.llama import Llama
+from k2mini.progress import progress_bar
+from k2mini.text.prompts import get_template
+from k2mini.text.tokenizer import Tokenizer
+
+
+def run_subjective(
+    model: Llama,
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    task: str,
+    template: str,
+    decoding: Decoding,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Answer open questions and measure the answers, and the references under the model.
+
+    Args:
+        pairs: (question, reference answer).
+        out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`.
+
+    Returns: a summary: `rouge_l` and `token_f1` of the answers, their mean length in words beside the references',
+    `perplexity` of the references given the questions, and `likelihood`, their mean log-probability a token (GPTScore,
+    Fu et al. 2023, arXiv 2302.04166, equation 1). A question or reference that is empty, or too long for the context,
+    is left out and counted.
+    """
+    room = model.config.max_seq_len
+    shape = get_template(template)
+    kept, requests, prompts = [], [], []
+    for question, reference in pairs:
+        if not question.strip() or not reference.strip():
+            continue
+        prompt = shape.prompt(question)
+        prefix, (ids,) = split_jointly(tokenizer, prompt, [reference])
+        prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
+        if max(len(prefix) + len(ids), len(prompt_ids) + decoding.max_new_tokens) <= room:
+            kept.append((question, reference))
+            requests.append(Request(tuple(prefix), (tuple(ids),)))
+            prompts.append(prompt_ids)
+    if not kept:
+        raise ValueError(f"{task}: no question fits the model's context of {room} tokens")
+    logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
+    lengths = [len(request.options[0]) for request in requests]
+    likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
+    texts = []
+    with progress_bar(len(kept), task, "answers") as progress:
+        for text, _ in answers(model, tokenizer, prompts, decoding):
+            texts.append(text)
+            progress.update()
+    if out is not None:
+        entries = [{"question": question, "answer": text} for (question, _), text in zip(kept, texts, strict=True)]
+        path = out / f"answers_{task.replace('/', '_')}.json"
+        write_text(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+    number = len(kept)
+    return {
+        "task": task,
+        "n": number,
+        "left_out": len(pairs) - number,
+        "rouge_l": sum(rouge_l(text, ref) for text, (_, ref) in zip(texts, kept, strict=True)) / number,
+        "token_f1": sum(token_f1(text, ref) for text, (_, ref) in zip(texts, kept, strict=True)) / number,
+        "words": sum(len(words(text)) for text in texts) / number,
+        "reference_words": sum(len(words(reference)) for _, reference in kept) / number,
+        "likelihood": likelihood,
+        "perplexity": math.exp(-likelihood),
+        "template": template,
+    }
+
+
+def subjective_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """The summaries for people to read."""
+    lines = [f"{'task':<16} {'n':>4}  ROUGE-L  token F1  words (reference)  perplexity of the reference"]
+    for row in summaries:
+        lines.append(
+            f"{row['task']:<16} {row['n']:>4}  {100 * row['rouge_l']:>5.1f} %  {100 * row['token_f1']:>6.1f} %  "
+            f"{row['words']:>5.0f} {'(' + format(row['reference_words'], '.0f') + ')':>11}  {row['perplexity']:>10.1f}"
+        )
+        if row["left_out"]:
+            lines.append(f"{row['task']}: {row['left_out']} were left out, empty or too long for the model's context")
+    return "\n".join(lines)

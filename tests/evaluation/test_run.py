@@ -1,0 +1,115 @@
+"""`k2mini eval` as a user runs it: killed and started again, compared, with open tasks."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from k2mini.cli import main
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def task(tmp_path):
+    path = tmp_path / "rocks.jsonl"
+    words = ["granite", "basalt", "quartz", "rock", "mineral", "crust", "mantle"]
+    rows = [
+        {"question": f"What is {a}, after {b}?", "choices": [a, b, "volcano"], "answer": i % 3}
+        for i, (a, b) in enumerate((a, b) for a in words for b in words if a != b)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_killed_half_way_it_goes_on(tiny_directory, task, tmp_path, run):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    common = ["eval", "--model", tiny_directory, "--benchmark", task, "--shots", 2, "--batch-size", 1, "--seed", 3]
+    assert run(*common, "--out", whole)[0] == 0
+    command = [sys.executable, "-m", "k2mini", *map(str, common), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = out / "results.jsonl"
+    while process.poll() is None and not (journal.is_file() and len(journal.read_text().splitlines()) > 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = journal.read_text().splitlines()
+    assert 3 < len(before) < 42, "killed too late to prove anything"
+    journal.write_text(journal.read_text() + before[0][:20])  # a line that was cut
+    assert run(*common, "--out", out)[0] == 0
+    assert (out / "results.jsonl").read_text() == (whole / "results.jsonl").read_text()
+    assert (out / "report.json").read_text() == (whole / "report.json").read_text()
+    status, _, err = run(*common[:-1], 4, "--out", out)
+    assert status == 2
+    assert "holds results with seed 3, not 4; name another --out" in err
+
+
+def test_compare(tiny_directory, task, tmp_path, run):
+    common = ["eval", "--model", tiny_directory, "--benchmark", task]
+    for name, scoring in (("a", "letter"), ("b", "text")):
+        assert run(*common, "--scoring", scoring, "--out", tmp_path / name)[0] == 0
+    status, out, _ = run("compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert status == 0
+    (found,) = json.loads(out)
+    assert (found["task"], found["n"]) == ("rocks", 42)
+    a, b = (
+        {json.loads(line)["index"]: json.loads(line) for line in (tmp_path / n / "results.jsonl").open()} for n in "ab"
+    )
+    better = sum(b[i]["prediction"] == b[i]["answer"] != a[i]["prediction"] for i in a)
+    assert found["runs"][1]["better"] == better
+    assert "better" in run("compare", tmp_path / "a", tmp_path / "b")[1]
+    for runs, said in (
+        ([tmp_path / "a"], "at least two runs"),
+        ([tmp_path / "a", tmp_path], "is no run of k2mini eval"),
+    ):
+        status, _, err = run("compare", *runs)
+        assert (status, said in err) == (2, True)
+
+
+def test_open_tasks_and_perplexity(tiny_directory, tmp_path, run, geobench):
+    text = tmp_path / "text.txt"
+    text.write_text("granite is made of quartz. " * 30)
+    status, out, err = run(
+        *("eval", "--model", tiny_directory, "--benchmark", geobench["npee"], "--tasks", "npee/noun", "npee/tf"),
+        *("--limit", 5, "--max-new-tokens", 8, "--perplexity", text, "--out", tmp_path / "out", "--json"),
+    )
+    assert status == 0, err
+    report = json.loads(out)
+    assert [row["task"] for row in report["tasks"]] == ["npee/tf"]
+    (noun,) = report["subjective"]
+    assert (noun["task"], noun["n"]) == ("npee/noun", 5)
+    assert report["perplexity"]["tokens"] > 50
+    answers = json.loads((tmp_path / "out" / "answers_npee_noun.json").read_text())
+    assert [set(entry) for entry in answers] == [{"question", "answer"}] * 5
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "name what to evaluate on"),
+        (["--benchmark", "nowhere.jsonl"], "there is no benchmark file nowhere.jsonl"),
+        (["--benchmark", "TASK", "--shots", "99"], "--shots 99: rocks has 42 distinct questions"),
+        (["--benchmark", "TASK", "--tasks", "npee/noun"], "npee/noun is in geobench_npee.json, which is not among"),
+        (["--benchmark", "TASK", "--tasks", "other"], "--tasks other: the benchmarks have no such task"),
+        (["--benchmark", "TASK", "--scoring", "k2"], "reads LLaMA's ids of the letters"),
+        (["--benchmark", "TASK", "--limit", "0"], "--limit must be at least 1"),
+    ],
+)
+def test_bad_input(tiny_directory, task, run, options, said):
+    options = [str(task) if option == "TASK" else option for option in options]
+    status, out, err = run("eval", "--model", tiny_directory, *options)
+    assert (status, out) == (2, "")
+    assert said in err.strip().splitlines()[-1]
