@@ -133,11 +133,9 @@ def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, for
     letters = [319, 350, 315, 360, 382, 383, 402, 379]
     for question, result in zip(questions, results, strict=True):
         text = question.listed()
-        prompt = (
-            shots.read_text().rstrip("\n")
-            + "\n\n\n### Instruction:\nIdentify the choice that best completes the statement or "
-            f"answers the question.\n{text}\n\n### Response:\n" + ("The answer is:\n" if form else "")
-        )
+        prompt = shots.read_text().rstrip("\n") + "\n\n\n### Instruction:\n"
+        prompt += "Identify the choice that best completes the statement or answers the question.\n"
+        prompt += f"{text}\n\n### Response:\n" + ("The answer is:\n" if form else "")
         ids = torch.tensor([llama_tokenizer.encode(prompt, bos=True, eos=False)])
         with torch.inference_mode():
             probabilities = reference(ids).logits[0, -1].float().softmax(-1)
