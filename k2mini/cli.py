@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne, k2, k2_wa or none"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; each sets `run`, which `verbs.run_…` carries it out."""
+    """The parser of all verbs; each sets `run`, the module and function that carry it out."""
     parser = argparse.ArgumentParser(
         prog="k2mini",
         description="The K2 geoscience LLM pipeline in plain PyTorch.",
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--control", action="store_true", help="also tune the base without further pretraining")
     verb.add_argument("--quick", action="store_true", help="every stage in under a minute; it learns next to nothing")
     verb.add_argument("--json", action="store_true", help="print report.json and nothing else")
-    verb.set_defaults(run="demo")
+    verb.set_defaults(run="demo.demo")
 
     verb = verbs.add_parser("generate", parents=[model, sampling, common], help="answer a prompt, or a list")
     source = verb.add_mutually_exclusive_group(required=True)
@@ -85,10 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     verb.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
     verb.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
-    verb.set_defaults(run="generate")
+    verb.set_defaults(run="inference.generate")
 
     verb = verbs.add_parser("chat", parents=[model, sampling, common], help="a conversation in the terminal")
-    verb.set_defaults(run="chat")
+    verb.set_defaults(run="inference.chat")
 
     verb = verbs.add_parser("prepare", parents=[quiet], help="documents into a corpus for pretrain")
     verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .txt, .md (or .gz), or folders")
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="fail",
         help="at a malformed line: stop, or leave it out and count (default: fail)",
     )
-    verb.set_defaults(run="prepare")
+    verb.set_defaults(run="training.prepare")
 
     for name, what in (
         ("pretrain", "further pretraining"),
@@ -112,13 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, parents=[common], help=what)
         verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-        verb.set_defaults(run=name)
+        verb.set_defaults(run=f"training.{name}")
 
     verb = verbs.add_parser("preview", parents=[quiet], help="what a run would be fed, token by token")
     verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     verb.add_argument("--number", type=int, default=2, metavar="N", help="samples (default: 2)")
-    verb.set_defaults(run="preview")
+    verb.set_defaults(run="training.preview")
 
     verb = verbs.add_parser("plan", parents=[quiet], help="memory, communication and length of a run, before it is run")
     verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
@@ -126,22 +127,22 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
     verb.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
     verb.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
-    verb.set_defaults(run="plan")
+    verb.set_defaults(run="training.plan")
 
     verb = verbs.add_parser("export", parents=[target], help="a checkpoint as a Hugging Face directory")
     verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
     verb.add_argument("--dtype", choices=DTYPES, help="of the tensors written (default: the run's model.dtype)")
-    verb.set_defaults(run="export")
+    verb.set_defaults(run="training.export")
 
     verb = verbs.add_parser("plot", parents=[quiet], help="loss curves of runs as a picture (extra: plot)")
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.dir of pretrain or finetune")
     verb.add_argument("--out", required=True, type=Path, metavar="FILE.png")
-    verb.set_defaults(run="plot")
+    verb.set_defaults(run="training.plot")
 
     verb = verbs.add_parser("merge", parents=[target], help="base + adapter as a Hugging Face directory")
     verb.add_argument("--base", required=True, metavar="DIR")
     verb.add_argument("--adapter", required=True, type=Path, metavar="DIR")
-    verb.set_defaults(run="merge")
+    verb.set_defaults(run="weights.merge")
 
     verb = verbs.add_parser("delta", help="publish a tuned model as its difference from the base")
     kinds = verb.add_subparsers(dest="kind", metavar="make|apply", required=True)
@@ -154,12 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="bits",
         help="bits: exact; add: float16 sums, as FastChat and K2 published them (default: bits)",
     )
-    kind.set_defaults(run="delta_make")
+    kind.set_defaults(run="weights.delta_make")
     kind = kinds.add_parser("apply", parents=[target], help="base + delta; FastChat's and K2's deltas, too")
     kind.add_argument("--base", required=True, metavar="DIR")
     kind.add_argument("--delta", required=True, metavar="DIR")
     kind.add_argument("--resize-vocab", action="store_true", help="tokens that the base lacks come from the delta")
-    kind.set_defaults(run="delta_apply")
+    kind.set_defaults(run="weights.delta_apply")
 
     verb = verbs.add_parser("convert", parents=[target], help="a model in another format, dtype or shard size")
     verb.add_argument("model", metavar="DIR", help="Hugging Face's (safetensors, .bin) or Meta's (consolidated.*.pth)")
@@ -172,16 +173,16 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=DTYPES[:3], help="of the tensors written (default: as stored)")
     verb.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
     verb.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
-    verb.set_defaults(run="convert")
+    verb.set_defaults(run="weights.convert")
 
     verb = verbs.add_parser("verify", parents=[quiet], help="compare a directory that k2mini wrote with its manifest")
     verb.add_argument("directory", metavar="DIR")
-    verb.set_defaults(run="verify")
+    verb.set_defaults(run="weights.verify")
 
     verb = verbs.add_parser("info", parents=[quiet], help="what a model or adapter is, from its headers alone")
     verb.add_argument("directory", metavar="DIR")
     verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
-    verb.set_defaults(run="info")
+    verb.set_defaults(run="weights.info")
 
     verb = verbs.add_parser("eval", parents=[model, common], help="score a model on GeoBench")
     verb.add_argument(
@@ -220,13 +221,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
     verb.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
-    verb.set_defaults(run="eval")
+    verb.set_defaults(run="evaluation.eval")
 
     verb = verbs.add_parser("compare", parents=[quiet], help="runs of eval side by side, with a paired test")
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
     verb.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
     verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
-    verb.set_defaults(run="compare")
+    verb.set_defaults(run="evaluation.compare")
     return parser
 
 
@@ -235,9 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = build_parser().parse_args(arguments)
     _log_to_stderr()
     try:
-        from k2mini import verbs
-
-        getattr(verbs, f"run_{options.run}")(options)
+        module, verb = options.run.split(".")
+        getattr(import_module(f"k2mini.verbs.{module}"), f"run_{verb}")(options)
         sys.stdout.flush()
         status = 0
     except KeyboardInterrupt:

@@ -261,6 +261,22 @@ class ParallelSection:
 
 
 @dataclass(frozen=True)
+class EvalSection:
+    """A benchmark that is run every so many steps, into the metrics; as `k2mini eval` asks and scores."""
+
+    benchmark: list[str] = field(default_factory=list)  # files
+    every: int = 0  # steps; 0: never
+    limit: int | None = None  # the first questions of each task
+    scoring: str = "letter"
+    template: str = "alpaca"
+    answer_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or (self.every and not self.benchmark):
+            raise ValueError(f"eval.every ({self.every}) must be 0, or a number of steps with an eval.benchmark to run")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """`k2mini pretrain`: all parameters, plain documents."""
 
@@ -270,6 +286,7 @@ class PretrainConfig:
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+    eval: EvalSection = field(default_factory=EvalSection)
 
     def __post_init__(self) -> None:
         if self.model.quantize is not None:
@@ -287,3 +304,4 @@ class FinetuneConfig:
     lora: LoraSection = field(default_factory=LoraSection)
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+    eval: EvalSection = field(default_factory=EvalSection)

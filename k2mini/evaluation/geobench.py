@@ -6,13 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from k2mini.evaluation.questions import NPEE_MARK, Question
+from k2mini.evaluation.questions import NPEE_MARK, Question, load_questions
 from k2mini.files import read_json
 
 CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
 
 
 SUBJECTIVE = ("noun", "qa", "discussion", "completion")
+
+
+def read_benchmark(path: Path) -> list[Question]:
+    """GeoBench's objective questions, or those of a user's JSONL. Raises ValueError as their loaders do."""
+    if not path.is_file():
+        raise ValueError(f"there is no benchmark file {path}")
+    return load_questions(path) if path.suffix == ".jsonl" else load_geobench(path)
 
 
 def load_geobench(path: Path) -> list[Question]:

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ from k2mini.training.watch import Watch
 log = logging.getLogger(__name__)
 
 ALONE = World()
+Evaluate = Callable[[Llama], dict[str, float]]
 
 
 def total_steps(section: TrainSection, num_samples: int) -> int:
@@ -134,6 +135,8 @@ def train(
     world: World = ALONE,
     tensorboard: bool = False,
     save_best: bool = False,
+    evaluate: Evaluate | None = None,
+    eval_every: int = 0,
 ) -> Path:
     """Train what `requires_grad`, from where the run stopped, to the end; `run_dir` gets metrics and checkpoints.
 
@@ -143,6 +146,7 @@ def train(
         identity: what must be the same for a checkpoint to be resumed (data, schedule, …), as plain JSON.
         label: of the progress line.
         save_best: save whenever validation finds a lower loss than before.
+        evaluate: called every `eval_every` steps and at the end; what it returns goes into the metrics.
 
     Returns: the checkpoint of the last step.
 
@@ -183,6 +187,12 @@ def train(
                 line = f"loss {numbers['loss']:.3f}, lr {numbers['lr']:.1e}, {watch.line(rate)}"
                 progress.set_postfix_str(line, refresh=False)
                 progress.update()
+            if evaluate is not None and eval_every and (step == steps or step % eval_every == 0):
+                model.eval()
+                scores = evaluate(model)
+                model.train()
+                if metrics is not None:
+                    metrics.write(step, **scores)
             better = save_best and val_loss is not None and val_loss < best
             if step == steps or step % checkpoint.every == 0 or stop or better:
                 best = min(best, val_loss if val_loss is not None else best)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from k2mini.build import DTYPES, needs_process_group, training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
@@ -34,9 +36,18 @@ from k2mini.weights.model_files import save_model
 
 log = logging.getLogger(__name__)
 
+Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]  # a score a task
 
-def pretrain(config: PretrainConfig, device: torch.device | str = "cpu", label: str = "pretrain") -> Path:
+
+def pretrain(
+    config: PretrainConfig,
+    device: torch.device | str = "cpu",
+    label: str = "pretrain",
+    benchmark: Benchmark | None = None,
+) -> Path:
     """Train all parameters on plain documents, on all ranks. Returns the directory of the model, `run.dir/model`.
+
+    `benchmark` is run every `eval.every` steps.
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
     """
@@ -68,6 +79,8 @@ def pretrain(config: PretrainConfig, device: torch.device | str = "cpu", label: 
         label=label,
         world=world,
         tensorboard=config.run.tensorboard,
+        evaluate=_evaluation(config, model, tokenizer, benchmark),
+        eval_every=config.eval.every,
     )
     if world.is_first:
         export(last, out, config.model.dtype)
@@ -75,8 +88,15 @@ def pretrain(config: PretrainConfig, device: torch.device | str = "cpu", label: 
     return out
 
 
-def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: str = "finetune") -> Path:
+def finetune(
+    config: FinetuneConfig,
+    device: torch.device | str = "cpu",
+    label: str = "finetune",
+    benchmark: Benchmark | None = None,
+) -> Path:
     """Train LoRA on instructions, on all ranks. Returns the directory of the adapter, `run.dir/adapter`.
+
+    `benchmark` is run every `eval.every` steps.
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
     """
@@ -117,6 +137,8 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
         world=world,
         tensorboard=config.run.tensorboard,
         save_best=True,
+        evaluate=_evaluation(config, model, tokenizer, benchmark),
+        eval_every=config.eval.every,
     )
     if world.is_first:
         kept = best_checkpoint(last.parent) or last
@@ -127,6 +149,17 @@ def finetune(config: FinetuneConfig, device: torch.device | str = "cpu", label: 
         save_adapter(adapters, section, out, base=config.model.path)
     world.wait()
     return out
+
+
+def _evaluation(
+    config: PretrainConfig | FinetuneConfig, model: Llama, tokenizer: Tokenizer, benchmark: Benchmark | None
+) -> Callable[[Llama], dict[str, float]] | None:
+    """What the loop is to call. Raises ValueError where the model is spread over ranks: a question needs it whole."""
+    if not config.eval.every or benchmark is None:
+        return None
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("eval.every needs an unsharded model: one process, and not bfloat16 beside float32 weights")
+    return lambda trained: benchmark(trained, tokenizer)
 
 
 def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:

@@ -113,3 +113,29 @@ def test_bad_input(tiny_directory, task, run, options, said):
     status, out, err = run("eval", "--model", tiny_directory, *options)
     assert (status, out) == (2, "")
     assert said in err.strip().splitlines()[-1]
+
+
+def test_a_benchmark_while_training(tiny_directory, task, tmp_path, run):
+    """Every two steps and at the end; the last figure is that of `eval` on the model that came out."""
+    (tmp_path / "text.txt").write_text("granite is made of quartz. " * 200)
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(
+            {
+                "run": {"dir": str(tmp_path / "run")},
+                "model": {"path": str(tiny_directory)},
+                "data": {"path": str(tmp_path / "text.txt"), "seq_len": 32},
+                "train": {"lr": 0.01, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 5},
+                "eval": {"benchmark": [str(task)], "every": 2, "limit": 20, "template": "none"},
+            }
+        )
+    )
+    status, out, err = run("pretrain", tmp_path / "run.yaml")
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["accuracy/rocks"] for line in lines if "accuracy/rocks" in line}
+    assert sorted(scores) == [2, 4, 5]
+    common = ["--benchmark", task, "--limit", 20, "--template", "none", "--json"]
+    report = json.loads(run("eval", "--model", out.strip(), *common)[1])
+    assert report["tasks"][0]["accuracy"] == scores[5]
+    status, _, err = run("pretrain", tmp_path / "run.yaml", "eval.benchmark=[]", "run.dir=" + str(tmp_path / "other"))
+    assert (status, "with an eval.benchmark to run" in err) == (2, True)

@@ -162,7 +162,7 @@ def test_missing_extra_and_bent_tensors_are_named(broken):
     with pytest.raises(ValueError, match=rf"{name} is \(111, 64\), config.json makes it \(112, 64\)"):
         load_model(directory)
     rewrite(directory, {**tensors, name: tensors[name].to(torch.int8)})
-    with pytest.raises(ValueError, match=f"{name} is stored as I8"):
+    with pytest.raises(ValueError, match=f"{name} is stored as torch.int8"):
         load_model(directory)
 
 

@@ -1,0 +1,55 @@
+"""What several verbs have in common: threads, device, model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import torch
+
+from k2mini.build import load_model
+from k2mini.inference.compiled import compile_decoding
+from k2mini.nn.llama import Llama
+from k2mini.text.tokenizer import Tokenizer
+
+log = logging.getLogger("k2mini.verbs")
+
+
+def set_threads(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
+
+
+def pick_device(options: argparse.Namespace) -> torch.device:
+    set_threads(options)
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"--device {options.device} is not a device; try cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    model, tokenizer = load_model(
+        options.model,
+        options.adapter,
+        options.dtype,
+        pick_device(options),
+        options.quantize,
+        merge=options.merge,
+        quantize_head=options.quantize_head,
+    )
+    if options.compile:
+        compile_decoding(model)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
+    dtype = str(model.dtype).removeprefix("torch.")
+    parameters = model.config.num_parameters() / 1e6
+    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, dtype, model.device)
+    return model, tokenizer

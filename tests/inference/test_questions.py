@@ -1,0 +1,167 @@
+"""`k2mini generate` over lists, with beams, stop strings and int8; what a user can get wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from k2mini.build import load_model
+from k2mini.cli import main
+from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.generate import generate
+from k2mini.inference.questions import Decoding, answers, read_questions
+from tests.conftest import asset
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
+
+
+def test_a_list_of_questions_gives_a_list_of_answers(tiny_directory, tmp_path, run):
+    (tmp_path / "list.json").write_text(json.dumps(QUESTIONS))
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    (tmp_path / "list.txt").write_text("\n".join(QUESTIONS) + "\n\n")
+    common = ["generate", "--model", tiny_directory, "--max-new-tokens", 8, "--batch-size", 2, "--template", "none"]
+    found = []
+    for name in ("list.json", "list.jsonl", "list.txt"):
+        status, out, err = run(*common, "--input", tmp_path / name)
+        assert status == 0, err
+        found.append(json.loads(out))
+    assert found[0] == found[1] == found[2]
+    assert [entry["question"] for entry in found[0]] == QUESTIONS
+    assert set(found[0][0]) == {"question", "answer", "tokens", "finish"}
+    assert run(*common, "--input", tmp_path / "list.txt", "--out", tmp_path / "answers.json")[0] == 0
+    assert json.loads((tmp_path / "answers.json").read_text()) == found[0]
+    for entry in found[0]:
+        alone = json.loads(run(*common, "--prompt", entry["question"], "--json")[1])[0]
+        assert alone["tokens"] == entry["tokens"]
+
+
+def test_k2s_own_list_of_questions():
+    questions = read_questions(asset("data", "geobench", "generation_questions.json"))
+    assert len(questions) > 20
+    assert questions[0].startswith("How did Earth")
+
+
+def test_beams_say_what_has_no_effect(tiny_directory, run):
+    common = ["generate", "--model", tiny_directory, "--prompt", "granite", "--max-new-tokens", 6]
+    k2 = ["--num-beams", 4, "--no-repeat-ngram-size", 2, "--temperature", 0.1, "--top-p", 0.75, "--top-k", 40]
+    status, out, err = run(*common, *k2)
+    assert status == 0
+    assert "--temperature, --top-k, --top-p: no effect with --num-beams 4" in err
+    assert run(*common, *k2[:4])[1] == out
+
+
+def test_stop_strings_in_a_batch(tiny_directory):
+    model, tokenizer = load_model(tiny_directory)
+    prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
+    whole = [text for text, _ in answers(model, tokenizer, prompts, Decoding(12))]
+    stop = whole[1][4:7]
+    cut = list(answers(model, tokenizer, prompts, Decoding(12, stop=(stop,))))
+    for (text, completion), before in zip(cut, whole, strict=True):
+        place = before.find(stop)
+        assert text == (before if place < 0 else before[:place])
+        assert (completion.finish == "stop") == (place >= 0)
+    beams = answers(model, tokenizer, prompts[:1], Decoding(6))
+    assert next(beams)[0]
+
+
+def test_int8_is_saved_and_loaded(tiny_directory, tmp_path, run):
+    status, _, err = run("convert", tiny_directory, "--to", "hf", "--quantize", "int8", "--out", tmp_path / "int8")
+    assert status == 0, err
+    saved, _ = load_model(tmp_path / "int8")
+    fresh, _ = load_model(tiny_directory, quantize="int8")
+    for (name, a), b in zip(saved.state_dict().items(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert run("verify", tmp_path / "int8")[0] == 0
+    assert "int8" in run("info", tmp_path / "int8")[1]
+    status, _, err = run("convert", tmp_path / "int8", "--to", "bin", "--out", tmp_path / "x")
+    assert (status, "is quantised; convert the full-precision model" in err) == (2, True)
+
+
+def test_w8a8_and_a_quantised_head(tiny_directory):
+    """One row through PyTorch's dynamic product, several through the weight-only one."""
+    plain, _ = load_model(tiny_directory, quantize="int8", quantize_head=True)
+    dynamic, _ = load_model(tiny_directory, quantize="w8a8", quantize_head=True)
+    row, rows = torch.tensor([[7]]), torch.arange(3, 33).view(2, 15)
+    with torch.inference_mode():
+        torch.testing.assert_close(dynamic(rows), plain(rows))
+        error = (dynamic(row) - plain(row)).std() / plain(row).std()
+        assert 1e-4 < error < 0.1
+        full, _ = load_model(tiny_directory)
+        assert (plain(rows) - full(rows)).std() / full(rows).std() < 0.05
+    with pytest.raises(ValueError, match="--compile does not go with w8a8"):
+        compile_decoding(dynamic)
+    with pytest.raises(ValueError, match="quantize_head needs quantize"):
+        load_model(tiny_directory, quantize_head=True)
+
+
+def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path):
+    from k2mini.config import LoraSection
+    from k2mini.nn.lora import adapter_tensors, attach, init_adapters
+    from k2mini.weights.adapter import save_adapter
+
+    model, _ = load_model(tiny_directory)
+    section = LoraSection(rank=2, alpha=4, target_modules=["q_proj", "down_proj"])
+    attach(model, section)
+    init_adapters(model, 0)
+    for name, tensor in adapter_tensors(model).items():
+        if name.endswith("lora_B"):
+            tensor.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    save_adapter(adapter_tensors(model), section, tmp_path / "adapter", str(tiny_directory))
+    beside, _ = load_model(tiny_directory, tmp_path / "adapter")
+    merged, _ = load_model(tiny_directory, tmp_path / "adapter", merge=True)
+    tokens = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(merged(tokens), beside(tokens), rtol=0, atol=1e-4)
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
+    eager, tokenizer = load_model(tiny_directory, quantize=quantize)
+    compiled, _ = load_model(tiny_directory, quantize=quantize)
+    compile_decoding(compiled)
+    prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
+    for batch in (prompts[:1], prompts):
+        ours, theirs = (generate(m, batch, max_new_tokens=20, stop_ids=[]) for m in (compiled, eager))
+        assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+
+
+BAD = {
+    "no question": ("[]", ["--input", "FILE.json"], "holds no question"),
+    "no JSON": ("{", ["--input", "FILE.json"], "is not valid JSON"),
+    "no list": ('{"a": 1}', ["--input", "FILE.json"], "must hold a JSON list"),
+    "no text": ('["a", 1]', ["--input", "FILE.json"], "entry 2 is neither a question nor"),
+    "no file": (None, ["--input", "FILE.json"], "No such file"),
+    "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
+    "top_p 1.2": (None, ["--prompt", "a", "--top-p", "1.2"], "top_p must be above 0 and at most 1"),
+    "temperature": (None, ["--prompt", "a", "--temperature", "-1"], "temperature must be 0"),
+    "no new tokens": (None, ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+    "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
+    "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
+    "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
+    "empty stop": (None, ["--prompt", "a", "--stop", ""], "a stop string is empty"),
+    "penalty": (None, ["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive"),
+}
+
+
+@pytest.mark.parametrize(("content", "options", "said"), BAD.values(), ids=BAD)
+def test_one_sentence(tiny_directory, tmp_path, run, content, options, said):
+    if content is not None:
+        Path(tmp_path / "FILE.json").write_text(content)
+    options = [str(tmp_path / option) if option == "FILE.json" else option for option in options]
+    status, out, err = run("generate", "--model", tiny_directory, *options)
+    assert (status, out) == (2, "")
+    assert said in err.strip().splitlines()[-1]

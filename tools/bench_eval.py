@@ -1,0 +1,144 @@
+"""NPEE's choice questions with K2's own four examples, beside K2's loop over transformers and lm-eval's backend.
+
+    python tools/bench_eval.py --model DIR --geobench FOLDER [--pairs 3] [--questions 60]
+
+K2's loop (github:davendw49/k2, evaluation/run_eval.py) runs every question with its whole prefix through the model, one
+at a time. lm-evaluation-harness (where lm-eval is installed) scores each option by log-likelihood in its HF backend,
+in batches, longest first. All get the same prompts and threads; answers are compared question by question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2mini.build import load_model
+from k2mini.evaluation.asking import Asker, Asking
+from k2mini.evaluation.geobench import load_geobench
+from k2mini.evaluation.questions import Question
+from k2mini.evaluation.run import evaluate
+from k2mini.nn.llama import Llama
+from k2mini.text.tokenizer import Tokenizer
+
+Answers = list[str | None]
+
+
+def k2_loop(reference: Any, requests: list[Any]) -> Answers:
+    """K2's loop: a forward a question, the softmax at its end read at the letters."""
+    answers: Answers = []
+    for asked in requests:
+        with torch.inference_mode():
+            logits = reference(torch.tensor([asked.request.prefix])).logits[0, -1]
+        probabilities = logits.float().softmax(-1)
+        found = [probabilities[ids[0]].item() for ids in asked.ids]
+        answers.append(asked.question.labels[asked.scored[found.index(max(found))]])
+    return answers
+
+
+def harness(backend: Any, tokenizer: Tokenizer, requests: list[Any]) -> Answers:
+    """lm-eval's log-likelihoods of every option, on token ids, so that its tokenizer does not matter."""
+    flat = [(("", ""), list(asked.request.prefix), ids) for asked in requests for ids in asked.ids]
+    scores = [score for score, _ in backend._loglikelihood_tokens(flat, disable_tqdm=True)]
+    answers: Answers = []
+    place = 0
+    for asked in requests:
+        mine = scores[place : place + len(asked.ids)]
+        place += len(asked.ids)
+        answers.append(asked.question.labels[asked.scored[mine.index(max(mine))]])
+    return answers
+
+
+def transformers_model(folder: Path) -> Any:
+    """The reference, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def compare(
+    label: str,
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    asking: Asking,
+    peer: Callable[[list[Any]], Answers],
+    number: int,
+) -> None:
+    """Both in turns."""
+    asker = Asker(questions, asking, tokenizer, model.config.max_seq_len)
+    requests = [asker.ask(question) for question in questions]
+    ratios, same = [], True
+    for _ in range(number):
+        start = time.perf_counter()
+        ours = [result.prediction for result in evaluate(model, tokenizer, questions, asking)]
+        middle = time.perf_counter()
+        theirs = peer(requests)
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+        rate = len(questions) / (middle - start)
+        same = same and ours == theirs
+    print(
+        f"{label:58} {rate:6.1f} questions a second, {statistics.median(ratios):5.1f} times the peer's rate "
+        f"({min(ratios):.1f} to {max(ratios):.1f}); answers {'the same' if same else 'DIFFER'}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--geobench", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model)
+    assert tokenizer is not None
+    reference = transformers_model(options.model)
+    choice = [q for q in load_geobench(options.geobench / "geobench_npee.json") if q.task == "npee/choice"]
+    questions = choice[: options.questions]
+    try:
+        from lm_eval.models.huggingface import HFLM
+
+        backend = HFLM(pretrained=reference, tokenizer=_Silent(), batch_size=16, max_length=model.config.max_seq_len)
+    except ImportError:
+        backend = None
+        print("lm-eval is not installed, so its backend was not measured")
+    for form, what in (("", "without"), ("_wa", "with")):
+        shots = options.geobench / f"multiple_choice_samples{form}.txt"
+        asking = Asking("letter", f"k2{form}", shots_file=str(shots))
+        label = f"four examples, {what} 'The answer is'"
+        compare(
+            f"{label}: K2's loop", model, tokenizer, questions, asking, lambda r: k2_loop(reference, r), options.pairs
+        )
+        if backend is not None:
+            compare(
+                f"{label}: lm-eval",
+                model,
+                tokenizer,
+                questions,
+                asking,
+                lambda r: harness(backend, tokenizer, r),
+                options.pairs,
+            )
+
+
+class _Silent:
+    """Stands for a tokenizer where only ids are used."""
+
+    pad_token_id = eos_token_id = bos_token_id = 0
+    vocab_size = 0
+    name_or_path = ""
+    chat_template = None
+    add_bos_token = False
+
+
+if __name__ == "__main__":
+    main()
