@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from k2mini.evaluation.score import log_softmax
 from k2mini.nn.llama import Llama
+from k2mini.nn.loss import log_softmax
 from k2mini.text.batches import Example, Examples
 from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.loop import validation_loss

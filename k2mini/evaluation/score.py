@@ -16,6 +16,7 @@ from torch import Tensor
 from k2mini.inference.generate import extend, pad_right, shared_prefix
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
+from k2mini.nn.loss import log_softmax
 from k2mini.text.tokenizer import Tokenizer
 
 TOKEN_BUDGET = 8192  # tokens, padding included, that run at a time
@@ -153,8 +154,3 @@ def _rest(model: Llama, cache: KVCache, rows: Tensor, options: Sequence[Sequence
     picked = torch.zeros(scored.shape, dtype=logprobs.dtype, device=logprobs.device)
     picked[scored] = logprobs.gather(-1, targets[scored][:, None]).squeeze(-1)
     return picked.sum(dim=-1)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """In `promote_types(dtype, float32)`."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

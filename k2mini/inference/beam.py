@@ -17,6 +17,7 @@ from torch import Tensor
 from k2mini.inference.generate import Completion, check_prompts, prefill
 from k2mini.inference.sampling import Sampling, constrain
 from k2mini.nn.llama import Llama
+from k2mini.nn.loss import log_softmax
 
 LOW = -1e9  # what transformers takes for a score that can't win
 
@@ -99,7 +100,7 @@ def _next_scores(
     vocab_size: int | None,
 ) -> Tensor:
     """Every continuation's score so far. (B, W * V)"""
-    logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)[:, :vocab_size]
+    logprobs = log_softmax(logits)[:, :vocab_size]
     history: list[list[int]] = []
     if sampling.looks_back:
         made = state.running[:, :, :length].tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 from k2mini.inference.sampling import Sampling, sample
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
+from k2mini.nn.loss import log_softmax
 
 PREFILL_CHUNK = 512  # tokens a row that run through the model at a time
 SHARED_AT_LEAST = 8  # tokens: a common prefix from here on is computed once
@@ -189,7 +190,7 @@ def steps(
 def _details(logits: Tensor, chosen: Tensor, top_logprobs: int | None) -> list[Step]:
     if top_logprobs is None:
         return [Step(token) for token in chosen.tolist()]
-    logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)  # (B, V)
+    logprobs = log_softmax(logits)  # (B, V)
     own = logprobs.gather(-1, chosen[:, None]).squeeze(-1).tolist()
     values, ids = logprobs.topk(min(top_logprobs, logprobs.shape[-1]), dim=-1)
     return [

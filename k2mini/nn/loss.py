@@ -89,3 +89,8 @@ class _ProjectedLoss(torch.autograd.Function):
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
             None,
         )
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension, in `promote_types(dtype, float32)`."""
+    return logits.to(_precise(logits)).log_softmax(dim=-1)

@@ -1,0 +1,215 @@
+"""Looking into a model while it runs, and editing what it thinks: the very model that trains and answers.
+
+Points, per layer N (from 0); B rows, T tokens, S tokens looked at, H heads, K heads of keys and values, E their width:
+    layers.N.residual_in       (B, T, D)     what the block reads
+    layers.N.attention.q       (B, T, H, E)  queries, after rotary
+    layers.N.attention.k       (B, T, K, E)  keys of the new tokens, after rotary
+    layers.N.attention.v       (B, T, K, E)  values of the new tokens
+    layers.N.attention.pattern (B, H, T, S)  who looks at whom, after softmax
+    layers.N.attention.head_out (B, T, H, E) each head's weighted values, before o_proj
+    layers.N.attention.out     (B, T, D)     what attention adds to the residual stream
+    layers.N.residual_mid      (B, T, D)     the stream between attention and MLP
+    layers.N.mlp.gate, .up     (B, T, F)     before the non-linearity
+    layers.N.mlp.hidden        (B, T, F)     silu(gate) * up
+    layers.N.mlp.out           (B, T, D)     what the MLP adds
+    layers.N.residual_out      (B, T, D)     what the block leaves
+and, of the whole: `embed` (B, T, D), `final_norm` (B, T, D), `logits` (B, T, V).
+
+A pattern is computed beside the model's own attention while it is asked for; only an edit makes the model use it.
+With no hook on, no tensor is touched and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from k2mini.nn.llama import Llama, Mask, Tap
+
+WITHIN = {
+    "self_attn": (
+        "attention.q",
+        "attention.k",
+        "attention.v",
+        "attention.pattern",
+        "attention.head_out",
+        "attention.out",
+    ),
+    "mlp": ("mlp.gate", "mlp.up", "mlp.hidden", "mlp.out"),
+    "": ("residual_in", "residual_mid", "residual_out"),
+}
+Edit = Callable[[Tensor], Tensor]
+
+
+def point_names(model: Llama) -> list[str]:
+    """All points of a model, in the order in which they are passed."""
+    order = (
+        "residual_in", *WITHIN["self_attn"], "residual_mid", *WITHIN["mlp"], "residual_out"
+    )  # fmt: skip
+    layers = range(len(model.model.layers))
+    return ["embed", *(f"layers.{layer}.{point}" for layer in layers for point in order), "final_norm", "logits"]
+
+
+def find_points(model: Llama, patterns: Sequence[str]) -> list[str]:
+    """The points that names or patterns (`layers.*.residual_out`, `layers.-1.mlp.out`) mean, in the model's order.
+
+    Raises ValueError where one means none, with the nearest names, or a layer is out of range.
+    """
+    names, wanted, number = point_names(model), set(), len(model.model.layers)
+    for pattern in patterns:
+        pattern = re.sub(r"^layers\.-(\d+)\.", lambda m: f"layers.{number - int(m[1])}.", pattern)
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            layer = re.match(r"layers\.(-?\d+)\.", pattern)
+            if layer and not 0 <= int(layer[1]) < number:
+                raise ValueError(f"{pattern}: the model has layers 0 to {number - 1}")
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ValueError(f"there is no point {pattern!r}; the nearest are {', '.join(near) or 'none'}")
+        wanted.update(found)
+    return [name for name in names if name in wanted]
+
+
+class _Hooks:
+    """The handlers that look on at one model; installed while there are any."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.handlers: list[tuple[frozenset[str], Callable[[str, Tensor], Tensor], bool]] = []
+
+    def visit(self, name: str, tensor: Tensor) -> Tensor:
+        """Hand a tensor from handler to handler."""
+        for points, handler, _ in self.handlers:
+            if name in points:
+                tensor = handler(name, tensor)
+        return tensor
+
+    def install(self) -> None:
+        """Put taps where a handler wants something, and take them away elsewhere."""
+        wanted = {name for points, _, _ in self.handlers for name in points}
+        edited = {name for points, _, edits in self.handlers if edits for name in points}
+        parts: list[tuple[nn.Module, str, Sequence[str]]] = [
+            (self.model, "", ("logits",)),
+            (self.model.model, "", ("embed", "final_norm")),
+        ]
+        for layer, block in enumerate(self.model.model.layers):
+            prefix = f"layers.{layer}."
+            parts += [(block, prefix, WITHIN[""])]
+            for child, within in (("self_attn", "attention."), ("mlp", "mlp.")):
+                parts.append((block.get_submodule(child), prefix + within, [p[len(within) :] for p in WITHIN[child]]))
+            attention, pattern = block.get_submodule("self_attn"), prefix + "attention.pattern"
+            attention.__dict__.pop("explicit", None)
+            if pattern in wanted:
+                attention.__dict__["explicit"] = _attend_editing if pattern in edited else _attend_looking
+        for module, prefix, points in parts:
+            module.__dict__.pop("tap", None)
+            if any(prefix + point in wanted for point in points):
+                module.__dict__["tap"] = self._tap(prefix)
+
+    def _tap(self, prefix: str) -> Tap:
+        return lambda point, tensor: self.visit(prefix + point, tensor)
+
+
+@contextmanager
+def _handling(
+    model: Llama, points: Sequence[str], handler: Callable[[str, Tensor], Tensor], *, edits: bool
+) -> Iterator[None]:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("a sharded model can't be looked into; load it in one process")
+    if model.model.decode_block is not None or any(b._compiled_call_impl is not None for b in model.model.layers):
+        raise ValueError("a compiled model can't be looked into; load it without compiling")
+    hooks: _Hooks = model.__dict__.setdefault("_hooks", _Hooks(model))
+    entry = (frozenset(find_points(model, points)), handler, edits)
+    hooks.handlers.append(entry)
+    hooks.install()
+    try:
+        yield
+    finally:
+        hooks.handlers.remove(entry)
+        hooks.install()
+        if not hooks.handlers:
+            del model.__dict__["_hooks"]
+
+
+@contextmanager
+def trace(
+    model: Llama, points: Sequence[str], *, positions: Sequence[int] | None = None, device: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Keep what passes some points; `with trace(model, ["layers.*.residual_out"]) as cache: model(tokens)`.
+
+    Args:
+        points: names or patterns.
+        positions: keep these token positions only (of a pattern, those that look); None: all.
+        device: where to keep it; None: where it is.
+
+    Yields: point -> tensor, of the last time that the point was passed.
+
+    Raises ValueError where a point does not exist, or the model is sharded or compiled.
+    """
+    cache: dict[str, Tensor] = {}
+    chosen = None if positions is None else torch.tensor(list(positions))
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        kept = tensor.detach()
+        if chosen is not None:
+            kept = kept.index_select(
+                2 if name.endswith(".pattern") else 1, chosen.to(kept.device) % _length(name, kept)
+            )
+        cache[name] = kept if device is None else kept.to(device)
+        return tensor
+
+    with _handling(model, points, keep, edits=False):
+        yield cache
+
+
+@contextmanager
+def intervene(model: Llama, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Put something else in the place of what passes some points; inside, the model goes on with what the edits return.
+
+    Args:
+        edits: a point's name or pattern -> a function from its tensor to one of the same shape.
+
+    Raises ValueError where a point does not exist, an edit changes the shape, or the model is sharded or compiled.
+    """
+    by_name = {name: edit for pattern, edit in edits.items() for name in find_points(model, [pattern])}
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        edited = by_name[name](tensor)
+        if edited.shape != tensor.shape:
+            raise ValueError(f"{name}: the edit made {tuple(edited.shape)} of {tuple(tensor.shape)}")
+        return edited
+
+    with _handling(model, list(edits), change, edits=True):
+        yield
+
+
+def _pattern(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T / sqrt(E)), in `promote_types(dtype, float32)`. q (B, H, T, E), k (B, K, S, E) -> (B, H, T, S)."""
+    assert not isinstance(mask, list), "packed rows are attended document by document in training only"
+    precise = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.to(precise) @ k.to(precise).transpose(2, 3) / q.shape[-1] ** 0.5
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1).to(q.dtype)
+
+
+def _attend_looking(tap: Tap, q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor) -> Tensor:
+    """Compute the pattern for whoever asks, and let the model's own result stand."""
+    tap("pattern", _pattern(q, k, mask))
+    return out
+
+
+def _attend_editing(tap: Tap, q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor) -> Tensor:
+    """Attend with the pattern that the edits leave. Returns (B, T, H, E)."""
+    pattern = tap("pattern", _pattern(q, k, mask))  # (B, H, T, S)
+    v = v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)  # (B, H, S, E)
+    return (pattern @ v.to(pattern.dtype)).transpose(1, 2).to(out.dtype)

@@ -1,0 +1,96 @@
+"""What each layer would answer, and who is to blame: logit lens and direct logit attribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from k2mini.audit.hooks import trace
+from k2mini.nn.llama import Llama
+from k2mini.nn.loss import log_softmax
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The vocabulary's distribution after each layer, read with the final norm and head (nostalgebraist 2020).
+
+    Attributes:
+        top: (L, T) the likeliest token; top_probability: (L, T).
+        probability, rank: (L, T) of the target, where there is one; rank 0 is the likeliest.
+        entropy: (L, T), in nats; divergence: (L, T), KL(final || layer), in nats.
+    """
+
+    top: Tensor
+    top_probability: Tensor
+    entropy: Tensor
+    divergence: Tensor
+    probability: Tensor | None
+    rank: Tensor | None
+
+
+@torch.inference_mode()
+def logit_lens(model: Llama, tokens: list[int], target: int | None = None) -> Lens:
+    """Read every layer's residual stream as if it were the last. The last layer's is the model's own distribution."""
+    with trace(model, ["layers.*.residual_out"]) as cache:
+        logits = model(torch.tensor([tokens], device=model.device))[0]  # (T, V)
+    final = log_softmax(logits)
+    rows: dict[str, list[Tensor]] = {key: [] for key in ("top", "p", "entropy", "kl", "target", "rank")}
+    for layer in range(model.config.num_layers):
+        logprobs = log_softmax(model.logits(model.model.norm(cache[f"layers.{layer}.residual_out"][0])))  # (T, V)
+        best = logprobs.max(dim=-1)
+        rows["top"].append(best.indices)
+        rows["p"].append(best.values.exp())
+        rows["entropy"].append(-(logprobs.exp() * logprobs).sum(dim=-1))
+        rows["kl"].append((final.exp() * (final - logprobs)).sum(dim=-1))
+        if target is not None:
+            own = logprobs[:, target]
+            rows["target"].append(own.exp())
+            rows["rank"].append((logprobs > own[:, None]).sum(dim=-1))
+    stacked = {key: torch.stack(values).cpu() for key, values in rows.items() if values}
+    return Lens(
+        stacked["top"], stacked["p"], stacked["entropy"], stacked["kl"], stacked.get("target"), stacked.get("rank")
+    )
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """How much every part adds to a logit at the last position; together they are the logit.
+
+    Attributes:
+        embed: of the token's embedding; heads: (L, H); mlps: (L,); logit: what they add up to.
+    """
+
+    embed: float
+    heads: Tensor
+    mlps: Tensor
+    logit: float
+
+
+@torch.inference_mode()
+def attribute(model: Llama, tokens: list[int], target: int, foil: int | None = None) -> Attribution:
+    """Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+
+    The residual stream is a sum of what embedding, heads and MLPs add; with the final norm's scale held fixed, so is
+    the logit of `target`, or its difference to that of `foil`.
+    """
+    points = ["embed", "layers.*.attention.head_out", "layers.*.mlp.out", "layers.*.residual_out"]
+    with trace(model, points, positions=[-1]) as cache:
+        logits = model(torch.tensor([tokens], device=model.device))[0, -1]
+    precise = torch.promote_types(model.dtype, torch.float32)
+    last = cache[f"layers.{model.config.num_layers - 1}.residual_out"][0, 0].to(precise)
+    scale = torch.rsqrt(last.square().mean() + model.config.norm_eps)
+    row = model.head_weight[target].to(precise)
+    if foil is not None:
+        row = row - model.head_weight[foil].to(precise)
+    direction = row * model.model.norm.weight.to(precise) * scale  # (D,)
+    heads, mlps = [], []
+    for layer, block in enumerate(model.model.layers):
+        out = cache[f"layers.{layer}.attention.head_out"][0, 0]  # (H, E)
+        alone = torch.diag_embed(out.T).permute(1, 2, 0).flatten(1)  # (H, H*E): in row h only head h
+        heads.append(block.get_submodule("self_attn.o_proj")(alone).to(precise) @ direction)
+        mlps.append(cache[f"layers.{layer}.mlp.out"][0, 0].to(precise) @ direction)
+    logit = logits[target] - (logits[foil] if foil is not None else 0)
+    embed = cache["embed"][0, 0].to(precise) @ direction
+    return Attribution(embed.item(), torch.stack(heads).cpu(), torch.stack(mlps).cpu(), logit.item())

@@ -1,0 +1,169 @@
+"""What training changed: two checkpoints, or an adapter, matrix by matrix, in the memory of a few matrices."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
+from k2mini.weights.formats import CheckpointReader, some
+
+EXACT = 1024  # up to this many rows or columns a spectrum is exact; beyond, its largest values are estimated
+VALUES = 16  # singular values that are kept
+SUBSPACE = 64  # dimensions of the base's top subspace
+ZERO = 1e-6  # a singular value below this part of the largest is none
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor changed.
+
+    Attributes:
+        relative: ||after - before|| / ||before||, Frobenius; cosine: between before and after, as vectors.
+        spectrum: the largest singular values of the change (of a vector, its norm).
+        effective_rank: (sum of s^2)^2 / sum of s^4, the participation ratio: r for r equal singular values.
+        rank: how many singular values are not zero; None where they were estimated and none of them is.
+        in_top: the part of the change, squared, within the span of the base's SUBSPACE largest left singular vectors.
+    """
+
+    name: str
+    relative: float
+    cosine: float
+    spectrum: list[float]
+    effective_rank: float
+    rank: int | None
+    in_top: float | None = None
+
+
+def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> list[Change]:
+    """Every tensor's change. Raises ValueError where the two are models of different shapes."""
+    one, other = CheckpointReader(before), CheckpointReader(after)
+    odd = sorted(set(one.names()) ^ set(other.names()))
+    odd += [name for name in one.names() if name in other.files and one.shape(name) != other.shape(name)]
+    if odd:
+        raise ValueError(f"{before} and {after} are models of different shapes: {some(odd)}")
+    return [
+        _change(name, one.tensor(name).float(), other.tensor(name).float(), subspace=subspace) for name in one.names()
+    ]
+
+
+def diff_adapter(base: Path, adapter: Path) -> list[Change]:
+    """What an adapter adds to every matrix that it adapts; its rank and spectrum are exact.
+
+    Raises ValueError where the two do not belong together.
+    """
+    reader, section = CheckpointReader(base), read_adapter_config(adapter)
+    check_base(adapter, reader)
+    found = []
+    for module, (lora_a, lora_b) in sorted(read_adapter(adapter, section).items()):
+        name = f"{module}.weight"
+        if name not in reader.files:
+            raise ValueError(f"{adapter}: {base} has no {module}; they do not belong together")
+        weight = reader.tensor(name).float()
+        # The spectrum of B A is that of the two small triangles of their QR decompositions.
+        r_b = torch.linalg.qr(lora_b.double()).R
+        r_a = torch.linalg.qr(lora_a.double().T).R
+        values = torch.linalg.svdvals(r_b @ r_a.T) * section.scaling
+        delta = (lora_b.double() @ lora_a.double() * section.scaling).float()
+        top = _top_subspace(weight)
+        found.append(
+            Change(
+                name,
+                (delta.norm() / weight.norm()).item(),
+                _cosine(weight, weight + delta),
+                values[:VALUES].tolist(),
+                _participation(values),
+                int((values > ZERO * values[0]).sum()),
+                ((top.T @ delta).square().sum() / delta.square().sum()).item(),
+            )
+        )
+    return found
+
+
+def _change(name: str, before: Tensor, after: Tensor, *, subspace: bool) -> Change:
+    delta = after - before
+    size = delta.norm()
+    relative = (size / before.norm()).item() if before.norm() > 0 else float("inf")
+    if size == 0:
+        return Change(name, 0.0, 1.0, [], 0.0, 0)
+    if delta.dim() == 1:
+        return Change(name, relative, _cosine(before, after), [size.item()], 1.0, 1)
+    if min(delta.shape) <= EXACT:
+        values = torch.linalg.svdvals(delta)
+        rank: int | None = int((values > ZERO * max(delta.shape) ** 0.5 * values[0]).sum())
+        spread = _participation(values)
+    else:
+        values = _largest(delta)
+        small = delta if delta.shape[0] <= delta.shape[1] else delta.T
+        spread = (size**4 / (small @ small.T).square().sum()).item()
+        below = values < 1e-4 * values[0]
+        rank = int((~below).sum()) if bool(below.any()) else None
+    in_top = None
+    if subspace:
+        in_top = ((_top_subspace(before).T @ delta).square().sum() / size**2).item()
+    return Change(name, relative, _cosine(before, after), values[:VALUES].tolist(), spread, rank, in_top)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+def _participation(values: Tensor) -> float:
+    squares = values.double().square()
+    return (squares.sum() ** 2 / squares.square().sum()).item() if values.numel() and squares.sum() > 0 else 0.0
+
+
+def _range(matrix: Tensor, size: int, steps: int = 3) -> Tensor:
+    """An orthonormal basis of nearly the top left singular vectors (Halko et al. 2011, arXiv 0909.4061, alg. 4.4)."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], size, generator=generator)).Q
+    for _ in range(steps):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    return basis
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    return torch.linalg.svdvals(_range(matrix, 2 * VALUES).T @ matrix)
+
+
+def _top_subspace(weight: Tensor) -> Tensor:
+    size = min(SUBSPACE, *weight.shape)
+    if min(weight.shape) <= EXACT:
+        return torch.linalg.svd(weight, full_matrices=False).U[:, :size]
+    return _range(weight, size + 8)[:, :size]
+
+
+def moved_rows(before: Path, after: Path, number: int = 20) -> list[tuple[int, float]]:
+    """The tokens whose embeddings moved most, and how far, relative to their length."""
+    name = "model.embed_tokens.weight"
+    one, other = (CheckpointReader(path).tensor(name).float() for path in (before, after))
+    moved = (other - one).norm(dim=1) / one.norm(dim=1).clamp(min=1e-12)
+    values, places = moved.topk(min(number, len(moved)))
+    return list(zip(places.tolist(), values.tolist(), strict=True))
+
+
+def by_module(changes: list[Change]) -> dict[str, float]:
+    """The relative change of each kind of module, over all layers (root mean square)."""
+    kinds: dict[str, list[float]] = {}
+    for change in changes:
+        parts = change.name.removesuffix(".weight").split(".")
+        kinds.setdefault(parts[-1], []).append(change.relative)
+    return {kind: (sum(v * v for v in values) / len(values)) ** 0.5 for kind, values in sorted(kinds.items())}
+
+
+def by_layer(changes: list[Change]) -> dict[int, float]:
+    """The relative change of each layer's matrices (root mean square)."""
+    layers: dict[int, list[float]] = {}
+    for change in changes:
+        if ".layers." in change.name:
+            layers.setdefault(int(change.name.split(".")[2]), []).append(change.relative)
+    return {layer: (sum(v * v for v in values) / len(values)) ** 0.5 for layer, values in sorted(layers.items())}
+
+
+def as_json(changes: list[Change]) -> list[dict[str, Any]]:
+    """For a report."""
+    return [asdict(change) for change in changes]
