@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from k2mini.errors import StoppedBySignalError
 
@@ -228,7 +228,46 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
     verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
     verb.set_defaults(run="evaluation.compare")
+    _add_audit(verbs, common)
     return parser
+
+
+def _add_audit(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """The verb `audit` and its kinds."""
+    verb = verbs.add_parser("audit", help="look into a model: lens, attention, attribute, patch, diff")
+    kinds = verb.add_subparsers(dest="kind", metavar="KIND", required=True)
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser shows")
+    output.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
+    output.add_argument("--model", required=True, nargs="+", metavar="DIR", help="one, or several side by side")
+    output.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the last model")
+    output.add_argument("--prompt", required=True, metavar="TEXT")
+    for name, what in (
+        ("lens", "what each layer would answer"),
+        ("attention", "where heads look"),
+        ("attribute", "what each part adds to the answer"),
+        ("patch", "where two prompts' difference becomes the answer"),
+    ):
+        kind = kinds.add_parser(name, parents=[output, common], help=what)
+        if name != "attention":
+            wanted = name != "lens"
+            kind.add_argument("--target", required=wanted, metavar="TEXT", help="the answer, with its leading space")
+        if name in ("attribute", "patch"):
+            kind.add_argument("--foil", metavar="TEXT", help="another answer, to compare the target with")
+        if name == "attention":
+            kind.add_argument("--layer", type=int, default=-1, metavar="N", help="whose patterns (default: the last)")
+            kind.add_argument("--head", type=int, metavar="N", help="default: all")
+        if name == "patch":
+            kind.add_argument("--corrupted", required=True, metavar="TEXT", help="another prompt, of as many tokens")
+            kind.add_argument("--point", default="residual_out", metavar="POINT", help="default: residual_out")
+        kind.set_defaults(run=f"audit.{name}")
+    kind = kinds.add_parser("diff", parents=[common], help="what training changed in the weights")
+    kind.add_argument("base", metavar="BASE")
+    kind.add_argument("others", nargs="+", metavar="OTHER", help="models, or adapters of BASE")
+    kind.add_argument("--subspace", action="store_true", help="how much lies in the base's top subspace (slow)")
+    kind.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser shows")
+    kind.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
+    kind.set_defaults(run="audit.diff")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

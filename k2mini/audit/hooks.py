@@ -158,9 +158,8 @@ def trace(
     def keep(name: str, tensor: Tensor) -> Tensor:
         kept = tensor.detach()
         if chosen is not None:
-            kept = kept.index_select(
-                2 if name.endswith(".pattern") else 1, chosen.to(kept.device) % _length(name, kept)
-            )
+            along = 2 if name.endswith(".pattern") else 1
+            kept = kept.index_select(along, chosen.to(kept.device) % kept.shape[along])
         cache[name] = kept if device is None else kept.to(device)
         return tensor
 

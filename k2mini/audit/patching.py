@@ -80,7 +80,7 @@ def patch_heads(model: Llama, clean: Sequence[int], corrupted: Sequence[int], me
 def ablate_heads(
     model: Llama, tokens: Sequence[int], metric: Metric, *, mean_of: Sequence[Sequence[int]] = ()
 ) -> Tensor:
-    """The metric without one head: zero in its place, or its mean over the positions of the prompts `mean_of`. (L, H)."""
+    """The metric without one head: zero in its place, or its mean over the prompts `mean_of`. (L, H)."""
     names = find_points(model, ["layers.*.attention.head_out"])
     sums: dict[str, Tensor] = {}
     for prompt in mean_of:

@@ -1,0 +1,98 @@
+"""The verb `audit`: lens, attention, attribute, patch, diff."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from k2mini.audit.page import page
+from k2mini.audit.reports import (
+    Report,
+    attention_report,
+    attribution_report,
+    diff_report,
+    lens_report,
+    patch_report,
+)
+from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
+from k2mini.build import load_model
+from k2mini.files import write_text
+from k2mini.nn.llama import Llama
+from k2mini.text.tokenizer import Tokenizer
+from k2mini.verbs.common import pick_device
+from k2mini.weights.formats import model_directory
+
+
+def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:
+    """The same for every model, one after the other."""
+    found = []
+    for place, directory in enumerate(options.model):
+        adapter = options.adapter if place == len(options.model) - 1 else None
+        model, tokenizer = load_model(directory, adapter, options.dtype, pick_device(options))
+        if tokenizer is None:
+            raise ValueError(f"{directory} has no tokenizer.model; copy the one the model was trained with")
+        found.append(report(model, tokenizer, directory + (f" + {adapter}" if adapter else "")))
+    return found
+
+
+def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
+    if options.html is not None:
+        write_text(options.html, page(title, lead, [part for report in reports for part in report.sections]))
+    if options.json:
+        print(json.dumps([report.values for report in reports], ensure_ascii=False))
+        return
+    print("\n\n".join("\n".join(report.lines) for report in reports))
+    if options.html is not None:
+        print(options.html)
+
+
+def run_lens(options: argparse.Namespace) -> None:
+    """Logit lens."""
+    found = _over_models(options, lambda m, t, n: lens_report(m, t, n, options.prompt, options.target))
+    _finish(options, "Logit lens", options.prompt, found)
+
+
+def run_attention(options: argparse.Namespace) -> None:
+    """Attention patterns."""
+    found = _over_models(
+        options, lambda m, t, n: attention_report(m, t, n, options.prompt, options.layer, options.head)
+    )
+    _finish(options, "Attention", options.prompt, found)
+
+
+def run_attribute(options: argparse.Namespace) -> None:
+    """Direct logit attribution."""
+    found = _over_models(
+        options, lambda m, t, n: attribution_report(m, t, n, options.prompt, options.target, options.foil)
+    )
+    _finish(options, "Direct logit attribution", options.prompt, found)
+
+
+def run_patch(options: argparse.Namespace) -> None:
+    """Activation patching."""
+    found = _over_models(
+        options,
+        lambda m, t, n: patch_report(
+            m, t, n, options.prompt, options.corrupted, options.target, options.foil, options.point
+        ),
+    )
+    _finish(options, "Activation patching", f"{options.prompt} / {options.corrupted}", found)
+
+
+def run_diff(options: argparse.Namespace) -> None:
+    """Weight differences."""
+    base = model_directory(options.base)
+    found = []
+    for other in options.others:
+        path = Path(other)
+        file = base / "tokenizer.model"
+        tokenizer = Tokenizer(file) if file.is_file() else None
+        if (path / "adapter_config.json").is_file():
+            changes, moved = diff_adapter(base, path), []
+        else:
+            changes = diff_checkpoints(base, model_directory(path), subspace=options.subspace)
+            moved = moved_rows(base, path)
+        found.append(diff_report(f"{options.base} → {other}", changes, moved, tokenizer))
+    _finish(options, "What training changed", f"Against {options.base}.", found)
