@@ -91,9 +91,7 @@ def lens_report(model: Llama, tokenizer: Tokenizer, name: str, prompt: str, answ
         width=78,
         largest=1.0,
     )
-    what = (
-        "The likeliest next token after every layer; the fuller the colour, the likelier. The top row is the model's."
-    )
+    what = "The likeliest next token after every layer; the fuller the colour, the likelier. On top the model's."
     sections = [page.section(f"{name}: what each layer would say", what, picture)]
     if target is not None and found.probability is not None and found.rank is not None:
         values |= {
@@ -260,9 +258,7 @@ def diff_report(
         grid, [f"layer {layer}" for layer in layers], [kind.split(".")[-1] for kind in kinds], width=54
     )
     lead = "The change of each tensor, relative to its length (Frobenius norm)."
-    how = (
-        "Effective rank: participation ratio of the singular values. In top: within the base's 64 strongest directions."
-    )
+    how = "Effective rank: participation ratio of the singular values. In top: in the base's 64 strongest directions."
     columns = ["change", "cosine", "effective rank", "in top", "tensor"]
     sections = [
         page.section(f"{name}: where it changed", lead, picture),

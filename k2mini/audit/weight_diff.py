@@ -15,6 +15,7 @@ from k2mini.weights.formats import CheckpointReader, some
 EXACT = 1024  # up to this many rows or columns a spectrum is exact; beyond, its largest values are estimated
 VALUES = 16  # singular values that are kept
 SUBSPACE = 64  # dimensions of the base's top subspace
+ROWS = 1024  # of a matrix that are read at a time
 ZERO = 1e-6  # a singular value below this part of the largest is none
 
 
@@ -46,9 +47,7 @@ def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> li
     odd += [name for name in one.names() if name in other.files and one.shape(name) != other.shape(name)]
     if odd:
         raise ValueError(f"{before} and {after} are models of different shapes: {some(odd)}")
-    return [
-        _change(name, one.tensor(name).float(), other.tensor(name).float(), subspace=subspace) for name in one.names()
-    ]
+    return [_change(one, other, name, subspace=subspace) for name in one.names()]
 
 
 def diff_adapter(base: Path, adapter: Path) -> list[Change]:
@@ -84,14 +83,21 @@ def diff_adapter(base: Path, adapter: Path) -> list[Change]:
     return found
 
 
-def _change(name: str, before: Tensor, after: Tensor, *, subspace: bool) -> Change:
-    delta = after - before
-    size = delta.norm()
-    relative = (size / before.norm()).item() if before.norm() > 0 else float("inf")
+def _change(one: CheckpointReader, other: CheckpointReader, name: str, *, subspace: bool) -> Change:
+    shape = one.shape(name)
+    delta = torch.empty(shape)
+    squares = torch.zeros(3, dtype=torch.float64)  # of before and after, and their product
+    for start in range(0, shape[0], ROWS):
+        before, after = (reader.rows(name, start, start + ROWS).float() for reader in (one, other))
+        squares += torch.stack([(before * before).sum(), (after * after).sum(), (before * after).sum()]).double()
+        torch.sub(after, before, out=delta[start : start + ROWS])
+    size, (length, after_length, product) = delta.norm(), squares.tolist()
+    relative = size.item() / length**0.5 if length else float("inf")
+    cosine = product / (length * after_length) ** 0.5 if length and after_length else 0.0
     if size == 0:
         return Change(name, 0.0, 1.0, [], 0.0, 0)
     if delta.dim() == 1:
-        return Change(name, relative, _cosine(before, after), [size.item()], 1.0, 1)
+        return Change(name, relative, cosine, [size.item()], 1.0, 1)
     if min(delta.shape) <= EXACT:
         values = torch.linalg.svdvals(delta)
         rank: int | None = int((values > ZERO * max(delta.shape) ** 0.5 * values[0]).sum())
@@ -99,13 +105,13 @@ def _change(name: str, before: Tensor, after: Tensor, *, subspace: bool) -> Chan
     else:
         values = _largest(delta)
         small = delta if delta.shape[0] <= delta.shape[1] else delta.T
-        spread = (size**4 / (small @ small.T).square().sum()).item()
+        spread = (size**4 / (small @ small.T).square_().sum()).item()
         below = values < 1e-4 * values[0]
         rank = int((~below).sum()) if bool(below.any()) else None
     in_top = None
     if subspace:
-        in_top = ((_top_subspace(before).T @ delta).square().sum() / size**2).item()
-    return Change(name, relative, _cosine(before, after), values[:VALUES].tolist(), spread, rank, in_top)
+        in_top = ((_top_subspace(one.tensor(name).float()).T @ delta).square().sum() / size**2).item()
+    return Change(name, relative, cosine, values[:VALUES].tolist(), spread, rank, in_top)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
@@ -140,8 +146,12 @@ def _top_subspace(weight: Tensor) -> Tensor:
 def moved_rows(before: Path, after: Path, number: int = 20) -> list[tuple[int, float]]:
     """The tokens whose embeddings moved most, and how far, relative to their length."""
     name = "model.embed_tokens.weight"
-    one, other = (CheckpointReader(path).tensor(name).float() for path in (before, after))
-    moved = (other - one).norm(dim=1) / one.norm(dim=1).clamp(min=1e-12)
+    one, other = CheckpointReader(before), CheckpointReader(after)
+    parts = []
+    for start in range(0, one.shape(name)[0], ROWS):
+        a, b = (reader.rows(name, start, start + ROWS).float() for reader in (one, other))
+        parts.append((b - a).norm(dim=1) / a.norm(dim=1).clamp(min=1e-12))
+    moved = torch.cat(parts)
     values, places = moved.topk(min(number, len(moved)))
     return list(zip(places.tolist(), values.tolist(), strict=True))
 
