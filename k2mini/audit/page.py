@@ -103,7 +103,7 @@ def bars(values: Sequence[float], names: Sequence[str], *, unit: str = "") -> st
     left, middle, reach, height = 12 + 7 * max(map(len, names), default=0), 0, 360, 24
     if any(v < 0 for v in values):
         middle = reach
-    parts = []
+    parts, form = [], ".2f" if unit else ".3g"
     for y, (name, value) in enumerate(zip(names, values, strict=True)):
         size = reach * abs(value) / largest
         start, end = left + middle - (size if value < 0 else 0), left + middle + (size if value >= 0 else 0)
@@ -111,7 +111,7 @@ def bars(values: Sequence[float], names: Sequence[str], *, unit: str = "") -> st
             f'<text class="axis" x="{left - 8}" y="{y * height + 16}" text-anchor="end">{escape(name)}</text>'
             f'<rect x="{start:.1f}" y="{y * height + 3}" width="{max(size, 1):.1f}" height="{height - 6}" rx="3" '
             f'fill="{_colour(value, abs(value) or 1)}"><title>{escape(name)}: {value:.4g}{unit}</title></rect>'
-            f'<text x="{end + 6:.1f}" y="{y * height + 16}">{value:.3g}{unit}</text>'
+            f'<text x="{end + 6:.1f}" y="{y * height + 16}">{value:{form}}{unit}</text>'
         )
     return f'<svg width="{left + middle + reach + 80}" height="{len(values) * height + 8}">{"".join(parts)}</svg>'
 

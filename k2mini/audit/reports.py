@@ -91,7 +91,7 @@ def lens_report(model: Llama, tokenizer: Tokenizer, name: str, prompt: str, answ
         width=78,
         largest=1.0,
     )
-    what = "The likeliest next token after every layer; the fuller the colour, the likelier. On top the model's."
+    what = "The likeliest next token after every layer; the fuller, the likelier. The top row is the model's own."
     sections = [page.section(f"{name}: what each layer would say", what, picture)]
     if target is not None and found.probability is not None and found.rank is not None:
         values |= {

@@ -1,0 +1,128 @@
+"""`k2mini audit` as a user runs it, and its pages in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from k2mini.cli import main
+from k2mini.config import LoraSection
+from k2mini.nn.lora import adapter_tensors, attach, init_adapters
+from k2mini.weights.adapter import save_adapter
+from k2mini.weights.model_files import save_model
+from tests.conftest import tiny_config, tiny_llama
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, tiny_tokenizer):
+    """Another model of the same shape, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("other")
+    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    model = tiny_llama(config, seed=3)
+    save_model(model.state_dict(), config, folder / "model", tokenizer=tiny_tokenizer)
+    section = LoraSection(rank=2, target_modules=["q_proj"])
+    attach(model, section)
+    init_adapters(model, 0)
+    for name, tensor in adapter_tensors(model).items():
+        if name.endswith("lora_B"):
+            tensor.normal_()
+    save_adapter(adapter_tensors(model), section, folder / "adapter", str(folder / "model"))
+    return folder
+
+
+KINDS = {
+    "lens": ["--target", " rock"],
+    "attention": ["--layer", "1"],
+    "attribute": ["--target", " rock", "--foil", " mantle"],
+    "patch": ["--target", " rock", "--corrupted", "basalt is a", "--foil", " crust"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_models_side_by_side(tiny_directory, other, tmp_path, run, kind):
+    page = tmp_path / "page.html"
+    common = ["audit", kind, "--model", tiny_directory, other / "model", "--prompt", "granite is a", *KINDS[kind]]
+    status, out, err = run(*common, "--html", page)
+    assert status == 0, err
+    assert str(other / "model") in out
+    text = page.read_text()
+    assert text.count("<svg") >= 2
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text), "nothing is fetched"
+    assert not re.findall(r"https?://|@import|url\(|<script", text)
+    found = json.loads(run(*common, "--json")[1])
+    assert [entry["model"] for entry in found] == [str(tiny_directory), str(other / "model")]
+
+
+def test_diff_of_models_and_adapters(tiny_directory, other, tmp_path, run):
+    page = tmp_path / "page.html"
+    status, out, err = run("audit", "diff", tiny_directory, other / "model", "--subspace", "--html", page)
+    assert status == 0, err
+    assert "effective rank" in out
+    assert "embeddings that moved most" in out
+    found = json.loads(run("audit", "diff", other / "model", other / "adapter", "--json")[1])
+    assert {change["rank"] for change in found[0]["changes"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["attention", "--layer", "9"], "--layer 9: the model has layers 0 to 2"),
+        (["attention", "--head", "7"], "--head 7: the model has heads 0 to 3"),
+        (["lens", "--target", ""], "the target is empty"),
+        (["patch", "--target", " rock", "--corrupted", "granite"], "the two prompts must be of one length"),
+        (
+            ["patch", "--target", " rock", "--corrupted", "basalt is a", "--point", "residual"],
+            "there is no point 'layers.*.residual'; the nearest are",
+        ),
+    ],
+)
+def test_bad_input(tiny_directory, run, arguments, said):
+    kind, *rest = arguments
+    status, out, err = run("audit", kind, "--model", tiny_directory, "--prompt", "granite is a", *rest)
+    assert (status, out) == (2, "")
+    assert said in err.strip().splitlines()[-1]
+
+
+def test_models_of_different_shapes(tiny_directory, tmp_path, run):
+    model = tiny_llama(tiny_config(dim=32))
+    save_model(model.state_dict(), model.config, tmp_path / "small")
+    status, _, err = run("audit", "diff", tiny_directory, tmp_path / "small")
+    assert (status, "are models of different shapes" in err) == (2, True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(tiny_directory, tmp_path, run, scheme):
+    """No error on the console, no request off the page, and a picture that is not empty, in light and dark."""
+    page, picture, log = (tmp_path / name for name in ("page.html", "page.png", "net.json"))
+    run("audit", "lens", "--model", tiny_directory, "--prompt", "granite is a", "--target", " rock", "--html", page)
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            *("--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"),
+            *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
+            *(f"--log-net-log={log}", "--window-size=1200,1600", f"--screenshot={picture}", page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert picture.stat().st_size > 10_000
+    asked = set(re.findall(r'"url":"(https?://[^"]*)"', log.read_text()))
+    assert not [url for url in asked if "google" not in url and "gstatic" not in url], asked
