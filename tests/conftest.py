@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from k2mini.cli import main
 from k2mini.config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.text.tokenizer import Tokenizer
@@ -118,3 +119,16 @@ def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
     config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
     save_model(tiny_llama(config).state_dict(), config, directory, tokenizer=tiny_tokenizer)
     return directory
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command line; returns (status, stdout, stderr)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call

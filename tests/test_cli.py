@@ -8,19 +8,6 @@ import pytest
 from k2mini.cli import main
 
 
-@pytest.fixture
-def run(capfd):
-    """Run a command line; returns (status, stdout, stderr)."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return call
-
-
 def test_generate_prints_the_answer_on_stdout_only(run, tiny_directory):
     common = ("generate", "--model", tiny_directory, "--prompt", "granite", "--max-new-tokens", 8)
     status, out, err = run(*common)

@@ -16,6 +16,7 @@ log = logging.getLogger("k2mini.verbs")
 
 
 def set_threads(options: argparse.Namespace) -> None:
+    """`--threads`."""
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads must be at least 1, not {options.threads}")
@@ -23,6 +24,7 @@ def set_threads(options: argparse.Namespace) -> None:
 
 
 def pick_device(options: argparse.Namespace) -> torch.device:
+    """`--device`, and `--threads`. Raises ValueError where there is no such device."""
     set_threads(options)
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +38,7 @@ def pick_device(options: argparse.Namespace) -> torch.device:
 
 
 def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
     model, tokenizer = load_model(
         options.model,
         options.adapter,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -216,7 +217,7 @@ def _culprit(delta: CheckpointReader, manifest: Mapping[str, Any], name: str) ->
     return delta.directory if found != manifest["tensors"][name]["sha256"] else None
 
 
-class _Pair:
+class _Pair(ABC):
     """A source of the second reader's tensors, each row combined with the first's where that has it."""
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
@@ -236,9 +237,9 @@ class _Pair:
         combined = self.combine(self.base.rows(name, start, end), known, name)
         return torch.cat([combined, self.new(new)]) if len(new) else combined
 
+    @abstractmethod
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Rows of the result from those of both sides."""
-        raise NotImplementedError
 
     def new(self, other: Tensor) -> Tensor:
         """Rows of the result from those that only the other side has."""

@@ -199,6 +199,7 @@ class Written:
         self.tensors[name] = {"file": file, "dtype": short, "shape": list(shape), "sha256": digest}
 
 
+Progress = Callable[[int], object]  # is told of bytes
 Check = Callable[[str, str], None]  # a tensor's name and hash, once it is known; raises to stop
 
 
@@ -227,18 +228,36 @@ def write_weights(
     source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None
 ) -> Written:
     """Write `model.safetensors`, or shards of at most `shard_bytes` and an index, with the hub's file names."""
-    sizes = {name: num_bytes(source.shape(name), source.dtype(name)) for name in source.names()}
-    shards, written = plan_shards(sizes, shard_bytes), Written()
-    weight_map = {}
+    return write_sharded(source, directory, ("model", ".safetensors"), write_safetensors, shard_bytes, check)
+
+
+def write_sharded(
+    source: Source,
+    directory: Path,
+    name: tuple[str, str],
+    write: Callable[[Source, list[str], Path, Written, Check | None, Progress], None],
+    shard_bytes: int,
+    check: Check | None,
+) -> Written:
+    """Write one file, or shards of at most `shard_bytes` and an index.
+
+    Args:
+        name: stem and suffix of the one file; shards are `STEM-00001-of-00002SUFFIX`.
+        write: writes the tensors named to a path.
+    """
+    stem, suffix = name
+    sizes = {tensor: num_bytes(source.shape(tensor), source.dtype(tensor)) for tensor in source.names()}
+    shards, written, weight_map = plan_shards(sizes, shard_bytes), Written(), {}
     total = sum(sizes.values())
     with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
         for number, names in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_safetensors(source, names, directory / file, written, check, progress.update)
+            part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+            file = f"{stem}{part}{suffix}"
+            write(source, names, directory / file, written, check, progress.update)
             weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path = directory / "model.safetensors.index.json"
+        path = directory / f"{stem}{suffix}.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return written
 
@@ -249,7 +268,7 @@ def write_safetensors(
     path: Path,
     written: Written,
     check: Check | None = None,
-    progress: Callable[[int], object] = lambda size: None,
+    progress: Progress = lambda size: None,
 ) -> None:
     """Write one file (the format: 8 bytes of header length, a JSON header, then the tensors' bytes, back to back)."""
     # The widest types first, so that every tensor is aligned to its own width.

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,8 +19,7 @@ from typing import Any
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from k2mini.progress import progress_bar
-from k2mini.weights.stream import SHARD_BYTES, SHOWN, Check, Source, Written, num_bytes, plan_shards, raw, read
+from k2mini.weights.stream import SHARD_BYTES, Check, Progress, Source, Written, num_bytes, raw, read, write_sharded
 
 ROOT = "archive"
 ALIGNMENT = 64  # of each storage in the file, so that it can be mapped
@@ -36,19 +33,7 @@ STORAGES = {
 
 def write_bin(source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None) -> Written:
     """Write `pytorch_model.bin`, or shards of at most `shard_bytes` and an index, with the hub's file names."""
-    sizes = {name: num_bytes(source.shape(name), source.dtype(name)) for name in source.names()}
-    shards, written, weight_map = plan_shards(sizes, shard_bytes), Written(), {}
-    total = sum(sizes.values())
-    with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
-        for number, names in enumerate(shards, start=1):
-            file = "pytorch_model.bin" if len(shards) == 1 else f"pytorch_model-{number:05}-of-{len(shards):05}.bin"
-            write_torch(source, names, directory / file, written, check, progress.update)
-            weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path = directory / "pytorch_model.bin.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return written
+    return write_sharded(source, directory, ("pytorch_model", ".bin"), write_torch, shard_bytes, check)
 
 
 def write_torch(
@@ -57,7 +42,7 @@ def write_torch(
     path: Path,
     written: Written,
     check: Check | None = None,
-    progress: Callable[[int], object] = lambda size: None,
+    progress: Progress = lambda size: None,
 ) -> None:
     """Write one file that `torch.load` reads as a state dict, with `weights_only` and `mmap` or without."""
     numbers = {name: number for number, name in enumerate(names)}

@@ -7,7 +7,6 @@ import subprocess
 
 import pytest
 
-from k2mini.cli import main
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
@@ -15,17 +14,6 @@ from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

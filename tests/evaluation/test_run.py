@@ -8,19 +8,6 @@ import time
 
 import pytest
 
-from k2mini.cli import main
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return call
-
 
 @pytest.fixture
 def task(tmp_path):

@@ -7,23 +7,10 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.cli import main
 from k2mini.inference.compiled import compile_decoding
 from k2mini.inference.generate import generate
 from k2mini.inference.questions import Decoding, answers, read_questions
 from tests.conftest import asset
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return call
-
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
 
