@@ -15,7 +15,6 @@ from k2mini.demo.phrases import ANSWER
 from k2mini.demo.pipeline import BASE, run_demo
 from k2mini.training.metrics import read_metrics
 from k2mini.weights.formats import CheckpointReader
-from tests.test_cli import run  # noqa: F401  (a fixture)
 
 STAGES = ["base", "pretrain", "stage1", "stage2", "control"]
 RUNS = ["pretrain", "stage1", "stage2", "control_stage1", "control"]
