@@ -12,6 +12,7 @@ from k2mini.nn.llama import Llama, init_weights
 from k2mini.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor do programs that tests start
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(os.environ.get("K2MINI_ASSETS", ROOT.parent / "shared"))

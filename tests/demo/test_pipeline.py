@@ -104,7 +104,7 @@ def test_another_seed_needs_another_folder(demo, tmp_path):
         run_demo(tmp_path / "file", quick=True)
 
 
-def test_its_stages_are_the_products_verbs(demo, tmp_path, run):  # noqa: F811
+def test_its_stages_are_the_products_verbs(demo, tmp_path, run):
     """The same losses by hand, from the files and commands that the demo leaves."""
     out, report = demo
     assert run("pretrain", out / "configs/pretrain.yaml", f"run.dir={tmp_path}/pretrain")[0] == 0
