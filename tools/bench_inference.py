@@ -24,6 +24,7 @@ from k2mini.build import load_model
 from k2mini.config import ModelConfig
 from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.generate import prefill
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, init_weights
@@ -98,6 +99,23 @@ def our_beams(model: Llama) -> float:
         sampling=Sampling(no_repeat_ngram_size=2),
     )
     return NEW / (time.perf_counter() - start)
+
+
+def prefix_reuse(model: Llama, questions: int = 64, shared: int = 600, own: int = 20) -> None:
+    """Questions over a common prefix: computed once, and with every question as it would be alone."""
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randint(300, 20000, (shared,), generator=generator).tolist()
+    prompts = [prefix + torch.randint(300, 20000, (own,), generator=generator).tolist() for _ in range(questions)]
+    with torch.inference_mode():
+        start = time.perf_counter()
+        _, together = prefill(model, prompts, capacity=shared + own)
+        middle = time.perf_counter()
+        apart = torch.cat([prefill(model, [each], capacity=shared + own)[1] for each in prompts])
+        end = time.perf_counter()
+    print(
+        f"{questions} questions over {shared} common tokens: {middle - start:.1f} s, apart {end - middle:.1f} s "
+        f"({(end - middle) / (middle - start):.1f} times), logits differ by at most {(together - apart).abs().max():.1e}"
+    )
 
 
 def reference_of(model: Llama) -> Any:
@@ -253,6 +271,7 @@ def run(folder: Path, scratch: Path, number: int, threads: int, *, small: bool) 
             pairs(f"decode, 8 rows, {label}, transformers", ours, theirs, number)
         ours, theirs = (lambda: our_beams(compiled)), (lambda: their_beams(reference, config))
         pairs("4 beams, transformers", ours, theirs, number)
+        prefix_reuse(eager)
     pairs("decode, int8 / our float32", lambda: our_decode(int8), decode, number)
     pairs("decode, int8 with its head / our float32", lambda: our_decode(int8_head), decode, number)
     head = config.vocab_size * config.dim
