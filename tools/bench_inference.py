@@ -114,7 +114,8 @@ def prefix_reuse(model: Llama, questions: int = 64, shared: int = 600, own: int 
         end = time.perf_counter()
     print(
         f"{questions} questions over {shared} common tokens: {middle - start:.1f} s, apart {end - middle:.1f} s "
-        f"({(end - middle) / (middle - start):.1f} times), logits differ by at most {(together - apart).abs().max():.1e}"
+        f"({(end - middle) / (middle - start):.1f} times), "
+        f"logits differ by at most {(together - apart).abs().max():.1e}"
     )
 
 
