@@ -241,7 +241,15 @@ def _add_audit(verbs: Any, common: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
     output.add_argument("--model", required=True, nargs="+", metavar="DIR", help="one, or several side by side")
     output.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the last model")
-    output.add_argument("--prompt", required=True, metavar="TEXT")
+    prompt = output.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument(
+        "--question",
+        nargs=3,
+        metavar=("FILE", "TASK", "N"),
+        help="question N (from 0) of a benchmark, as eval asks it, such as geobench_npee.json npee/choice 3",
+    )
+    output.add_argument("--template", default="alpaca", metavar="NAME", help="of --question (default: alpaca)")
     for name, what in (
         ("lens", "what each layer would answer"),
         ("attention", "where heads look"),
@@ -250,15 +258,20 @@ def _add_audit(verbs: Any, common: argparse.ArgumentParser) -> None:
     ):
         kind = kinds.add_parser(name, parents=[output, common], help=what)
         if name != "attention":
-            wanted = name != "lens"
-            kind.add_argument("--target", required=wanted, metavar="TEXT", help="the answer, with its leading space")
+            kind.add_argument(
+                "--target", metavar="TEXT", help="the answer, with its leading space (of --question: the key)"
+            )
         if name in ("attribute", "patch"):
             kind.add_argument("--foil", metavar="TEXT", help="another answer, to compare the target with")
         if name == "attention":
             kind.add_argument("--layer", type=int, default=-1, metavar="N", help="whose patterns (default: the last)")
             kind.add_argument("--head", type=int, metavar="N", help="default: all")
         if name == "patch":
-            kind.add_argument("--corrupted", required=True, metavar="TEXT", help="another prompt, of as many tokens")
+            corrupted = kind.add_mutually_exclusive_group(required=True)
+            corrupted.add_argument("--corrupted", metavar="TEXT", help="another prompt, of as many tokens")
+            corrupted.add_argument(
+                "--replace", nargs=2, metavar=("OLD", "NEW"), help="the same prompt with other words in one place"
+            )
             kind.add_argument("--point", default="residual_out", metavar="POINT", help="default: residual_out")
         kind.set_defaults(run=f"audit.{name}")
     kind = kinds.add_parser("diff", parents=[common], help="what training changed in the weights")

@@ -1,8 +1,11 @@
-"""`k2mini audit diff` of two models of 7B: how long it takes, and the memory that can't be evicted.
+"""What the audit costs: hooks while decoding, and `k2mini audit diff` of two models of 7B.
 
-    python tools/bench_audit.py [--shape llama-7b] [--folder DIR]
+    python tools/bench_audit.py hooks --model DIR [--pairs 7]
+    python tools/bench_audit.py diff [--shape llama-7b] [--folder DIR]
 
-Two random models of the shape are written (27 GB of disk for a 7B, a quarter of an hour) and removed at the end.
+`hooks` decodes with a model that was never hooked beside one whose hooks are off, one that keeps the residual stream
+and one that keeps every point. `diff` writes two random models of the shape (27 GB of disk for a 7B), measures time and the
+memory that can't be evicted, and removes them; it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -13,40 +16,65 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench_inference import our_decode, pairs
 from bench_weights import RandomModel, run
 
+from k2mini.audit.hooks import trace
+from k2mini.build import load_model
 from k2mini.config import PRESETS
+from k2mini.nn.llama import Llama
 from k2mini.weights.model_files import save_model
+
+
+def hooks(folder: Path, number: int) -> None:
+    """Tokens a second, in turns."""
+    never, _ = load_model(folder)
+    model, _ = load_model(folder)
+    with trace(model, ["*"]):
+        our_decode(model)
+    print(f"{'tokens a second':52} {'':>8} {'never':>8}  ratio")
+    plain = lambda: our_decode(never)  # noqa: E731
+    pairs("hooks off", lambda: our_decode(model), plain, number)
+    for label, points in (("layers.*.residual_out kept", ["layers.*.residual_out"]), ("every point kept", ["*"])):
+        pairs(label, lambda points=points: _traced(model, points), plain, number)
+
+
+def _traced(model: Llama, points: list[str]) -> float:
+    with trace(model, points):
+        return our_decode(model)
+
+
+def diff(shape: str, where: Path | None) -> None:
+    """Time and memory of a comparison."""
+    config = PRESETS[shape]
+    folder = Path(tempfile.mkdtemp(prefix="bench_audit", dir=where))
+    try:
+        for name, seed in (("before", 0), ("after", 1)):
+            save_model(RandomModel(config, seed), config, folder / name)
+        verb = ("-m", "k2mini", "audit", "diff")
+        command = [sys.executable, *verb, str(folder / "before"), str(folder / "after"), "--json"]
+        seconds, kept, whole = run(command)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{config.num_parameters():,} parameters: {seconds:.0f} s, peak {kept / 1e9:.2f} GB that can't be evicted")
+    print(f"({whole / 1e9:.2f} GB with mapped files)")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(PRESETS), default="llama-7b")
-    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    what = parser.add_subparsers(dest="what", required=True)
+    decoding = what.add_parser("hooks")
+    decoding.add_argument("--model", type=Path, required=True)
+    decoding.add_argument("--pairs", type=int, default=7)
+    comparing = what.add_parser("diff")
+    comparing.add_argument("--shape", choices=sorted(PRESETS), default="llama-7b")
+    comparing.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
-    config = PRESETS[options.shape]
-    folder = Path(tempfile.mkdtemp(prefix="bench_audit", dir=options.folder))
-    try:
-        for name, seed in (("before", 0), ("after", 1)):
-            save_model(RandomModel(config, seed), config, folder / name)
-        command = [
-            sys.executable,
-            "-m",
-            "k2mini",
-            "audit",
-            "diff",
-            str(folder / "before"),
-            str(folder / "after"),
-            "--json",
-        ]
-        seconds, kept, whole = run(command)
-        print(
-            f"{config.num_parameters():,} parameters: {seconds:.0f} s, peak {kept / 1e9:.2f} GB that can't be evicted"
-        )
-        print(f"({whole / 1e9:.2f} GB with mapped files)")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    if options.what == "hooks":
+        hooks(options.model, options.pairs)
+    else:
+        diff(options.shape, options.folder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from k2mini.audit.reports import (
 )
 from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
 from k2mini.build import load_model
+from k2mini.evaluation.asking import Asking
+from k2mini.evaluation.geobench import read_benchmark
 from k2mini.files import write_text
 from k2mini.nn.llama import Llama
 from k2mini.text.tokenizer import Tokenizer
@@ -37,6 +40,31 @@ def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer
     return found
 
 
+def _read_prompt(options: argparse.Namespace) -> None:
+    """Put the question that is named, and its key, where a prompt and a target would stand.
+
+    Raises ValueError where there is no such question, no target, or nothing to replace.
+    """
+    if options.question is not None:
+        file, task, number = options.question
+        questions = {(question.task, str(question.index)): question for question in read_benchmark(Path(file))}
+        if (task, number) not in questions:
+            tasks = Counter(known for known, _ in questions)
+            there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
+            raise ValueError(f"{file} has no question {task} {number}; it has {there}")
+        asking, question = Asking(template=options.template), questions[task, number]
+        options.prompt = asking.prompt(question)
+        if getattr(options, "target", "") is None:
+            options.target = question.answer
+    if options.kind in ("attribute", "patch") and options.target is None:
+        raise ValueError("--target TEXT is missing: the answer that is looked for, with its leading space")
+    if getattr(options, "replace", None) is not None:
+        old, new = options.replace
+        if options.prompt.count(old) != 1:
+            raise ValueError(f"--replace {old!r}: the prompt has it {options.prompt.count(old)} times, and not once")
+        options.corrupted = options.prompt.replace(old, new)
+
+
 def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
     if options.html is not None:
         write_text(options.html, page(title, lead, [part for report in reports for part in report.sections]))
@@ -50,12 +78,14 @@ def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Re
 
 def run_lens(options: argparse.Namespace) -> None:
     """Logit lens."""
+    _read_prompt(options)
     found = _over_models(options, lambda m, t, n: lens_report(m, t, n, options.prompt, options.target))
     _finish(options, "Logit lens", options.prompt, found)
 
 
 def run_attention(options: argparse.Namespace) -> None:
     """Attention patterns."""
+    _read_prompt(options)
     found = _over_models(
         options, lambda m, t, n: attention_report(m, t, n, options.prompt, options.layer, options.head)
     )
@@ -64,6 +94,7 @@ def run_attention(options: argparse.Namespace) -> None:
 
 def run_attribute(options: argparse.Namespace) -> None:
     """Direct logit attribution."""
+    _read_prompt(options)
     found = _over_models(
         options, lambda m, t, n: attribution_report(m, t, n, options.prompt, options.target, options.foil)
     )
@@ -72,6 +103,7 @@ def run_attribute(options: argparse.Namespace) -> None:
 
 def run_patch(options: argparse.Namespace) -> None:
     """Activation patching."""
+    _read_prompt(options)
     found = _over_models(
         options,
         lambda m, t, n: patch_report(

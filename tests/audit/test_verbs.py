@@ -66,9 +66,53 @@ def test_diff_of_models_and_adapters(tiny_directory, other, tmp_path, run):
     assert {change["rank"] for change in found[0]["changes"]} == {2}
 
 
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """Two questions of a user's own."""
+    file = tmp_path_factory.mktemp("benchmark") / "rocks.jsonl"
+    entries = [
+        {"question": f"What is {rock}?", "choices": ["igneous", "sedimentary"], "answer": key}
+        for rock, key in (("granite", "A"), ("shale", "B"))
+    ]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return file
+
+
+def test_a_question_of_a_benchmark(tiny_directory, benchmark, run):
+    """The prompt is what eval asks, the target the key; a patch may change a word of it."""
+    start = ["--model", tiny_directory, "--question", benchmark, "rocks"]
+    status, out, err = run("audit", "lens", *start, "1", "--json")
+    assert status == 0, err
+    (found,) = json.loads(out)
+    assert found["target"] == "B"
+    text = "".join(found["tokens"]).replace("␣", " ").replace("⏎", "\n")
+    assert "What is shale?" in text
+    assert "B. sedimentary" in text
+    assert text.endswith("### Response:\n")
+    replaced = ["--replace", "granite", "granite", "--foil", "B"]
+    status, out, err = run("audit", "patch", *start, "0", *replaced, "--json")
+    assert status == 0, err
+    assert json.loads(out)[0]["clean"] == json.loads(out)[0]["corrupted"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["lens", "rocks", "2"], "has no question rocks 2; it has rocks 0 to 1"),
+        (["patch", "rocks", "0", "--replace", "basalt", "shale"], "--replace 'basalt': the prompt has it 0 times"),
+    ],
+)
+def test_bad_questions(tiny_directory, benchmark, run, arguments, said):
+    kind, task, number, *rest = arguments
+    status, out, err = run("audit", kind, "--model", tiny_directory, "--question", benchmark, task, number, *rest)
+    assert (status, out) == (2, "")
+    assert said in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["attribute"], "--target TEXT is missing"),
         (["attention", "--layer", "9"], "--layer 9: the model has layers 0 to 2"),
         (["attention", "--head", "7"], "--head 7: the model has heads 0 to 3"),
         (["lens", "--target", ""], "the target is empty"),
