@@ -4,8 +4,8 @@
     python tools/bench_audit.py diff [--shape llama-7b] [--folder DIR]
 
 `hooks` decodes with a model that was never hooked beside one whose hooks are off, one that keeps the residual stream
-and one that keeps every point. `diff` writes two random models of the shape (27 GB of disk for a 7B), measures time and the
-memory that can't be evicted, and removes them; it takes a quarter of an hour.
+and one that keeps every point. `diff` writes two random models of the shape (27 GB of disk for a 7B), measures time and
+the memory that can't be evicted, and removes them; it takes a quarter of an hour.
 """
 
 from __future__ import annotations
