@@ -10,6 +10,9 @@ from torch import Tensor
 from k2mini.nn.llama import Block, Llama
 from k2mini.nn.quant import DynamicLinear
 
+# On a CPU, what several products read, such as the normalised input, is computed once, not for every row of a weight.
+ON_CPU: dict[str, Any] = {"realize_reads_threshold": 1}
+
 
 def compile_decoding(model: Llama) -> None:
     """Let single tokens over a fixed cache (`KVCache(fixed=True)`) run through compiled code, on CPU and GPU alike.
@@ -24,8 +27,9 @@ def compile_decoding(model: Llama) -> None:
     # Fixed caches double as they grow, and batches shrink: more shapes than dynamo's 8, past which it stops compiling.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # One graph serves all blocks, since their weights are its inputs.
-    model.model.decode_block = torch.compile(_block, dynamic=False)
-    model.decode_logits = torch.compile(_logits, dynamic=False)
+    options = ON_CPU if model.device.type == "cpu" else None
+    model.model.decode_block = torch.compile(_block, dynamic=False, options=options)
+    model.decode_logits = torch.compile(_logits, dynamic=False, options=options)
 
 
 def _block(block: Block, *arguments: Any) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k2mini.nn.compiled import writes_out, written_out
+
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -33,12 +35,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T. (…, in) and (out, in) -> (…, out).
 
     On a CPU float32 goes to oneDNN, which PyTorch's own linear does not ask: MKL, which that takes, has no AVX-512 for
-    processors that aren't Intel's (measured there: 1.2 to 1.7 times the rate at 512 rows, twice at 1 to 8). One row in
-    compiled code is written out: what a compiler makes of that streams the weight faster still.
+    processors that aren't Intel's (measured there: 1.2 to 1.7 times the rate at 512 rows, twice at 1 to 8). Few rows in
+    compiled code are written out: what a compiler makes of that streams the weight faster still.
     """
-    if compiled_row(x):
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(precise) * weight.to(precise)).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+    if writes_out(x, weight):
+        return written_out(x, weight).to(x.dtype).view(*x.shape[:-1], -1)
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -95,16 +96,6 @@ class _Product(torch.autograd.Function):
             _onednn(grad, weight.T) if wants_x else None,
             grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None,
         )
-
-
-def compiled_row(x: Tensor) -> bool:
-    """Whether a compiler is looking on, and x is one row on a CPU that needs no gradient."""
-    return (
-        torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.numel() == x.shape[-1]
-        and not torch.is_grad_enabled()
-    )
 
 
 class Embedding(nn.Embedding):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
+from k2mini.nn.compiled import attend_once, attends_once
 from k2mini.nn.kv_cache import KVCache, Past
 from k2mini.nn.linear import Embedding, Linear, product
 from k2mini.nn.loss import token_loss
@@ -81,18 +82,17 @@ class Attention(nn.Module):
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
         else:
             k, v = past.append(k, v)  # (B, K, S, E)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (B, H, T, E)
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and num_tokens > 1,
-            enable_gqa=self.grouped,
-        ).transpose(1, 2)  # (B, T, H, E)
+        q = q.transpose(1, 2)  # (B, H, T, E)
+        if attends_once(q):
+            out = attend_once(q, k, v, mask)
+        else:
+            causal = mask is None and num_tokens > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        out = out.transpose(1, 2)  # (B, T, H, E)
         if self.tap is None:
             return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
         if self.explicit is not None:
-            out = self.explicit(self.tap, q.transpose(1, 2), k, v, mask, out)
+            out = self.explicit(self.tap, q, k, v, mask, out)
         out = self.tap("head_out", out)
         return self.tap("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
 

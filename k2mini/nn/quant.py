@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k2mini.nn.linear import Linear, compiled_row, product
+from k2mini.nn.compiled import writes_out, written_out
+from k2mini.nn.linear import Linear, product
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,10 +58,8 @@ class Int8Linear(Linear):
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T, with a gradient for x alone. x: (…, in); weight: (out, in) int8; scale: (out,)."""
-    if compiled_row(x):
-        precise = torch.promote_types(x.dtype, torch.float32)
-        rows = (x.to(precise) * weight.to(precise)).sum(dim=-1) * scale
-        return rows.to(x.dtype).view(*x.shape[:-1], -1)
+    if writes_out(x, weight):
+        return (written_out(x, weight) * scale).to(x.dtype).view(*x.shape[:-1], -1)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, dequantize(weight, scale, x.dtype))
     out = _Product.apply(x, weight, scale)
