@@ -142,11 +142,12 @@ def training_model(
         shard(
             model,
             model.units(),
-            ("loss",),
+            ("loss", "hidden", "logits"),
             device_mesh(world, parallel),
             compute if kept != compute else None,
             reshard_after_forward=parallel.reshard_after_forward,
         )
+        model.gathered_dtype = compute
         model.to_empty(device=world.device)
     elif section.quantize is None:
         check_memory(model.config.num_parameters(), kept, kept, world.device)

@@ -124,7 +124,11 @@ def shard(
         compute: gather parameters in this dtype (gradients are reduced in float32); None: as they are kept.
         reshard_after_forward: True: ZeRO-3, gather again for the backward pass; False: ZeRO-2, keep.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=None if compute is None else torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute,
+        reduce_dtype=None if compute is None else torch.float32,
+        cast_forward_inputs=False,  # the embedding comes out as it should, and rotary tables stay in float32
+    )
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # What is left is needed until the end of the forward pass, and again at the beginning of the backward pass.

@@ -33,6 +33,7 @@ def evaluate(
     batch_size: int = 16,
     share: bool = True,
     journal: Path | None = None,
+    shown: bool = True,
 ) -> list[Result]:
     """Answer every question with the option of the highest score.
 
@@ -40,6 +41,7 @@ def evaluate(
         batch_size: questions at a time.
         share: run what prompts have in common once.
         journal: a file of results that is added to as they come; questions that stand in it are not scored again.
+        shown: show a progress bar.
 
     Raises ValueError naming the question that can't be asked.
     """
@@ -58,7 +60,8 @@ def evaluate(
     requests = [entry.request for entry in pending if entry.request is not None]
     file = journal.open("a", encoding="utf-8") if journal is not None else None
     try:
-        with progress_bar(len(questions), label, "questions", initial=len(questions) - len(pending)) as progress:
+        done_before = len(questions) - len(pending)
+        with progress_bar(len(questions), label, "questions", done_before, shown=shown) as progress:
             for place, logprobs in score(model, requests, batch_size=batch_size, share=share):
                 result = _result(pending[place], logprobs, asking)
                 done[result.task, result.index] = result

@@ -65,7 +65,7 @@ def split_jointly(
     return first[:common], [ids[common:] for ids in joint]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what sharded weights are gathered into is trained with afterwards
 def score(
     model: Llama, requests: Sequence[Request], *, batch_size: int = 16, share: bool = True
 ) -> Iterator[tuple[int, list[float]]]:
@@ -149,7 +149,7 @@ def _rest(model: Llama, cache: KVCache, rows: Tensor, options: Sequence[Sequence
     # The last token of an option predicts nothing that is scored.
     inputs, targets, scored = tokens[:, :-1], tokens[:, 1:], offsets[:, 1:] >= 0
     positions = torch.where(scored, offsets[:, :-1] + starts[:, None], -1)
-    hidden = model.model(inputs, positions, cache.select(rows))  # (N, T-1, D)
+    hidden = model.hidden(inputs, positions, cache.select(rows))  # (N, T-1, D)
     logprobs = log_softmax(model.logits(hidden[scored]))  # only what is scored meets the vocabulary
     picked = torch.zeros(scored.shape, dtype=logprobs.dtype, device=logprobs.device)
     picked[scored] = logprobs.gather(-1, targets[scored][:, None]).squeeze(-1)

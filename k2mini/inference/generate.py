@@ -104,7 +104,7 @@ def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: i
     last = torch.zeros(len(rows), model.config.dim, dtype=model.dtype, device=model.device)
     for begin in range(0, tokens.shape[1], chunk):
         part = slice(begin, begin + chunk)
-        hidden = model.model(tokens[:, part], positions[:, part] if ragged else None, cache)  # (B, t, D)
+        hidden = model.hidden(tokens[:, part], positions[:, part] if ragged else None, cache)  # (B, t, D)
         here = ((ends >= begin) & (ends < begin + hidden.shape[1])).nonzero().flatten()
         last[here] = hidden[here, ends[here] - begin]
     return last

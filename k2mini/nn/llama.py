@@ -239,6 +239,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.decode_logits: Callable[..., Tensor] | None = None  # `logits` for single tokens over a fixed cache
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
+        self.gathered_dtype: torch.dtype | None = None  # sharded weights are cast to it as they are gathered
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits of the token after each one given.
@@ -255,6 +256,10 @@ class Llama(nn.Module):
         if self.decode_logits is not None and cache is not None and cache.fixed and tokens.shape[1] == 1:
             return self.decode_logits(self, hidden)
         return self.logits(hidden) if self.tap is None else self.tap("logits", self.logits(hidden))
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """What `forward` makes logits of: the final norm's output, (B, T, D)."""
+        return self.model(tokens, positions, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary projection: (…, D), of the final norm, -> (…, V)."""
@@ -283,6 +288,8 @@ class Llama(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
+        if self.gathered_dtype is not None:
+            return self.gathered_dtype
         return self.model.embed_tokens.weight.dtype
 
     @property

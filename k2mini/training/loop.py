@@ -191,6 +191,7 @@ def train(
                 model.eval()
                 scores = evaluate(model)
                 model.train()
+                reshard(model)
                 if metrics is not None:
                     metrics.write(step, **scores)
             better = save_best and val_loss is not None and val_loss < best

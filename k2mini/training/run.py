@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from k2mini.build import DTYPES, needs_process_group, training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
@@ -79,7 +78,7 @@ def pretrain(
         label=label,
         world=world,
         tensorboard=config.run.tensorboard,
-        evaluate=_evaluation(config, model, tokenizer, benchmark),
+        evaluate=_evaluation(config, tokenizer, benchmark),
         eval_every=config.eval.every,
     )
     if world.is_first:
@@ -137,7 +136,7 @@ def finetune(
         world=world,
         tensorboard=config.run.tensorboard,
         save_best=True,
-        evaluate=_evaluation(config, model, tokenizer, benchmark),
+        evaluate=_evaluation(config, tokenizer, benchmark),
         eval_every=config.eval.every,
     )
     if world.is_first:
@@ -152,13 +151,11 @@ def finetune(
 
 
 def _evaluation(
-    config: PretrainConfig | FinetuneConfig, model: Llama, tokenizer: Tokenizer, benchmark: Benchmark | None
+    config: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer, benchmark: Benchmark | None
 ) -> Callable[[Llama], dict[str, float]] | None:
-    """What the loop is to call. Raises ValueError where the model is spread over ranks: a question needs it whole."""
+    """What the loop is to call. All ranks answer all questions, since each gathers what the others keep."""
     if not config.eval.every or benchmark is None:
         return None
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("eval.every needs an unsharded model: one process, and not bfloat16 beside float32 weights")
     return lambda trained: benchmark(trained, tokenizer)
 
 

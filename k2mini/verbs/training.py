@@ -80,7 +80,8 @@ def _benchmark(config: PretrainConfig | FinetuneConfig) -> run.Benchmark | None:
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
 
     def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
-        summaries = summarise(questions, evaluate(model, tokenizer, questions, asking), asking.settings())
+        results = evaluate(model, tokenizer, questions, asking, shown=_is_first())
+        summaries = summarise(questions, results, asking.settings())
         return {f"accuracy/{row['task']}": row["accuracy"] for row in summaries}
 
     return benchmark
@@ -88,9 +89,13 @@ def _benchmark(config: PretrainConfig | FinetuneConfig) -> run.Benchmark | None:
 
 def _print_first(path: Path) -> None:
     """A run's result, from one of its ranks; then all of them part."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if _is_first():
         print(path)
     disconnect()
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

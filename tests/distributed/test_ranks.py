@@ -58,7 +58,18 @@ def test_losses_and_norms_equal_those_of_one_process(alone, ranks):
     close(many["float32"], one["float32"], 1e-4)
     assert many["recomputed"] == many["zero2"]
     # In bf16 it learns as well, from float32 weights.
-    assert many["bfloat16"][-2][0] == pytest.approx(one["plain"][9][0], rel=0.02)
+    assert many["bfloat16"][-3][0] == pytest.approx(one["plain"][9][0], rel=0.02)
+
+
+def test_a_benchmark_while_training(alone, ranks):
+    """All ranks score what one process scores, and training goes on as if nothing had been."""
+    _, one = alone
+    _size, _, many = ranks
+    close(many["evaluated"], one["evaluated"], 1e-12)
+    losses = {name: [row for row in one[name] if len(row) == 2] for name in ("evaluated", "recomputed")}
+    assert losses["evaluated"] == losses["recomputed"]
+    assert len(one["evaluated"]) == len(one["recomputed"]) + 2
+    assert many["bfloat16"][-1] == pytest.approx(one["evaluated"][-1], rel=0.01)
 
 
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(alone, ranks):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from k2mini.build import training_model
 from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection, TrainSection
 from k2mini.distributed import connect, disconnect, local_part
+from k2mini.evaluation.score import Request, score
 from k2mini.text.batches import Blocks
 from k2mini.text.corpus import Documents
 from k2mini.training.loop import accumulate, local_batches, train
@@ -54,6 +55,7 @@ def run(
     seed=3,
     accumulation=1,
     keep=None,
+    evaluate=None,
     **changes,
 ):
     """Losses and gradient norms of a run, and its checkpoints' folder."""
@@ -70,10 +72,20 @@ def run(
         identity={"data": "x"},
         val=Blocks(documents(9, seed=1), 32, document_mask=True, seed=None),
         world=world,
+        evaluate=evaluate,
+        eval_every=5,
     )
     world.wait()
     rows = read_metrics(out / "metrics.jsonl")
-    return [[row[key] for key in ("loss", "grad_norm", "val_loss") if key in row] for row in rows]
+    return [[row[key] for key in ("loss", "grad_norm", "val_loss", "scored") if key in row] for row in rows]
+
+
+def scored(model):
+    """What a benchmark makes of a model in training: prompts of several lengths that have a start in common."""
+    start = tuple(range(5, 25))
+    requests = [Request((*start, *range(30, 30 + n)), ((7,), (8, 9), (10, 11, 12)), 0) for n in (1, 3, 6)]
+    found = dict(score(model, requests))
+    return {"scored": sum(value * (n + 1) for place in range(3) for n, value in enumerate(found[place]))}
 
 
 def gradients(path, world, accumulation):
@@ -109,6 +121,7 @@ def main(path, out):
         "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
         "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0), **few),
         "int8": run(path, world, out / "int8", lora=LoraSection(rank=2, dropout=0.0), quantize="int8", **few),
+        "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
         "gradients": gradients(path, world, 1),
         "gradients_accumulated": gradients(path, world, 8 // world.size),
         "kept": world.gather(sharding(path, world)),
@@ -118,7 +131,7 @@ def main(path, out):
         results["replicated"] = run(
             path, world, out / "replicated", parallel=ParallelSection(replicate=world.size), **few
         )
-        results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", **few)
+        results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", evaluate=scored, **few)
     if world.is_first:
         (out / f"results_{world.size}.json").write_text(json.dumps(results))
     disconnect()
