@@ -46,9 +46,10 @@ def _dot(row: Tensor, weight: Tensor) -> Tensor:
     return products.view(len(weight), pieces, -1).sum(dim=-1).sum(dim=-1)
 
 
-def attends_once(q: Tensor) -> bool:
+def attends_once(q: Tensor, k: Tensor) -> bool:
     """Whether a compiler is looking on, and q (B, H, T, E) is one query a row on a CPU, without a gradient."""
-    return torch.compiler.is_compiling() and q.device.type == "cpu" and q.shape[2] == 1 and not torch.is_grad_enabled()
+    one = q.shape[2] == 1 and k.shape[2] <= LONGEST_SUM
+    return torch.compiler.is_compiling() and q.device.type == "cpu" and not torch.is_grad_enabled() and one
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ class Attention(nn.Module):
         else:
             k, v = past.append(k, v)  # (B, K, S, E)
         q = q.transpose(1, 2)  # (B, H, T, E)
-        if attends_once(q):
+        if attends_once(q, k):
             out = attend_once(q, k, v, mask)
         else:
             causal = mask is None and num_tokens > 1
