@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from k2mini.progress import progress_bar
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, some
 
@@ -16,6 +18,7 @@ EXACT = 1024  # up to this many rows or columns a spectrum is exact; beyond, its
 VALUES = 16  # singular values that are kept
 SUBSPACE = 64  # dimensions of the base's top subspace
 ROWS = 1024  # of a matrix that are read at a time
+SHOWN = 10**8  # from so many numbers on there is a progress bar
 ZERO = 1e-6  # a singular value below this part of the largest is none
 
 
@@ -47,7 +50,13 @@ def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> li
     odd += [name for name in one.names() if name in other.files and one.shape(name) != other.shape(name)]
     if odd:
         raise ValueError(f"{before} and {after} are models of different shapes: {some(odd)}")
-    return [_change(one, other, name, subspace=subspace) for name in one.names()]
+    names, found = one.names(), []
+    size = sum(prod(one.shape(name)) for name in names)
+    with progress_bar(len(names), "comparing", "tensors", shown=size > SHOWN) as progress:
+        for name in names:
+            found.append(_change(one, other, name, subspace=subspace))
+            progress.update()
+    return found
 
 
 def diff_adapter(base: Path, adapter: Path) -> list[Change]:
