@@ -128,8 +128,8 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"{row['task']}: counted as wrong, since no option can be right: question {where}")
         if row["surplus"]:
             lines.append(
-                f"{row['task']}: {len(row['surplus'])} questions are copies of others, "
-                f"{len(row['conflicting'])} questions have copies with another key"
+                f"{row['task']}: copies of other questions: {len(row['surplus'])}; "
+                f"questions whose copies have another key: {len(row['conflicting'])}"
             )
         for key, what in (("examples_dropped", "asked with fewer examples"), ("cut", "cut from the left")):
             if row[key]:
