@@ -149,9 +149,16 @@ def run_until(directory, step):
     run(directory, model=model)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The losses of a long run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, steps=200, every=1000)
+    return losses(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_so(tmp_path, number):
-    run(tmp_path / "whole", steps=200, every=1000)
+def test_a_signal_saves_and_says_so(tmp_path, number, undisturbed):
     timer = threading.Timer(0.4, os.kill, (os.getpid(), number))
     timer.start()
     with pytest.raises(StoppedBySignalError, match=f"stopped by {number.name}; saved .*step_") as caught:
@@ -161,7 +168,7 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
     stopped = losses(tmp_path / "stopped")[-1]["step"]
     assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step_{stopped:07}"
     run(tmp_path / "stopped", steps=200, every=1000)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "stopped") == undisturbed
 
 
 def test_what_can_not_be_resumed_is_refused(tmp_path):
