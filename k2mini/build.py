@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
+from k2mini.nn.compiled import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.quant import DynamicLinear, Int8Linear, quantize_blocks, quantize_rows, quantized_head
@@ -136,6 +137,7 @@ def training_model(
     # Compiled blocks want shapes that stay; and on a GPU one call under a mask beats many small ones.
     model.model.by_document = world.device.type == "cpu" and not train.compile
     if train.compile:
+        check_compiler(world.device)
         for layer in model.model.layers:
             layer.compile()
     if world.size > 1 or kept != compute:

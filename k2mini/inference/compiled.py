@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2mini.nn.compiled import check_compiler
 from k2mini.nn.llama import Block, Llama
 from k2mini.nn.quant import DynamicLinear
 
@@ -20,10 +21,11 @@ def compile_decoding(model: Llama) -> None:
     Prompts do not: their lengths differ. The first token takes some seconds, and another few each time the cache grows
     for the first time.
 
-    Raises ValueError where a module can't be compiled.
+    Raises ValueError where a module can't be compiled, or there is no compiler.
     """
     if any(isinstance(module, DynamicLinear) for module in model.modules()):
         raise ValueError("--compile does not go with w8a8, whose products are PyTorch's own; take --quantize int8")
+    check_compiler(model.device)
     # Fixed caches double as they grow, and batches shrink: more shapes than dynamo's 8, past which it stops compiling.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # One graph serves all blocks, since their weights are its inputs.

@@ -14,6 +14,21 @@ SUMS = 16  # what a loop may add up at once: AVX2's registers
 LONGEST_SUM = 4096  # numbers: the compiler turns longer sums into slow, compensated ones
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile will find no C++ compiler, which code for a CPU goes through."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # torch._inductor takes seconds to import
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        raise ValueError(
+            "compiling needs a C++ compiler (g++, or the one that the environment's CXX names), and there is none; "
+            "install one, or do not compile"
+        ) from None
+
+
 def writes_out(x: Tensor, weight: Tensor) -> bool:
     """Whether a compiler is looking on, and x has few enough rows, on a CPU and without a gradient."""
     most = 8 if weight.dtype == torch.int8 else 4  # a library would want int8 widened first, all of it

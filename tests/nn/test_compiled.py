@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2mini.nn.compiled import attend_once, writes_out, written_out
+from k2mini.nn.compiled import attend_once, check_compiler, writes_out, written_out
 
 
 def normal(*shape, dtype=torch.float64):
@@ -39,3 +39,11 @@ def test_attention(heads):
     for each in (mask, None):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=each, enable_gqa=True)
         torch.testing.assert_close(attend_once(q, k, v, each), expected)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(ValueError, match=r"compiling needs a C\+\+ compiler"):
+        check_compiler(torch.device("cpu"))
