@@ -41,9 +41,9 @@ def test_attention(heads):
         torch.testing.assert_close(attend_once(q, k, v, each), expected)
 
 
-def test_without_a_compiler_it_says_so(monkeypatch):
+def test_without_a_compiler_it_says_so():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(ValueError, match=r"compiling needs a C\+\+ compiler"):
+    patched = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with patched, pytest.raises(ValueError, match=r"compiling needs a C\+\+ compiler"):
         check_compiler(torch.device("cpu"))
