@@ -249,7 +249,7 @@ def _add_audit(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar=("FILE", "TASK", "N"),
         help="question N (from 0) of a benchmark, as eval asks it, such as geobench_npee.json npee/choice 3",
     )
-    output.add_argument("--template", default="alpaca", metavar="NAME", help="of --question (default: alpaca)")
+    output.add_argument("--template", metavar="NAME", help="of --question (default: alpaca)")
     for name, what in (
         ("lens", "what each layer would answer"),
         ("attention", "where heads look"),

@@ -52,10 +52,12 @@ def _read_prompt(options: argparse.Namespace) -> None:
             tasks = Counter(known for known, _ in questions)
             there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
             raise ValueError(f"{file} has no question {task} {number}; it has {there}")
-        asking, question = Asking(template=options.template), questions[task, number]
+        asking, question = Asking(template=options.template or "alpaca"), questions[task, number]
         options.prompt = asking.prompt(question)
         if getattr(options, "target", "") is None:
             options.target = question.answer
+    elif options.template is not None:
+        raise ValueError("--template is for --question; a --prompt stands as it is given")
     if options.kind in ("attribute", "patch") and options.target is None:
         raise ValueError("--target TEXT is missing: the answer that is looked for, with its leading space")
     if getattr(options, "replace", None) is not None:

@@ -89,10 +89,12 @@ def test_a_question_of_a_benchmark(tiny_directory, benchmark, run):
     assert "What is shale?" in text
     assert "B. sedimentary" in text
     assert text.endswith("### Response:\n")
-    replaced = ["--replace", "granite", "granite", "--foil", "B"]
+    replaced = ["--replace", "granite", "basalt", "--foil", "B"]
     status, out, err = run("audit", "patch", *start, "0", *replaced, "--json")
     assert status == 0, err
-    assert json.loads(out)[0]["clean"] == json.loads(out)[0]["corrupted"]
+    (found,) = json.loads(out)
+    assert "granite" in "".join(found["tokens"])
+    assert found["clean"] != found["corrupted"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def test_bad_questions(tiny_directory, benchmark, run, arguments, said):
     ("arguments", "said"),
     [
         (["attribute"], "--target TEXT is missing"),
+        (["lens", "--template", "k2"], "--template is for --question"),
         (["attention", "--layer", "9"], "--layer 9: the model has layers 0 to 2"),
         (["attention", "--head", "7"], "--head 7: the model has heads 0 to 3"),
         (["lens", "--target", ""], "the target is empty"),
