@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.nn.compiled import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.quant import DynamicLinear, Int8Linear, quantize_blocks, quantize_rows, quantized_head
-from k2mini.text.tokenizer import Tokenizer
 from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
 from k2mini.weights.hf_config import (

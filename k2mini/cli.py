@@ -1,4 +1,4 @@
-"""The command line: what can be asked, and how it ends. Verbs are imported when one runs: `--help` needs no torch."""
+"""The command line: commands, and how they end. One is imported when it runs: `--help` needs no torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne, k2, k2_wa or none"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; each sets `run`, the module and function that carry it out."""
+    """The parser of all commands; each sets `run`, the module and function that carry it out."""
     parser = argparse.ArgumentParser(
         prog="k2mini",
         description="The K2 geoscience LLM pipeline in plain PyTorch.",
-        epilog="k2mini VERB --help explains a verb.",
+        epilog="k2mini COMMAND --help explains a command.",
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     quiet = argparse.ArgumentParser(add_help=False)
     quiet.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -70,82 +70,92 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of beams (default: 1)")
     sampling.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
 
-    verb = verbs.add_parser("demo", parents=[quiet], help="the whole pipeline in miniature, in minutes: start here")
-    verb.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the training, not of the facts (default: 0)")
-    verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    verb.add_argument("--control", action="store_true", help="also tune the base without further pretraining")
-    verb.add_argument("--quick", action="store_true", help="every stage in under a minute; it learns next to nothing")
-    verb.add_argument("--json", action="store_true", help="print report.json and nothing else")
-    verb.set_defaults(run="demo.demo")
+    command = commands.add_parser(
+        "demo", parents=[quiet], help="the whole pipeline in miniature, in minutes: start here"
+    )
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the training, not of the facts (default: 0)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    command.add_argument("--control", action="store_true", help="also tune the base without further pretraining")
+    command.add_argument(
+        "--quick", action="store_true", help="every stage in under a minute; it learns next to nothing"
+    )
+    command.add_argument("--json", action="store_true", help="print report.json and nothing else")
+    command.set_defaults(run="demo.demo")
 
-    verb = verbs.add_parser("generate", parents=[model, sampling, common], help="answer a prompt, or a list")
-    source = verb.add_mutually_exclusive_group(required=True)
+    command = commands.add_parser("generate", parents=[model, sampling, common], help="answer a prompt, or a list")
+    source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the instruction; '-' reads standard input")
     source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
-    verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
-    verb.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
-    verb.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
-    verb.set_defaults(run="inference.generate")
+    command.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
+    command.add_argument(
+        "--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else"
+    )
+    command.set_defaults(run="inference.generate")
 
-    verb = verbs.add_parser("chat", parents=[model, sampling, common], help="a conversation in the terminal")
-    verb.set_defaults(run="inference.chat")
+    command = commands.add_parser("chat", parents=[model, sampling, common], help="a conversation in the terminal")
+    command.set_defaults(run="inference.chat")
 
-    verb = verbs.add_parser("prepare", parents=[quiet], help="documents into a corpus for pretrain")
-    verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .txt, .md (or .gz), or folders")
-    verb.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
-    verb.add_argument("--out", required=True, type=Path, metavar="DIR")
-    verb.add_argument("--val-percent", type=float, default=0.0, metavar="P", help="set aside P %% of the documents")
-    verb.add_argument("--workers", type=int, default=1, metavar="N", help="files encoded at a time (default: 1)")
-    verb.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after each document")
-    verb.add_argument(
+    command = commands.add_parser("prepare", parents=[quiet], help="documents into a corpus for pretrain")
+    command.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .txt, .md (or .gz), or folders")
+    command.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR")
+    command.add_argument("--val-percent", type=float, default=0.0, metavar="P", help="set aside P %% of the documents")
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="files encoded at a time (default: 1)")
+    command.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after each document")
+    command.add_argument(
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
         help="at a malformed line: stop, or leave it out and count (default: fail)",
     )
-    verb.set_defaults(run="training.prepare")
+    command.set_defaults(run="training.prepare")
 
     for name, what in (
         ("pretrain", "further pretraining"),
         ("finetune", "instruction tuning with LoRA"),
     ):
-        verb = verbs.add_parser(name, parents=[common], help=what)
-        verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-        verb.set_defaults(run=f"training.{name}")
+        command = commands.add_parser(name, parents=[common], help=what)
+        command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+        command.set_defaults(run=f"training.{name}")
 
-    verb = verbs.add_parser("preview", parents=[quiet], help="what a run would be fed, token by token")
-    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    verb.add_argument("--number", type=int, default=2, metavar="N", help="samples (default: 2)")
-    verb.set_defaults(run="training.preview")
+    command = commands.add_parser("preview", parents=[quiet], help="what a run would be fed, token by token")
+    command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    command.add_argument("--number", type=int, default=2, metavar="N", help="samples (default: 2)")
+    command.set_defaults(run="training.preview")
 
-    verb = verbs.add_parser("plan", parents=[quiet], help="memory, communication and length of a run, before it is run")
-    verb.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    verb.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
-    verb.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
-    verb.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
-    verb.set_defaults(run="training.plan")
+    command = commands.add_parser(
+        "plan", parents=[quiet], help="memory, communication and length of a run, before it is run"
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    command.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
+    command.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
+    command.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    command.set_defaults(run="training.plan")
 
-    verb = verbs.add_parser("export", parents=[target], help="a checkpoint as a Hugging Face directory")
-    verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
-    verb.add_argument("--dtype", choices=DTYPES, help="of the tensors written (default: the run's model.dtype)")
-    verb.set_defaults(run="training.export")
+    command = commands.add_parser("export", parents=[target], help="a checkpoint as a Hugging Face directory")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
+    command.add_argument("--dtype", choices=DTYPES, help="of the tensors written (default: the run's model.dtype)")
+    command.set_defaults(run="training.export")
 
-    verb = verbs.add_parser("plot", parents=[quiet], help="loss curves of runs as a picture (extra: plot)")
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.dir of pretrain or finetune")
-    verb.add_argument("--out", required=True, type=Path, metavar="FILE.png")
-    verb.set_defaults(run="training.plot")
+    command = commands.add_parser("plot", parents=[quiet], help="loss curves of runs as a picture (extra: plot)")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.dir of pretrain or finetune")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    command.set_defaults(run="training.plot")
 
-    verb = verbs.add_parser("merge", parents=[target], help="base + adapter as a Hugging Face directory")
-    verb.add_argument("--base", required=True, metavar="DIR")
-    verb.add_argument("--adapter", required=True, type=Path, metavar="DIR")
-    verb.set_defaults(run="weights.merge")
+    command = commands.add_parser("merge", parents=[target], help="base + adapter as a Hugging Face directory")
+    command.add_argument("--base", required=True, metavar="DIR")
+    command.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    command.set_defaults(run="weights.merge")
 
-    verb = verbs.add_parser("delta", help="publish a tuned model as its difference from the base")
-    kinds = verb.add_subparsers(dest="kind", metavar="make|apply", required=True)
+    command = commands.add_parser("delta", help="publish a tuned model as its difference from the base")
+    kinds = command.add_subparsers(dest="kind", metavar="make|apply", required=True)
     kind = kinds.add_parser("make", parents=[target], help="tuned - base")
     kind.add_argument("--base", required=True, metavar="DIR")
     kind.add_argument("--tuned", required=True, metavar="DIR")
@@ -162,30 +172,34 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--resize-vocab", action="store_true", help="tokens that the base lacks come from the delta")
     kind.set_defaults(run="weights.delta_apply")
 
-    verb = verbs.add_parser("convert", parents=[target], help="a model in another format, dtype or shard size")
-    verb.add_argument("model", metavar="DIR", help="Hugging Face's (safetensors, .bin) or Meta's (consolidated.*.pth)")
-    verb.add_argument(
+    command = commands.add_parser("convert", parents=[target], help="a model in another format, dtype or shard size")
+    command.add_argument(
+        "model", metavar="DIR", help="Hugging Face's (safetensors, .bin) or Meta's (consolidated.*.pth)"
+    )
+    command.add_argument(
         "--to",
         required=True,
         choices=("hf", "bin", "meta", "gguf"),
         help="hf: safetensors; bin: PyTorch's; meta: consolidated.00.pth; gguf: a file for llama.cpp (extra: gguf)",
     )
-    verb.add_argument("--dtype", choices=DTYPES[:3], help="of the tensors written (default: as stored)")
-    verb.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
-    verb.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
-    verb.set_defaults(run="weights.convert")
+    command.add_argument("--dtype", choices=DTYPES[:3], help="of the tensors written (default: as stored)")
+    command.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
+    command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
+    command.set_defaults(run="weights.convert")
 
-    verb = verbs.add_parser("verify", parents=[quiet], help="compare a directory that k2mini wrote with its manifest")
-    verb.add_argument("directory", metavar="DIR")
-    verb.set_defaults(run="weights.verify")
+    command = commands.add_parser(
+        "verify", parents=[quiet], help="compare a directory that k2mini wrote with its manifest"
+    )
+    command.add_argument("directory", metavar="DIR")
+    command.set_defaults(run="weights.verify")
 
-    verb = verbs.add_parser("info", parents=[quiet], help="what a model or adapter is, from its headers alone")
-    verb.add_argument("directory", metavar="DIR")
-    verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
-    verb.set_defaults(run="weights.info")
+    command = commands.add_parser("info", parents=[quiet], help="what a model or adapter is, from its headers alone")
+    command.add_argument("directory", metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    command.set_defaults(run="weights.info")
 
-    verb = verbs.add_parser("eval", parents=[model, common], help="score a model on GeoBench")
-    verb.add_argument(
+    command = commands.add_parser("eval", parents=[model, common], help="score a model on GeoBench")
+    command.add_argument(
         "--benchmark",
         nargs="+",
         default=[],
@@ -193,49 +207,49 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
     )
-    verb.add_argument(
+    command.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
     )
-    verb.add_argument(
+    command.add_argument(
         "--scoring",
         choices=("letter", "text", "k2"),
         default="letter",
         help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code (default: letter)",
     )
-    verb.add_argument(
+    command.add_argument(
         "--normalize",
         choices=("byte", "token", "none"),
         default="byte",
         help="of text: divide by the option's length or not (default: byte)",
     )
-    verb.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
-    verb.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
-    verb.add_argument("--answer-prefix", default="", metavar="TEXT", help=r"begin the answer so (\n: a new line)")
-    verb.add_argument("--shots", type=int, default=0, metavar="K", help="K examples before each question, by --seed")
-    verb.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
-    verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    verb.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
-    verb.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
-    verb.add_argument("--perplexity", nargs="+", default=[], type=Path, metavar="FILE", help="text files to predict")
-    verb.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
-    verb.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
-    verb.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
-    verb.set_defaults(run="evaluation.eval")
+    command.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
+    command.add_argument("--template", default="alpaca", metavar="NAME", help=f"{TEMPLATES} (default: alpaca)")
+    command.add_argument("--answer-prefix", default="", metavar="TEXT", help=r"begin the answer so (\n: a new line)")
+    command.add_argument("--shots", type=int, default=0, metavar="K", help="K examples before each question, by --seed")
+    command.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
+    command.add_argument("--perplexity", nargs="+", default=[], type=Path, metavar="FILE", help="text files to predict")
+    command.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
+    command.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
+    command.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    command.set_defaults(run="evaluation.eval")
 
-    verb = verbs.add_parser("compare", parents=[quiet], help="runs of eval side by side, with a paired test")
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
-    verb.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
-    verb.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
-    verb.set_defaults(run="evaluation.compare")
-    _add_audit(verbs, common)
+    command = commands.add_parser("compare", parents=[quiet], help="runs of eval side by side, with a paired test")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
+    command.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
+    command.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    command.set_defaults(run="evaluation.compare")
+    _add_audit(commands, common)
     return parser
 
 
-def _add_audit(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """The verb `audit` and its kinds."""
-    verb = verbs.add_parser("audit", help="look into a model: lens, attention, attribute, patch, diff")
-    kinds = verb.add_subparsers(dest="kind", metavar="KIND", required=True)
+def _add_audit(commands: Any, common: argparse.ArgumentParser) -> None:
+    """The command `audit` and its kinds."""
+    command = commands.add_parser("audit", help="look into a model: lens, attention, attribute, patch, diff")
+    kinds = command.add_subparsers(dest="kind", metavar="KIND", required=True)
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser shows")
     output.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
@@ -288,8 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = build_parser().parse_args(arguments)
     _log_to_stderr()
     try:
-        module, verb = options.run.split(".")
-        getattr(import_module(f"k2mini.verbs.{module}"), f"run_{verb}")(options)
+        module, command = options.run.split(".")
+        getattr(import_module(f"k2mini.commands.{module}"), f"run_{command}")(options)
         sys.stdout.flush()
         status = 0
     except KeyboardInterrupt:

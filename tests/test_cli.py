@@ -100,8 +100,8 @@ def bad_directory(tiny_directory, tmp_path, fault):
 )
 def test_bad_models(run, tiny_directory, tmp_path, fault, message):
     directory = bad_directory(tiny_directory, tmp_path, fault)
-    for verb in (("generate", "--prompt", "x"), ("chat",)):
-        status, out, err = run(verb[0], "--model", directory, *verb[1:])
+    for command in (("generate", "--prompt", "x"), ("chat",)):
+        status, out, err = run(command[0], "--model", directory, *command[1:])
         assert (status, out) == (2, "")
         assert err.startswith("k2mini: ")
         assert message in err
@@ -159,7 +159,7 @@ def test_debug_shows_the_traceback(capfd):
         main(["generate", "--model", "/nowhere", "--prompt", "x", "--debug"])
 
 
-def test_unknown_verbs_exit_with_2(run):
+def test_unknown_commands_exit_with_2(run):
     status, _, err = run("generat")
     assert status == 2
     assert "invalid choice: 'generat'" in err

@@ -12,13 +12,13 @@ LAYERS = [
     {"directories"},
     {"config_file", "distributed"},
     {"nn"},
-    {"text"},
+    {"data"},
     {"weights"},
     {"build"},
     {"training", "inference"},
     {"evaluation", "audit"},
     {"demo"},
-    {"verbs"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -53,7 +53,7 @@ def test_imports_run_one_way():
                 continue
             other = module.split(".")[1]
             assert other == own or RANK[other] < RANK[own], f"{path} imports {module}"
-            assert not (own == "text" and other == "nn"), f"{path}: text never imports the model"
+            assert not (own == "data" and other == "nn"), f"{path}: data never imports the model"
 
 
 def test_only_runtime_packages_at_module_level():

@@ -51,8 +51,8 @@ def diff(shape: str, where: Path | None) -> None:
     try:
         for name, seed in (("before", 0), ("after", 1)):
             save_model(RandomModel(config, seed), config, folder / name)
-        verb = ("-m", "k2mini", "audit", "diff")
-        command = [sys.executable, *verb, str(folder / "before"), str(folder / "after"), "--json"]
+        command = ("-m", "k2mini", "audit", "diff")
+        command = [sys.executable, *command, str(folder / "before"), str(folder / "after"), "--json"]
         seconds, kept, whole = run(command)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

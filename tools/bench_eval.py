@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.asking import Asker, Asking
 from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.questions import Question
 from k2mini.evaluation.run import evaluate
 from k2mini.nn.llama import Llama
-from k2mini.text.tokenizer import Tokenizer
 
 Answers = list[str | None]
 

@@ -224,7 +224,7 @@ def bandwidth() -> float:
 
 def build_random(folder: Path, tokenizer: Path) -> Path:
     """TinyLlama's shape, random, with a vocabulary for the GGUF."""
-    from k2mini.text.tokenizer import Tokenizer
+    from k2mini.data.tokenizer import Tokenizer
 
     model = Llama(TINY_LLAMA)
     init_weights(model, 0)

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 
 from k2mini.config import LoraSection, ModelConfig, TrainSection
+from k2mini.data.batches import Blocks, Example
+from k2mini.data.corpus import Documents
+from k2mini.data.packing import PackedExamples
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.loss import token_loss
-from k2mini.text.batches import Blocks, Example
-from k2mini.text.corpus import Documents
-from k2mini.text.packing import PackedExamples
 from k2mini.training.loop import accumulate, clip_gradients
 from k2mini.training.optim import build_optimizer
 from k2mini.training.watch import peak_flops

@@ -17,14 +17,14 @@ from pathlib import Path
 import sentencepiece
 
 from k2mini.config import CheckpointSection, ModelConfig, TrainSection
+from k2mini.data.batches import Blocks
+from k2mini.data.corpus import Documents
+from k2mini.data.prompts import get_template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.pipeline import BASE, TEMPLATE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.nn.llama import Llama, init_weights
-from k2mini.text.batches import Blocks
-from k2mini.text.corpus import Documents
-from k2mini.text.prompts import get_template
-from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.loop import train
 from k2mini.weights.model_files import save_model
 

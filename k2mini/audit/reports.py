@@ -13,8 +13,8 @@ from k2mini.audit.attention import entropies, induction_scores, patterns, previo
 from k2mini.audit.lens import attribute, logit_lens
 from k2mini.audit.patching import log_probability, logit_difference, patch_heads, patch_positions, run
 from k2mini.audit.weight_diff import Change, as_json, by_layer, by_module
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.llama import Llama
-from k2mini.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`k2mini demo`: everything that K2 did to LLaMA-7B, in miniature, with the product's own verbs."""
+"""`k2mini demo`: everything that K2 did to LLaMA-7B, in miniature, with the product's own commands."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
+from k2mini.data.documents import read_documents
+from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.report import write_report
 from k2mini.demo.world import world_files
@@ -35,8 +37,6 @@ from k2mini.evaluation.report import wilson_interval
 from k2mini.evaluation.run import run_benchmark
 from k2mini.files import read_json, write_text
 from k2mini.inference.generate import generate
-from k2mini.text.documents import read_documents
-from k2mini.text.prompts import get_template
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta

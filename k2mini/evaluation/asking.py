@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from k2mini.data.batches import shuffled
+from k2mini.data.prompts import get_template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.questions import Question
 from k2mini.evaluation.score import Request, split_jointly
-from k2mini.text.batches import shuffled
-from k2mini.text.prompts import get_template
-from k2mini.text.tokenizer import Tokenizer
 
 SCORINGS = ("letter", "text", "k2")
 NORMALIZATIONS = ("byte", "token", "none")

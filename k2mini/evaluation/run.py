@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.directories import make_writable
 from k2mini.evaluation.asking import Asked, Asker, Asking
 from k2mini.evaluation.questions import Question
@@ -18,7 +19,6 @@ from k2mini.evaluation.score import score
 from k2mini.files import read_json, write_text
 from k2mini.nn.llama import Llama
 from k2mini.progress import progress_bar
-from k2mini.text.tokenizer import Tokenizer
 
 RESULTS, SETTINGS = "results.jsonl", "asking.json"
 

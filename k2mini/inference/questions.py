@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import read_json
 from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.generate import Completion, generate
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.text import TextStream
 from k2mini.nn.llama import Llama
-from k2mini.text.tokenizer import Tokenizer
 
 FIELDS = ("question", "prompt", "instruction")
 

@@ -9,13 +9,13 @@ from typing import TextIO
 
 import torch
 
+from k2mini.data.prompts import Template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.generate import Completion, Step, add_step, check_length, extend, prefill, steps
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.text import TextStream
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
-from k2mini.text.prompts import Template
-from k2mini.text.tokenizer import Tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:

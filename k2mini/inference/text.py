@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from k2mini.text.tokenizer import Tokenizer
+from k2mini.data.tokenizer import Tokenizer
 
 
 class TextStream:

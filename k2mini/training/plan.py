@@ -22,13 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.build import DTYPES
 from k2mini.config import PRESETS, FinetuneConfig, ModelConfig, PretrainConfig
+from k2mini.data.corpus import is_prepared, read_manifest
 from k2mini.distributed import World, device_mesh, shard
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss
 from k2mini.nn.quant import quantize_blocks
 from k2mini.sizes import readable
-from k2mini.text.corpus import is_prepared, read_manifest
 from k2mini.training.alive import Alive
 from k2mini.training.loop import rank_share
 from k2mini.training.optim import build_optimizer

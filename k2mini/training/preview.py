@@ -7,12 +7,12 @@ from pathlib import Path
 
 from k2mini.build import load_tokenizer
 from k2mini.config import IGNORE, FinetuneConfig, PretrainConfig
-from k2mini.text.batches import Batch, Blocks, Examples
-from k2mini.text.corpus import Corpus, Documents, is_prepared
-from k2mini.text.documents import list_files, read_documents
-from k2mini.text.instructions import read_examples
-from k2mini.text.prompts import get_template
-from k2mini.text.tokenizer import Tokenizer
+from k2mini.data.batches import Batch, Blocks, Examples
+from k2mini.data.corpus import Corpus, Documents, is_prepared
+from k2mini.data.documents import list_files, read_documents
+from k2mini.data.instructions import read_examples
+from k2mini.data.prompts import get_template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.weights.formats import model_directory
 from k2mini.weights.hf_config import read_model_config
 

@@ -14,18 +14,18 @@ import torch
 
 from k2mini.build import DTYPES, needs_process_group, training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
+from k2mini.data.batches import Blocks, Example, Examples, shuffled
+from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_manifest
+from k2mini.data.documents import list_files
+from k2mini.data.instructions import read_examples
+from k2mini.data.packing import PackedExamples
+from k2mini.data.prepare import prepare
+from k2mini.data.prompts import get_template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.directories import make_writable
 from k2mini.distributed import World, connect
 from k2mini.files import sha256, write_text
 from k2mini.nn.llama import Llama
-from k2mini.text.batches import Blocks, Example, Examples, shuffled
-from k2mini.text.corpus import Corpus, fingerprint, is_prepared, read_manifest
-from k2mini.text.documents import list_files
-from k2mini.text.instructions import read_examples
-from k2mini.text.packing import PackedExamples
-from k2mini.text.prepare import prepare
-from k2mini.text.prompts import get_template
-from k2mini.text.tokenizer import Tokenizer
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
@@ -188,7 +188,7 @@ def _prepare(config: PretrainConfig | FinetuneConfig, result: str, world: World)
         if out.exists():
             log.info("%s is complete; set run.dir to another folder to train anew", out)
         else:
-            # JSON is YAML, so this file can be given back to the verb.
+            # JSON is YAML, so this file can be given back to the command.
             write_text(run_dir / "config.yaml", json.dumps(asdict(config), indent=2) + "\n")
     world.wait()
     return run_dir, out

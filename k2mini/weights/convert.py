@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from k2mini.config import ModelConfig
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.quant import quantize_rows
-from k2mini.text.tokenizer import Tokenizer
 from k2mini.weights.formats import CheckpointReader, check_tensors
 from k2mini.weights.gguf_file import write_gguf
 from k2mini.weights.hf_config import int8_matrices, is_int8, read_model_config, scale_name, tensor_shapes

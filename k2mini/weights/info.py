@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from k2mini.config import ModelConfig
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.sizes import readable
-from k2mini.text.tokenizer import Tokenizer
 from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.convert import open_model
 from k2mini.weights.formats import CheckpointReader

@@ -1,4 +1,4 @@
-"""The shrunken demo, all stages: what it leaves, that it survives interruption, that its parts are the verbs."""
+"""The shrunken demo, all stages: what it leaves, that it survives interruption, that its parts are the commands."""
 
 import json
 import os

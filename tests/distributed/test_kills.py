@@ -39,8 +39,8 @@ def command(out, *overrides, ranks=0, restarts=0):
 
 def stage(number, out, *overrides, ranks=0):
     launcher = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks else [sys.executable]
-    verb = ["-m", "k2mini", "finetune", str(CONFIGS / f"tiny_stage{number}.yaml"), f"run.dir={out}"]
-    return [*launcher, *verb, "train.max_steps=24", "checkpoint.every=4", "train.val_every=8", *overrides]
+    command = ["-m", "k2mini", "finetune", str(CONFIGS / f"tiny_stage{number}.yaml"), f"run.dir={out}"]
+    return [*launcher, *command, "train.max_steps=24", "checkpoint.every=4", "train.val_every=8", *overrides]
 
 
 def start(*arguments, made_by=command, **options):

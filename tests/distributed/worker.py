@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from k2mini.build import training_model
 from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.data.batches import Blocks
+from k2mini.data.corpus import Documents
 from k2mini.distributed import connect, disconnect, local_part
 from k2mini.evaluation.score import Request, score
-from k2mini.text.batches import Blocks
-from k2mini.text.corpus import Documents
 from k2mini.training.loop import accumulate, local_batches, train
 from k2mini.training.metrics import read_metrics
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.prompts import get_template
 from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.terminal import Conversation, answer
-from k2mini.text.prompts import get_template
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,21 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
+from k2mini.data.batches import Examples
+from k2mini.data.instructions import read_examples
+from k2mini.data.prompts import get_template
 from k2mini.demo.pipeline import BASE, TEMPLATE
 from k2mini.demo.world import instructions, read_facts
 from k2mini.inference.generate import generate
 from k2mini.nn.lora import adapter_tensors
-from k2mini.text.batches import Examples
-from k2mini.text.instructions import read_examples
-from k2mini.text.prompts import get_template
 from k2mini.training.loop import accumulate, clip_gradients
 from k2mini.training.metrics import read_metrics
 from k2mini.training.optim import build_optimizer
 from k2mini.training.run import finetune
 from k2mini.weights.adapter import save_adapter
 from tests.conftest import asset
+from tests.data.test_packing import examples
 from tests.nn.test_lora import adapted, to_peft
-from tests.text.test_packing import examples
 from tests.training.test_loop import section
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from k2mini.config import CheckpointSection, TrainSection
+from k2mini.data.batches import Batch, Blocks
+from k2mini.data.corpus import Documents
 from k2mini.errors import StoppedBySignalError
-from k2mini.text.batches import Batch, Blocks
-from k2mini.text.corpus import Documents
 from k2mini.training.checkpoint import checkpoints
 from k2mini.training.loop import accumulate, train
 from k2mini.training.metrics import read_metrics

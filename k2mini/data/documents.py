@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from k2mini.text.tokenizer import Tokenizer
+from k2mini.data.tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".txt", ".md")
 

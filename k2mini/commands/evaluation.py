@@ -1,4 +1,4 @@
-"""The verbs `eval` and `compare`."""
+"""The commands `eval` and `compare`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+from k2mini.commands.common import load
 from k2mini.directories import make_writable
 from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.compare import compare, comparison_table, draw
@@ -19,11 +20,10 @@ from k2mini.evaluation.subjective import run_subjective, subjective_table
 from k2mini.files import read_json, write_text
 from k2mini.inference.questions import Decoding
 from k2mini.inference.sampling import Sampling
-from k2mini.verbs.common import load
 from k2mini.weights.formats import CheckpointReader, model_directory
 from k2mini.weights.manifest import model_fingerprint
 
-log = logging.getLogger("k2mini.verbs")
+log = logging.getLogger("k2mini.commands")
 
 
 def run_eval(options: argparse.Namespace) -> None:

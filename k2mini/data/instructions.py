@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from k2mini.data.batches import Example
+from k2mini.data.documents import read_jsonl
+from k2mini.data.prompts import Template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import read_json
-from k2mini.text.batches import Example
-from k2mini.text.documents import read_jsonl
-from k2mini.text.prompts import Template
-from k2mini.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
+from k2mini.data.corpus import Corpus, Documents, fingerprint, read_manifest
+from k2mini.data.documents import list_files, read_documents
+from k2mini.data.prepare import Settings, prepare
 from k2mini.files import sha256
-from k2mini.text.corpus import Corpus, Documents, fingerprint, read_manifest
-from k2mini.text.documents import list_files, read_documents
-from k2mini.text.prepare import Settings, prepare
 
 WORDS = ["granite", "basalt", "quartz", "is made of", "plates", "erodes", "### Instruction:"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from k2mini.config import IGNORE
-from k2mini.text.corpus import TokenSource
+from k2mini.data.corpus import TokenSource
 
 
 @dataclass(frozen=True)

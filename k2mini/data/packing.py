@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from k2mini.config import IGNORE
-from k2mini.text.batches import Batch, Example, Examples, without_weight
+from k2mini.data.batches import Batch, Example, Examples, without_weight
 
 MULTIPLE = 8  # rows are padded to a multiple of it, for the sake of GPUs
 

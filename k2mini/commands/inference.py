@@ -1,4 +1,4 @@
-"""The verbs `generate` and `chat`."""
+"""The commands `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
+from k2mini.commands.common import load
+from k2mini.data.prompts import get_template
 from k2mini.files import write_text
 from k2mini.inference import terminal
 from k2mini.inference.beam import Beams
@@ -15,10 +17,8 @@ from k2mini.inference.generate import check_length
 from k2mini.inference.questions import Decoding, answers, read_questions
 from k2mini.inference.sampling import Sampling
 from k2mini.progress import progress_bar
-from k2mini.text.prompts import get_template
-from k2mini.verbs.common import load
 
-log = logging.getLogger("k2mini.verbs")
+log = logging.getLogger("k2mini.commands")
 
 
 def _decoding(options: argparse.Namespace) -> Decoding:

@@ -1,4 +1,4 @@
-"""The verbs of weights: `merge`, `delta`, `convert`, `info`, `verify`."""
+"""The commands of weights: `merge`, `delta`, `convert`, `info`, `verify`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2mini.weights.formats import model_directory
 from k2mini.weights.info import describe_directory, inspect_directory
 from k2mini.weights.manifest import verify
 
-log = logging.getLogger("k2mini.verbs")
+log = logging.getLogger("k2mini.commands")
 
 
 def run_merge(options: argparse.Namespace) -> None:

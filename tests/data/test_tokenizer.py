@@ -3,7 +3,7 @@ import random
 import pytest
 import sentencepiece
 
-from k2mini.text.tokenizer import Tokenizer
+from k2mini.data.tokenizer import Tokenizer
 from tests.conftest import asset
 
 TEXTS = [

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from k2mini.text.prompts import TEMPLATES, get_template
+from k2mini.data.prompts import TEMPLATES, get_template
 
 # sha256 of prompt_input + NUL + prompt_no_input of templates/NAME.json in github.com/tloen/alpaca-lora at 8bb8579,
 # the same files as in K2's repository.

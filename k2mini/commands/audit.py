@@ -1,4 +1,4 @@
-"""The verb `audit`: lens, attention, attribute, patch, diff."""
+"""The command `audit`: lens, attention, attribute, patch, diff."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from k2mini.audit.reports import (
 )
 from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
 from k2mini.build import load_model
+from k2mini.commands.common import pick_device
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.geobench import read_benchmark
 from k2mini.files import write_text
 from k2mini.nn.llama import Llama
-from k2mini.text.tokenizer import Tokenizer
-from k2mini.verbs.common import pick_device
 from k2mini.weights.formats import model_directory
 
 

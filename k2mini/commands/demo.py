@@ -1,4 +1,4 @@
-"""The verb `demo`."""
+"""The command `demo`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import json
 import logging
 
+from k2mini.commands.common import set_threads
 from k2mini.demo import pipeline
 from k2mini.demo.report import answer_table, stage_table
-from k2mini.verbs.common import set_threads
 
-log = logging.getLogger("k2mini.verbs")
+log = logging.getLogger("k2mini.commands")
 
 
 def run_demo(options: argparse.Namespace) -> None:

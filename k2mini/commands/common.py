@@ -1,4 +1,4 @@
-"""What several verbs have in common: threads, device, model."""
+"""What several commands have in common: threads, device, model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import logging
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.compiled import compile_decoding
 from k2mini.nn.llama import Llama
-from k2mini.text.tokenizer import Tokenizer
 
-log = logging.getLogger("k2mini.verbs")
+log = logging.getLogger("k2mini.commands")
 
 
 def set_threads(options: argparse.Namespace) -> None:

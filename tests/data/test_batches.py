@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from k2mini.config import IGNORE
-from k2mini.text.batches import Blocks, Example, Examples, shuffled
-from k2mini.text.corpus import Documents
-from k2mini.text.documents import read_documents
-from k2mini.text.instructions import encode_example, read_examples, read_records
-from k2mini.text.prompts import get_template
+from k2mini.data.batches import Blocks, Example, Examples, shuffled
+from k2mini.data.corpus import Documents
+from k2mini.data.documents import read_documents
+from k2mini.data.instructions import encode_example, read_examples, read_records
+from k2mini.data.prompts import get_template
 
 DOCUMENTS = [[1, 10, 11, 12, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 2]]
 

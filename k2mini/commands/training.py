@@ -1,4 +1,4 @@
-"""The verbs of training: `prepare`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
+"""The commands of training: `prepare`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from k2mini.commands.common import pick_device
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.config_file import config_kind, load_config
+from k2mini.data.prepare import describe, prepare
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.sources import with_demo_files
 from k2mini.distributed import disconnect
 from k2mini.evaluation.asking import Asking
@@ -20,17 +23,14 @@ from k2mini.evaluation.report import summarise
 from k2mini.evaluation.run import evaluate
 from k2mini.nn.llama import Llama
 from k2mini.sizes import parse_size, readable
-from k2mini.text.prepare import describe, prepare
-from k2mini.text.tokenizer import Tokenizer
 from k2mini.training import metrics, run
 from k2mini.training.plan import BUDGET as PLAN_BUDGET
 from k2mini.training.plan import describe as describe_plan
 from k2mini.training.plan import plan_run, smallest_change
 from k2mini.training.plot import plot_losses
 from k2mini.training.preview import preview
-from k2mini.verbs.common import pick_device
 
-log = logging.getLogger("k2mini.verbs")
+log = logging.getLogger("k2mini.commands")
 
 
 def run_prepare(options: argparse.Namespace) -> None:
