@@ -29,11 +29,11 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
 
-    def sum(self, *values: float) -> list[float]:
+    def all_reduce(self, *values: float) -> list[float]:
         """Each value summed over all ranks, in float64; the same bits on all ranks."""
         if self.size == 1:
             return list(values)
@@ -41,7 +41,7 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
         if self.size == 1:
             return value
@@ -49,7 +49,7 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, on all ranks."""
         if self.size == 1:
             return [value]
@@ -57,7 +57,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier()

@@ -83,8 +83,8 @@ def measure(path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    largest = max(world.gather(peak))
-    if world.is_first:
+    largest = max(world.all_gather(peak))
+    if world.is_main:
         print(json.dumps({"peak": largest}))
     disconnect()
 

@@ -42,10 +42,10 @@ def save_checkpoint(
     """
     path = folder / f"step_{step:07}"
     beside = folder / f".{path.name}.tmp"
-    if world.is_first:
+    if world.is_main:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-    world.wait()
+    world.barrier()
     tensors: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -61,16 +61,16 @@ def save_checkpoint(
         error = failure
     try:
         hashes = {} if error else {file.name: sha256(file) for file in sorted(beside.glob(f"__{world.rank}_*"))}
-        parts = world.gather(error or hashes)
+        parts = world.all_gather(error or hashes)
         error = next((part for part in parts if isinstance(part, BaseException)), None)
-        if error is None and world.is_first:
+        if error is None and world.is_main:
             try:
                 _finish(beside, path, {**state, "step": step}, parts)
             except OSError as failure:
                 error = failure
-        error = world.share(error)
+        error = world.broadcast(error)
     finally:
-        if world.is_first:
+        if world.is_main:
             shutil.rmtree(beside, ignore_errors=True)
     if error is not None:
         raise OSError(f"{path} could not be saved ({error}); the checkpoints before it are untouched") from None
@@ -151,7 +151,7 @@ def check_files(path: Path, state: dict[str, Any], world: World) -> None:
             problems.append(f"{file} is missing")
         elif sha256(file) != digest:
             problems.append(f"{file} is not what was saved (its SHA-256 differs)")
-    found = [problem for part in world.gather(problems) for problem in part]
+    found = [problem for part in world.all_gather(problems) for problem in part]
     if found:
         raise ValueError(f"{found[0]}; resume from another checkpoint (checkpoint.resume)")
 

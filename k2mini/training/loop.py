@@ -97,7 +97,7 @@ def validation_loss(model: Llama, samples: Samples, batch_size: int, world: Worl
         count += batch.num_supervised()
     model.train(was_training)
     reshard(model)
-    total, count = world.sum(total, count)
+    total, count = world.all_reduce(total, count)
     return total / max(1, count)
 
 
@@ -162,10 +162,10 @@ def train(
     steps = total_steps(section, samples.num_samples)
     with _signals() as received, ExitStack() as stack:
         step, tokens = _resume(folder, checkpoint, model, optimizer, identity, world)
-        metrics = Metrics(run_dir, step, tensorboard=tensorboard) if world.is_first else None
-        watch, best = Watch(model, world), world.share(_best_loss(folder))
+        metrics = Metrics(run_dir, step, tensorboard=tensorboard) if world.is_main else None
+        watch, best = Watch(model, world), world.broadcast(_best_loss(folder))
         ahead = stack.enter_context(Ahead(lambda position: local_batches(samples, position, section, world)))
-        progress = stack.enter_context(progress_bar(steps, label, "steps", step, shown=world.is_first))
+        progress = stack.enter_context(progress_bar(steps, label, "steps", step, shown=world.is_main))
         model.train()
         while step < steps:
             start = time.perf_counter()
@@ -174,7 +174,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, section)
             numbers = _step(model, optimizer, batches, step, section, world)
-            seen, stop = world.sum(sum(batch.num_tokens() for batch in batches), bool(received))
+            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received))
             step, tokens = step + 1, tokens + int(seen)
             rate = seen / (time.perf_counter() - start)
             val_loss = None
@@ -199,7 +199,7 @@ def train(
                 best = min(best, val_loss if val_loss is not None else best)
                 state = {"identity": identity, "tokens": tokens, "val_loss": val_loss}
                 path = save_checkpoint(folder, step, model, optimizer, state, world)
-                if world.is_first:
+                if world.is_main:
                     prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
                 if stop and step < steps:
                     raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
@@ -219,8 +219,8 @@ def _step(
 
     Raises ValueError on all ranks, before any weight changes, where loss or gradient is not finite.
     """
-    (count,) = world.sum(sum(batch.num_supervised() for batch in batches))
-    (loss,) = world.sum(accumulate(model, batches, count, world))
+    (count,) = world.all_reduce(sum(batch.num_supervised() for batch in batches))
+    (loss,) = world.all_reduce(accumulate(model, batches, count, world))
     grad_norm = clip_gradients(model, section.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         first, last = step * section.global_batch_size, (step + 1) * section.global_batch_size - 1
@@ -257,7 +257,7 @@ def _resume(
     world: World,
 ) -> tuple[int, int]:
     """Load what `checkpoint.resume` says. Returns the step and the tokens seen so far."""
-    existing = world.share(checkpoints(folder))
+    existing = world.broadcast(checkpoints(folder))
     if section.resume == "none" and existing:
         raise ValueError(f"checkpoint.resume is none, but {folder} holds a run; remove it or set another run.dir")
     if section.resume == "none" or (section.resume == "auto" and not existing):
@@ -271,7 +271,7 @@ def _resume(
             "to start anew, restore what changed, or set checkpoint.ignore_changes to true"
         )
     load_checkpoint(path, model, optimizer, world)
-    if world.is_first:
+    if world.is_main:
         log.info("resuming from %s", path)
     return state["step"], state["tokens"]
 

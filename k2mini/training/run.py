@@ -81,9 +81,9 @@ def pretrain(
         evaluate=_evaluation(config, tokenizer, benchmark),
         eval_every=config.eval.every,
     )
-    if world.is_first:
+    if world.is_main:
         export(last, out, config.model.dtype)
-    world.wait()
+    world.barrier()
     return out
 
 
@@ -139,14 +139,14 @@ def finetune(
         evaluate=_evaluation(config, tokenizer, benchmark),
         eval_every=config.eval.every,
     )
-    if world.is_first:
+    if world.is_main:
         kept = best_checkpoint(last.parent) or last
         if kept != last:
             log.info("the adapter of the lowest validation loss is kept: %s", kept)
         stored = StoredModel(kept)
         adapters = {name: stored.tensor(name) for name in stored.names()}
         save_adapter(adapters, section, out, base=config.model.path)
-    world.wait()
+    world.barrier()
     return out
 
 
@@ -183,14 +183,14 @@ def _prepare(config: PretrainConfig | FinetuneConfig, result: str, world: World)
     """The run's directory, made, with the configuration in it; and where its result goes."""
     run_dir = Path(config.run.dir)
     out = run_dir / result
-    if world.is_first:
+    if world.is_main:
         make_writable(run_dir)
         if out.exists():
             log.info("%s is complete; set run.dir to another folder to train anew", out)
         else:
             # JSON is YAML, so this file can be given back to the command.
             write_text(run_dir / "config.yaml", json.dumps(asdict(config), indent=2) + "\n")
-    world.wait()
+    world.barrier()
     return run_dir, out
 
 
@@ -203,9 +203,9 @@ def _prepared(path: Path, config: PretrainConfig, tokenizer: Tokenizer, world: W
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in list_files([path])]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer.path)}".encode()).hexdigest()[:12]
         made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
-        if world.is_first and not is_prepared(made):
+        if world.is_main and not is_prepared(made):
             prepare([path], tokenizer.path, made, eos=config.data.eos)
-        world.wait()
+        world.barrier()
         path = made
     manifest = read_manifest(path)
     if manifest["tokenizer"] != sha256(tokenizer.path):

@@ -75,7 +75,7 @@ def run(
         evaluate=evaluate,
         eval_every=5,
     )
-    world.wait()
+    world.barrier()
     rows = read_metrics(out / "metrics.jsonl")
     return [[row[key] for key in ("loss", "grad_norm", "val_loss", "scored") if key in row] for row in rows]
 
@@ -93,7 +93,7 @@ def gradients(path, world, accumulation):
     training = section(world, accumulation=accumulation)
     model, _ = training_model(ModelSection(str(path), "float64"), training, ParallelSection(), world)
     batches = local_batches(Recorder(), 0, training, world)
-    (count,) = world.sum(sum(batch.num_supervised() for batch in batches))
+    (count,) = world.all_reduce(sum(batch.num_supervised() for batch in batches))
     accumulate(model, batches, count, world)
     found = {}
     for name, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ def main(path, out):
         "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
         "gradients": gradients(path, world, 1),
         "gradients_accumulated": gradients(path, world, 8 // world.size),
-        "kept": world.gather(sharding(path, world)),
+        "kept": world.all_gather(sharding(path, world)),
     }
     if world.size > 1:
         results["zero2"] = run(path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few)
@@ -132,7 +132,7 @@ def main(path, out):
             path, world, out / "replicated", parallel=ParallelSection(replicate=world.size), **few
         )
         results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", evaluate=scored, **few)
-    if world.is_first:
+    if world.is_main:
         (out / f"results_{world.size}.json").write_text(json.dumps(results))
     disconnect()
 
