@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-IGNORE = -100  # the label of a position that is not supervised (PyTorch's own default)
+IGNORE_INDEX = -100  # the label of a position that is not supervised (PyTorch's own default)
 
 
 @dataclass(frozen=True)

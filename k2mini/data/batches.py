@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from k2mini.config import IGNORE
+from k2mini.config import IGNORE_INDEX
 from k2mini.data.corpus import TokenSource
 
 
@@ -24,7 +24,7 @@ class Batch:
         tokens: (B, T) int64.
         positions: (B, T) int64, counting from 0 within each document, -1 where padded; None: one document a row,
             without padding.
-        labels: (B, T) int64, the token that each position should predict, or `IGNORE`.
+        labels: (B, T) int64, the token that each position should predict, or `IGNORE_INDEX`.
     """
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class Batch:
 
     def num_supervised(self) -> int:
         """Tokens that count in the loss."""
-        return int((self.labels != IGNORE).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
@@ -113,7 +113,7 @@ class Blocks:
         if not self.document_mask:
             return Batch(tokens[:, :-1], None, labels)
         offsets = torch.from_numpy(np.stack([part[1] for part in parts]))
-        labels[offsets[:, 1:] == 0] = IGNORE
+        labels[offsets[:, 1:] == 0] = IGNORE_INDEX
         # A document that began before its block counts from the block's first token.
         place = torch.arange(self.seq_len)
         return Batch(tokens[:, :-1], torch.minimum(offsets[:, :-1], place), labels)
@@ -160,7 +160,7 @@ class Examples:
         longest = max(len(row.tokens) for row in rows) - 1  # the last token predicts nothing
         tokens = torch.zeros(count, longest, dtype=torch.int64)
         positions = torch.full((count, longest), -1, dtype=torch.int64)
-        labels = torch.full((count, longest), IGNORE, dtype=torch.int64)
+        labels = torch.full((count, longest), IGNORE_INDEX, dtype=torch.int64)
         for index, row in enumerate(rows):
             length = len(row.tokens) - 1
             ids = torch.tensor(row.tokens)
@@ -173,7 +173,7 @@ class Examples:
 
 def without_weight(batch: Batch) -> Batch:
     """The same rows with nothing supervised, for a rank that has to keep step and has no data left."""
-    return Batch(batch.tokens, batch.positions, torch.full_like(batch.labels, IGNORE))
+    return Batch(batch.tokens, batch.positions, torch.full_like(batch.labels, IGNORE_INDEX))
 
 
 class Ahead:

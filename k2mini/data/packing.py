@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from k2mini.config import IGNORE
+from k2mini.config import IGNORE_INDEX
 from k2mini.data.batches import Batch, Example, Examples, without_weight
 
 MULTIPLE = 8  # rows are padded to a multiple of it, for the sake of GPUs
@@ -72,7 +72,7 @@ def packed_rows(rows: Sequence[Sequence[Example]]) -> Batch:
     length = -(-longest // MULTIPLE) * MULTIPLE
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.full((len(rows), length), -1, dtype=torch.int64)
-    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
     for index, row in enumerate(rows):
         start = 0
         for example in row:

@@ -272,7 +272,7 @@ class Llama(nn.Module):
 
         Args:
             tokens, positions: as in `forward`.
-            labels: (B, T) int64, the token that each position should predict, or `IGNORE`.
+            labels: (B, T) int64, the token that each position should predict, or `IGNORE_INDEX`.
         """
         return token_loss(self.model(tokens, positions), self.head_weight, labels)
 

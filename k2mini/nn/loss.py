@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k2mini.config import IGNORE
+from k2mini.config import IGNORE_INDEX
 from k2mini.nn.linear import product
 
 CHUNK_ROWS = 512  # positions whose logits exist at the same time
@@ -24,11 +24,11 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Args:
         hidden: (…, D), of the final norm.
         weight: (V, D), of the output head.
-        labels: (…) int64; the token that each position should predict, or `IGNORE`.
+        labels: (…) int64; the token that each position should predict, or `IGNORE_INDEX`.
 
     Returns: the sum in nats, in `promote_types(hidden.dtype, float32)`.
     """
-    supervised = labels != IGNORE
+    supervised = labels != IGNORE_INDEX
     hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return projected_loss(hidden, weight, labels)

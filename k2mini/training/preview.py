@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2mini.build import load_tokenizer
-from k2mini.config import IGNORE, FinetuneConfig, PretrainConfig
+from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig
 from k2mini.data.batches import Batch, Blocks, Examples
 from k2mini.data.corpus import Corpus, Documents, is_prepared
 from k2mini.data.documents import list_files, read_documents
@@ -61,7 +61,7 @@ def _table(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
     for position, token, label in zip(positions, tokens, labels, strict=True):
         if position < 0:
             continue
-        target = "" if label == IGNORE else f"{label:>6}  {tokenizer.piece(label)!r}"
+        target = "" if label == IGNORE_INDEX else f"{label:>6}  {tokenizer.piece(label)!r}"
         yield f"{position:>8}  {token:>6}  {tokenizer.piece(token)!r:<22} {target}".rstrip()
     count = batch.num_supervised()
     yield f"{batch.num_tokens()} tokens, {count} of them supervised"

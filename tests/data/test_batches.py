@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from k2mini.config import IGNORE
+from k2mini.config import IGNORE_INDEX
 from k2mini.data.batches import Blocks, Example, Examples, shuffled
 from k2mini.data.corpus import Documents
 from k2mini.data.documents import read_documents
@@ -28,7 +28,7 @@ def test_blocks_keep_documents_apart():
     assert batch.tokens.tolist() == [[1, 10, 11, 12, 2, 1, 20], [2, 1, 30, 31, 32, 33, 34]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 0, 1, 2, 3, 4, 5]]
     # The last token of a document does not predict the next one's first; a block predicts the next block's first.
-    assert batch.labels.tolist() == [[10, 11, 12, 2, IGNORE, 20, 2], [IGNORE, 30, 31, 32, 33, 34, 2]]
+    assert batch.labels.tolist() == [[10, 11, 12, 2, IGNORE_INDEX, 20, 2], [IGNORE_INDEX, 30, 31, 32, 33, 34, 2]]
 
 
 def test_k2s_scheme_runs_across_documents():
@@ -56,7 +56,7 @@ def test_examples_are_padded_and_masked():
     batch = data.batch(0, 2)
     assert batch.tokens.tolist() == [[1, 5, 6, 7], [1, 8, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
-    assert batch.labels.tolist() == [[IGNORE, IGNORE, 7, 2], [8, 2, IGNORE, IGNORE]]
+    assert batch.labels.tolist() == [[IGNORE_INDEX, IGNORE_INDEX, 7, 2], [8, 2, IGNORE_INDEX, IGNORE_INDEX]]
     assert batch.num_supervised() == 4
 
 

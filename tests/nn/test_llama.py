@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from k2mini.build import load_model, meta_model
-from k2mini.config import IGNORE, PRESETS
+from k2mini.config import IGNORE_INDEX, PRESETS
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, document_lengths
 from tests.conftest import tiny_config, tiny_llama
@@ -151,7 +151,7 @@ def test_documents_one_by_one_equal_documents_under_a_mask(shape):
     )
     assert document_lengths(positions) == [4, 2, 1, 3, 2, 5, 3, 3, 7]
     tokens, labels = tokens_like(shape, 3, 10), tokens_like(shape, 3, 10, seed=1)
-    labels[positions < 0] = IGNORE
+    labels[positions < 0] = IGNORE_INDEX
     results = []
     for by_document in (False, True):
         model.model.by_document = by_document

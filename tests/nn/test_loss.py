@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2mini.config import IGNORE
+from k2mini.config import IGNORE_INDEX
 from k2mini.nn.loss import CHUNK_ROWS, token_loss
 
 
@@ -13,7 +13,7 @@ def rows(count, dim=6, vocab=11, dtype=torch.float64):
     hidden = torch.randn(2, count, dim, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, dim, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(vocab, (2, count), generator=generator)
-    labels[torch.rand(2, count, generator=generator) < 0.3] = IGNORE
+    labels[torch.rand(2, count, generator=generator) < 0.3] = IGNORE_INDEX
     return hidden, weight, labels
 
 
@@ -47,7 +47,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 def test_nothing_supervised_is_a_loss_of_zero_with_gradients_of_zero():
     hidden, weight, labels = rows(5)
-    total = token_loss(hidden, weight, torch.full_like(labels, IGNORE))
+    total = token_loss(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
     total.backward()
     assert total == 0
     assert not hidden.grad.any()
