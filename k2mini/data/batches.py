@@ -176,7 +176,7 @@ def without_weight(batch: Batch) -> Batch:
     return Batch(batch.tokens, batch.positions, torch.full_like(batch.labels, IGNORE_INDEX))
 
 
-class Ahead:
+class Prefetcher:
     """Makes the next step's batches in the background while this one's are computed on.
 
     Args:
@@ -197,7 +197,7 @@ class Ahead:
         self._pending = None if following is None else (following, self._pool.submit(self._make, following))
         return batches
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_error: object) -> None:

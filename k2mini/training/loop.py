@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from k2mini.config import CheckpointSection, TrainSection
-from k2mini.data.batches import Ahead, Batch, Samples, without_weight
+from k2mini.data.batches import Prefetcher, Batch, Samples, without_weight
 from k2mini.distributed import World, reshard
 from k2mini.errors import StoppedBySignalError
 from k2mini.nn.llama import Llama
@@ -164,13 +164,13 @@ def train(
         step, tokens = _resume(folder, checkpoint, model, optimizer, identity, world)
         metrics = Metrics(run_dir, step, tensorboard=tensorboard) if world.is_main else None
         watch, best = Watch(model, world), world.broadcast(_best_loss(folder))
-        ahead = stack.enter_context(Ahead(lambda position: local_batches(samples, position, section, world)))
+        prefetcher = stack.enter_context(Prefetcher(lambda position: local_batches(samples, position, section, world)))
         progress = stack.enter_context(progress_bar(steps, label, "steps", step, shown=world.is_main))
         model.train()
         while step < steps:
             start = time.perf_counter()
             torch.manual_seed(_draw_seed(seed, step, world.rank))
-            batches = ahead.get(step * batch_size, (step + 1) * batch_size if step + 1 < steps else None)
+            batches = prefetcher.get(step * batch_size, (step + 1) * batch_size if step + 1 < steps else None)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, section)
             numbers = _step(model, optimizer, batches, step, section, world)
