@@ -33,7 +33,7 @@ from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.loss import token_loss
 from k2mini.training.loop import accumulate, clip_gradients
 from k2mini.training.optim import build_optimizer
-from k2mini.training.watch import peak_flops
+from k2mini.training.throughput import peak_flops
 
 CONFIG = ModelConfig(
     dim=512,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from k2mini.config import CheckpointSection, TrainSection
-from k2mini.data.batches import Prefetcher, Batch, Samples, without_weight
+from k2mini.data.batches import Batch, Prefetcher, Samples, without_weight
 from k2mini.distributed import World, reshard
 from k2mini.errors import StoppedBySignalError
 from k2mini.nn.llama import Llama
@@ -25,7 +25,7 @@ from k2mini.progress import progress_bar
 from k2mini.training.checkpoint import best_checkpoint, checkpoints, load_checkpoint, prune, read_state, save_checkpoint
 from k2mini.training.metrics import Metrics
 from k2mini.training.optim import build_optimizer, lr_at
-from k2mini.training.watch import Watch
+from k2mini.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def train(
     with _signals() as received, ExitStack() as stack:
         step, tokens = _resume(folder, checkpoint, model, optimizer, identity, world)
         metrics = Metrics(run_dir, step, tensorboard=tensorboard) if world.is_main else None
-        watch, best = Watch(model, world), world.broadcast(_best_loss(folder))
+        throughput, best = Throughput(model, world), world.broadcast(_best_loss(folder))
         prefetcher = stack.enter_context(Prefetcher(lambda position: local_batches(samples, position, section, world)))
         progress = stack.enter_context(progress_bar(steps, label, "steps", step, shown=world.is_main))
         model.train()
@@ -184,7 +184,7 @@ def train(
                 metrics.write(step, **numbers, tokens=tokens, tokens_per_second=round(rate, 1))
                 if val_loss is not None:
                     metrics.write(step, val_loss=val_loss)
-                line = f"loss {numbers['loss']:.3f}, lr {numbers['lr']:.1e}, {watch.line(rate)}"
+                line = f"loss {numbers['loss']:.3f}, lr {numbers['lr']:.1e}, {throughput.line(rate)}"
                 progress.set_postfix_str(line, refresh=False)
                 progress.update()
             if evaluate is not None and eval_every and (step == steps or step % eval_every == 0):

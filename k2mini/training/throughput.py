@@ -1,4 +1,4 @@
-"""What people watch beside the loss: tokens a second, how much of the device's arithmetic is used, memory."""
+"""What people throughput beside the loss: tokens a second, how much of the device's arithmetic is used, memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2mini.nn.llama import Llama
 PEAKS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12}
 
 
-class Watch:
+class Throughput:
     """Numbers for the progress line of one rank's device.
 
     MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the arithmetic that the tokens need, without what is
