@@ -29,8 +29,8 @@ from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss
 from k2mini.nn.quant import quantize_blocks
 from k2mini.sizes import readable
-from k2mini.training.alive import Alive
 from k2mini.training.loop import rank_share
+from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.optim import build_optimizer
 from k2mini.weights.formats import model_directory
 from k2mini.weights.hf_config import read_model_config
@@ -169,9 +169,9 @@ def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple
 
         model.train()
         step()  # the first step makes the optimiser's state; the tracker is to see it as given
-        with Alive(model, optimizer) as alive:
+        with MemoryTracker(model, optimizer) as tracker:
             step()
-    return alive.peak, sum(counts[0]), sum(counts[1]), alive.kinds()
+    return tracker.peak, sum(counts[0]), sum(counts[1]), tracker.kinds()
 
 
 def _of_dtype(shape: ModelConfig, dtype: torch.dtype) -> _Planned:

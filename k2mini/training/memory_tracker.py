@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from k2mini.distributed import local_part
 
 
-class Alive(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that are alive, as operations make them and references to them go.
 
     FSDP lets go of gathered weights by resizing their storage to nothing, so that is watched as well.
@@ -36,7 +36,7 @@ class Alive(TorchDispatchMode):
         tree_map_only(Tensor, self._see, out)
         return out
 
-    def __enter__(self) -> Alive:
+    def __enter__(self) -> MemoryTracker:
         self._resize = resize = torch.UntypedStorage.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> Any:
