@@ -13,7 +13,7 @@ from k2mini.config import ModelConfig
 GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
 
 
-class Past(NamedTuple):
+class LayerCache(NamedTuple):
     """One layer's keys and values, and where those of the new tokens go.
 
     Attributes:
@@ -164,10 +164,10 @@ class KVCache:
         slots = torch.arange(end, device=device)
         return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
 
-    def past(self, layer: int) -> Past:
+    def layer(self, layer: int) -> LayerCache:
         """One layer's part, for the tokens last announced to `advance`."""
         whole = self.fixed and isinstance(self._slots, Tensor) and self._slots.shape[1] == 1
-        return Past(self.keys[layer], self.values[layer], self._slots, None if whole else self.length)
+        return LayerCache(self.keys[layer], self.values[layer], self._slots, None if whole else self.length)
 
     def truncate(self, length: int) -> None:
         """Forget every row's tokens from position `length` on."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
 from k2mini.nn.compiled import attend_once, attends_once
-from k2mini.nn.kv_cache import KVCache, Past
+from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.linear import Embedding, Linear, product
 from k2mini.nn.loss import token_loss
 from k2mini.nn.rope import rotary_tables, rotate
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -78,10 +78,10 @@ class Attention(nn.Module):
         if isinstance(mask, list):
             out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
             return self.o_proj(out.view(batch_size, num_tokens, -1))
-        if past is None:
+        if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
         else:
-            k, v = past.append(k, v)  # (B, K, S, E)
+            k, v = cache.append(k, v)  # (B, K, S, E)
         q = q.transpose(1, 2)  # (B, H, T, E)
         if attends_once(q, k):
             out = attend_once(q, k, v, mask)
@@ -141,13 +141,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.tap is None:
-            x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
             return x + self.mlp(self.post_attention_layernorm(x))
         x = self.tap("residual_in", x)
-        x = self.tap("residual_mid", x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past))
+        x = self.tap("residual_mid", x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         return self.tap("residual_out", x + self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -212,14 +212,14 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(positions, self.config, x.dtype)
         decode = self.decode_block if num_tokens == 1 and cache is not None and cache.fixed else None
         for index, layer in enumerate(self.layers):
-            past = cache.past(index) if cache is not None else None
+            layer_cache = cache.layer(index) if cache is not None else None
             if decode is not None:
-                x = decode(layer, x, cos, sin, mask, past)
+                x = decode(layer, x, cos, sin, mask, layer_cache)
             elif self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Chen et al. 2016, arXiv 1604.06174: only the block's input is kept.
-                x = checkpoint(layer, x, cos, sin, mask, past, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, layer_cache, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, past)
+                x = layer(x, cos, sin, mask, layer_cache)
         return self.norm(x) if self.tap is None else self.tap("final_norm", self.norm(x))
 
 

@@ -50,6 +50,6 @@ def test_padding_reaches_no_row():
     cache.advance(3, positions)
     key = torch.ones(2, 3, 4, 16)
     key[1, :2] = torch.nan
-    keys, _ = cache.past(0).append(key, key)
+    keys, _ = cache.layer(0).append(key, key)
     assert torch.isfinite(keys).all()
     assert cache.lengths.tolist() == [3, 1]
