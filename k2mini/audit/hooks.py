@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from k2mini.nn.llama import Llama, Mask, Tap
+from k2mini.nn.llama import Llama, Mask, Hook
 
 WITHIN = {
     "self_attn": (
@@ -91,7 +91,7 @@ class _Hooks:
         return tensor
 
     def install(self) -> None:
-        """Put taps where a handler wants something, and take them away elsewhere."""
+        """Put hooks where a handler wants something, and take them away elsewhere."""
         wanted = {name for points, _, _ in self.handlers for name in points}
         edited = {name for points, _, edits in self.handlers if edits for name in points}
         parts: list[tuple[nn.Module, str, Sequence[str]]] = [
@@ -104,15 +104,15 @@ class _Hooks:
             for child, within in (("self_attn", "attention."), ("mlp", "mlp.")):
                 parts.append((block.get_submodule(child), prefix + within, [p[len(within) :] for p in WITHIN[child]]))
             attention, pattern = block.get_submodule("self_attn"), prefix + "attention.pattern"
-            attention.__dict__.pop("explicit", None)
+            attention.__dict__.pop("attention_override", None)
             if pattern in wanted:
-                attention.__dict__["explicit"] = _attend_editing if pattern in edited else _attend_looking
+                attention.__dict__["attention_override"] = _attend_editing if pattern in edited else _attend_looking
         for module, prefix, points in parts:
-            module.__dict__.pop("tap", None)
+            module.__dict__.pop("hook", None)
             if any(prefix + point in wanted for point in points):
-                module.__dict__["tap"] = self._tap(prefix)
+                module.__dict__["hook"] = self._hook(prefix)
 
-    def _tap(self, prefix: str) -> Tap:
+    def _hook(self, prefix: str) -> Hook:
         return lambda point, tensor: self.visit(prefix + point, tensor)
 
 
@@ -201,14 +201,14 @@ def _pattern(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     return scores.softmax(dim=-1).to(q.dtype)
 
 
-def _attend_looking(tap: Tap, q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor) -> Tensor:
+def _attend_looking(hook: Hook, q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor) -> Tensor:
     """Compute the pattern for whoever asks, and let the model's own result stand."""
-    tap("pattern", _pattern(q, k, mask))
+    hook("pattern", _pattern(q, k, mask))
     return out
 
 
-def _attend_editing(tap: Tap, q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor) -> Tensor:
+def _attend_editing(hook: Hook, q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor) -> Tensor:
     """Attend with the pattern that the edits leave. Returns (B, T, H, E)."""
-    pattern = tap("pattern", _pattern(q, k, mask))  # (B, H, T, S)
+    pattern = hook("pattern", _pattern(q, k, mask))  # (B, H, T, S)
     v = v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)  # (B, H, S, E)
     return (pattern @ v.to(pattern.dtype)).transpose(1, 2).to(out.dtype)

@@ -26,7 +26,7 @@ Mask = Tensor | list[int] | None
 
 
 # Who looks on, or edits (audit/hooks.py): called with a point's name and its tensor, it returns the one to go on with.
-Tap = Callable[[str, Tensor], Tensor]
+Hook = Callable[[str, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -51,8 +51,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and, where K < H, grouped queries (Ainslie et al. 2023)."""
 
-    tap: Tap | None = None
-    explicit: Callable[[Tap, Tensor, Tensor, Tensor, Mask, Tensor], Tensor] | None = (
+    hook: Hook | None = None
+    attention_override: Callable[[Hook, Tensor, Tensor, Tensor, Mask, Tensor], Tensor] | None = (
         None  # set where patterns are asked for
     )
 
@@ -73,8 +73,8 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, T, H, E)
         k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, T, K, E)
         v = self.v_proj(x).view(heads)  # (B, T, K, E)
-        if self.tap is not None:
-            q, k, v = self.tap("q", q), self.tap("k", k), self.tap("v", v)
+        if self.hook is not None:
+            q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)
         if isinstance(mask, list):
             out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
             return self.o_proj(out.view(batch_size, num_tokens, -1))
@@ -89,12 +89,12 @@ class Attention(nn.Module):
             causal = mask is None and num_tokens > 1
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         out = out.transpose(1, 2)  # (B, T, H, E)
-        if self.tap is None:
+        if self.hook is None:
             return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
-        if self.explicit is not None:
-            out = self.explicit(self.tap, q, k, v, mask, out)
-        out = self.tap("head_out", out)
-        return self.tap("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
+        if self.attention_override is not None:
+            out = self.attention_override(self.hook, q, k, v, mask, out)
+        out = self.hook("head_out", out)
+        return self.hook("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
 
     def _by_document(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         """Causal attention within each document of packed rows: what a mask would hide is not computed.
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6)."""
 
-    tap: Tap | None = None
+    hook: Hook | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,16 +123,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        if self.tap is None:
+        if self.hook is None:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        gate, up = self.tap("gate", self.gate_proj(x)), self.tap("up", self.up_proj(x))
-        return self.tap("out", self.down_proj(self.tap("hidden", F.silu(gate) * up)))
+        gate, up = self.hook("gate", self.gate_proj(x)), self.hook("up", self.up_proj(x))
+        return self.hook("out", self.down_proj(self.hook("hidden", F.silu(gate) * up)))
 
 
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    tap: Tap | None = None
+    hook: Hook | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,12 +143,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        if self.tap is None:
+        if self.hook is None:
             x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
             return x + self.mlp(self.post_attention_layernorm(x))
-        x = self.tap("residual_in", x)
-        x = self.tap("residual_mid", x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
-        return self.tap("residual_out", x + self.mlp(self.post_attention_layernorm(x)))
+        x = self.hook("residual_in", x)
+        x = self.hook("residual_mid", x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        return self.hook("residual_out", x + self.mlp(self.post_attention_layernorm(x)))
 
 
 def document_mask(positions: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def document_lengths(positions: Tensor) -> list[int]:
 class Decoder(nn.Module):
     """Embedding, blocks and the final norm: tokens to hidden states."""
 
-    tap: Tap | None = None
+    hook: Hook | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -207,8 +207,8 @@ class Decoder(nn.Module):
         else:
             positions, mask = torch.arange(num_tokens, device=tokens.device).unsqueeze(0), None
         x = self.embed_tokens(tokens)  # (B, T, D)
-        if self.tap is not None:
-            x = self.tap("embed", x)
+        if self.hook is not None:
+            x = self.hook("embed", x)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
         decode = self.decode_block if num_tokens == 1 and cache is not None and cache.fixed else None
         for index, layer in enumerate(self.layers):
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, cos, sin, mask, layer_cache, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, layer_cache)
-        return self.norm(x) if self.tap is None else self.tap("final_norm", self.norm(x))
+        return self.norm(x) if self.hook is None else self.hook("final_norm", self.norm(x))
 
 
 class Llama(nn.Module):
@@ -229,7 +229,7 @@ class Llama(nn.Module):
     A new one has no values yet: load a checkpoint into it, or call `init_weights`.
     """
 
-    tap: Tap | None = None
+    hook: Hook | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class Llama(nn.Module):
         hidden = self.model(tokens, positions, cache)
         if self.decode_logits is not None and cache is not None and cache.fixed and tokens.shape[1] == 1:
             return self.decode_logits(self, hidden)
-        return self.logits(hidden) if self.tap is None else self.tap("logits", self.logits(hidden))
+        return self.logits(hidden) if self.hook is None else self.hook("logits", self.logits(hidden))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """What `forward` makes logits of: the final norm's output, (B, T, D)."""
