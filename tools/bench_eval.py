@@ -20,8 +20,8 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.asking import Asker, Asking
 from k2mini.evaluation.geobench import load_geobench
+from k2mini.evaluation.instances import EvalConfig, PromptBuilder
 from k2mini.evaluation.questions import Question
 from k2mini.evaluation.run import evaluate
 from k2mini.nn.llama import Llama
@@ -32,25 +32,25 @@ Answers = list[str | None]
 def k2_loop(reference: Any, requests: list[Any]) -> Answers:
     """K2's loop: a forward a question, the softmax at its end read at the letters."""
     answers: Answers = []
-    for asked in requests:
+    for instance in requests:
         with torch.inference_mode():
-            logits = reference(torch.tensor([asked.request.prefix])).logits[0, -1]
+            logits = reference(torch.tensor([instance.request.prefix])).logits[0, -1]
         probabilities = logits.float().softmax(-1)
-        found = [probabilities[ids[0]].item() for ids in asked.ids]
-        answers.append(asked.question.labels[asked.scored[found.index(max(found))]])
+        found = [probabilities[ids[0]].item() for ids in instance.ids]
+        answers.append(instance.question.labels[instance.scored[found.index(max(found))]])
     return answers
 
 
 def harness(backend: Any, tokenizer: Tokenizer, requests: list[Any]) -> Answers:
     """lm-eval's log-likelihoods of every option, on token ids, so that its tokenizer does not matter."""
-    flat = [(("", ""), list(asked.request.prefix), ids) for asked in requests for ids in asked.ids]
+    flat = [(("", ""), list(instance.request.prefix), ids) for instance in requests for ids in instance.ids]
     scores = [score for score, _ in backend._loglikelihood_tokens(flat, disable_tqdm=True)]
     answers: Answers = []
     place = 0
-    for asked in requests:
-        mine = scores[place : place + len(asked.ids)]
-        place += len(asked.ids)
-        answers.append(asked.question.labels[asked.scored[mine.index(max(mine))]])
+    for instance in requests:
+        mine = scores[place : place + len(instance.ids)]
+        place += len(instance.ids)
+        answers.append(instance.question.labels[instance.scored[mine.index(max(mine))]])
     return answers
 
 
@@ -66,17 +66,17 @@ def compare(
     model: Llama,
     tokenizer: Tokenizer,
     questions: list[Question],
-    asking: Asking,
+    config: EvalConfig,
     peer: Callable[[list[Any]], Answers],
     number: int,
 ) -> None:
     """Both in turns."""
-    asker = Asker(questions, asking, tokenizer, model.config.max_seq_len)
-    requests = [asker.ask(question) for question in questions]
+    builder = PromptBuilder(questions, config, tokenizer, model.config.max_seq_len)
+    requests = [builder.build(question) for question in questions]
     ratios, same = [], True
     for _ in range(number):
         start = time.perf_counter()
-        ours = [result.prediction for result in evaluate(model, tokenizer, questions, asking)]
+        ours = [result.prediction for result in evaluate(model, tokenizer, questions, config)]
         middle = time.perf_counter()
         theirs = peer(requests)
         ratios.append((time.perf_counter() - middle) / (middle - start))
@@ -115,10 +115,10 @@ def main() -> None:
         print("lm-eval is not installed, so its backend was not measured")
     for form, what in (("", "without"), ("_wa", "with")):
         shots = options.geobench / f"multiple_choice_samples{form}.txt"
-        asking = Asking("letter", f"k2{form}", shots_file=str(shots))
+        config = EvalConfig("letter", f"k2{form}", fewshot_file=str(shots))
         label = f"four examples, {what} 'The answer is'"
         compare(
-            f"{label}: K2's loop", model, tokenizer, questions, asking, lambda r: k2_loop(reference, r), options.pairs
+            f"{label}: K2's loop", model, tokenizer, questions, config, lambda r: k2_loop(reference, r), options.pairs
         )
         if backend is not None:
             compare(
@@ -126,7 +126,7 @@ def main() -> None:
                 model,
                 tokenizer,
                 questions,
-                asking,
+                config,
                 lambda r: harness(backend, tokenizer, r),
                 options.pairs,
             )

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from k2mini.nn.llama import Llama, Mask, Hook
+from k2mini.nn.llama import Hook, Llama, Mask
 
 WITHIN = {
     "self_attn": (

@@ -21,8 +21,8 @@ from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
 from k2mini.build import load_model
 from k2mini.commands.common import pick_device
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.geobench import read_benchmark
+from k2mini.evaluation.instances import EvalConfig
 from k2mini.files import write_text
 from k2mini.nn.llama import Llama
 from k2mini.weights.formats import model_directory
@@ -52,8 +52,8 @@ def _read_prompt(options: argparse.Namespace) -> None:
             tasks = Counter(known for known, _ in questions)
             there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
             raise ValueError(f"{file} has no question {task} {number}; it has {there}")
-        asking, question = Asking(template=options.template or "alpaca"), questions[task, number]
-        options.prompt = asking.prompt(question)
+        config, question = EvalConfig(template=options.template or "alpaca"), questions[task, number]
+        options.prompt = config.prompt(question)
         if getattr(options, "target", "") is None:
             options.target = question.answer
     elif options.template is not None:

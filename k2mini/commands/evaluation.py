@@ -10,9 +10,9 @@ from typing import Any
 
 from k2mini.commands.common import load
 from k2mini.directories import make_writable
-from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.compare import compare, comparison_table, draw
 from k2mini.evaluation.geobench import SUBJECTIVE, load_subjective, read_benchmark
+from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import text_perplexity
 from k2mini.evaluation.report import table
 from k2mini.evaluation.run import run_benchmark
@@ -32,7 +32,7 @@ def run_eval(options: argparse.Namespace) -> None:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
     if not options.benchmark and not options.perplexity:
         raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
-    asking = Asking(
+    config = EvalConfig(
         options.scoring,
         options.template,
         options.answer_prefix.replace("\\n", "\n"),
@@ -64,7 +64,7 @@ def run_eval(options: argparse.Namespace) -> None:
             model,
             tokenizer,
             questions,
-            asking,
+            config,
             name=str(options.model) + (f" + {options.adapter}" if options.adapter else ""),
             out=options.out,
             fingerprint=fingerprint,

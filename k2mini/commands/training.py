@@ -17,8 +17,8 @@ from k2mini.data.prepare import describe, prepare
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.sources import with_demo_files
 from k2mini.distributed import disconnect
-from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.geobench import read_benchmark
+from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.report import summarise
 from k2mini.evaluation.run import evaluate
 from k2mini.nn.llama import Llama
@@ -75,13 +75,13 @@ def _benchmark(config: PretrainConfig | FinetuneConfig) -> run.Benchmark | None:
     section = config.eval
     if not section.every:
         return None
-    asking = Asking(section.scoring, section.template, section.answer_prefix)
+    eval_config = EvalConfig(section.scoring, section.template, section.answer_prefix)
     questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
 
     def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
-        results = evaluate(model, tokenizer, questions, asking, shown=_is_first())
-        summaries = summarise(questions, results, asking.settings())
+        results = evaluate(model, tokenizer, questions, eval_config, shown=_is_first())
+        summaries = summarise(questions, results, eval_config.settings())
         return {f"accuracy/{row['task']}": row["accuracy"] for row in summaries}
 
     return benchmark

@@ -30,8 +30,8 @@ from k2mini.demo.phrases import ANSWER
 from k2mini.demo.report import write_report
 from k2mini.demo.world import world_files
 from k2mini.directories import make_writable, new_directory
-from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.geobench import load_geobench
+from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
 from k2mini.evaluation.run import run_benchmark
@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 BASE = Path(__file__).parent / "base"
 TEMPLATE = "alpaca_short"
-ASKINGS = {
-    "text": Asking("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
-    "letter": Asking("letter", TEMPLATE, ANSWER),
+EVAL_CONFIGS = {
+    "text": EvalConfig("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
+    "letter": EvalConfig("letter", TEMPLATE, ANSWER),
 }
 NUM_ANSWERS = 3
 
@@ -237,7 +237,7 @@ def _judge(out: Path, stage: Stage) -> None:
     model, tokenizer = load_model(stage.model, stage.adapter)
     assert tokenizer is not None
     result: dict[str, Any] = {}
-    for kind, asking in ASKINGS.items():
+    for kind, config in EVAL_CONFIGS.items():
         for part in ("seen", "unseen"):
             files = [out / "data" / f"questions_{layout}_{part}.json" for layout in ("npee", "ap")]
             questions = [question for file in files for question in load_geobench(file)]
@@ -245,7 +245,7 @@ def _judge(out: Path, stage: Stage) -> None:
                 model,
                 tokenizer,
                 questions,
-                asking,
+                config,
                 name=stage.name,
                 out=folder / f"{kind}_{part}",
                 label=f"{stage.name}: {kind}, {part}",

@@ -12,7 +12,7 @@ import torch
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.directories import make_writable
-from k2mini.evaluation.asking import Asked, Asker, Asking
+from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.questions import Question
 from k2mini.evaluation.report import Result, markdown, summarise
 from k2mini.evaluation.score import score
@@ -27,7 +27,7 @@ def evaluate(
     model: Llama,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
-    asking: Asking,
+    config: EvalConfig,
     label: str = "eval",
     *,
     batch_size: int = 16,
@@ -47,15 +47,15 @@ def evaluate(
     """
     done = _read_journal(journal) if journal is not None else {}
     tasks = dict.fromkeys(question.task for question in questions)
-    askers = {
-        task: Asker([q for q in questions if q.task == task], asking, tokenizer, model.config.max_seq_len)
+    builders = {
+        task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
         for task in tasks
     }
-    asked = [askers[q.task].ask(q) for q in questions if (q.task, q.index) not in done]
-    pending = [entry for entry in asked if entry.request is not None]
-    for entry in asked:
+    instances = [builders[q.task].build(q) for q in questions if (q.task, q.index) not in done]
+    pending = [entry for entry in instances if entry.request is not None]
+    for entry in instances:
         if entry.request is None:
-            result = _result(entry, [], asking)
+            result = _result(entry, [], config)
             done[result.task, result.index] = result
     requests = [entry.request for entry in pending if entry.request is not None]
     file = journal.open("a", encoding="utf-8") if journal is not None else None
@@ -63,7 +63,7 @@ def evaluate(
         done_before = len(questions) - len(pending)
         with progress_bar(len(questions), label, "questions", done_before, shown=shown) as progress:
             for place, logprobs in score(model, requests, batch_size=batch_size, share=share):
-                result = _result(pending[place], logprobs, asking)
+                result = _result(pending[place], logprobs, config)
                 done[result.task, result.index] = result
                 if file is not None:
                     file.write(result.line() + "\n")
@@ -75,28 +75,28 @@ def evaluate(
     return [done[question.task, question.index] for question in questions]
 
 
-def _result(asked: Asked, scores: Sequence[float], asking: Asking) -> Result:
-    question = asked.question
+def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> Result:
+    question = instance.question
     logprobs: list[float | None] = [None] * len(question.labels)
     token_ids: list[list[int]] = [[] for _ in question.labels]
     prediction = None
-    for place, ids, logprob in zip(asked.scored, asked.ids, scores, strict=True):
+    for place, ids, logprob in zip(instance.scored, instance.ids, scores, strict=True):
         if place < len(logprobs):  # K2's count of capitals may run beyond the options
             logprobs[place], token_ids[place] = logprob, ids
     if scores:
-        texts = asking.options(question)
+        texts = config.options(question)
         lengths = [1] * len(scores)
-        if asking.scoring == "text" and not question.is_true_false and asking.normalize != "none":
-            by_byte = asking.normalize == "byte"
+        if config.scoring == "text" and not question.is_true_false and config.normalize != "none":
+            by_byte = config.normalize == "byte"
             lengths = [
                 len(texts[place].encode()) if by_byte else len(ids)
-                for place, ids in zip(asked.scored, asked.ids, strict=True)
+                for place, ids in zip(instance.scored, instance.ids, strict=True)
             ]
         normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
-        best = asked.scored[normalised.index(max(normalised))]
+        best = instance.scored[normalised.index(max(normalised))]
         prediction = question.labels[best] if best < len(question.labels) else chr(ord("A") + best)
     return Result(
-        question.task, question.index, question.answer, prediction, logprobs, token_ids, asked.dropped, asked.cut
+        question.task, question.index, question.answer, prediction, logprobs, token_ids, instance.dropped, instance.cut
     )
 
 
@@ -120,7 +120,7 @@ def run_benchmark(
     model: Llama,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
-    asking: Asking,
+    config: EvalConfig,
     *,
     name: str,
     out: Path | None = None,
@@ -140,14 +140,14 @@ def run_benchmark(
     if out is not None:
         make_writable(out)
         journal = out / RESULTS
-        _check_settings(out, {"model": fingerprint or name, **asking.settings()})
-    results = evaluate(model, tokenizer, questions, asking, label, batch_size=batch_size, journal=journal)
+        _check_settings(out, {"model": fingerprint or name, **config.settings()})
+    results = evaluate(model, tokenizer, questions, config, label, batch_size=batch_size, journal=journal)
     report = {
         "model": name,
         "fingerprint": fingerprint,
-        "seed": asking.seed,
+        "seed": config.seed,
         "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
-        "tasks": summarise(questions, results, asking.settings()),
+        "tasks": summarise(questions, results, config.settings()),
     }
     if out is not None:
         write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from k2mini.evaluation.asking import Asking
 from k2mini.evaluation.geobench import SUBJECTIVE, load_geobench, load_subjective
+from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.questions import audit, load_questions
 
 
@@ -27,7 +27,7 @@ def test_choice_questions_are_asked_as_published(geobench):
 
 def test_ways_to_ask(geobench):
     ap = load_geobench(geobench["ap"])[1]
-    letter, text = Asking("letter", "alpaca_short", "The answer is: "), Asking("text", "alpaca_short")
+    letter, text = EvalConfig("letter", "alpaca_short", "The answer is: "), EvalConfig("text", "alpaca_short")
     assert (letter.instruction(ap), letter.options(ap)) == (
         "A long, narrow, upper atmosphere current of fast moving air is known as a\nChoose from:\n"
         "A. jet stream\nB. thermophile\nC. contrail\nD. gust of wind\nE. typhoon",

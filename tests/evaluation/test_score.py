@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.evaluation.asking import Asker, Asking
 from k2mini.evaluation.geobench import load_geobench
+from k2mini.evaluation.instances import EvalConfig, PromptBuilder
 from k2mini.evaluation.questions import Question
 from k2mini.evaluation.run import evaluate
 from k2mini.evaluation.score import Request, score, split_jointly
@@ -22,37 +22,39 @@ def test_white_space_that_ends_a_context_belongs_to_the_option(llama_tokenizer):
     assert options == [[29909], [29933]]
 
 
-ASKINGS = [
-    Asking("letter"),
-    Asking("text"),
-    Asking("letter", answer_prefix="The answer is: "),
-    Asking("text", answer_prefix="The answer is:\n"),
-    Asking("letter", "k2"),
-    Asking("letter", "k2_wa", shots=2),
-    Asking("text", "alpaca_short", shots=1, score_end=True),
-    Asking("letter", "none", answer_prefix="Answer:"),
+EVAL_CONFIGS = [
+    EvalConfig("letter"),
+    EvalConfig("text"),
+    EvalConfig("letter", answer_prefix="The answer is: "),
+    EvalConfig("text", answer_prefix="The answer is:\n"),
+    EvalConfig("letter", "k2"),
+    EvalConfig("letter", "k2_wa", num_fewshot=2),
+    EvalConfig("text", "alpaca_short", num_fewshot=1, score_end=True),
+    EvalConfig("letter", "none", answer_prefix="Answer:"),
 ]
 
 
-@pytest.mark.parametrize("asking", ASKINGS, ids=lambda a: f"{a.scoring}-{a.template}-{a.shots}-{a.answer_prefix!r}")
-def test_what_is_scored_is_the_joint_tokenisation(llama_tokenizer, geobench, asking):
+@pytest.mark.parametrize(
+    "config", EVAL_CONFIGS, ids=lambda a: f"{a.scoring}-{a.template}-{a.num_fewshot}-{a.answer_prefix!r}"
+)
+def test_what_is_scored_is_the_joint_tokenisation(llama_tokenizer, geobench, config):
     """Every question of both files, every way to ask."""
     questions = load_geobench(geobench["npee"]) + load_geobench(geobench["ap"])
     for task in ("npee/choice", "npee/tf", "ap"):
-        asker = Asker([q for q in questions if q.task == task], asking, llama_tokenizer, 10**9)
-        for question in asker_questions(questions, task):
-            asked = asker.ask(question)
-            if asked.request is None:
+        builder = PromptBuilder([q for q in questions if q.task == task], config, llama_tokenizer, 10**9)
+        for question in builder_questions(questions, task):
+            instance = builder.build(question)
+            if instance.request is None:
                 continue
-            context = "".join(shot + "\n\n\n" for shot in asker._shots(question)) + asking.prompt(question)
-            for place, ids in zip(asked.scored, asked.ids, strict=True):
-                end = asking.scoring == "text" and not question.is_true_false and asking.score_end
-                text = context + asking.options(question)[place]
-                assert list(asked.request.prefix) + ids == llama_tokenizer.encode(text, bos=True, eos=end)
+            context = "".join(shot + "\n\n\n" for shot in builder._examples(question)) + config.prompt(question)
+            for place, ids in zip(instance.scored, instance.ids, strict=True):
+                end = config.scoring == "text" and not question.is_true_false and config.score_end
+                text = context + config.options(question)[place]
+                assert list(instance.request.prefix) + ids == llama_tokenizer.encode(text, bos=True, eos=end)
                 assert ids
 
 
-def asker_questions(questions, task):
+def builder_questions(questions, task):
     return [question for question in questions if question.task == task]
 
 
@@ -98,9 +100,13 @@ def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
         Question("rocks", i, f"{a} is made of the", ("A", "B", "C"), (b, f"{b} {a}", "a rock"), "A")
         for i, (a, b) in enumerate((a, b) for a in words for b in words)
     ]
-    for asking in (Asking("letter", "alpaca_short"), Asking("text", "k2", shots=2), Asking("text", score_end=True)):
+    for config in (
+        EvalConfig("letter", "alpaca_short"),
+        EvalConfig("text", "k2", num_fewshot=2),
+        EvalConfig("text", score_end=True),
+    ):
         results = [
-            evaluate(model, tokenizer, questions, asking, batch_size=size, share=share)
+            evaluate(model, tokenizer, questions, config, batch_size=size, share=share)
             for size in (1, 8, 32)
             for share in (True, False)
         ]
@@ -126,10 +132,10 @@ def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, for
 
     model, reference = llama_sized
     shots = asset("data", "geobench", f"multiple_choice_samples{form}.txt")
-    asking = Asking("k2", f"k2{form}", shots_file=str(shots))
+    config = EvalConfig("k2", f"k2{form}", fewshot_file=str(shots))
     choice = [q for q in load_geobench(geobench["npee"]) if q.task == "npee/choice"]
     questions = choice[::6] + load_geobench(geobench["ap"])[::60]
-    results = evaluate(model, llama_tokenizer, questions, asking)
+    results = evaluate(model, llama_tokenizer, questions, config)
     letters = [319, 350, 315, 360, 382, 383, 402, 379]
     for question, result in zip(questions, results, strict=True):
         text = question.listed()
@@ -149,7 +155,7 @@ def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, for
 
 def test_k2_scoring_wants_llamas_tokenizer(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"reads LLaMA's ids of the letters, which .* does not have"):
-        Asker([], Asking("k2", "k2"), tiny_tokenizer, 100)
+        PromptBuilder([], EvalConfig("k2", "k2"), tiny_tokenizer, 100)
 
 
 def rocks(number=6, length=1):
@@ -161,14 +167,14 @@ def rocks(number=6, length=1):
 
 def test_examples_are_dropped_first_and_then_the_question_is_cut(tiny_tokenizer):
     questions = rocks(length=30)
-    full = Asker(questions, Asking(shots=3), tiny_tokenizer, 10**6).ask(questions[0])
+    full = PromptBuilder(questions, EvalConfig(num_fewshot=3), tiny_tokenizer, 10**6).build(questions[0])
     length = len(full.request.prefix)
     assert (full.dropped, full.cut) == (0, 0)
-    fewer = Asker(questions, Asking(shots=3), tiny_tokenizer, length - 1).ask(questions[0])
+    fewer = PromptBuilder(questions, EvalConfig(num_fewshot=3), tiny_tokenizer, length - 1).build(questions[0])
     assert (fewer.dropped, fewer.cut) == (1, 0)
-    alone = Asker(questions, Asking(), tiny_tokenizer, 10**6).ask(questions[0])
+    alone = PromptBuilder(questions, EvalConfig(), tiny_tokenizer, 10**6).build(questions[0])
     size = len(alone.request.prefix) - 5
-    cut = Asker(questions, Asking(shots=3), tiny_tokenizer, size).ask(questions[0])
+    cut = PromptBuilder(questions, EvalConfig(num_fewshot=3), tiny_tokenizer, size).build(questions[0])
     assert cut.dropped == 3
     assert len(cut.request.prefix) + 1 - 1 <= size
     assert cut.request.prefix[0] == tiny_tokenizer.bos_id
@@ -177,13 +183,13 @@ def test_examples_are_dropped_first_and_then_the_question_is_cut(tiny_tokenizer)
 
 def test_examples_are_never_the_question_or_a_copy_of_it(tiny_tokenizer):
     questions = [*rocks(5), *[Question("rocks", 5 + i, *q[2:]) for i, q in enumerate(map(fields, rocks(5)))]]
-    asker = Asker(questions, Asking(shots=4), tiny_tokenizer, 10**6)
+    builder = PromptBuilder(questions, EvalConfig(num_fewshot=4), tiny_tokenizer, 10**6)
     for question in questions:
-        shots = asker._shots(question)
+        shots = builder._examples(question)
         assert len(set(shots)) == 4
         assert all(question.stem not in shot.split("\n") for shot in shots)
     with pytest.raises(ValueError, match=r"--shots 5: rocks has 5 distinct questions to draw from"):
-        Asker(questions, Asking(shots=5), tiny_tokenizer, 100)
+        PromptBuilder(questions, EvalConfig(num_fewshot=5), tiny_tokenizer, 100)
 
 
 def fields(question):
@@ -203,11 +209,11 @@ def test_what_can_not_be_scored_is_refused(tiny_tokenizer):
     [
         ({"scoring": "best"}, "scoring must be one of letter, text, k2"),
         ({"normalize": "word"}, "normalize must be one of"),
-        ({"shots": -1}, "shots must be 0 or more"),
-        ({"shots": 2, "shots_file": "x"}, "can't be given together"),
-        ({"shots_file": "/nowhere"}, "there is no file of examples"),
+        ({"num_fewshot": -1}, "num_fewshot must be 0 or more"),
+        ({"num_fewshot": 2, "fewshot_file": "x"}, "can't be given together"),
+        ({"fewshot_file": "/nowhere"}, "there is no file of examples"),
     ],
 )
 def test_ways_to_ask_that_are_refused(values, said):
     with pytest.raises(ValueError, match=said):
-        Asking(**values)
+        EvalConfig(**values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ GAP = "\n\n\n"  # between examples: two blank lines, as in K2's own
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvalConfig:
     """How questions are asked and answers scored.
 
     Args:
@@ -34,8 +34,8 @@ class Asking:
         normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
             are not at a disadvantage; 'none' does not.
         score_end: of 'text': the end of the answer (EOS) is scored as well, as a tuned model writes it.
-        shots: examples before the question, drawn by `seed` from the same task.
-        shots_file: examples as they stand in a file, instead.
+        num_fewshot: examples before the question, drawn by `seed` from the same task.
+        fewshot_file: examples as they stand in a file, instead.
 
     Raises ValueError where a value is not one of these.
     """
@@ -45,8 +45,8 @@ class Asking:
     answer_prefix: str = ""
     normalize: str = "byte"
     score_end: bool = False
-    shots: int = 0
-    shots_file: str | None = None
+    num_fewshot: int = 0
+    fewshot_file: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,22 +54,27 @@ class Asking:
         for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if self.shots < 0:
-            raise ValueError(f"shots must be 0 or more, not {self.shots}")
-        if self.shots and self.shots_file is not None:
-            raise ValueError("shots and shots_file can't be given together")
-        if self.shots_file is not None and not Path(self.shots_file).is_file():
-            raise ValueError(f"there is no file of examples {self.shots_file}")
+        if self.num_fewshot < 0:
+            raise ValueError(f"num_fewshot must be 0 or more, not {self.num_fewshot}")
+        if self.num_fewshot and self.fewshot_file is not None:
+            raise ValueError("num_fewshot and fewshot_file can't be given together")
+        if self.fewshot_file is not None and not Path(self.fewshot_file).is_file():
+            raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
     def settings(self) -> dict[str, Any]:
         """What the report says of it."""
-        values = asdict(self)
-        if self.scoring != "text":
-            del values["normalize"], values["score_end"]
-        if self.shots_file is None:
-            del values["shots_file"]
-        if not self.shots:
-            del values["seed"]
+        values: dict[str, Any] = {
+            "scoring": self.scoring,
+            "template": self.template,
+            "answer_prefix": self.answer_prefix,
+        }
+        if self.scoring == "text":
+            values |= {"normalize": self.normalize, "score_end": self.score_end}
+        values["shots"] = self.num_fewshot
+        if self.fewshot_file is not None:
+            values["shots_file"] = self.fewshot_file
+        if self.num_fewshot:
+            values["seed"] = self.seed
         return values
 
     def options(self, question: Question) -> tuple[str, ...]:
@@ -93,7 +98,7 @@ class Asking:
 
 
 @dataclass
-class Asked:
+class Instance:
     """A question ready to be scored.
 
     Attributes:
@@ -110,16 +115,18 @@ class Asked:
     cut: int = 0
 
 
-class Asker:
+class PromptBuilder:
     """Puts the questions of one task.
 
     Raises ValueError where there are fewer examples than asked for, or 'k2' scoring meets another tokenizer.
     """
 
-    def __init__(self, questions: Sequence[Question], asking: Asking, tokenizer: Tokenizer, max_seq_len: int) -> None:
-        self.asking, self.tokenizer, self.max_seq_len = asking, tokenizer, max_seq_len
-        self._file = Path(asking.shots_file).read_text(encoding="utf-8") if asking.shots_file is not None else None
-        order = [shuffled(place, len(questions), asking.seed) for place in range(len(questions))] if questions else []
+    def __init__(
+        self, questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, max_seq_len: int
+    ) -> None:
+        self.config, self.tokenizer, self.max_seq_len = config, tokenizer, max_seq_len
+        self._file = Path(config.fewshot_file).read_text(encoding="utf-8") if config.fewshot_file is not None else None
+        order = [shuffled(place, len(questions), config.seed) for place in range(len(questions))] if questions else []
         pool = [questions[place] for place in order if questions[place].is_answerable]
         # Of duplicates one, and none whose copies disagree.
         keys: dict[str, set[str]] = {}
@@ -131,27 +138,27 @@ class Asker:
             if question.identity not in seen and len(keys[question.identity]) == 1:
                 self._pool.append(question)
             seen.add(question.identity)
-        if asking.shots and asking.shots > len(self._pool) - 1:
+        if config.num_fewshot and config.num_fewshot > len(self._pool) - 1:
             raise ValueError(
-                f"--shots {asking.shots}: {questions[0].task} has {len(self._pool)} distinct questions to draw from, "
-                "one of which may be the one that is asked"
+                f"--shots {config.num_fewshot}: {questions[0].task} has {len(self._pool)} distinct questions to "
+                "draw from, one of which may be the one that is asked"
             )
         self._groups: dict[tuple[str, ...], int] = {}
-        if asking.scoring == "k2":
+        if config.scoring == "k2":
             _check_llama(tokenizer)
 
-    def ask(self, question: Question) -> Asked:
+    def build(self, question: Question) -> Instance:
         """What to score. Examples that do not fit are dropped, then the question is cut, both from the left."""
-        shots = self._shots(question)
-        texts = self.asking.options(question)
+        examples = self._examples(question)
+        texts = self.config.options(question)
         scored = [place for place, text in enumerate(texts) if text.strip()]
-        if self.asking.scoring == "k2":
+        if self.config.scoring == "k2":
             scored = [place for place in range(question.k2_options()) if place < len(K2_LETTERS)]
             scored = [0, 1] if question.is_true_false else scored
         if not scored:
-            return Asked(question, None, [], [])
-        for dropped in range(len(shots) + 1):
-            prefix, ids = self._encode(question, shots[dropped:], scored)
+            return Instance(question, None, [], [])
+        for dropped in range(len(examples) + 1):
+            prefix, ids = self._encode(question, examples[dropped:], scored)
             cut = len(prefix) + max(map(len, ids)) - 1 - self.max_seq_len
             if cut <= 0:
                 break
@@ -160,24 +167,26 @@ class Asker:
             raise ValueError(f"{question.task} question {question.index}: an option alone is longer than the context")
         if cut:
             prefix = [prefix[0], *prefix[1 + cut :]]  # BOS stays
-        group = self._groups.setdefault(tuple(shots[dropped:]), len(self._groups))
-        return Asked(question, Request(tuple(prefix), tuple(map(tuple, ids)), group), scored, ids, dropped, cut)
+        group = self._groups.setdefault(tuple(examples[dropped:]), len(self._groups))
+        return Instance(question, Request(tuple(prefix), tuple(map(tuple, ids)), group), scored, ids, dropped, cut)
 
-    def _encode(self, question: Question, shots: Sequence[str], scored: list[int]) -> tuple[list[int], list[list[int]]]:
-        context = "".join(shot + GAP for shot in shots) + self.asking.prompt(question)
-        if self.asking.scoring == "k2":
+    def _encode(
+        self, question: Question, examples: Sequence[str], scored: list[int]
+    ) -> tuple[list[int], list[list[int]]]:
+        context = "".join(example + GAP for example in examples) + self.config.prompt(question)
+        if self.config.scoring == "k2":
             ids = [[K2_WORDS[word]] for word in ("True", "False")] if question.is_true_false else None
             ids = ids or [[K2_LETTERS[place]] for place in scored]
             return self.tokenizer.encode(context, bos=True, eos=False), ids
-        texts = self.asking.options(question)
-        end = self.asking.scoring == "text" and not question.is_true_false and self.asking.score_end
+        texts = self.config.options(question)
+        end = self.config.scoring == "text" and not question.is_true_false and self.config.score_end
         return split_jointly(self.tokenizer, context, [texts[place] for place in scored], eos=end)
 
-    def _shots(self, question: Question) -> list[str]:
+    def _examples(self, question: Question) -> list[str]:
         if self._file is not None:
             return [self._file.rstrip("\n")]
-        others = (shot for shot in self._pool if shot.identity != question.identity)
-        return [self.asking.example(next(others)) for _ in range(self.asking.shots)]
+        others = (example for example in self._pool if example.identity != question.identity)
+        return [self.config.example(next(others)) for _ in range(self.config.num_fewshot)]
 
 
 def _check_llama(tokenizer: Tokenizer) -> None:
