@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
-from k2mini.nn.compiled import check_compiler
+from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.quant import DynamicLinear, Int8Linear, quantize_blocks, quantize_rows, quantized_head

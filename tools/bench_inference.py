@@ -23,7 +23,7 @@ import torch
 from k2mini.build import load_model
 from k2mini.config import ModelConfig
 from k2mini.inference.beam import Beams, beam_search
-from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import prefill
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache

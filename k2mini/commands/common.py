@@ -9,7 +9,7 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.compile import compile_decoding
 from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")

@@ -17,10 +17,10 @@ from k2mini.data.prepare import describe, prepare
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.sources import with_demo_files
 from k2mini.distributed import disconnect
+from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.geobench import read_benchmark
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.report import summarise
-from k2mini.evaluation.run import evaluate
 from k2mini.nn.llama import Llama
 from k2mini.sizes import parse_size, readable
 from k2mini.training import metrics, run

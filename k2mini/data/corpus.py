@@ -51,7 +51,7 @@ class Corpus:
     """
 
     def __init__(self, directory: Path, split: str = "train") -> None:
-        manifest = read_manifest(directory)
+        manifest = read_corpus_manifest(directory)
         if split not in manifest["splits"]:
             raise ValueError(f"{directory} has no {split!r} part; prepare it with --val-percent")
         self.directory = directory
@@ -95,7 +95,7 @@ def is_prepared(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_corpus_manifest(directory: Path) -> dict[str, Any]:
     """The manifest. Raises ValueError where `directory` is not a prepared corpus."""
     if not is_prepared(directory):
         raise ValueError(f"{directory} is not a prepared corpus (it has no {MANIFEST}); make one with k2mini prepare")
@@ -107,5 +107,5 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def fingerprint(directory: Path) -> str:
     """A hash that changes with any token of the corpus, from the manifest's own hashes."""
-    splits = read_manifest(directory)["splits"]
+    splits = read_corpus_manifest(directory)["splits"]
     return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from k2mini.nn.loss import log_softmax
 
 PREFILL_CHUNK = 512  # tokens a row that run through the model at a time
 SHARED_AT_LEAST = 8  # tokens: a common prefix from here on is computed once
-Until = Callable[[int, int], bool]
+StoppingCriteria = Callable[[int, int], bool]
 
 
 @dataclass
@@ -143,7 +143,7 @@ def steps(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     vocab_size: int | None = None,
-    until: Until | None = None,
+    stopping_criteria: StoppingCriteria | None = None,
     top_logprobs: int | None = None,
 ) -> Iterator[list[Step | None]]:
     """Decode, one token a row at a time. Rows that have ended leave the batch, once they are half of it.
@@ -154,7 +154,7 @@ def steps(
         seeds: one a row.
         stop_ids: a row ends with the first of these.
         vocab_size: ids from here on are never chosen (rows of the embedding that no token has).
-        until: called with a row's number and its new token; a row ends where it says so.
+        stopping_criteria: called with a row's number and its new token; a row ends where it says so.
         top_logprobs: None, or how many of the likeliest tokens come with each step's log-probabilities.
 
     Yields: a list of B entries: the row's step (a stop id too), or None where the row has ended. While no row has left
@@ -176,7 +176,9 @@ def steps(
                 history[row].append(entry.token)
         yield result
         for row, entry in zip(rows, details, strict=True):
-            if row not in ended and (entry.token in stops or (until is not None and until(row, entry.token))):
+            if row in ended:
+                continue
+            if entry.token in stops or (stopping_criteria is not None and stopping_criteria(row, entry.token)):
                 ended.add(row)
         open_rows = [place for place, row in enumerate(rows) if row not in ended]
         if step + 1 == max_new_tokens or not open_rows:
@@ -209,7 +211,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
-    until: Until | None = None,
+    stopping_criteria: StoppingCriteria | None = None,
     top_logprobs: int | None = None,
 ) -> list[Completion]:
     """Continue a batch of prompts, of any lengths; a row's result does not depend on the others.
@@ -219,7 +221,7 @@ def generate(
         stop_ids: a row ends with the first of these (usually EOS).
         sampling: greedy where None.
         seed: row i draws with seed + i.
-        until, top_logprobs: as in `steps`.
+        stopping_criteria, top_logprobs: as in `steps`.
 
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
@@ -237,7 +239,7 @@ def generate(
         stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
         vocab_size=vocab_size,
-        until=until,
+        stopping_criteria=stopping_criteria,
         top_logprobs=top_logprobs,
     )
     last = max_new_tokens - 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
-from k2mini.nn.compiled import attend_once, attends_once
+from k2mini.nn.decode_ops import attend_once, attends_once
 from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.linear import Embedding, Linear, product
 from k2mini.nn.loss import token_loss

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k2mini.nn.compiled import writes_out, written_out
+from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.linear import Linear, product
 
 

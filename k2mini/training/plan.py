@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.build import DTYPES
 from k2mini.config import PRESETS, FinetuneConfig, ModelConfig, PretrainConfig
-from k2mini.data.corpus import is_prepared, read_manifest
+from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh, shard
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach
@@ -94,7 +94,7 @@ def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
     epoch_tokens = epoch_steps = None
     row = config.data.seq_len if isinstance(config, PretrainConfig) else config.data.max_seq_len
     if isinstance(config, PretrainConfig) and is_prepared(Path(config.data.path)):
-        epoch_tokens = read_manifest(Path(config.data.path))["splits"]["train"]["tokens"]
+        epoch_tokens = read_corpus_manifest(Path(config.data.path))["splits"]["train"]["tokens"]
         epoch_steps = math.ceil((epoch_tokens - 1) // row / config.train.global_batch_size)
     return Plan(
         parameters=parameters,

@@ -15,7 +15,7 @@ import torch
 from k2mini.build import DTYPES, needs_process_group, training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
 from k2mini.data.batches import Blocks, Example, Examples, shuffled
-from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_manifest
+from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import list_files
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import PackedExamples
@@ -63,7 +63,7 @@ def pretrain(
     if data.val_path is not None:
         val_corpus: Corpus | None = Corpus(_prepared(Path(data.val_path), config, tokenizer, world))
     else:
-        val_corpus = Corpus(directory, "val") if "val" in read_manifest(directory)["splits"] else None
+        val_corpus = Corpus(directory, "val") if "val" in read_corpus_manifest(directory)["splits"] else None
     if val_corpus is not None:
         val = Blocks(val_corpus, data.seq_len, document_mask=data.document_mask, seed=None)
     last = train(
@@ -207,7 +207,7 @@ def _prepared(path: Path, config: PretrainConfig, tokenizer: Tokenizer, world: W
             prepare([path], tokenizer.path, made, eos=config.data.eos)
         world.barrier()
         path = made
-    manifest = read_manifest(path)
+    manifest = read_corpus_manifest(path)
     if manifest["tokenizer"] != sha256(tokenizer.path):
         raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer.path}; prepare it again")
     if manifest["eos"] != config.data.eos:

@@ -5,7 +5,7 @@ import torch
 
 from k2mini.audit.hooks import find_points, intervene, point_names, trace
 from k2mini.config import LoraSection
-from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.compile import compile_decoding
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.quant import quantize_blocks, quantize_rows

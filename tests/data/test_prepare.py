@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from k2mini.data.corpus import Corpus, Documents, fingerprint, read_manifest
+from k2mini.data.corpus import Corpus, Documents, fingerprint, read_corpus_manifest
 from k2mini.data.documents import list_files, read_documents
 from k2mini.data.prepare import Settings, prepare
 from k2mini.files import sha256
@@ -148,7 +148,7 @@ def test_what_is_not_a_prepared_corpus(folder, tiny_tokenizer, tmp_path):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"train-00000.tokens is \d+, the manifest makes it \d+ bytes"):
         Corpus(tmp_path / "out")
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_corpus_manifest(tmp_path / "out")
     (tmp_path / "out/manifest.json").write_text(json.dumps({**manifest, "format": "other"}))
     with pytest.raises(ValueError, match="is not of the format"):
         Corpus(tmp_path / "out")

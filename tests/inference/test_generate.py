@@ -91,9 +91,9 @@ def test_rows_are_as_alone_with_stops_of_all_kinds(sampling):
 
     limits = [3, 40, 1, 7, 40, 5]
     options = {"max_new_tokens": 20, "stop_ids": list(range(90, 110)), "sampling": sampling, "top_logprobs": 4}
-    batch = generate(model, prompts, seed=11, until=until(limits), **options)
+    batch = generate(model, prompts, seed=11, stopping_criteria=until(limits), **options)
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        (alone,) = generate(model, [prompt], seed=11 + row, until=until([limit]), **options)
+        (alone,) = generate(model, [prompt], seed=11 + row, stopping_criteria=until([limit]), **options)
         assert (alone.tokens, alone.finish) == (batch[row].tokens, batch[row].finish)
         assert alone.logprobs == pytest.approx(batch[row].logprobs, abs=1e-5)
         for one, other in zip(alone.top, batch[row].top, strict=True):

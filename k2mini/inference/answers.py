@@ -109,7 +109,7 @@ def _batch(
         return
     streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
 
-    def until(row: int, token: int) -> bool:
+    def stopping_criteria(row: int, token: int) -> bool:
         streams[row].push(token)
         return streams[row].stopped
 
@@ -121,7 +121,7 @@ def _batch(
         sampling=decoding.sampling,
         seed=decoding.seed + start,
         vocab_size=vocab_size,
-        until=until if decoding.stop else None,
+        stopping_criteria=stopping_criteria if decoding.stop else None,
     )
     for completion in completions:
         yield _text(tokenizer, completion, decoding.stop), completion

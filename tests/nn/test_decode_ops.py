@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2mini.nn.compiled import attend_once, check_compiler, writes_out, written_out
+from k2mini.nn.decode_ops import attend_once, check_compiler, writes_out, written_out
 
 
 def normal(*shape, dtype=torch.float64):

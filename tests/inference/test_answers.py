@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.compiled import compile_decoding
+from k2mini.inference.answers import Decoding, answers, read_questions
+from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import generate
-from k2mini.inference.questions import Decoding, answers, read_questions
 from tests.conftest import asset
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]

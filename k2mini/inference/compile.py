@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.nn.compiled import check_compiler
+from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Block, Llama
 from k2mini.nn.quant import DynamicLinear
 
