@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
+from k2mini.dtypes import DTYPES, NAMES
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
@@ -30,12 +31,6 @@ from k2mini.weights.hf_config import (
 from k2mini.weights.manifest import read_manifest
 
 KINDS = {"int8": Int8Linear, "w8a8": DynamicLinear}
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
 MAX_SPARE_ROWS = 256
 
@@ -267,13 +262,13 @@ def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, d
     if free is None or needed <= free:
         return
     if device.type == "cpu" and stored.itemsize < dtype.itemsize:
-        remedy = f"--dtype {str(stored).removeprefix('torch.')}, as stored, is read from the file and fits"
+        remedy = f"--dtype {NAMES[stored]}, as stored, is read from the file and fits"
     elif num_parameters * 2 <= free < needed and dtype.itemsize > 2:
         remedy = "--dtype bfloat16 fits"
     else:
         remedy = "use a device with more memory"
     raise ValueError(
-        f"{num_parameters:,} weights in {str(dtype).removeprefix('torch.')} take {needed / 2**30:.1f} GiB, "
+        f"{num_parameters:,} weights in {NAMES[dtype]} take {needed / 2**30:.1f} GiB, "
         f"{free / 2**30:.1f} GiB are free on {device}; {remedy}"
     )
 

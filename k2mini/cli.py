@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from k2mini.config import DTYPE_NAMES
 from k2mini.errors import StoppedBySignalError
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 TEMPLATES = "alpaca, alpaca_legacy, alpaca_short, vigogne, k2, k2_wa or none"
 
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     group = common.add_argument_group("common options")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    group.add_argument("--dtype", choices=DTYPES, help="precision (default: as stored on a GPU, float32 on a CPU)")
+    group.add_argument("--dtype", choices=DTYPE_NAMES, help="precision (default: as stored on a GPU, float32 on a CPU)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (default: 0)")
 
@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", parents=[target], help="a checkpoint as a Hugging Face directory")
     command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
-    command.add_argument("--dtype", choices=DTYPES, help="of the tensors written (default: the run's model.dtype)")
+    command.add_argument("--dtype", choices=DTYPE_NAMES, help="of the tensors written (default: the run's model.dtype)")
     command.set_defaults(run="training.export")
 
     command = commands.add_parser("plot", parents=[quiet], help="loss curves of runs as a picture (extra: plot)")
@@ -182,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("hf", "bin", "meta", "gguf"),
         help="hf: safetensors; bin: PyTorch's; meta: consolidated.00.pth; gguf: a file for llama.cpp (extra: gguf)",
     )
-    command.add_argument("--dtype", choices=DTYPES[:3], help="of the tensors written (default: as stored)")
+    command.add_argument("--dtype", choices=DTYPE_NAMES[:3], help="of the tensors written (default: as stored)")
     command.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
     command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most (default: 5GB)")
     command.set_defaults(run="weights.convert")

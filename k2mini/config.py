@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")  # torch's own; dtypes.py has the dtypes
 IGNORE_INDEX = -100  # the label of a position that is not supervised (PyTorch's own default)
 
 

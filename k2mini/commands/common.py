@@ -9,6 +9,7 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.dtypes import NAMES
 from k2mini.inference.compile import compile_decoding
 from k2mini.nn.llama import Llama
 
@@ -52,7 +53,6 @@ def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         compile_decoding(model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
-    dtype = str(model.dtype).removeprefix("torch.")
     parameters = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, dtype, model.device)
+    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
     return model, tokenizer

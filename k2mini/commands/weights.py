@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 
-from k2mini.build import DTYPES
+from k2mini.dtypes import DTYPES
 from k2mini.sizes import parse_size
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.convert import convert

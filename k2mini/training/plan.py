@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from k2mini.build import DTYPES
 from k2mini.config import PRESETS, FinetuneConfig, ModelConfig, PretrainConfig
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh, shard
+from k2mini.dtypes import DTYPES
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from k2mini.build import DTYPES, needs_process_group, training_model
+from k2mini.build import needs_process_group, training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
 from k2mini.data.batches import Blocks, Example, Examples, shuffled
 from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_corpus_manifest
@@ -24,6 +24,7 @@ from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.directories import make_writable
 from k2mini.distributed import World, connect
+from k2mini.dtypes import DTYPES
 from k2mini.files import sha256, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from k2mini.config import ModelConfig
 from k2mini.directories import check_new, check_space, new_directory
+from k2mini.dtypes import DTYPES, INTEGERS, NAMES
 from k2mini.weights.formats import CheckpointReader, some
 from k2mini.weights.hf_config import read_model_config
 from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
@@ -35,13 +36,6 @@ from k2mini.weights.stream import SHARD_BYTES, hash_tensors, total_bytes, write_
 log = logging.getLogger(__name__)
 
 FORMATS = ("bits", "add")
-WORDS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in WORDS}
 # What grows with the vocabulary; nothing else of a delta may be of another shape than the base's.
 BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -79,8 +73,7 @@ def make_delta(
         note: dict[str, Any] = {"delta": kind, "base": model_fingerprint(before)}
         if hashes is not None:
             note["tuned"] = {
-                name: {"dtype": str(after.dtype(name)).removeprefix("torch."), "sha256": digest}
-                for name, digest in hashes.result().items()
+                name: {"dtype": NAMES[after.dtype(name)], "sha256": digest} for name, digest in hashes.result().items()
             }
         write_manifest(beside, "delta", written, note)
     return source.lost
@@ -121,7 +114,7 @@ def apply_delta(
     source = _Restored(before, difference, tuned) if kind == "bits" else _Addition(before, difference)
     for name in source.names():
         stored = difference.stored_dtype(name)
-        if stored != (WORDS[source.dtype(name)] if kind == "bits" else difference.dtype(name)):
+        if stored != (INTEGERS[source.dtype(name)] if kind == "bits" else difference.dtype(name)):
             raise ValueError(
                 f"{difference.files[name]}: {name} is stored as {stored}, which its manifest does not mean"
             )
@@ -178,7 +171,7 @@ def _tokens(reader: CheckpointReader) -> int:
 
 
 def _short(reader: CheckpointReader) -> str:
-    return str(reader.dtype(BY_TOKEN[0])).removeprefix("torch.")
+    return NAMES[reader.dtype(BY_TOKEN[0])]
 
 
 def _check_tensors(base: CheckpointReader, other: CheckpointReader, *, grow: bool) -> None:
@@ -251,16 +244,16 @@ class _Difference(_Pair):
 
     def dtype(self, name: str) -> torch.dtype:
         """The words of the tuned dtype."""
-        return WORDS[self.other.dtype(name)]
+        return INTEGERS[self.other.dtype(name)]
 
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Integers, which wrap."""
-        words = WORDS[other.dtype]
+        words = INTEGERS[other.dtype]
         return other.view(words) - base.to(other.dtype).view(words)
 
     def new(self, other: Tensor) -> Tensor:
         """As they are."""
-        return other.view(WORDS[other.dtype])
+        return other.view(INTEGERS[other.dtype])
 
 
 class _Restored(_Pair):
@@ -268,7 +261,7 @@ class _Restored(_Pair):
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader, tuned: Mapping[str, Any]) -> None:
         super().__init__(base, other)
-        self._dtypes = {name: NAMES[entry["dtype"]] for name, entry in tuned.items()}
+        self._dtypes = {name: DTYPES[entry["dtype"]] for name, entry in tuned.items()}
 
     def dtype(self, name: str) -> torch.dtype:
         """The tuned dtype."""
@@ -281,7 +274,7 @@ class _Restored(_Pair):
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Integers, which wrap."""
         dtype = self._dtypes[name]
-        return base.to(dtype).view(WORDS[dtype]) + other
+        return base.to(dtype).view(INTEGERS[dtype]) + other
 
     def new(self, other: Tensor) -> Tensor:
         """As they are."""
@@ -317,7 +310,7 @@ class _Subtraction(_Pair):
 
     def _count(self, again: Tensor, tuned: Tensor) -> None:
         wide = torch.promote_types(tuned.dtype, torch.float32)
-        lost = int((again.to(wide).view(WORDS[wide]) != tuned.to(wide).view(WORDS[wide])).sum())
+        lost = int((again.to(wide).view(INTEGERS[wide]) != tuned.to(wide).view(INTEGERS[wide])).sum())
         with self._lock:
             self.lost += lost
 

@@ -17,19 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from k2mini.directories import recover
+from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.files import read_json
 from k2mini.weights.hf_config import is_int8
 from k2mini.weights.stream import Source
 
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-WORDS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}  # of deltas, of int8 weights
 
 
 def model_directory(path: str | Path) -> Path:
@@ -124,18 +118,20 @@ class CheckpointReader:
         path = self.files[name]
         if path in self._safetensors:
             code = self._safetensors[path].get_slice(name).get_dtype()
-            dtype = {**DTYPES, **WORDS}.get(code)
+            dtype = SAFETENSORS.get(code)
         else:
             dtype = code = self._bins[path][name].dtype
         if dtype is None:
-            raise ValueError(f"{path}: {name} is stored as {code}; k2mini reads {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: {name} is stored as {code}; k2mini reads {', '.join(SAFETENSORS_FLOATS)}")
         return dtype
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
         dtype = self.stored_dtype(name)
-        if dtype not in DTYPES.values():
-            raise ValueError(f"{self.files[name]}: {name} is stored as {dtype}; k2mini reads {', '.join(DTYPES)}")
+        if dtype not in SAFETENSORS_FLOATS.values():
+            raise ValueError(
+                f"{self.files[name]}: {name} is stored as {dtype}; k2mini reads {', '.join(SAFETENSORS_FLOATS)}"
+            )
         return dtype
 
 

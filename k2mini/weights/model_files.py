@@ -14,6 +14,7 @@ from torch import Tensor
 from k2mini.config import ModelConfig
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.directories import check_new, check_space, new_directory
+from k2mini.dtypes import NAMES
 from k2mini.weights.hf_config import INT8, hf_config
 from k2mini.weights.manifest import write_manifest
 from k2mini.weights.stream import SHARD_BYTES, Check, Source, Tensors, Written, total_bytes, write_weights
@@ -53,7 +54,7 @@ def save_model(
     source: Source = Tensors(tensors) if isinstance(tensors, Mapping) else tensors
     check_new(directory, force=force, inputs=inputs)
     check_space(directory, total_bytes(source))
-    dtype = str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+    dtype = NAMES[source.dtype("model.embed_tokens.weight")]
     with new_directory(directory, force=force) as beside:
         written: Written = write(source, beside, shard_bytes, check)
         write_side_files(beside, config, tokenizer, dtype, int8=int8)

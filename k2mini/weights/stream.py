@@ -20,23 +20,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from k2mini.dtypes import NAMES, SAFETENSORS_CODES
 from k2mini.progress import progress_bar
 
 CHUNK_BYTES = 2 << 20  # small, for the C library keeps freed blocks of a few megabytes, and some are always in use
 AHEAD = 4  # pieces that are computed while one is written
 SHARD_BYTES = 5 * 10**9
 SHOWN = 10**9  # from here on there is a progress bar
-# safetensors' codes. The integers are the words of a delta.
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-}
 
 
 class Source(Protocol):
@@ -98,7 +88,7 @@ class Cast:
         cast = stored.to(self._dtype)
         lost = int(stored.isfinite().sum() - cast.isfinite().sum()) if cast.dtype != stored.dtype else 0
         if lost:
-            short = str(self._dtype).removeprefix("torch.")
+            short = NAMES[self._dtype]
             raise ValueError(f"{name}: {lost} values are too large for {short}; bfloat16 and float32 hold them")
         return cast
 
@@ -195,7 +185,7 @@ class Written:
 
     def add_tensor(self, name: str, file: str, dtype: torch.dtype, shape: tuple[int, ...], digest: str) -> None:
         """Note one tensor."""
-        short = str(dtype).removeprefix("torch.")
+        short = NAMES[dtype]
         self.tensors[name] = {"file": file, "dtype": short, "shape": list(shape), "sha256": digest}
 
 
@@ -278,7 +268,7 @@ def write_safetensors(
     for name in names:
         shape, dtype = source.shape(name), source.dtype(name)
         end = position + num_bytes(shape, dtype)
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -19,16 +19,11 @@ from typing import Any
 import torch
 from torch._utils import _rebuild_tensor_v2
 
+from k2mini.dtypes import STORAGES
 from k2mini.weights.stream import SHARD_BYTES, Check, Progress, Source, Written, num_bytes, raw, read, write_sharded
 
 ROOT = "archive"
 ALIGNMENT = 64  # of each storage in the file, so that it can be mapped
-STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-}
 
 
 def write_bin(source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None) -> Written:
