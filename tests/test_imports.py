@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "k2mini"
 # A module may import from its own layer's folder and from earlier layers.
 LAYERS = [
-    {"config", "errors", "files", "progress", "sizes"},
-    {"directories", "dtypes"},
+    {"config", "errors", "files", "sizes"},
+    {"dtypes"},
     {"config_file", "distributed"},
     {"nn"},
     {"data"},

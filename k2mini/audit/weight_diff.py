@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.progress import progress_bar
+from k2mini.files import progress_bar
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
 from k2mini.weights.formats import CheckpointReader, some
 

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from k2mini.commands.common import load
-from k2mini.directories import make_writable
 from k2mini.evaluation.compare import compare, comparison_table, draw
 from k2mini.evaluation.evaluate import run_benchmark
 from k2mini.evaluation.geobench import SUBJECTIVE, load_subjective, read_benchmark
@@ -17,7 +16,7 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import text_perplexity
 from k2mini.evaluation.report import table
 from k2mini.evaluation.subjective import run_subjective, subjective_table
-from k2mini.files import read_json, write_text
+from k2mini.files import make_writable, read_json, write_text
 from k2mini.inference.answers import Decoding
 from k2mini.inference.sampling import Sampling
 from k2mini.weights.formats import CheckpointReader, model_directory

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from k2mini.commands.common import load
 from k2mini.data.prompts import get_template
-from k2mini.files import write_text
+from k2mini.files import progress_bar, write_text
 from k2mini.inference import terminal
 from k2mini.inference.answers import Decoding, answers, read_questions
 from k2mini.inference.beam import Beams
 from k2mini.inference.generate import check_length
 from k2mini.inference.sampling import Sampling
-from k2mini.progress import progress_bar
 
 log = logging.getLogger("k2mini.commands")
 

@@ -29,9 +29,7 @@ import numpy as np
 from k2mini.data.corpus import FORMAT, MANIFEST
 from k2mini.data.documents import list_files, read_texts
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.directories import check_new, new_directory
-from k2mini.files import read_json, write_text
-from k2mini.progress import progress_bar
+from k2mini.files import check_new, new_directory, progress_bar, read_json, write_text
 
 log = logging.getLogger(__name__)
 

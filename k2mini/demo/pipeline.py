@@ -29,13 +29,12 @@ from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.report import write_report
 from k2mini.demo.world import world_files
-from k2mini.directories import make_writable, new_directory
 from k2mini.evaluation.evaluate import run_benchmark
 from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
-from k2mini.files import read_json, write_text
+from k2mini.files import make_writable, new_directory, read_json, write_text
 from k2mini.inference.generate import generate
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter

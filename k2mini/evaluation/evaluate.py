@@ -11,14 +11,12 @@ from typing import Any
 import torch
 
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.directories import make_writable
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.questions import Question
 from k2mini.evaluation.report import Result, markdown, summarise
 from k2mini.evaluation.score import score
-from k2mini.files import read_json, write_text
+from k2mini.files import make_writable, progress_bar, read_json, write_text
 from k2mini.nn.llama import Llama
-from k2mini.progress import progress_bar
 
 RESULTS, SETTINGS = "results.jsonl", "asking.json"
 

@@ -12,10 +12,9 @@ from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.score import Request, score, split_jointly
-from k2mini.files import write_text
+from k2mini.files import progress_bar, write_text
 from k2mini.inference.answers import Decoding, answers
 from k2mini.nn.llama import Llama
-from k2mini.progress import progress_bar
 
 
 def run_subjective(

@@ -20,8 +20,8 @@ from k2mini.config import CheckpointSection, TrainSection
 from k2mini.data.batches import Batch, Prefetcher, Samples, without_weight
 from k2mini.distributed import World, reshard
 from k2mini.errors import StoppedBySignalError
+from k2mini.files import progress_bar
 from k2mini.nn.llama import Llama
-from k2mini.progress import progress_bar
 from k2mini.training.checkpoint import best_checkpoint, checkpoints, load_checkpoint, prune, read_state, save_checkpoint
 from k2mini.training.metrics import Metrics
 from k2mini.training.optim import build_optimizer, lr_at

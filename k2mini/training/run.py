@@ -22,10 +22,9 @@ from k2mini.data.packing import PackedExamples
 from k2mini.data.prepare import prepare
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.directories import make_writable
 from k2mini.distributed import World, connect
 from k2mini.dtypes import DTYPES
-from k2mini.files import sha256, write_text
+from k2mini.files import make_writable, sha256, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import train

@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from k2mini.config import LoraSection
-from k2mini.directories import new_directory
 from k2mini.distributed import fill
-from k2mini.files import read_json
+from k2mini.files import new_directory, read_json
 from k2mini.nn.lora import lora_modules, merged_weight
 from k2mini.weights.formats import CheckpointReader, model_directory, read_bin
 from k2mini.weights.hf_config import read_model_config

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from k2mini.config import ModelConfig
-from k2mini.directories import check_new, check_space, new_directory
 from k2mini.dtypes import DTYPES, INTEGERS, NAMES
+from k2mini.files import check_new, check_space, new_directory
 from k2mini.weights.formats import CheckpointReader, some
 from k2mini.weights.hf_config import read_model_config
 from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest

@@ -16,9 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from k2mini.directories import recover
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
-from k2mini.files import read_json
+from k2mini.files import read_json, recover
 from k2mini.weights.hf_config import is_int8
 from k2mini.weights.stream import Source
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from k2mini.dtypes import NAMES, SAFETENSORS_CODES
-from k2mini.progress import progress_bar
+from k2mini.files import progress_bar
 
 CHUNK_BYTES = 2 << 20  # small, for the C library keeps freed blocks of a few megabytes, and some are always in use
 AHEAD = 4  # pieces that are computed while one is written

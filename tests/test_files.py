@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from k2mini.directories import check_new, new_directory, recover
+from k2mini.files import check_new, new_directory, recover
 from k2mini.weights.formats import model_directory
 
 
