@@ -1,6 +1,7 @@
 """Files and directories that appear whole or not at all, and the line that shows how far a long one is.
 
-A file is written beside its place, synced, then renamed; so is a directory. Beside a target NAME there may be, for a while:
+A file is written beside its place, synced, then renamed; so is a directory. Beside a target NAME there may be, for a
+while:
     .NAME.PID.tmp   being filled; its process holds a lock on it, so one without a holder is what a killed process left
     .NAME.new       complete, and about to take the name of a target that exists
     .NAME.old       the target that had the name until now

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from k2mini.nn.llama import Hook, Llama, Mask
+from k2mini.nn.layers import Hook, Mask
+from k2mini.nn.llama import Llama
 
 WITHIN = {
     "self_attn": (

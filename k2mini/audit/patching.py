@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from k2mini.audit.hooks import find_points, intervene, trace
+from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import log_softmax
 
 Metric = Callable[[Tensor], float]  # of the logits at the last position, (V,)
 

@@ -10,8 +10,8 @@ import torch
 
 from k2mini.data.batches import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import log_softmax
 from k2mini.training.loop import validation_loss
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.generate import extend, pad_right, shared_prefix
 from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import log_softmax
 
 TOKEN_BUDGET = 8192  # tokens, padding included, that run at a time
 CACHE_BUDGET = 16384  # slots of the key/value cache: 8 GB of LLaMA-7B's in 16 bits

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from k2mini.inference.generate import Completion, check_prompts, prefill
 from k2mini.inference.sampling import Sampling, constrain
+from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import log_softmax
 
 LOW = -1e9  # what transformers takes for a score that can't win
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from k2mini.inference.sampling import Sampling, sample
 from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.loss import log_softmax
 
 PREFILL_CHUNK = 512  # tokens a row that run through the model at a time
 SHARED_AT_LEAST = 8  # tokens: a common prefix from here on is computed once

@@ -30,10 +30,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def writes_out(x: Tensor, weight: Tensor) -> bool:
-    """Whether a compiler is looking on, and x has few enough rows, on a CPU and without a gradient."""
+    """Whether compiled code takes `written_out`: x has few rows, is on a CPU and needs no gradient."""
     most = 8 if weight.dtype == torch.int8 else 4  # a library would want int8 widened first, all of it
     few = 0 < x.numel() <= most * x.shape[-1]
-    return torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled() and few
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and few
 
 
 def written_out(x: Tensor, weight: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def _dot(row: Tensor, weight: Tensor) -> Tensor:
 
 
 def attends_once(q: Tensor, k: Tensor) -> bool:
-    """Whether a compiler is looking on, and q (B, H, T, E) is one query a row on a CPU, without a gradient."""
+    """Whether compiled code takes `attend_once`: q (B, H, T, E) is one query a row, on a CPU, without a gradient."""
     one = q.shape[2] == 1 and k.shape[2] <= LONGEST_SUM
-    return torch.compiler.is_compiling() and q.device.type == "cpu" and not torch.is_grad_enabled() and one
+    return q.device.type == "cpu" and not torch.is_grad_enabled() and one
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,15 @@
 
 Shapes: B batch, T tokens, S tokens attended to, D model dim, H query heads, K key/value heads, E head dim,
 V vocabulary.
+
+Switches, all off in a new model:
+    recompute_every     Decoder    activation checkpointing; set by build.make_trainable
+    by_document         Decoder    how packed rows attend on a CPU; set by build.make_trainable
+    gathered_dtype      Llama      the compute dtype of sharded weights; set by build.make_trainable
+    quantized_head      Llama      an int8 vocabulary projection; set by build.load_model(quantize_head=True)
+    decode_block        Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
+    hook                all parts  what looks on or edits; set by audit.hooks while it is in use
+    attention_override  Attention  the same, for attention patterns; set by audit.hooks while it is in use
 """
 
 from __future__ import annotations
@@ -14,100 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k2mini.config import ModelConfig
-from k2mini.nn.decode_ops import attend_once, attends_once
 from k2mini.nn.kv_cache import KVCache, LayerCache
-from k2mini.nn.linear import Embedding, Linear, product
+from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
-from k2mini.nn.rope import rotary_tables, rotate
-
-# Who looks at whom. A tensor: (B or 1, 1, T, S) bool. A list: the lengths of the documents in all rows, row after row.
-# None: a row is one document.
-Mask = Tensor | list[int] | None
-
-
-# Who looks on, or edits (audit/hooks.py): called with a point's name and its tensor, it returns the one to go on with.
-Hook = Callable[[str, Tensor], Tensor]
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
-
-    Computed in `promote_types(x.dtype, float32)` and cast back *before* the multiplication, as LLaMA's checkpoints
-    expect (F.rms_norm multiplies first, which differs in bf16).
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, D)."""
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * (precise * scale).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions and, where K < H, grouped queries (Ainslie et al. 2023)."""
-
-    hook: Hook | None = None
-    attention_override: Callable[[Hook, Tensor, Tensor, Tensor, Mask, Tensor], Tensor] | None = (
-        None  # set where patterns are asked for
-    )
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.grouped = config.num_kv_heads != config.num_heads
-        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, q_dim)
-        self.k_proj = Linear(config.dim, kv_dim)
-        self.v_proj = Linear(config.dim, kv_dim)
-        self.o_proj = Linear(q_dim, config.dim)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        batch_size, num_tokens, _ = x.shape
-        heads = (batch_size, num_tokens, -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, T, H, E)
-        k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, T, K, E)
-        v = self.v_proj(x).view(heads)  # (B, T, K, E)
-        if self.hook is not None:
-            q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)
-        if isinstance(mask, list):
-            out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
-            return self.o_proj(out.view(batch_size, num_tokens, -1))
-        if cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
-        else:
-            k, v = cache.append(k, v)  # (B, K, S, E)
-        q = q.transpose(1, 2)  # (B, H, T, E)
-        if attends_once(q, k):
-            out = attend_once(q, k, v, mask)
-        else:
-            causal = mask is None and num_tokens > 1
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        out = out.transpose(1, 2)  # (B, T, H, E)
-        if self.hook is None:
-            return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
-        if self.attention_override is not None:
-            out = self.attention_override(self.hook, q, k, v, mask, out)
-        out = self.hook("head_out", out)
-        return self.hook("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
-
-    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        """Causal attention within each document of packed rows: what a mask would hide is not computed.
-
-        q: (B*T, H, E); k, v: (B*T, K, E); `lengths` add up to B*T. Returns (B*T, H, E).
-        """
-        outs = []
-        for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-            own_q, own_k, own_v = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, t, E)
-            causal = own_q.shape[2] > 1
-            out = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=causal, enable_gqa=self.grouped)
-            outs.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(outs)
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from k2mini.config import LoraSection
 from k2mini.distributed import fill, local_part
-from k2mini.nn.linear import Linear, product
+from k2mini.nn.layers import Linear, product
 from k2mini.nn.quant import Int8Linear, int8_product
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k2mini.config import IGNORE_INDEX
-from k2mini.nn.linear import product
+from k2mini.nn.layers import product
 
 CHUNK_ROWS = 512  # positions whose logits exist at the same time
 
@@ -89,8 +89,3 @@ class _ProjectedLoss(torch.autograd.Function):
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
             None,
         )
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last dimension, in `promote_types(dtype, float32)`."""
-    return logits.to(_precise(logits)).log_softmax(dim=-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from k2mini.nn.decode_ops import writes_out, written_out
-from k2mini.nn.linear import Linear, product
+from k2mini.nn.layers import Linear, product
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class Int8Linear(Linear):
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T, with a gradient for x alone. x: (…, in); weight: (out, in) int8; scale: (out,)."""
-    if writes_out(x, weight):
+    if torch.compiler.is_compiling() and writes_out(x, weight):
         return (written_out(x, weight) * scale).to(x.dtype).view(*x.shape[:-1], -1)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, dequantize(weight, scale, x.dtype))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.nn.kv_cache import KVCache
-from k2mini.nn.linear import Linear
+from k2mini.nn.layers import Linear
 from k2mini.nn.lora import LoraLinear, attach, init_adapters, lora_modules
 from k2mini.nn.quant import Int8Linear, dequantize, quantize_rows
 from tests.nn.test_lora import TOKENS

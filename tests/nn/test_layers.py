@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2mini.nn.linear import product
+from k2mini.nn.layers import product
 
 
 def tensors(*shape, dtype=torch.float32):

@@ -1,0 +1,257 @@
+"""The layers that a LLaMA is built of: matrix products, the norm, rotary positions, attention.
+
+Matrices have no start value: filling them is `init_weights`' or a checkpoint's business. PyTorch's own modules draw one
+on construction, which a model about to be loaded throws away; on the meta device that draw alone imports
+torch._dynamo, three seconds of nothing.
+
+Rotary embeddings (Su et al. 2021, arXiv 2104.09864) are in the rotate-half layout of Hugging Face. Their tables are a
+pure function of the positions, computed once per forward pass and shared by all layers: there is no buffer to refill
+after a meta build, and nothing that `model.to(bfloat16)` would round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k2mini.config import Llama3RopeScaling, ModelConfig
+from k2mini.nn.decode_ops import attend_once, attends_once, writes_out, written_out
+from k2mini.nn.kv_cache import LayerCache
+
+# Who looks at whom. A tensor: (B or 1, 1, T, S) bool. A list: the lengths of the documents in all rows, row after row.
+# None: a row is one document.
+Mask = Tensor | list[int] | None
+
+
+# Who looks on, or edits (audit/hooks.py): called with a point's name and its tensor, it returns the one to go on with.
+Hook = Callable[[str, Tensor], Tensor]
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """y = x W^T, without bias: (…, in) -> (…, out). The weight is (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as allocated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        return product(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. (…, in) and (out, in) -> (…, out).
+
+    On a CPU float32 goes to oneDNN, which PyTorch's own linear does not ask: MKL, which that takes, has no AVX-512 for
+    processors that aren't Intel's (measured there: 1.2 to 1.7 times the rate at 512 rows, twice at 1 to 8). Few rows in
+    compiled code are written out: what a compiler makes of that streams the weight faster still.
+    """
+    if torch.compiler.is_compiling() and writes_out(x, weight):
+        return written_out(x, weight).to(x.dtype).view(*x.shape[:-1], -1)
+    if not _takes_onednn(x, weight):
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out = _Product.apply(x, weight)
+        assert isinstance(out, Tensor)
+        return out
+    return _onednn(x, weight)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque(x, weight)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+@torch.library.custom_op("k2mini::onednn_product", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, for a compiler, which would want the weight packed and constant."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ONEDNN
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() > 0
+        and (torch.compiler.is_compiling() or type(weight) in (Tensor, nn.Parameter))  # no sharded or fake tensors
+        and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+    )
+
+
+class _Product(torch.autograd.Function):
+    """`F.linear` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        return (
+            _onednn(grad, weight.T) if wants_x else None,
+            grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None,
+        )
+
+
+class Embedding(nn.Embedding):
+    """Rows by token id: (…) int64 -> (…, D). The weight is (V, D)."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as allocated."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
+
+    Computed in `promote_types(x.dtype, float32)` and cast back *before* the multiplication, as LLaMA's checkpoints
+    expect (F.rms_norm multiplies first, which differs in bf16).
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, D)."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (precise * scale).to(x.dtype)
+
+
+def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angular frequencies theta_i = rope_theta^(-2i/E), in radians per position.
+
+    Returns: (E/2,) in `dtype`. Source: Su et al., section 3.2.2.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim  # (E/2,)
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is not None:
+        frequencies = _llama3_scaled(frequencies, config.rope_scaling)
+    return frequencies
+
+
+def _llama3_scaled(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
+    """Slow frequencies are divided by `factor`, fast ones kept, those between interpolated. (E/2,) -> (E/2,)."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_seq_len / wavelengths  # full turns within the pretraining context
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)  # 0: slow, divided; 1: fast, kept
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles.
+
+    Args:
+        positions: (B or 1, T) int64.
+        dtype: the model's compute dtype; the tables come in `promote_types(dtype, float32)`.
+
+    Returns: cos and sin, each (B or 1, T, 1, E/2), to broadcast over heads.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    frequencies = inverse_frequencies(config, precise, positions.device)
+    angles = positions[..., None].to(precise) * frequencies  # (B, T, E/2)
+    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+E/2}) by their position's angles, in the tables' precision.
+
+    Args:
+        x: (B, T, heads, E).
+        cos, sin: (B or 1, T, 1, E/2).
+
+    Returns: (B, T, heads, E) in x's dtype.
+    """
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)  # each (B, T, heads, E/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and, where K < H, grouped queries (Ainslie et al. 2023)."""
+
+    hook: Hook | None = None
+    attention_override: Callable[[Hook, Tensor, Tensor, Tensor, Mask, Tensor], Tensor] | None = (
+        None  # set where patterns are asked for
+    )
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_kv_heads != config.num_heads
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.dim, q_dim)
+        self.k_proj = Linear(config.dim, kv_dim)
+        self.v_proj = Linear(config.dim, kv_dim)
+        self.o_proj = Linear(q_dim, config.dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        batch_size, num_tokens, _ = x.shape
+        heads = (batch_size, num_tokens, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, T, H, E)
+        k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, T, K, E)
+        v = self.v_proj(x).view(heads)  # (B, T, K, E)
+        if self.hook is not None:
+            q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)
+        if isinstance(mask, list):
+            out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
+            return self.o_proj(out.view(batch_size, num_tokens, -1))
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
+        else:
+            k, v = cache.append(k, v)  # (B, K, S, E)
+        q = q.transpose(1, 2)  # (B, H, T, E)
+        if torch.compiler.is_compiling() and attends_once(q, k):
+            out = attend_once(q, k, v, mask)
+        else:
+            causal = mask is None and num_tokens > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        out = out.transpose(1, 2)  # (B, T, H, E)
+        if self.hook is None:
+            return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
+        if self.attention_override is not None:
+            out = self.attention_override(self.hook, q, k, v, mask, out)
+        out = self.hook("head_out", out)
+        return self.hook("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
+
+    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        """Causal attention within each document of packed rows: what a mask would hide is not computed.
+
+        q: (B*T, H, E); k, v: (B*T, K, E); `lengths` add up to B*T. Returns (B*T, H, E).
+        """
+        outs = []
+        for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            own_q, own_k, own_v = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, t, E)
+            causal = own_q.shape[2] > 1
+            out = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=causal, enable_gqa=self.grouped)
+            outs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outs)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension, in `promote_types(dtype, float32)`."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
