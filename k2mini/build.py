@@ -10,25 +10,27 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from k2mini.config import LoraSection, ModelConfig, ModelSection, ParallelSection, TrainSection
+from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
+from k2mini.model_config import ModelConfig, read_model_config, tensor_shapes
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.nn.quant import DynamicLinear, Int8Linear, quantize_blocks, quantize_rows, quantized_head
-from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
-from k2mini.weights.formats import CheckpointReader, check_tensors, model_directory
-from k2mini.weights.hf_config import (
+from k2mini.nn.quant import (
+    DynamicLinear,
+    Int8Linear,
     int8_matrices,
     int8_scales,
-    read_model_config,
-    report_special_tokens,
+    quantize_blocks,
+    quantize_rows,
+    quantized_head,
     scale_name,
-    tensor_shapes,
 )
+from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
 from k2mini.weights.manifest import read_manifest
+from k2mini.weights.model_directory import CheckpointReader, check_tensors, model_directory, report_special_tokens
 
 KINDS = {"int8": Int8Linear, "w8a8": DynamicLinear}
 # Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from k2mini.cli import main
-from k2mini.config import Llama3RopeScaling, ModelConfig
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them

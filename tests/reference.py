@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from k2mini.model_config import hf_config
 from k2mini.nn.llama import Llama
-from k2mini.weights.hf_config import hf_config
 
 
 def to_transformers(model: Llama):

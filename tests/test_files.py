@@ -6,7 +6,7 @@ import re
 import pytest
 
 from k2mini.files import check_new, new_directory, recover
-from k2mini.weights.formats import model_directory
+from k2mini.weights.model_directory import model_directory
 
 
 def make(path, content):

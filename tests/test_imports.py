@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "k2mini"
 # A module may import from its own layer's folder and from earlier layers.
 LAYERS = [
     {"config", "errors", "files", "sizes"},
-    {"dtypes"},
+    {"dtypes", "model_config"},
     {"config_file", "distributed"},
     {"nn"},
     {"data"},

@@ -21,7 +21,7 @@ from bench_weights import RandomModel, run
 
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
-from k2mini.config import PRESETS
+from k2mini.model_config import PRESETS
 from k2mini.nn.llama import Llama
 from k2mini.weights.model_files import save_model
 

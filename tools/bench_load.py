@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 from k2mini.build import load_model
-from k2mini.config import PRESETS
-from k2mini.weights.hf_config import hf_config, tensor_shapes
+from k2mini.model_config import PRESETS, hf_config, tensor_shapes
 from k2mini.weights.stream import plan_shards
 
 

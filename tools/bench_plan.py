@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from k2mini.build import training_model
-from k2mini.config import FinetuneConfig, LoraSection, ModelConfig, PretrainConfig
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
 from k2mini.config_file import config_kind, load_config
 from k2mini.data.batches import Batch
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import connect, disconnect
+from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.training.loop import accumulate, clip_gradients
 from k2mini.training.optim import build_optimizer

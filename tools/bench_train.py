@@ -24,10 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from k2mini.config import LoraSection, ModelConfig, TrainSection
+from k2mini.config import LoraSection, TrainSection
 from k2mini.data.batches import Blocks, Example
 from k2mini.data.corpus import Documents
 from k2mini.data.packing import PackedExamples
+from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.loss import token_loss

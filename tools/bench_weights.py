@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k2mini.config import PRESETS, ModelConfig
-from k2mini.weights.hf_config import tensor_shapes
+from k2mini.model_config import PRESETS, ModelConfig, tensor_shapes
 from k2mini.weights.model_files import save_model
 from k2mini.weights.stream import total_bytes
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from k2mini.config import CheckpointSection, ModelConfig, TrainSection
+from k2mini.config import CheckpointSection, TrainSection
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.prompts import get_template
@@ -24,6 +24,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.pipeline import BASE, TEMPLATE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
+from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.training.loop import train
 from k2mini.weights.model_files import save_model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from k2mini.files import progress_bar
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
-from k2mini.weights.formats import CheckpointReader, some
+from k2mini.weights.model_directory import CheckpointReader, some
 
 EXACT = 1024  # up to this many rows or columns a spectrum is exact; beyond, its largest values are estimated
 VALUES = 16  # singular values that are kept

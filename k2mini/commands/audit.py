@@ -25,7 +25,7 @@ from k2mini.evaluation.geobench import read_benchmark
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.files import write_text
 from k2mini.nn.llama import Llama
-from k2mini.weights.formats import model_directory
+from k2mini.weights.model_directory import model_directory
 
 
 def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:

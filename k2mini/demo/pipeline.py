@@ -39,7 +39,7 @@ from k2mini.inference.generate import generate
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
-from k2mini.weights.formats import CheckpointReader
+from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.stream import hash_tensors
 
 log = logging.getLogger(__name__)

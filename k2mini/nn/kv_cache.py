@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from k2mini.config import ModelConfig
+from k2mini.model_config import ModelConfig
 
 GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
 

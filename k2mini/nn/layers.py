@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2mini.config import Llama3RopeScaling, ModelConfig
+from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, writes_out, written_out
 from k2mini.nn.kv_cache import LayerCache
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from k2mini.config import ModelConfig
+from k2mini.model_config import ModelConfig
 from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss

@@ -126,3 +126,18 @@ def quantized_head(weight: Tensor, kind: type[Int8Linear] = Int8Linear) -> Int8L
     values, scale = quantize_rows(weight.detach())
     head.weight, head.scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (values, scale))
     return head
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of an int8 matrix."""
+    return name.removesuffix("weight") + "scale"
+
+
+def int8_matrices(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The tensors that are kept in int8: the blocks' matrices."""
+    return [name for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
+
+
+def int8_scales(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The scales of all int8 matrices, with their shapes."""
+    return {scale_name(name): shapes[name][:1] for name in int8_matrices(shapes)}

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from k2mini.config import PRESETS, FinetuneConfig, ModelConfig, PretrainConfig
+from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh, shard
 from k2mini.dtypes import DTYPES
+from k2mini.model_config import PRESETS, ModelConfig, read_model_config
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss
@@ -32,8 +33,7 @@ from k2mini.sizes import readable
 from k2mini.training.loop import rank_share
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.optim import build_optimizer
-from k2mini.weights.formats import model_directory
-from k2mini.weights.hf_config import read_model_config
+from k2mini.weights.model_directory import model_directory
 
 Config = PretrainConfig | FinetuneConfig
 

@@ -13,8 +13,8 @@ from k2mini.data.documents import list_files, read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.weights.formats import model_directory
-from k2mini.weights.hf_config import read_model_config
+from k2mini.model_config import read_model_config
+from k2mini.weights.model_directory import model_directory
 
 
 def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[str]:

@@ -25,12 +25,12 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, connect
 from k2mini.dtypes import DTYPES
 from k2mini.files import make_writable, sha256, write_text
+from k2mini.model_config import read_model_config
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
-from k2mini.weights.formats import model_directory
-from k2mini.weights.hf_config import read_model_config
+from k2mini.weights.model_directory import model_directory
 from k2mini.weights.model_files import save_model
 
 log = logging.getLogger(__name__)

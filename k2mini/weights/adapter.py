@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from k2mini.config import LoraSection
 from k2mini.distributed import fill
 from k2mini.files import new_directory, read_json
+from k2mini.model_config import read_model_config
 from k2mini.nn.lora import lora_modules, merged_weight
-from k2mini.weights.formats import CheckpointReader, model_directory, read_bin
-from k2mini.weights.hf_config import read_model_config
 from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
+from k2mini.weights.model_directory import CheckpointReader, model_directory, read_bin
 from k2mini.weights.model_files import find_tokenizer, save_model
 from k2mini.weights.stream import Tensors, Written, write_safetensors
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k2mini.config import ModelConfig
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.nn.quant import quantize_rows
-from k2mini.weights.formats import CheckpointReader, check_tensors
+from k2mini.model_config import ModelConfig, read_model_config, tensor_shapes
+from k2mini.nn.quant import int8_matrices, quantize_rows, scale_name
 from k2mini.weights.gguf_file import write_gguf
-from k2mini.weights.hf_config import int8_matrices, is_int8, read_model_config, scale_name, tensor_shapes
 from k2mini.weights.meta import OUTPUT, MetaReader, write_meta
+from k2mini.weights.model_directory import CheckpointReader, check_tensors, is_int8
 from k2mini.weights.model_files import find_tokenizer, save_model
 from k2mini.weights.stream import SHARD_BYTES, Cast, Source, write_weights
 from k2mini.weights.torch_file import write_bin

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.config import ModelConfig
 from k2mini.dtypes import DTYPES, INTEGERS, NAMES
 from k2mini.files import check_new, check_space, new_directory
-from k2mini.weights.formats import CheckpointReader, some
-from k2mini.weights.hf_config import read_model_config
+from k2mini.model_config import ModelConfig, read_model_config
 from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
+from k2mini.weights.model_directory import CheckpointReader, some
 from k2mini.weights.model_files import find_tokenizer, save_model, write_side_files
 from k2mini.weights.stream import SHARD_BYTES, hash_tensors, total_bytes, write_weights
 

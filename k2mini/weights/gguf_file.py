@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.config import ModelConfig
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import check_space, progress_bar, sync_path
+from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import inverse_frequencies
 from k2mini.weights.meta import interleave, is_rotary
 from k2mini.weights.stream import SHOWN, Source, num_bytes

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from k2mini.config import ModelConfig
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.model_config import ModelConfig
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.convert import open_model
-from k2mini.weights.formats import CheckpointReader
 from k2mini.weights.manifest import read_manifest
+from k2mini.weights.model_directory import CheckpointReader
 
 WEIGHTS = (".safetensors", ".bin", ".pth")
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from k2mini.files import read_json, sha256
-from k2mini.weights.formats import CheckpointReader, read_bin
+from k2mini.weights.model_directory import CheckpointReader, read_bin
 from k2mini.weights.stream import Written, raw
 
 MANIFEST = "manifest.json"

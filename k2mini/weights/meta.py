@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.config import Llama3RopeScaling, ModelConfig
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import check_new, check_space, new_directory, progress_bar, read_json
-from k2mini.weights.formats import read_bin
+from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.weights.manifest import read_manifest, write_manifest
+from k2mini.weights.model_directory import read_bin
 from k2mini.weights.stream import SHOWN, Source, Written, total_bytes
 from k2mini.weights.torch_file import write_torch
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from k2mini.config import ModelConfig
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.files import check_new, check_space, new_directory
-from k2mini.weights.hf_config import INT8, hf_config
+from k2mini.model_config import INT8, ModelConfig, hf_config
 from k2mini.weights.manifest import write_manifest
 from k2mini.weights.stream import SHARD_BYTES, Check, Source, Tensors, Written, total_bytes, write_weights
 

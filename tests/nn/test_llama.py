@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from k2mini.build import load_model, meta_model
-from k2mini.config import IGNORE_INDEX, PRESETS
+from k2mini.config import IGNORE_INDEX
+from k2mini.model_config import PRESETS
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, document_lengths
 from tests.conftest import tiny_config, tiny_llama

@@ -10,8 +10,8 @@ from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, lora_modules
 from k2mini.weights.adapter import merge_adapter, save_adapter
-from k2mini.weights.formats import CheckpointReader
 from k2mini.weights.manifest import model_fingerprint
+from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_llama
 from tests.nn.test_lora import ALL, TOKENS, adapted

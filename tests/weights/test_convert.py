@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from k2mini.build import load_model
-from k2mini.config import Llama3RopeScaling
+from k2mini.model_config import Llama3RopeScaling, tensor_shapes
 from k2mini.weights.convert import convert, open_model
-from k2mini.weights.hf_config import tensor_shapes
 from k2mini.weights.info import inspect_directory, memory
 from k2mini.weights.model_files import save_model
 from k2mini.weights.stream import hash_tensors

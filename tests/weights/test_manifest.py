@@ -100,7 +100,7 @@ def test_missing_cut_and_unknown_files(written, tmp_path):
 def test_the_hashes_are_those_of_the_raw_bytes(written):
     import hashlib
 
-    from k2mini.weights.formats import CheckpointReader
+    from k2mini.weights.model_directory import CheckpointReader
 
     reader, manifest = CheckpointReader(written / "base"), read_manifest(written / "base")
     for name, entry in manifest["tensors"].items():

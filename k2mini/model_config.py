@@ -1,18 +1,115 @@
-"""Hugging Face's config.json, translated to `ModelConfig` and back: the one place that knows its names."""
+"""The shape of a LLaMA, and Hugging Face's config.json, translated to it and back: the one place that knows its names.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2mini.config import Llama3RopeScaling, ModelConfig
 from k2mini.files import read_json
-
-log = logging.getLogger(__name__)
 
 INT8 = {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"}
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second is how checkpoints of March 2023 spell it
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """The `llama3` rule that stretches rotary wavelengths past the pretraining context.
+
+    Source: Grattafiori et al. 2024 (arXiv 2407.21783); the formula is that of Meta's `apply_scaling`.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int  # tokens
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling.factor must be at least 1, not {self.factor}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "rope_scaling needs 0 < low_freq_factor < high_freq_factor, "
+                f"not {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.original_max_seq_len < 1:
+            raise ValueError(f"rope_scaling.original_max_seq_len must be positive, not {self.original_max_seq_len}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a LLaMA (Touvron et al. 2023, arXiv 2302.13971; grouped queries: 2307.09288).
+
+    Raises ValueError, naming the field and the value, where the shape is impossible.
+    """
+
+    dim: int  # D, hidden size
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # K; equal to num_heads for multi-head attention
+    head_dim: int  # E
+    intermediate_dim: int
+    vocab_size: int  # V, rows of the embedding
+    max_seq_len: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False  # lm_head shares the embedding's weight
+
+    def __post_init__(self) -> None:
+        positive = (
+            "dim",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_dim",
+            "vocab_size",
+            "max_seq_len",
+            "rope_theta",
+            "norm_eps",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+
+    def num_parameters(self) -> int:
+        """Number of weights, in closed form."""
+        attention = self.dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = 3 * self.dim * self.intermediate_dim
+        block = attention + mlp + 2 * self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return self.num_layers * block + self.dim + embeddings
+
+
+# Shapes: Touvron et al. 2023, table 2; norm_eps and intermediate_dim as in Meta's params.json and code.
+PRESETS = {
+    "llama-7b": ModelConfig(
+        dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        intermediate_dim=11008,
+        vocab_size=32000,
+    ),
+    "llama-13b": ModelConfig(
+        dim=5120,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        intermediate_dim=13824,
+        vocab_size=32000,
+    ),
+}
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -149,45 +246,6 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
     }
-
-
-def is_int8(directory: Path) -> bool:
-    """Whether config.json says that the blocks' matrices are stored in k2mini's int8."""
-    path = directory / "config.json"
-    return path.is_file() and read_json(path).get("quantization_config") == INT8
-
-
-def scale_name(name: str) -> str:
-    """The name of the scales of an int8 matrix."""
-    return name.removesuffix("weight") + "scale"
-
-
-def int8_matrices(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The tensors that are kept in int8: the blocks' matrices."""
-    return [name for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
-
-
-def int8_scales(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The scales of all int8 matrices, with their shapes."""
-    return {scale_name(name): shapes[name][:1] for name in int8_matrices(shapes)}
-
-
-def report_special_tokens(directory: Path, bos_id: int, eos_id: int) -> None:
-    """Log where config.json disagrees with the tokenizer on BOS or EOS (LLaMA-1's in the wild say 0 and 1).
-
-    The tokenizer is right: its ids are what the model was trained with.
-    """
-    raw = read_json(directory / "config.json")
-    for key, right in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
-        said = raw.get(key)
-        if said is not None and said != right and not (isinstance(said, list) and right in said):
-            log.warning(
-                "%s says %s %s, tokenizer.model says %s; using the tokenizer's",
-                directory / "config.json",
-                key,
-                said,
-                right,
-            )
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from k2mini.build import load_model
-from k2mini.weights.formats import CheckpointReader
+from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
 from k2mini.weights.stream import plan_shards
 from tests.conftest import SHAPES, tiny_config, tiny_llama

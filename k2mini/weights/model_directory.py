@@ -6,6 +6,7 @@ Nothing is read before it is asked for: tensors are views of memory-mapped files
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.files import read_json, recover
-from k2mini.weights.hf_config import is_int8
+from k2mini.model_config import INT8
 from k2mini.weights.stream import Source
+
+log = logging.getLogger(__name__)
 
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -215,3 +218,27 @@ def _equal(source: Source, one: str, other: str) -> bool:
     return source.shape(one) == source.shape(other) and torch.equal(
         source.rows(one, 0, rows), source.rows(other, 0, rows)
     )
+
+
+def is_int8(directory: Path) -> bool:
+    """Whether config.json says that the blocks' matrices are stored in k2mini's int8."""
+    path = directory / "config.json"
+    return path.is_file() and read_json(path).get("quantization_config") == INT8
+
+
+def report_special_tokens(directory: Path, bos_id: int, eos_id: int) -> None:
+    """Log where config.json disagrees with the tokenizer on BOS or EOS (LLaMA-1's in the wild say 0 and 1).
+
+    The tokenizer is right: its ids are what the model was trained with.
+    """
+    raw = read_json(directory / "config.json")
+    for key, right in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
+        said = raw.get(key)
+        if said is not None and said != right and not (isinstance(said, list) and right in said):
+            log.warning(
+                "%s says %s %s, tokenizer.model says %s; using the tokenizer's",
+                directory / "config.json",
+                key,
+                said,
+                right,
+            )

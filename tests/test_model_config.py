@@ -3,7 +3,8 @@ import logging
 
 import pytest
 
-from k2mini.weights.hf_config import hf_config, read_model_config, report_special_tokens
+from k2mini.model_config import hf_config, read_model_config
+from k2mini.weights.model_directory import report_special_tokens
 from tests.conftest import SHAPES, tiny_config
 
 LLAMA_1 = {  # decapoda-research/llama-7b-hf, March 2023
