@@ -1,4 +1,4 @@
-"""From a directory to a model: the one place that knows the order (meta, quantise, LoRA, shard, load)."""
+"""From a directory to a model that answers (`load_model`) or trains (`training_model`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
@@ -101,6 +102,64 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def is_sharded(section: ModelSection, lora: LoraSection | None, world_size: int) -> bool:
+    """Whether FSDP keeps what trains: over several ranks, and alone where float32 weights compute in bfloat16."""
+    return world_size > 1 or (section.dtype == "bfloat16" and lora is None)
+
+
+def kept_dtype(section: ModelSection, lora: LoraSection | None) -> torch.dtype:
+    """The dtype of the model's parameters in training: float32 at least where all train, else that of the frozen base.
+
+    Adapters are kept in float32 at least in any case (see `nn/lora.py`).
+    """
+    compute = DTYPES[section.dtype]
+    return compute if lora is not None else torch.promote_types(compute, torch.float32)
+
+
+def make_trainable(
+    model: Llama,
+    section: ModelSection,
+    train: TrainSection,
+    parallel: ParallelSection,
+    lora: LoraSection | None,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+) -> None:
+    """Prepare a model whose parameters have no values yet (they are on the meta device, or fake) for training.
+
+    The one place that knows the order: int8, LoRA, activation checkpointing, compilation, sharding.
+
+    Args:
+        model: its parameters are of `kept_dtype`.
+        lora: train adapters only; None: all parameters.
+        device: where it will train.
+        mesh: the ranks that share it; None: it is not sharded (see `is_sharded`).
+
+    Raises ValueError where `lora` names a module that the model does not have, or there is no compiler.
+    """
+    _quantize(model, section.quantize)
+    if lora is not None:
+        attach(model, lora)
+    model.model.recompute_every = train.activation_checkpointing
+    # Compiled blocks need fixed shapes; and on a GPU one call under a mask is faster than one call a document.
+    model.model.by_document = device.type == "cpu" and not train.compile
+    if train.compile:
+        check_compiler(device)
+        for layer in model.model.layers:
+            layer.compile()
+    if mesh is not None:
+        compute, kept = DTYPES[section.dtype], kept_dtype(section, lora)
+        shard(
+            model,
+            model.units(),
+            ("loss", "hidden", "logits"),
+            mesh,
+            compute if kept != compute else None,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )
+        model.gathered_dtype = compute
+
+
 def training_model(
     section: ModelSection,
     train: TrainSection,
@@ -122,31 +181,13 @@ def training_model(
         raise ValueError(f"{path} is quantised; train adapters over it with model.quantize=int8")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
-    compute = DTYPES[section.dtype]
-    kept = torch.promote_types(compute, torch.float32) if lora is None else compute
+    if lora is not None and lora.init_adapter is not None:
+        check_base(Path(lora.init_adapter), reader)
+    kept = kept_dtype(section, lora)
     model.to(kept)
-    _quantize(model, section.quantize)
-    if lora is not None:
-        if lora.init_adapter is not None:
-            check_base(Path(lora.init_adapter), reader)
-        attach(model, lora)
-    model.model.recompute_every = train.activation_checkpointing
-    # Compiled blocks want shapes that stay; and on a GPU one call under a mask beats many small ones.
-    model.model.by_document = world.device.type == "cpu" and not train.compile
-    if train.compile:
-        check_compiler(world.device)
-        for layer in model.model.layers:
-            layer.compile()
-    if world.size > 1 or kept != compute:
-        shard(
-            model,
-            model.units(),
-            ("loss", "hidden", "logits"),
-            device_mesh(world, parallel),
-            compute if kept != compute else None,
-            reshard_after_forward=parallel.reshard_after_forward,
-        )
-        model.gathered_dtype = compute
+    mesh = device_mesh(world, parallel) if is_sharded(section, lora, world.size) else None
+    make_trainable(model, section, train, parallel, lora, world.device, mesh)
+    if mesh is not None:
         model.to_empty(device=world.device)
     elif section.quantize is None:
         check_memory(model.config.num_parameters(), kept, kept, world.device)
@@ -178,11 +219,6 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
             local_part(parameter).copy_(values)
         else:
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
-
-
-def needs_process_group(section: ModelSection, lora: LoraSection | None) -> bool:
-    """Whether even a process that is alone is sharded: FSDP keeps float32 weights beside a bfloat16 computation."""
-    return section.dtype == "bfloat16" and lora is None
 
 
 def _open(path: Path) -> tuple[Llama, CheckpointReader, Tokenizer | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -63,17 +64,21 @@ class World:
             dist.barrier()
 
 
-def connect(device: torch.device, section: ParallelSection, *, alone_too: bool = False) -> World:
-    """Join the ranks of torchrun, with NCCL on GPUs (one a rank) and gloo on CPUs.
+@contextmanager
+def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = False) -> Iterator[World]:
+    """Join the ranks of torchrun, with NCCL on GPUs (one a rank) and gloo on CPUs; at the end of the block, leave them.
 
     Args:
-        alone_too: make a process group of one, where torchrun did not start us.
+        alone_too: make a process group of one, where torchrun did not start us (see `build.is_sharded`).
+
+    Yields: this process' place among them.
 
     Raises ValueError where `parallel.replicate` does not divide the number of ranks.
     """
     launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and not alone_too:
-        return World(device=device)
+        yield World(device=device)
+        return
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if size % section.replicate:
         raise ValueError(f"parallel.replicate ({section.replicate}) does not divide the {size} ranks")
@@ -88,12 +93,9 @@ def connect(device: torch.device, section: ParallelSection, *, alone_too: bool =
             timeout=timedelta(minutes=section.timeout_minutes),
             **arguments,
         )
-    return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def disconnect() -> None:
-    """Leave the ranks in good order."""
-    if dist.is_initialized():
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
         dist.destroy_process_group()
 
 

@@ -23,7 +23,7 @@ from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
 from k2mini.config_file import config_kind, load_config
 from k2mini.data.batches import Batch
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import connect, disconnect
+from k2mini.distributed import ranks
 from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.training.loop import accumulate, clip_gradients
@@ -69,25 +69,24 @@ def measure(path: Path) -> None:
     """What a rank does: three steps; the largest growth of any rank goes to the standard output of the first."""
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # large blocks are given back at once, as a GPU's allocator would
     config = read(path)
-    world = connect(torch.device("cpu"), config.parallel)
-    lora: LoraSection | None = config.lora if isinstance(config, FinetuneConfig) else None
-    before = resident()
-    model, _ = training_model(config.model, config.train, config.parallel, world, lora)
-    optimizer = build_optimizer(model.train(), config.train)
-    rows = config.train.micro_batch_size
-    tokens = torch.randint(3, SHAPE.vocab_size, (rows, 513))
-    positions = None if lora is None else torch.arange(512).repeat(rows, 1)
-    batch = Batch(tokens[:, :-1], positions, tokens[:, 1:])
-    for _ in range(3):
-        accumulate(model, [batch], batch.num_supervised() * world.size, world)
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    largest = max(world.all_gather(peak))
-    if world.is_main:
-        print(json.dumps({"peak": largest}))
-    disconnect()
+    with ranks(torch.device("cpu"), config.parallel) as world:
+        lora: LoraSection | None = config.lora if isinstance(config, FinetuneConfig) else None
+        before = resident()
+        model, _ = training_model(config.model, config.train, config.parallel, world, lora)
+        optimizer = build_optimizer(model.train(), config.train)
+        rows = config.train.micro_batch_size
+        tokens = torch.randint(3, SHAPE.vocab_size, (rows, 513))
+        positions = None if lora is None else torch.arange(512).repeat(rows, 1)
+        batch = Batch(tokens[:, :-1], positions, tokens[:, 1:])
+        for _ in range(3):
+            accumulate(model, [batch], batch.num_supervised() * world.size, world)
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        largest = max(world.all_gather(peak))
+        if world.is_main:
+            print(json.dumps({"peak": largest}))
 
 
 def launch(path: Path, ranks: int) -> Any:

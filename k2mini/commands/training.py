@@ -8,15 +8,14 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed as dist
-
+from k2mini.build import is_sharded
 from k2mini.commands.common import pick_device
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.config_file import config_kind, load_config
 from k2mini.data.prepare import describe, prepare
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.sources import with_demo_files
-from k2mini.distributed import disconnect
+from k2mini.distributed import World, ranks
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.geobench import read_benchmark
 from k2mini.evaluation.instances import EvalConfig
@@ -59,7 +58,10 @@ def run_pretrain(options: argparse.Namespace) -> None:
     device = pick_device(options)
     config = with_demo_files(load_config(PretrainConfig, options.config, _overrides(options)))
     assert isinstance(config, PretrainConfig)
-    _print_first(run.pretrain(config, device, benchmark=_benchmark(config)))
+    with ranks(device, config.parallel, alone_too=is_sharded(config.model, None, 1)) as world:
+        out = run.pretrain(config, world, benchmark=_benchmark(config, world))
+    if world.is_main:
+        print(out)
 
 
 def run_finetune(options: argparse.Namespace) -> None:
@@ -67,10 +69,13 @@ def run_finetune(options: argparse.Namespace) -> None:
     device = pick_device(options)
     config = with_demo_files(load_config(FinetuneConfig, options.config, _overrides(options)))
     assert isinstance(config, FinetuneConfig)
-    _print_first(run.finetune(config, device, benchmark=_benchmark(config)))
+    with ranks(device, config.parallel, alone_too=is_sharded(config.model, config.lora, 1)) as world:
+        out = run.finetune(config, world, benchmark=_benchmark(config, world))
+    if world.is_main:
+        print(out)
 
 
-def _benchmark(config: PretrainConfig | FinetuneConfig) -> run.Benchmark | None:
+def _benchmark(config: PretrainConfig | FinetuneConfig, world: World) -> run.Benchmark | None:
     """What `eval` asks for, its questions read before the long run begins."""
     section = config.eval
     if not section.every:
@@ -80,22 +85,11 @@ def _benchmark(config: PretrainConfig | FinetuneConfig) -> run.Benchmark | None:
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
 
     def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
-        results = evaluate(model, tokenizer, questions, eval_config, shown=_is_first())
+        results = evaluate(model, tokenizer, questions, eval_config, shown=world.is_main)
         summaries = summarise(questions, results, eval_config.settings())
         return {f"accuracy/{row['task']}": row["accuracy"] for row in summaries}
 
     return benchmark
-
-
-def _print_first(path: Path) -> None:
-    """A run's result, from one of its ranks; then all of them part."""
-    if _is_first():
-        print(path)
-    disconnect()
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.build import is_sharded, kept_dtype, make_trainable
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
-from k2mini.distributed import World, device_mesh, shard
+from k2mini.distributed import World, device_mesh
 from k2mini.dtypes import DTYPES
 from k2mini.model_config import PRESETS, ModelConfig, read_model_config
 from k2mini.nn.llama import Llama
-from k2mini.nn.lora import attach
 from k2mini.nn.loss import projected_loss
-from k2mini.nn.quant import quantize_blocks
 from k2mini.sizes import readable
 from k2mini.training.loop import rank_share
 from k2mini.training.memory_tracker import MemoryTracker
@@ -123,11 +122,14 @@ def _kept(config: Config) -> torch.dtype:
     return torch.promote_types(DTYPES[config.model.dtype], torch.float32)
 
 
+def _lora(config: Config) -> LoraSection | None:
+    return config.lora if isinstance(config, FinetuneConfig) else None
+
+
 @contextmanager
 def _ranks(config: Config, world_size: int) -> Iterator[DeviceMesh | None]:
     """A process group whose other ranks do not exist; None where a run alone has none."""
-    alone = world_size == 1 and not (isinstance(config, PretrainConfig) and config.model.dtype == "bfloat16")
-    if alone:
+    if not is_sharded(config.model, _lora(config), world_size):
         yield None
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -143,20 +145,13 @@ def _ranks(config: Config, world_size: int) -> Iterator[DeviceMesh | None]:
 
 def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple[int, int, int, dict[str, int]]:
     """The peak of a step, the number of parameters and of those that train, and what the peak consists of."""
-    compute, kept = DTYPES[config.model.dtype], _kept(config)
-    lora = config.lora if isinstance(config, FinetuneConfig) else None
+    lora = _lora(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _of_dtype(shape, kept if lora is None else compute)
-        if config.model.quantize is not None:
-            quantize_blocks(model.model.layers)
-        if lora is not None:
-            attach(model, lora)
-        model.model.recompute_every = config.train.activation_checkpointing
+        model = _of_dtype(shape, kept_dtype(config.model, lora))
+        # Compiled code can't be watched; and fake positions do not tell where documents begin: "cuda" takes a mask.
+        train = replace(config.train, compile=False)
+        make_trainable(model, config.model, train, config.parallel, lora, torch.device("cuda"), mesh)
         counts = [p.numel() for p in model.parameters()], [p.numel() for p in model.parameters() if p.requires_grad]
-        if mesh is not None:
-            cast = compute if lora is None and compute != kept else None
-            again = config.parallel.reshard_after_forward
-            shard(model, model.units(), ("loss",), mesh, cast, reshard_after_forward=again)
         optimizer = build_optimizer(model, config.train)
         batch = _fake_batch(config)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from k2mini.build import needs_process_group, training_model
+from k2mini.build import training_model
 from k2mini.config import FinetuneConfig, InstructionSection, LoraSection, PretrainConfig, TrainSection
 from k2mini.data.batches import Blocks, Example, Examples, shuffled
 from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_corpus_manifest
@@ -22,13 +22,13 @@ from k2mini.data.packing import PackedExamples
 from k2mini.data.prepare import prepare
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import World, connect
+from k2mini.distributed import World
 from k2mini.dtypes import DTYPES
 from k2mini.files import make_writable, sha256, write_text
 from k2mini.model_config import read_model_config
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
-from k2mini.training.loop import train
+from k2mini.training.loop import ALONE, train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
 from k2mini.weights.model_directory import model_directory
 from k2mini.weights.model_files import save_model
@@ -40,7 +40,7 @@ Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]  # a score a task
 
 def pretrain(
     config: PretrainConfig,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     label: str = "pretrain",
     benchmark: Benchmark | None = None,
 ) -> Path:
@@ -50,7 +50,6 @@ def pretrain(
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
     """
-    world = connect(torch.device(device), config.parallel, alone_too=needs_process_group(config.model, None))
     run_dir, out = _prepare(config, "model", world)
     if out.exists():
         return out
@@ -89,7 +88,7 @@ def pretrain(
 
 def finetune(
     config: FinetuneConfig,
-    device: torch.device | str = "cpu",
+    world: World = ALONE,
     label: str = "finetune",
     benchmark: Benchmark | None = None,
 ) -> Path:
@@ -99,7 +98,6 @@ def finetune(
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
     """
-    world = connect(torch.device(device), config.parallel)
     run_dir, out = _prepare(config, "adapter", world)
     if out.exists():
         return out

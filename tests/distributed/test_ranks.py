@@ -115,16 +115,16 @@ def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_pa
 
 def test_bf16_alone_keeps_float32_weights(tiny_directory):
     code = (
-        "import torch\nfrom k2mini.build import training_model, needs_process_group\n"
-        "from k2mini.config import *\nfrom k2mini.distributed import connect, disconnect\n"
+        "import torch\nfrom k2mini.build import is_sharded, training_model\n"
+        "from k2mini.config import *\nfrom k2mini.distributed import ranks\n"
         f"section = ModelSection({str(tiny_directory)!r}, 'bfloat16')\n"
-        "world = connect(torch.device('cpu'), ParallelSection(), alone_too=needs_process_group(section, None))\n"
-        "model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), world)\n"
-        "tokens = torch.ones(1, 9, dtype=torch.int64)\n"
-        "loss = model.loss(tokens, None, tokens)\nloss.backward()\n"
-        "assert loss.dtype == torch.float32\n"
-        "assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())\n"
-        "disconnect()\n"
+        "with ranks(torch.device('cpu'), ParallelSection(), alone_too=is_sharded(section, None, 1)) as world:\n"
+        "    model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), world)\n"
+        "    tokens = torch.ones(1, 9, dtype=torch.int64)\n"
+        "    loss = model.loss(tokens, None, tokens)\n"
+        "    loss.backward()\n"
+        "    assert loss.dtype == torch.float32\n"
+        "    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from k2mini.build import training_model
 from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection, TrainSection
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
-from k2mini.distributed import connect, disconnect, local_part
+from k2mini.distributed import local_part, ranks
 from k2mini.evaluation.score import Request, score
 from k2mini.training.loop import accumulate, local_batches, train
 from k2mini.training.metrics import read_metrics
@@ -112,29 +112,30 @@ def sharding(path, world):
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
-    world = connect(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv)
-    few = {"max_steps": STEPS // 3}
-    results = {
-        "plain": run(path, world, out / "plain"),
-        "float32": run(path, world, out / "float32", dtype="float32"),
-        "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2, **few),
-        "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
-        "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0), **few),
-        "int8": run(path, world, out / "int8", lora=LoraSection(rank=2, dropout=0.0), quantize="int8", **few),
-        "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
-        "gradients": gradients(path, world, 1),
-        "gradients_accumulated": gradients(path, world, 8 // world.size),
-        "kept": world.all_gather(sharding(path, world)),
-    }
-    if world.size > 1:
-        results["zero2"] = run(path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few)
-        results["replicated"] = run(
-            path, world, out / "replicated", parallel=ParallelSection(replicate=world.size), **few
-        )
-        results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", evaluate=scored, **few)
-    if world.is_main:
-        (out / f"results_{world.size}.json").write_text(json.dumps(results))
-    disconnect()
+    with ranks(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv) as world:
+        few = {"max_steps": STEPS // 3}
+        results = {
+            "plain": run(path, world, out / "plain"),
+            "float32": run(path, world, out / "float32", dtype="float32"),
+            "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2, **few),
+            "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
+            "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0), **few),
+            "int8": run(path, world, out / "int8", lora=LoraSection(rank=2, dropout=0.0), quantize="int8", **few),
+            "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
+            "gradients": gradients(path, world, 1),
+            "gradients_accumulated": gradients(path, world, 8 // world.size),
+            "kept": world.all_gather(sharding(path, world)),
+        }
+        if world.size > 1:
+            results["zero2"] = run(
+                path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few
+            )
+            results["replicated"] = run(
+                path, world, out / "replicated", parallel=ParallelSection(replicate=world.size), **few
+            )
+            results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", evaluate=scored, **few)
+        if world.is_main:
+            (out / f"results_{world.size}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
