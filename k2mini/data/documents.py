@@ -112,23 +112,38 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, eos: bool) -> list[list[
     return documents
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank.
+def read_entries(path: Path, content: bytes | None = None) -> list[tuple[str, Any]]:
+    """The entries of a JSON list, or of JSONL, told apart by what the file holds and not by its name.
 
-    Raises ValueError naming file and line where a line is not a JSON object, or where the file is missing or empty.
+    A file that is one JSON object is one entry.
+
+    Args:
+        content: what stands in the file, where it has been read already (standard input).
+
+    Returns: (place, entry), where the place is 'record 0', … in a list and 'line 1', … in JSONL.
+
+    Raises ValueError naming the file, and the line where there is one, where something is not JSON; naming the file
+    where it is missing or holds no entry.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no data file {path}")
-    empty = True
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = parse_object(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            empty = False
-            yield number, entry
-    if empty:
+    if content is None:
+        if not path.is_file():
+            raise ValueError(f"there is no data file {path}")
+        content = path.read_bytes()
+    entries: list[tuple[str, Any]] = []
+    try:
+        whole = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if content.lstrip().startswith(b"["):
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if line.strip():
+                try:
+                    entries.append((f"line {number}", json.loads(line)))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error_of_line:
+                    raise ValueError(f"{path}, line {number}: not valid JSON: {error_of_line}") from None
+    else:
+        one = [("line 1", whole)]
+        entries = [(f"record {n}", entry) for n, entry in enumerate(whole)] if isinstance(whole, list) else one
+    if not entries:
         raise ValueError(f"{path} is empty")
+    return entries

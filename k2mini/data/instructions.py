@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.data.batches import Example
-from k2mini.data.documents import read_jsonl
+from k2mini.data.documents import read_entries
 from k2mini.data.prompts import Template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +19,7 @@ def read_records(path: Path) -> list[dict[str, str]]:
 
     Raises ValueError naming the file and the record where one is not of this form.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no data file {path}")
-    entries: list[tuple[str, Any]]
-    if path.suffix == ".jsonl":
-        entries = [(f"line {number}", entry) for number, entry in read_jsonl(path)]
-    else:
-        raw = read_json(path)
-        if not isinstance(raw, list) or not raw:
-            raise ValueError(f"{path} must hold a JSON list of records that is not empty")
-        entries = [(f"record {number}", entry) for number, entry in enumerate(raw)]
-    return [_record(entry, f"{path}, {place}") for place, entry in entries]
+    return [_record(entry, f"{path}, {place}") for place, entry in read_entries(path)]
 
 
 def _record(entry: Any, place: str) -> dict[str, str]:

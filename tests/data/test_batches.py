@@ -96,8 +96,8 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "[]", "must hold a JSON list of records that is not empty"),
-        ("a.json", "{", "is not valid JSON"),
+        ("a.json", "[]", "a.json is empty"),
+        ("a.json", "{", "line 1: not valid JSON"),
         ("a.json", '[{"instruction": "x"}]', "record 0 has no `output`"),
         ("a.json", '[{"instruction": "x", "output": 3}]', "record 0: `output` must be text, not 3"),
         ("a.json", '[{"instruction": "x", "output": " "}]', "record 0: `output` is empty"),
@@ -105,6 +105,8 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
         ("a.jsonl", "", "is empty"),
         ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"x"', "line 2: not valid JSON"),
         ("a.jsonl", '{"output": "y"}\n', "line 1 has no `instruction`"),
+        ("a.jsonl.json", '{"instruction": "x", "output": "y"}\n{"output": "y"}\n', "line 2 has no `instruction`"),
+        ("a.JSONL", '[{"output": "y"}]', "record 0 has no `instruction`"),
     ],
 )
 def test_instruction_files_of_another_form_are_refused(tmp_path, name, content, message):
