@@ -102,6 +102,27 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def set_threads(number: int | None) -> None:
+    """`--threads`: how many CPU threads PyTorch uses; None leaves its choice."""
+    if number is not None:
+        if number < 1:
+            raise ValueError(f"--threads must be at least 1, not {number}")
+        torch.set_num_threads(number)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """`--device`; None or 'auto' is CUDA where there is one. Raises ValueError where there is no such device."""
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device; try cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def is_sharded(section: ModelSection, lora: LoraSection | None, world_size: int) -> bool:
     """Whether FSDP keeps what trains: over several ranks, and alone where float32 weights compute in bfloat16."""
     return world_size > 1 or (section.dtype == "bfloat16" and lora is None)

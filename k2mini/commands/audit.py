@@ -7,33 +7,65 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from k2mini.audit.page import page
-from k2mini.audit.reports import (
-    Report,
-    attention_report,
-    attribution_report,
-    diff_report,
-    lens_report,
-    patch_report,
-)
-from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
-from k2mini.build import load_model
-from k2mini.commands.common import pick_device
-from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.geobench import read_benchmark
-from k2mini.evaluation.instances import EvalConfig
-from k2mini.files import write_text
-from k2mini.nn.llama import Llama
-from k2mini.weights.model_directory import model_directory
+from k2mini.commands.common import COMPUTE
+
+if TYPE_CHECKING:
+    from k2mini.audit.reports import Report
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.nn.llama import Llama
+
+
+def audit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The commands `audit lens`, `attention`, `attribute`, `patch` and `diff`."""
+    from k2mini.evaluation.instances import EvalConfig
+
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser shows")
+    output.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
+    asked = argparse.ArgumentParser(add_help=False)
+    asked.add_argument("--model", required=True, nargs="+", metavar="DIR", help="one, or several side by side")
+    asked.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the last model")
+    prompt = asked.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument(
+        "--question",
+        nargs=3,
+        metavar=("FILE", "TASK", "N"),
+        help="question N (from 0) of a benchmark, as eval asks it, such as geobench_npee.json npee/choice 3",
+    )
+    asked.add_argument("--template", metavar="NAME", help=f"of --question (default: {EvalConfig.template})")
+    kinds: Any = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, declare, what in (
+        ("lens", _lens_arguments, "what each layer would answer"),
+        ("attention", _attention_arguments, "where heads look"),
+        ("attribute", _attribute_arguments, "what each part adds to the answer"),
+        ("patch", _patch_arguments, "where two prompts' difference becomes the answer"),
+    ):
+        kinds.add_parser(name, declare=declare, parents=[output, asked, COMPUTE], help=what)
+    kinds.add_parser(
+        "diff", declare=_diff_arguments, parents=[output, COMPUTE], help="what training changed in the weights"
+    )
+
+
+def _target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="TEXT", help="the answer, with its leading space (of --question: the key)")
+
+
+def _foil(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--foil", metavar="TEXT", help="another answer, to compare the target with")
 
 
 def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:
     """The same for every model, one after the other."""
+    from k2mini.build import load_model, pick_device, set_threads
+
+    set_threads(options.threads)
     found = []
     for place, directory in enumerate(options.model):
         adapter = options.adapter if place == len(options.model) - 1 else None
-        model, tokenizer = load_model(directory, adapter, options.dtype, pick_device(options))
+        model, tokenizer = load_model(directory, adapter, options.dtype, pick_device(options.device))
         if tokenizer is None:
             raise ValueError(f"{directory} has no tokenizer.model; copy the one the model was trained with")
         found.append(report(model, tokenizer, directory + (f" + {adapter}" if adapter else "")))
@@ -45,6 +77,9 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
     Raises ValueError where there is no such question, no target, or nothing to replace.
     """
+    from k2mini.evaluation.geobench import read_benchmark
+    from k2mini.evaluation.instances import EvalConfig
+
     if options.question is not None:
         file, task, number = options.question
         questions = {(question.task, str(question.index)): question for question in read_benchmark(Path(file))}
@@ -52,7 +87,7 @@ def _read_prompt(options: argparse.Namespace) -> None:
             tasks = Counter(known for known, _ in questions)
             there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
             raise ValueError(f"{file} has no question {task} {number}; it has {there}")
-        config, question = EvalConfig(template=options.template or "alpaca"), questions[task, number]
+        config, question = EvalConfig(template=options.template or EvalConfig.template), questions[task, number]
         options.prompt = config.prompt(question)
         if getattr(options, "target", "") is None:
             options.target = question.answer
@@ -68,6 +103,9 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
 
 def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
+    from k2mini.audit.page import page
+    from k2mini.files import write_text
+
     if options.html is not None:
         write_text(options.html, page(title, lead, [part for report in reports for part in report.sections]))
     if options.json:
@@ -78,15 +116,30 @@ def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Re
         print(options.html)
 
 
+def _lens_arguments(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+    parser.set_defaults(run=run_lens)
+
+
 def run_lens(options: argparse.Namespace) -> None:
     """Logit lens."""
+    from k2mini.audit.reports import lens_report
+
     _read_prompt(options)
     found = _over_models(options, lambda m, t, n: lens_report(m, t, n, options.prompt, options.target))
     _finish(options, "Logit lens", options.prompt, found)
 
 
+def _attention_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="whose patterns (default: the last)")
+    parser.add_argument("--head", type=int, metavar="N", help="default: all")
+    parser.set_defaults(run=run_attention)
+
+
 def run_attention(options: argparse.Namespace) -> None:
     """Attention patterns."""
+    from k2mini.audit.reports import attention_report
+
     _read_prompt(options)
     found = _over_models(
         options, lambda m, t, n: attention_report(m, t, n, options.prompt, options.layer, options.head)
@@ -94,8 +147,16 @@ def run_attention(options: argparse.Namespace) -> None:
     _finish(options, "Attention", options.prompt, found)
 
 
+def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+    _foil(parser)
+    parser.set_defaults(run=run_attribute)
+
+
 def run_attribute(options: argparse.Namespace) -> None:
     """Direct logit attribution."""
+    from k2mini.audit.reports import attribution_report
+
     _read_prompt(options)
     found = _over_models(
         options, lambda m, t, n: attribution_report(m, t, n, options.prompt, options.target, options.foil)
@@ -103,8 +164,22 @@ def run_attribute(options: argparse.Namespace) -> None:
     _finish(options, "Direct logit attribution", options.prompt, found)
 
 
+def _patch_arguments(parser: argparse.ArgumentParser) -> None:
+    _target(parser)
+    _foil(parser)
+    corrupted = parser.add_mutually_exclusive_group(required=True)
+    corrupted.add_argument("--corrupted", metavar="TEXT", help="another prompt, of as many tokens")
+    corrupted.add_argument(
+        "--replace", nargs=2, metavar=("OLD", "NEW"), help="the same prompt with other words in one place"
+    )
+    parser.add_argument("--point", default="residual_out", metavar="POINT", help="default: residual_out")
+    parser.set_defaults(run=run_patch)
+
+
 def run_patch(options: argparse.Namespace) -> None:
     """Activation patching."""
+    from k2mini.audit.reports import patch_report
+
     _read_prompt(options)
     found = _over_models(
         options,
@@ -115,8 +190,20 @@ def run_patch(options: argparse.Namespace) -> None:
     _finish(options, "Activation patching", f"{options.prompt} / {options.corrupted}", found)
 
 
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("others", nargs="+", metavar="OTHER", help="models, or adapters of BASE")
+    parser.add_argument("--subspace", action="store_true", help="how much lies in the base's top subspace (slow)")
+    parser.set_defaults(run=run_diff)
+
+
 def run_diff(options: argparse.Namespace) -> None:
     """Weight differences."""
+    from k2mini.audit.reports import diff_report
+    from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.weights.model_directory import model_directory
+
     base = model_directory(options.base)
     found = []
     for other in options.others:

@@ -1,58 +1,46 @@
-"""What several commands have in common: threads, device, model."""
+"""The options that several commands share, as `parents` of their parsers.
+
+Each command's file declares the rest. This file imports nothing that takes time, for `k2mini --help` imports it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
+from pathlib import Path
 
-import torch
+from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
 
-from k2mini.build import load_model
-from k2mini.data.tokenizer import Tokenizer
-from k2mini.dtypes import NAMES
-from k2mini.inference.compile import compile_decoding
-from k2mini.nn.llama import Llama
+DEBUG = argparse.ArgumentParser(add_help=False)
+DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-log = logging.getLogger("k2mini.commands")
+# Where a command writes a directory.
+TARGET = argparse.ArgumentParser(add_help=False, parents=[DEBUG])
+TARGET.add_argument("--out", required=True, type=Path, metavar="DIR")
+TARGET.add_argument("--force", action="store_true", help="replace DIR, once what replaces it is complete")
 
+# How a command computes.
+COMPUTE = argparse.ArgumentParser(add_help=False, parents=[DEBUG])
+_group = COMPUTE.add_argument_group("common options")
+_group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+_group.add_argument("--dtype", choices=DTYPE_NAMES, help="precision (default: as stored on a GPU, float32 on a CPU)")
+_group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+_group.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (default: 0)")
 
-def set_threads(options: argparse.Namespace) -> None:
-    """`--threads`."""
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {options.threads}")
-        torch.set_num_threads(options.threads)
+# The model that a command loads. LOADED are the parameters of `load_model` that options name as it does.
+MODEL = argparse.ArgumentParser(add_help=False)
+MODEL.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
+MODEL.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
+MODEL.add_argument("--merge", action="store_true", help="put the adapter into the weights (default: beside them)")
+MODEL.add_argument(
+    "--quantize",
+    choices=QUANTIZE_NAMES,
+    help="keep the blocks' matrices in int8; w8a8: on a CPU quantise a single row's activations too (default: no)",
+)
+MODEL.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
+MODEL.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")
+LOADED = ("adapter", "dtype", "quantize", "merge", "quantize_head")
 
-
-def pick_device(options: argparse.Namespace) -> torch.device:
-    """`--device`, and `--threads`. Raises ValueError where there is no such device."""
-    set_threads(options)
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"--device {options.device} is not a device; try cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
-    model, tokenizer = load_model(
-        options.model,
-        options.adapter,
-        options.dtype,
-        pick_device(options),
-        options.quantize,
-        merge=options.merge,
-        quantize_head=options.quantize_head,
-    )
-    if options.compile:
-        compile_decoding(model)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
-    parameters = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
-    return model, tokenizer
+# The configuration of a run.
+CONFIG = argparse.ArgumentParser(add_help=False)
+CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
+CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+from pathlib import Path
 
-from k2mini.commands.common import set_threads
-from k2mini.demo import pipeline
-from k2mini.demo.report import answer_table, stage_table
 
-log = logging.getLogger("k2mini.commands")
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `demo`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the training, not of the facts (default: 0)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--control", action="store_true", help="also tune the base without further pretraining")
+    parser.add_argument("--quick", action="store_true", help="every stage in under a minute; it learns next to nothing")
+    parser.add_argument("--json", action="store_true", help="print report.json and nothing else")
+    parser.set_defaults(run=run_demo)
 
 
 def run_demo(options: argparse.Namespace) -> None:
     """The pipeline in miniature."""
-    set_threads(options)
+    from k2mini.build import set_threads
+    from k2mini.demo import pipeline
+    from k2mini.demo.report import answer_table, stage_table
+
+    set_threads(options.threads)
     report = pipeline.run_demo(options.out, seed=options.seed, quick=options.quick, control=options.control)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))

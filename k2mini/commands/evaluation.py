@@ -6,27 +6,116 @@ import argparse
 import json
 import logging
 from dataclasses import asdict
-from typing import Any
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import load
-from k2mini.evaluation.compare import compare, comparison_table, draw
-from k2mini.evaluation.evaluate import run_benchmark
-from k2mini.evaluation.geobench import SUBJECTIVE, load_subjective, read_benchmark
-from k2mini.evaluation.instances import EvalConfig
-from k2mini.evaluation.perplexity import text_perplexity
-from k2mini.evaluation.report import table
-from k2mini.evaluation.subjective import run_subjective, subjective_table
-from k2mini.files import make_writable, read_json, write_text
-from k2mini.inference.answers import Decoding
-from k2mini.inference.sampling import Sampling
-from k2mini.weights.manifest import model_fingerprint
-from k2mini.weights.model_directory import CheckpointReader, model_directory
+from k2mini.commands.common import LOADED
+from k2mini.data.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")
 
 
+def eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `eval`; the defaults of how to ask and score are those of `EvalConfig`."""
+    from k2mini.evaluation.evaluate import run_benchmark
+    from k2mini.evaluation.instances import NORMALIZATIONS, SCORINGS, EvalConfig
+
+    parser.add_argument(
+        "--benchmark",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
+    )
+    parser.add_argument(
+        "--scoring",
+        choices=SCORINGS,
+        default=EvalConfig.scoring,
+        help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code "
+        f"(default: {EvalConfig.scoring})",
+    )
+    parser.add_argument(
+        "--normalize",
+        choices=NORMALIZATIONS,
+        default=EvalConfig.normalize,
+        help=f"of text: divide by the option's length or not (default: {EvalConfig.normalize})",
+    )
+    parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
+    parser.add_argument(
+        "--template",
+        default=EvalConfig.template,
+        metavar="NAME",
+        help=f"{', '.join(TEMPLATES)} (default: {EvalConfig.template})",
+    )
+    parser.add_argument(
+        "--answer-prefix",
+        default=EvalConfig.answer_prefix,
+        metavar="TEXT",
+        help=r"begin the answer so (\n: a new line)",
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=EvalConfig.num_fewshot,
+        metavar="K",
+        help="K examples before each question, by --seed",
+    )
+    parser.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    batch_size = signature(run_benchmark).parameters["batch_size"].default
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"questions at a time (default: {batch_size})"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
+    parser.add_argument("--perplexity", nargs="+", default=[], type=Path, metavar="FILE", help="text files to predict")
+    parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
+    parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    parser.set_defaults(run=run_eval)
+
+
+def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The model to evaluate and its tokenizer. Raises ValueError where it has none."""
+    from k2mini.build import load_model, pick_device, set_threads
+    from k2mini.dtypes import NAMES
+    from k2mini.inference.compile import compile_decoding
+
+    set_threads(options.threads)
+    wanted = {name: getattr(options, name) for name in LOADED}
+    model, tokenizer = load_model(options.model, device=pick_device(options.device), **wanted)
+    if options.compile:
+        compile_decoding(model)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
+    parameters = model.config.num_parameters() / 1e6
+    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
+    return model, tokenizer
+
+
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    from k2mini.evaluation.evaluate import run_benchmark
+    from k2mini.evaluation.geobench import SUBJECTIVE, read_benchmark
+    from k2mini.evaluation.instances import EvalConfig
+    from k2mini.evaluation.perplexity import text_perplexity
+    from k2mini.evaluation.report import table
+    from k2mini.evaluation.subjective import run_subjective, subjective_table
+    from k2mini.files import make_writable, write_text
+    from k2mini.inference.answers import Decoding
+    from k2mini.inference.sampling import Sampling
+    from k2mini.weights.manifest import model_fingerprint
+    from k2mini.weights.model_directory import CheckpointReader, model_directory
+
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
     if not options.benchmark and not options.perplexity:
@@ -55,7 +144,7 @@ def run_eval(options: argparse.Namespace) -> None:
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task")
     texts = [path.read_text(encoding="utf-8") for path in options.perplexity]
     pairs = {kind: _open_pairs(options, kind) for kind in open_tasks}
-    model, tokenizer = load(options)
+    model, tokenizer = _load(options)
     report: dict[str, Any] = {"model": str(options.model), "tasks": []}
     if questions:
         fingerprint = model_fingerprint(CheckpointReader(model_directory(options.model)))
@@ -103,14 +192,27 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
+    from k2mini.evaluation.geobench import load_subjective
+    from k2mini.files import read_json
+
     for path in options.benchmark:
         if path.suffix != ".jsonl" and isinstance(read_json(path), dict):
             return load_subjective(path, kind)[: options.limit]
     raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
 
 
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `compare`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    parser.set_defaults(run=run_compare)
+
+
 def run_compare(options: argparse.Namespace) -> None:
     """Runs of `eval` side by side."""
+    from k2mini.evaluation.compare import compare, comparison_table, draw
+
     found = compare(options.runs)
     if options.chart is not None:
         draw(found, options.chart)

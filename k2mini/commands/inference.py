@@ -7,21 +7,92 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from k2mini.commands.common import load
-from k2mini.data.prompts import get_template
-from k2mini.files import progress_bar, write_text
-from k2mini.inference import terminal
-from k2mini.inference.answers import Decoding, answers, read_questions
-from k2mini.inference.beam import Beams
-from k2mini.inference.generate import check_length
-from k2mini.inference.sampling import Sampling
+from k2mini.commands.common import LOADED
+from k2mini.config import InstructionSection
+from k2mini.data.prompts import TEMPLATES, get_template
+
+if TYPE_CHECKING:
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.inference.answers import Decoding
+    from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")
 
 
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `generate`."""
+    from k2mini.inference.answers import Decoding
+
+    _decoding_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the instruction; '-' reads standard input")
+    source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
+    batch_size = Decoding.batch_size
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"prompts at a time (default: {batch_size})"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
+    parser.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
+    parser.set_defaults(run=run_generate)
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `chat`."""
+    _decoding_arguments(parser)
+    parser.set_defaults(run=run_chat)
+
+
+def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `generate` and `chat` share: the template, and the fields of `Decoding`, whose defaults they are."""
+    from k2mini.inference.answers import Decoding
+    from k2mini.inference.beam import Beams
+    from k2mini.inference.sampling import Sampling
+
+    def number(option: str, kind: type, default: float, metavar: str, what: str) -> None:
+        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{what} (default: {default:g})")
+
+    template = InstructionSection.template  # what `finetune` tunes with where its file names no other
+    parser.add_argument(
+        "--template", default=template, metavar="NAME", help=f"{', '.join(TEMPLATES)} (default: {template})"
+    )
+    number("--max-new-tokens", int, Decoding.max_new_tokens, "N", "at most N")
+    number("--temperature", float, Sampling.temperature, "T", "0 is greedy")
+    number("--top-k", int, Sampling.top_k, "K", "sample among the K likeliest; 0: all")
+    number("--top-p", float, Sampling.top_p, "P", "sample within probability P; 1: all")
+    number("--repetition-penalty", float, Sampling.repetition_penalty, "R", "above 1: less of the same")
+    number("--no-repeat-ngram-size", int, Sampling.no_repeat_ngram_size, "N", "no N tokens twice; 0: off")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    number("--num-beams", int, 1, "N", "beam search with N beams; 1: none")
+    number("--length-penalty", float, Beams.length_penalty, "X", "of beams: above 0, longer answers gain")
+    parser.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
+
+
+def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
+    from k2mini.build import load_model, pick_device, set_threads
+    from k2mini.dtypes import NAMES
+    from k2mini.inference.compile import compile_decoding
+
+    set_threads(options.threads)
+    wanted = {name: getattr(options, name) for name in LOADED}
+    model, tokenizer = load_model(options.model, device=pick_device(options.device), **wanted)
+    if options.compile:
+        compile_decoding(model)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
+    parameters = model.config.num_parameters() / 1e6
+    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
+    return model, tokenizer
+
+
 def _decoding(options: argparse.Namespace) -> Decoding:
     """How to decode; what has no effect is said."""
+    from k2mini.inference.answers import Decoding
+    from k2mini.inference.beam import Beams
+    from k2mini.inference.sampling import Sampling
+
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     sampling = Sampling(
@@ -50,6 +121,11 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
+    from k2mini.files import progress_bar, write_text
+    from k2mini.inference import terminal
+    from k2mini.inference.answers import answers, read_questions
+    from k2mini.inference.generate import check_length
+
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
     if options.input is not None:
@@ -93,6 +169,8 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_chat(options: argparse.Namespace) -> None:
     """Talk until end of file."""
+    from k2mini.inference import terminal
+
     decoding, template = _decoding(options), get_template(options.template)
     model, tokenizer = load(options)
     conversation = terminal.Conversation(

@@ -6,34 +6,58 @@ import argparse
 import json
 import logging
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from k2mini.build import is_sharded
-from k2mini.commands.common import pick_device
-from k2mini.config import FinetuneConfig, PretrainConfig
-from k2mini.config_file import config_kind, load_config
-from k2mini.data.prepare import describe, prepare
-from k2mini.data.tokenizer import Tokenizer
-from k2mini.demo.sources import with_demo_files
-from k2mini.distributed import World, ranks
-from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.geobench import read_benchmark
-from k2mini.evaluation.instances import EvalConfig
-from k2mini.evaluation.report import summarise
-from k2mini.nn.llama import Llama
+from k2mini.config import DTYPE_NAMES, FinetuneConfig, PretrainConfig
 from k2mini.sizes import parse_size, readable
-from k2mini.training import metrics, run
-from k2mini.training.plan import BUDGET as PLAN_BUDGET
-from k2mini.training.plan import describe as describe_plan
-from k2mini.training.plan import plan_run, smallest_change
-from k2mini.training.plot import plot_losses
-from k2mini.training.preview import preview
+
+if TYPE_CHECKING:
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.distributed import World
+    from k2mini.nn.llama import Llama
+    from k2mini.training.run import Benchmark
 
 log = logging.getLogger("k2mini.commands")
 
 
+def prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `prepare`, whose defaults are those of the function."""
+    from k2mini.data.prepare import prepare
+
+    default = {name: parameter.default for name, parameter in signature(prepare).parameters.items()}
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .txt, .md (or .gz), or folders")
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--val-percent",
+        type=float,
+        default=default["val_percent"],
+        metavar="P",
+        help="set aside P %% of the documents",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=default["workers"],
+        metavar="N",
+        help=f"files encoded at a time (default: {default['workers']})",
+    )
+    parser.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after each document")
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default=default["on_error"],
+        help=f"at a malformed line: stop, or leave it out and count (default: {default['on_error']})",
+    )
+    parser.set_defaults(run=run_prepare)
+
+
 def run_prepare(options: argparse.Namespace) -> None:
     """Documents into a prepared corpus."""
+    from k2mini.data.prepare import describe, prepare
+
     tokenizer = options.tokenizer / "tokenizer.model" if options.tokenizer.is_dir() else options.tokenizer
     manifest = prepare(
         options.inputs,
@@ -47,16 +71,37 @@ def run_prepare(options: argparse.Namespace) -> None:
     print(describe(manifest))
 
 
+def plot_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `plot`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.dir of pretrain or finetune")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    parser.set_defaults(run=run_plot)
+
+
 def run_plot(options: argparse.Namespace) -> None:
     """Loss curves of runs."""
+    from k2mini.training import metrics
+    from k2mini.training.plot import plot_losses
+
     plot_losses({str(folder): folder / metrics.FILE for folder in options.runs}, options.out)
     print(options.out)
 
 
+def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
+    """`pretrain` has a configuration and the common options, which `cli.py` adds."""
+    parser.set_defaults(run=run_pretrain)
+
+
 def run_pretrain(options: argparse.Namespace) -> None:
     """Further pretraining."""
-    device = pick_device(options)
-    config = with_demo_files(load_config(PretrainConfig, options.config, _overrides(options)))
+    from k2mini.build import is_sharded, pick_device, set_threads
+    from k2mini.config_file import load_config
+    from k2mini.distributed import ranks
+    from k2mini.training import run
+
+    set_threads(options.threads)
+    device = pick_device(options.device)
+    config = _with_demo_files(load_config(PretrainConfig, options.config, _overrides(options)))
     assert isinstance(config, PretrainConfig)
     with ranks(device, config.parallel, alone_too=is_sharded(config.model, None, 1)) as world:
         out = run.pretrain(config, world, benchmark=_benchmark(config, world))
@@ -64,10 +109,21 @@ def run_pretrain(options: argparse.Namespace) -> None:
         print(out)
 
 
+def finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    """`finetune` has a configuration and the common options, which `cli.py` adds."""
+    parser.set_defaults(run=run_finetune)
+
+
 def run_finetune(options: argparse.Namespace) -> None:
     """Instruction tuning."""
-    device = pick_device(options)
-    config = with_demo_files(load_config(FinetuneConfig, options.config, _overrides(options)))
+    from k2mini.build import is_sharded, pick_device, set_threads
+    from k2mini.config_file import load_config
+    from k2mini.distributed import ranks
+    from k2mini.training import run
+
+    set_threads(options.threads)
+    device = pick_device(options.device)
+    config = _with_demo_files(load_config(FinetuneConfig, options.config, _overrides(options)))
     assert isinstance(config, FinetuneConfig)
     with ranks(device, config.parallel, alone_too=is_sharded(config.model, config.lora, 1)) as world:
         out = run.finetune(config, world, benchmark=_benchmark(config, world))
@@ -75,11 +131,16 @@ def run_finetune(options: argparse.Namespace) -> None:
         print(out)
 
 
-def _benchmark(config: PretrainConfig | FinetuneConfig, world: World) -> run.Benchmark | None:
+def _benchmark(config: PretrainConfig | FinetuneConfig, world: World) -> Benchmark | None:
     """What `eval` asks for, its questions read before the long run begins."""
     section = config.eval
     if not section.every:
         return None
+    from k2mini.evaluation.evaluate import evaluate
+    from k2mini.evaluation.geobench import read_benchmark
+    from k2mini.evaluation.instances import EvalConfig
+    from k2mini.evaluation.report import summarise
+
     eval_config = EvalConfig(section.scoring, section.template, section.answer_prefix)
     questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
@@ -99,20 +160,52 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return common + options.overrides
 
 
+def _with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+    """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
+    paths = (config.model.path, config.data.path, config.data.val_path)
+    if not any(path is not None and path.startswith("demo:") for path in paths):
+        return config
+    from k2mini.demo.sources import with_demo_files
+
+    return with_demo_files(config)
+
+
 def _either_config(options: argparse.Namespace) -> PretrainConfig | FinetuneConfig:
+    from k2mini.config_file import config_kind, load_config
+
     if config_kind(options.config) is PretrainConfig:
-        return with_demo_files(load_config(PretrainConfig, options.config, options.overrides))
-    return with_demo_files(load_config(FinetuneConfig, options.config, options.overrides))
+        return _with_demo_files(load_config(PretrainConfig, options.config, options.overrides))
+    return _with_demo_files(load_config(FinetuneConfig, options.config, options.overrides))
+
+
+def preview_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `preview`, but for the configuration."""
+    parser.add_argument("--number", type=int, default=2, metavar="N", help="samples (default: 2)")
+    parser.set_defaults(run=run_preview)
 
 
 def run_preview(options: argparse.Namespace) -> None:
     """What a run would be fed."""
+    from k2mini.training.preview import preview
+
     for line in preview(_either_config(options), options.number):
         print(line)
 
 
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `plan`, but for the configuration."""
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
+    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    parser.set_defaults(run=run_plan)
+
+
 def run_plan(options: argparse.Namespace) -> None:
     """What a run would take."""
+    from k2mini.training.plan import BUDGET as PLAN_BUDGET
+    from k2mini.training.plan import describe as describe_plan
+    from k2mini.training.plan import plan_run, smallest_change
+
     memory = parse_size(options.gpu_memory, "--gpu-memory")
     config = _either_config(options)
     found = plan_run(config, options.world_size)
@@ -130,7 +223,16 @@ def run_plan(options: argparse.Namespace) -> None:
         print(f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}")
 
 
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `export`."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run.dir/checkpoints/step_N of pretrain")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the tensors written (default: the run's model.dtype)")
+    parser.set_defaults(run=run_export)
+
+
 def run_export(options: argparse.Namespace) -> None:
     """A checkpoint as a model."""
+    from k2mini.training import run
+
     run.export(options.checkpoint, options.out, options.dtype, force=options.force)
     print(options.out)

@@ -5,27 +5,62 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
-from k2mini.dtypes import DTYPES
+from k2mini.commands.common import TARGET
+from k2mini.config import DTYPE_NAMES
 from k2mini.sizes import parse_size
-from k2mini.weights.adapter import merge_adapter
-from k2mini.weights.convert import convert
-from k2mini.weights.delta import apply_delta, make_delta
-from k2mini.weights.info import describe_directory, inspect_directory
-from k2mini.weights.manifest import verify
-from k2mini.weights.model_directory import model_directory
 
 log = logging.getLogger("k2mini.commands")
 
 
+def merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `merge`."""
+    parser.add_argument("--base", required=True, metavar="DIR")
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    parser.set_defaults(run=run_merge)
+
+
 def run_merge(options: argparse.Namespace) -> None:
     """An adapter into its base."""
+    from k2mini.weights.adapter import merge_adapter
+    from k2mini.weights.model_directory import model_directory
+
     merge_adapter(model_directory(options.base), options.adapter, options.out, force=options.force)
     print(options.out)
 
 
+def delta_arguments(parser: argparse.ArgumentParser) -> None:
+    """The commands `delta make` and `delta apply`."""
+    kinds: Any = parser.add_subparsers(dest="kind", metavar="make|apply", required=True)
+    kinds.add_parser("make", declare=_make_arguments, parents=[TARGET], help="tuned - base")
+    kinds.add_parser(
+        "apply", declare=_apply_arguments, parents=[TARGET], help="base + delta; FastChat's and K2's deltas, too"
+    )
+
+
+def _make_arguments(parser: argparse.ArgumentParser) -> None:
+    from k2mini.weights.delta import FORMATS, make_delta
+
+    kind = signature(make_delta).parameters["kind"].default
+    parser.add_argument("--base", required=True, metavar="DIR")
+    parser.add_argument("--tuned", required=True, metavar="DIR")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=kind,
+        help=f"bits: exact; add: float16 sums, as FastChat and K2 published them (default: {kind})",
+    )
+    parser.set_defaults(run=run_delta_make)
+
+
 def run_delta_make(options: argparse.Namespace) -> None:
     """tuned - base."""
+    from k2mini.weights.delta import make_delta
+    from k2mini.weights.model_directory import model_directory
+
     base, tuned = model_directory(options.base), model_directory(options.tuned)
     lost = make_delta(base, tuned, options.out, kind=options.format, force=options.force)
     if options.format == "add":
@@ -33,15 +68,52 @@ def run_delta_make(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def _apply_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="DIR")
+    parser.add_argument("--delta", required=True, metavar="DIR")
+    parser.add_argument("--resize-vocab", action="store_true", help="tokens that the base lacks come from the delta")
+    parser.set_defaults(run=run_delta_apply)
+
+
 def run_delta_apply(options: argparse.Namespace) -> None:
     """base + delta."""
+    from k2mini.weights.delta import apply_delta
+    from k2mini.weights.model_directory import model_directory
+
     base, delta = model_directory(options.base), model_directory(options.delta)
     apply_delta(base, delta, options.out, resize_vocab=options.resize_vocab, force=options.force)
     print(options.out)
 
 
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `convert`."""
+    from k2mini.weights.convert import FORMATS
+    from k2mini.weights.stream import SHARD_BYTES
+
+    shard_size = f"{SHARD_BYTES // 10**9}GB"
+    parser.add_argument(
+        "model", metavar="DIR", help="Hugging Face's (safetensors, .bin) or Meta's (consolidated.*.pth)"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="hf: safetensors; bin: PyTorch's; meta: consolidated.00.pth; gguf: a file for llama.cpp (extra: gguf)",
+    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES[:3], help="of the tensors written (default: as stored)")
+    parser.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
+    parser.add_argument(
+        "--shard-size", default=shard_size, metavar="SIZE", help=f"of a file at most (default: {shard_size})"
+    )
+    parser.set_defaults(run=run_convert)
+
+
 def run_convert(options: argparse.Namespace) -> None:
     """A model in another layout."""
+    from k2mini.dtypes import DTYPES
+    from k2mini.weights.convert import convert
+    from k2mini.weights.model_directory import model_directory
+
     dtype = DTYPES[options.dtype] if options.dtype else None
     shard_bytes = parse_size(options.shard_size, "--shard-size")
     source = model_directory(options.model)
@@ -57,14 +129,33 @@ def run_convert(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `info`."""
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
+    parser.set_defaults(run=run_info)
+
+
 def run_info(options: argparse.Namespace) -> None:
     """What a directory holds."""
+    from k2mini.weights.info import describe_directory, inspect_directory
+    from k2mini.weights.model_directory import model_directory
+
     found = inspect_directory(model_directory(options.directory))
     print(json.dumps(found) if options.json else describe_directory(found))
 
 
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `verify`."""
+    parser.add_argument("directory", metavar="DIR")
+    parser.set_defaults(run=run_verify)
+
+
 def run_verify(options: argparse.Namespace) -> None:
     """A directory against its manifest."""
+    from k2mini.weights.manifest import verify
+    from k2mini.weights.model_directory import model_directory
+
     number, unknown = verify(model_directory(options.directory))
     if unknown:
         log.warning("not in the manifest, so not checked: %s", ", ".join(unknown))
