@@ -1,8 +1,15 @@
-"""What ends a command other than a mistake of the user's."""
+"""What ends a command: a signal, or an extra that is not installed."""
 
 from __future__ import annotations
 
 import signal
+
+# Each extra of pyproject.toml that a command may need, and what it is for.
+EXTRAS = {
+    "plot": "a picture of losses or accuracies",
+    "gguf": "GGUF, the format of llama.cpp,",
+    "tensorboard": "run.tensorboard",
+}
 
 
 class StoppedBySignalError(Exception):
@@ -11,3 +18,11 @@ class StoppedBySignalError(Exception):
     def __init__(self, number: int, saved: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; {saved}, start again to go on")
         self.number = number
+
+
+def need_extra(name: str) -> ValueError:
+    """The error to raise where the extra `name` is not installed; it says what the extra is for and how to install it.
+
+    `except ImportError: raise need_extra("plot") from None`
+    """
+    return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")

@@ -75,6 +75,11 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `plot`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.dir of pretrain or finetune")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="the runs are stages: draw each where the one before ends (default: all from step 0)",
+    )
     parser.set_defaults(run=run_plot)
 
 
@@ -83,7 +88,7 @@ def run_plot(options: argparse.Namespace) -> None:
     from k2mini.training import metrics
     from k2mini.training.plot import plot_losses
 
-    plot_losses({str(folder): folder / metrics.FILE for folder in options.runs}, options.out)
+    plot_losses({str(folder): folder / metrics.FILE for folder in options.runs}, options.out, chain=options.chain)
     print(options.out)
 
 

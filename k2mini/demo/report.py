@@ -85,7 +85,7 @@ def write_report(
     entries = [{"stage": name, **entry} for name, path in runs.items() for entry in read_metrics(path)]
     write_text(out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     try:
-        plot_losses(runs, out / "loss.png")
-    except ImportError:
-        log.info("no loss.png: pip install 'k2mini[plot]' draws the loss curve")
+        plot_losses(runs, out / "loss.png", chain=True)
+    except ValueError as error:  # the extra is not installed
+        log.info("no loss.png, the stages' loss curves: %s", error)
     return report

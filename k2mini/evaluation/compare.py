@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from k2mini.errors import need_extra
 from k2mini.files import read_json
 
 
@@ -89,13 +90,11 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     """A bar chart with 95 % intervals. Raises ValueError where the extra is not installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("a chart needs matplotlib: pip install -c constraints.txt -e '.[plot]'") from None
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.8 * len(found), 4), layout="constrained")
+        raise need_extra("plot") from None
+    figure = Figure(figsize=(max(5.0, 1.5 + 1.8 * len(found)), 4), layout="constrained")
+    axes = figure.add_subplot()
     number = len(found[0]["runs"])
     for place in range(number):
         entries = [task["runs"][place] for task in found]
@@ -108,6 +107,5 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
         axes.bar(where, heights, 0.8 / number, yerr=spread, capsize=3, label=entries[0]["run"])
     axes.set_xticks(range(len(found)), [task["task"] for task in found])
     axes.set_ylabel("accuracy, %")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.legend(loc="outside upper left", frameon=False)  # above the bars: runs have long paths
+    figure.savefig(path, dpi=150, bbox_inches="tight")

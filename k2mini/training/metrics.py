@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from k2mini.errors import need_extra
 from k2mini.files import write_text
 
 FILE = "metrics.jsonl"
@@ -42,7 +43,7 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("run.tensorboard needs an extra: pip install 'k2mini[tensorboard]'") from None
+        raise need_extra("tensorboard") from None
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

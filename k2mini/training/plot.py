@@ -5,31 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from k2mini.errors import need_extra
 from k2mini.training.metrics import read_metrics
 
 
-def plot_losses(runs: Mapping[str, Path], out: Path) -> None:
-    """Draw the training and validation losses of several runs, one after the other on the axis of steps.
+def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> None:
+    """Draw the training and validation losses of several runs over the steps.
 
     Args:
         runs: label -> metrics.jsonl.
+        chain: the runs are stages: each begins at the step at which the one before it ended. Otherwise all begin at 0.
 
-    Raises ImportError where matplotlib is missing.
+    Raises ValueError where the extra `plot` is not installed, or a run has no metrics yet.
     """
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise need_extra("plot") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     start = 0
     for label, path in runs.items():
-        entries = read_metrics(path)
+        entries = read_metrics(path) if path.is_file() else []
         train = [(start + entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
         val = [(start + entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
+        if not train:
+            raise ValueError(f"{label} has no losses to draw ({path}); name the run.dir of a run that has begun")
         (line,) = axes.plot(*zip(*train, strict=True), label=label, linewidth=1)
         if val:
             axes.plot(*zip(*val, strict=True), "o", color=line.get_color(), label=f"{label}, held out")
-        start = train[-1][0]
+        start = train[-1][0] if chain else 0
     axes.set_xlabel("optimiser step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats per supervised token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

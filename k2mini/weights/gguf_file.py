@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.errors import need_extra
 from k2mini.files import check_space, progress_bar, sync_path
 from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import inverse_frequencies
@@ -57,7 +58,7 @@ def write_gguf(
     try:
         import gguf
     except ImportError:
-        raise ValueError("GGUF needs the gguf package: pip install -c constraints.txt -e '.[gguf]'") from None
+        raise need_extra("gguf") from None
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"GGUF is written in float32 or float16, not {str(dtype).removeprefix('torch.')}")
     if tokenizer is None:

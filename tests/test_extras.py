@@ -1,0 +1,182 @@
+"""What needs an extra: where it is installed, the file is written; where it is not, one sentence and status 2."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from k2mini.errors import EXTRAS, need_extra
+from tests.conftest import ROOT
+
+PNG = b"\x89PNG\r\n\x1a\n"
+# What an extra brings, and the modules through which k2mini gets at it.
+PACKAGES = {"plot": ["matplotlib"], "gguf": ["gguf"], "tensorboard": ["tensorboard", "torch.utils.tensorboard"]}
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Call with an extra's name to make its packages impossible to import."""
+
+    def hide(extra):
+        for package in PACKAGES[extra]:
+            for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
+                monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, PACKAGES[extra][0], None)
+
+    return hide
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A run's folder with metrics, as `pretrain` leaves it."""
+    entries = [{"step": step, "loss": 3.0 / step} for step in (1, 2, 3)] + [{"step": 3, "val_loss": 1.5}]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return tmp_path
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Two runs of `eval --out`."""
+    row = {"task": "rocks", "accuracy": 0.5, "low": 0.1, "high": 0.9}
+    result = {"task": "rocks", "index": 0, "answer": "A", "prediction": "A"}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"model": name, "tasks": [row]}))
+        (tmp_path / name / "results.jsonl").write_text(json.dumps(result) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def pretraining(tiny_directory, tmp_path):
+    """The command line of a short run that writes for TensorBoard."""
+    (tmp_path / "corpus.txt").write_text("granite is made of quartz\n\nbasalt is a rock of the mantle\n\n" * 40)
+    config = {
+        "run": {"dir": str(tmp_path / "run"), "tensorboard": True},
+        "model": {"path": str(tiny_directory)},
+        "data": {"path": str(tmp_path / "corpus.txt"), "seq_len": 16},
+        "train": {"lr": 1e-3, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 2},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    return ["pretrain", tmp_path / "config.yaml"]
+
+
+def assert_one_sentence(done, extra):
+    status, out, err = done
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == f"k2mini: {need_extra(extra)}"
+    assert f"pip install -c constraints.txt -e '.[{extra}]'" in err
+    assert "Traceback" not in err
+
+
+def test_every_extra_has_a_sentence():
+    """One that names the feature, the extra and the command, for each extra of pyproject.toml that users install."""
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    assert set(EXTRAS) == set(PACKAGES) == extras - {"test"}
+    assert str(need_extra("plot")) == (
+        "a picture of losses or accuracies needs the extra 'plot': pip install -c constraints.txt -e '.[plot]'"
+    )
+
+
+def test_plot_without_its_extra(training, run, without):
+    without("plot")
+    assert_one_sentence(run("plot", training / "one", "--out", training / "loss.png"), "plot")
+    assert not (training / "loss.png").exists()
+
+
+def test_compare_without_its_extra(evaluated, run, without):
+    without("plot")
+    done = run("compare", evaluated / "one", evaluated / "two", "--chart", evaluated / "chart.png")
+    assert_one_sentence(done, "plot")
+    assert not (evaluated / "chart.png").exists()
+
+
+def test_gguf_without_its_extra(tiny_directory, tmp_path, run, without):
+    without("gguf")
+    assert_one_sentence(run("convert", tiny_directory, "--to", "gguf", "--out", tmp_path / "m.gguf"), "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_without_its_extra(pretraining, run, without):
+    without("tensorboard")
+    assert_one_sentence(run(*pretraining), "tensorboard")
+
+
+def test_the_demo_without_the_picture(tmp_path, monkeypatch, caplog, without):
+    """The report is whole, and one line says what is missing and how to get it."""
+    from k2mini.demo import report
+
+    without("plot")
+    for name in report.TRAINED:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setattr(report, "stage_table", lambda _stages: "")
+    with caplog.at_level("INFO", logger="k2mini"):
+        report.write_report(tmp_path, 1.0, [], [])
+    (line,) = caplog.messages
+    assert line == f"no loss.png, the stages' loss curves: {need_extra('plot')}"
+    assert (tmp_path / "report.json").exists()
+    assert not (tmp_path / "loss.png").exists()
+
+
+def drawn(monkeypatch):
+    """The figures that are saved, to look into."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+    )
+    return figures
+
+
+@pytest.mark.parametrize(("chain", "second"), [([], [1, 2, 3]), (["--chain"], [4, 5, 6])])
+def test_plot_draws_runs_over_one_another_or_in_a_chain(training, run, monkeypatch, chain, second):
+    pytest.importorskip("matplotlib")
+    figures = drawn(monkeypatch)
+    picture = training / "loss.png"
+    status, out, err = run("plot", training / "one", training / "two", "--out", picture, *chain)
+    assert (status, out) == (0, f"{picture}\n"), err
+    assert picture.read_bytes().startswith(PNG)
+    (axes,) = figures[0].axes
+    steps = [list(line.get_xdata()) for line in axes.get_lines()]
+    assert steps == [[1, 2, 3], [3], second, second[-1:]]
+    assert list(axes.get_lines()[2].get_ydata()) == [3.0, 1.5, 1.0]
+    ticks = axes.get_xticks()
+    assert all(tick == int(tick) for tick in ticks)
+
+
+def test_plot_of_a_folder_without_losses(training, run):
+    pytest.importorskip("matplotlib")
+    (training / "two" / "metrics.jsonl").write_text("")
+    for name in ("two", "none"):
+        status, out, err = run("plot", training / name, "--out", training / "loss.png")
+        assert (status, out) == (2, "")
+        assert f"{training / name} has no losses to draw" in err
+
+
+def test_compare_draws_a_chart(evaluated, run):
+    pytest.importorskip("matplotlib")
+    chart = evaluated / "chart.png"
+    status, out, err = run("compare", evaluated / "one", evaluated / "two", "--chart", chart)
+    assert status == 0, err
+    assert "rocks (1 questions)" in out
+    assert chart.read_bytes().startswith(PNG)
+
+
+def test_tensorboard_gets_what_metrics_jsonl_has(pretraining, tmp_path, run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(*pretraining)[0] == 0
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    lines = [json.loads(line) for line in Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = board.Scalars("loss")
+    assert [event.step for event in events] == [line["step"] for line in lines] == [1, 2]
+    assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
+    assert set(board.Tags()["scalars"]) == set(lines[0]) - {"step"}
