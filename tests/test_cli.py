@@ -1,11 +1,73 @@
 """The program as a user runs it: results on stdout, one sentence and status 2 for what the user can mend."""
 
+import argparse
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 
-from k2mini.cli import main
+from k2mini.build import KINDS
+from k2mini.cli import build_parser, main
+from k2mini.config import QUANTIZE_NAMES
+from k2mini.data.prompts import TEMPLATES
+from k2mini.evaluation.instances import EvalConfig
+from k2mini.inference.answers import Decoding
+from k2mini.inference.beam import Beams
+from k2mini.inference.sampling import Sampling
+
+
+def parsers(parser=None, path=()):
+    """Every command, those within a command too, with its parser."""
+    parser = parser or build_parser()
+    declare = getattr(parser, "_declare", None)
+    if declare is not None:
+        parser._declare = None
+        declare(parser)
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not nested:
+        yield path, parser
+    for action in nested:
+        for name, command in action.choices.items():
+            yield from parsers(command, (*path, name))
+
+
+def test_every_command_explains_itself(run):
+    found = dict(parsers())
+    assert {("generate",), ("delta", "apply"), ("audit", "diff")} <= set(found)
+    for path, parser in found.items():
+        status, out, err = run(*path, "--help")
+        assert (status, err) == (0, "")
+        assert out.startswith(f"usage: k2mini {' '.join(path)} ")
+        assert "--debug" in out
+        assert parser.get_default("run").__module__.startswith("k2mini.commands.")
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    found = dict(parsers())
+    for command, arguments in (("generate", ["--model", "m", "--prompt", "x"]), ("chat", ["--model", "m"])):
+        values = vars(found[command,].parse_args(arguments))
+        for owner, names in (
+            (Decoding, ("max_new_tokens",)),
+            (Sampling, ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")),
+            (Beams, ("length_penalty", "early_stopping")),
+        ):
+            assert {name: values[name] for name in names} == {name: getattr(owner, name) for name in names}
+    values = vars(found["eval",].parse_args(["--model", "m"]))
+    for name in ("scoring", "template", "answer_prefix", "normalize", "score_end"):
+        assert values[name] == getattr(EvalConfig, name)
+    assert (values["shots"], values["batch_size"]) == (EvalConfig.num_fewshot, 16)
+    assert found["prepare",].parse_args(["x", "--tokenizer", "t", "--out", "o"]).on_error == "fail"
+    assert tuple(KINDS) == QUANTIZE_NAMES
+
+
+def test_help_names_every_template(run):
+    for command in ("generate", "chat", "eval"):
+        assert ", ".join(TEMPLATES) in " ".join(run(command, "--help")[1].split())
+
+
+def test_version(run):
+    assert run("--version") == (0, f"k2mini {version('k2mini')}\n", "")
 
 
 def test_generate_prints_the_answer_on_stdout_only(run, tiny_directory):

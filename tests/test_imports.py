@@ -1,6 +1,7 @@
-"""The layers of the package: imports run one way, and only the six runtime packages are needed."""
+"""The layers of the package: imports run one way and can be seen, and only the six runtime packages are needed."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,43 @@ def test_imports_run_one_way():
             assert not (own == "data" and other == "nn"), f"{path}: data never imports the model"
 
 
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_import_circles():
+    """Between modules, those that a function imports included."""
+    known = {module_name(path) for path in PACKAGE.rglob("*.py")}
+    graph = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        graph[module_name(path)] = needed = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                needed.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names} & known
+                needed.update(names or {node.module})
+        needed &= known
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_module_is_named_by_a_string():
+    """An import that a reader, or the tests above, would not find."""
+    hidden = {"importlib", "import_module", "__import__", "runpy", "pkgutil"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {node.module, *(alias.name for alias in node.names)}
+            elif isinstance(node, ast.Name):
+                names = {node.id}
+            else:
+                names = {node.attr} if isinstance(node, ast.Attribute) else set()
+            assert not names & hidden, f"{path}, line {node.lineno}: {names & hidden}"
+
+
 def test_only_runtime_packages_at_module_level():
     for path in sorted(PACKAGE.rglob("*.py")):
         for module, top in imports(path):
@@ -68,13 +106,17 @@ def test_packages_reexport_nothing():
     assert all(path.read_text() == "" for path in PACKAGE.rglob("__init__.py"))
 
 
-def test_help_does_not_import_torch():
+def test_help_imports_nothing_heavy():
+    """Nor does the import of any file of `commands`, since all of them are imported first."""
     code = (
         "import sys\nfrom k2mini.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'numpy', 'sentencepiece', 'safetensors', 'yaml', 'tqdm'} & set(sys.modules)\n"
+        f"heavy = {RUNTIME | EXTRAS} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "import pkgutil, k2mini.commands\n"
+        "known = {f'k2mini.commands.{module.name}' for module in pkgutil.iter_modules(k2mini.commands.__path__)}\n"
+        "assert known <= set(sys.modules), known - set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,86 @@
+"""`k2mini preview`: the tokens and labels that a run would take, one a line."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from k2mini.data.prompts import get_template
+
+LINE = re.compile(r"^ *(\d+) +(\d+)  ('.*?'|\".*?\") *(?: (\d+)  (?:'.*'|\".*\"))?$")
+
+
+def parsed(lines):
+    """(position, id, piece, id to predict or None) of each line of a sample."""
+    rows = [LINE.match(line).groups() for line in lines]
+    return [
+        (int(place), int(token), ast.literal_eval(piece), label and int(label)) for place, token, piece, label in rows
+    ]
+
+
+@pytest.fixture
+def preview(tiny_directory, tmp_path, run):
+    """Preview a run over a file of such data, with such a `data` section."""
+
+    def call(name, content, section, *arguments):
+        (tmp_path / name).write_text(content)
+        config = {
+            "run": {"dir": str(tmp_path / "run")},
+            "model": {"path": str(tiny_directory)},
+            "data": {"path": str(tmp_path / name), **section},
+            "train": {"lr": 1e-3, "global_batch_size": 1, "micro_batch_size": 1, "max_steps": 1},
+        }
+        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        return run("preview", tmp_path / "config.yaml", *arguments)
+
+    return call
+
+
+RECORD = json.dumps([{"instruction": "granite is", "input": "", "output": "rock"}])
+
+
+def test_instructions(tiny_tokenizer, preview):
+    """The prompt is read; the answer, with EOS, is to be predicted."""
+    status, out, err = preview("data.json", RECORD, {"template": "alpaca_short"})
+    assert status == 0, err
+    title, head, *lines, last = out.splitlines()
+    assert title == "sample 0 of 1"
+    assert head.split() == ["position", "id", "piece", "supervised:", "the", "next", "token"]
+    prompt = get_template("alpaca_short").prompt("granite is")
+    start = len(tiny_tokenizer.encode(prompt, bos=True, eos=False))
+    ids = tiny_tokenizer.encode(prompt + "rock", bos=True, eos=True)
+    labels = [None] * (start - 1) + ids[start:]
+    pieces = [tiny_tokenizer.piece(token) for token in ids]
+    assert parsed(lines) == list(zip(range(len(labels)), ids, pieces, labels, strict=False))
+    assert last == f"{len(labels)} tokens, {len(ids) - start} of them supervised"
+
+
+def test_documents(tiny_tokenizer, preview):
+    """Every token is to be predicted, but the first of a document, where positions begin anew."""
+    texts = ["granite is a rock", "basalt is made of quartz"]
+    first, second = (tiny_tokenizer.encode(text, bos=True, eos=True) for text in texts)
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    status, out, err = preview("corpus.jsonl", content, {"seq_len": len(first) + len(second) - 1})
+    assert status == 0, err
+    title, _, *lines, last = out.splitlines()
+    assert title == "sample 0 of 1"
+    ids, labels = [*first, *second[:-1]], [*first[1:], None, *second[1:]]
+    places = [*range(len(first)), *range(len(second) - 1)]
+    pieces = [tiny_tokenizer.piece(token) for token in ids]
+    assert parsed(lines) == list(zip(places, ids, pieces, labels, strict=True))
+    assert last == f"{len(ids)} tokens, {len(ids) - 1} of them supervised"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--number", 0], "--number must be at least 1, not 0"),
+        (["data.path=none.json"], "none.json"),
+        (["model.path=/nowhere"], "there is no directory /nowhere"),
+    ],
+)
+def test_bad_input(preview, arguments, said):
+    status, out, err = preview("data.json", RECORD, {}, *arguments)
+    assert (status, out) == (2, "")
+    assert said in err.splitlines()[-1]
