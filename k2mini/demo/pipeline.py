@@ -87,6 +87,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     scale, spent = (QUICK if quick else FULL), _settings(out, seed, quick)
     data, base = out / "data", out / "base"
     steps = _Steps(8 + 3 * control)
+    if (out / "report.json").exists():
+        log.info("%s holds a demo already, and what it holds is not run again; remove it to run all of it anew", out)
 
     steps.begin("the miniature world: facts, corpus, instructions, questions", 1)
     if not data.exists():
@@ -99,7 +101,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     _judge(out, stages[-1])
 
     steps.begin("further pretraining: all parameters, on the corpus", 45)
-    tuned = pretrain(_write(out, "pretrain", _pretrain_config(out, seed, scale)))
+    tuned = _train(out, "pretrain", _pretrain_config(out, seed, scale))
     stages.append(Stage("pretrain", tuned))
     _judge(out, stages[-1])
 
@@ -107,13 +109,13 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     _delta(base, tuned, out)
 
     steps.begin("instruction tuning, stage one: general instructions, LoRA", 10)
-    first = finetune(_write(out, "stage1", _finetune_config(out, "stage1", tuned, "general", seed, scale.stage1_steps)))
+    first = _train(out, "stage1", _finetune_config(out, "stage1", tuned, "general", seed, scale.stage1_steps))
     stages.append(Stage("stage1", tuned, first))
     _judge(out, stages[-1])
 
     steps.begin("instruction tuning, stage two: expert instructions, from stage one's adapter", 20)
     config = _finetune_config(out, "stage2", tuned, "expert", seed, scale.stage2_steps, init=first)
-    second = finetune(_write(out, "stage2", config))
+    second = _train(out, "stage2", config)
     stages.append(Stage("stage2", tuned, second))
     _judge(out, stages[-1])
 
@@ -124,10 +126,10 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     if control:
         steps.begin("control, stage one: the same, without further pretraining", 10)
         name = "control_stage1"
-        first = finetune(_write(out, name, _finetune_config(out, name, base, "general", seed, scale.stage1_steps)))
+        first = _train(out, name, _finetune_config(out, name, base, "general", seed, scale.stage1_steps))
         steps.begin("control, stage two", 15)
         config = _finetune_config(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
-        second = finetune(_write(out, "control", config))
+        second = _train(out, "control", config)
         steps.begin("control: judged", 5)
         stages.append(Stage("control", base, second))
         _judge(out, stages[-1])
@@ -167,7 +169,9 @@ def _settings(out: Path, seed: int, quick: bool) -> float:
     settings = read_json(path)
     for name, value in (("seed", seed), ("quick", quick)):
         if settings[name] != value:
-            raise ValueError(f"{out} holds a demo with {name} {settings[name]}, not {value}; name another --out")
+            raise ValueError(
+                f"{out} holds a demo with {name} {settings[name]}, not {value}; name another --out or remove {out}"
+            )
     return float(settings["seconds"])
 
 
@@ -210,12 +214,14 @@ def _finetune_config(
     )
 
 
-def _write(out: Path, name: str, config: Any) -> Any:
-    """Keep a configuration where the report's commands look for it; returns it."""
-    folder = out / "configs"
-    make_writable(folder)
-    write_text(folder / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")
-    return config
+def _train(out: Path, name: str, config: PretrainConfig | FinetuneConfig) -> Path:
+    """Train a stage, unless it is complete, and keep its configuration where the report's commands look for it."""
+    make_writable(out / "configs")
+    write_text(out / "configs" / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")
+    result = out / name / ("model" if isinstance(config, PretrainConfig) else "adapter")
+    if result.exists():
+        return result
+    return pretrain(config) if isinstance(config, PretrainConfig) else finetune(config)
 
 
 def _delta(base: Path, tuned: Path, out: Path) -> None:

@@ -92,7 +92,7 @@ def test_one_sentence(trio, monkeypatch, capfd, damage, options, said):
     assert sorted(path.name for path in trio.iterdir()) == before, "nothing is left, and no code has run"
 
 
-def test_verbs_of_convert_verify_and_info(trio, capfd):
+def test_commands_convert_verify_and_info(trio, capfd):
     for arguments, status, said in (
         (["verify", trio / "delta"], 0, "files are as they were written"),
         (["info", trio / "delta"], 0, "a delta of format bits"),
