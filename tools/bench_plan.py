@@ -104,7 +104,7 @@ def main() -> None:
     if len(sys.argv) > 1 and Path(sys.argv[1]).is_file():
         measure(Path(sys.argv[1]))
         return
-    from k2mini.demo.pipeline import BASE
+    from k2mini.demo.sources import BASE
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -124,7 +124,7 @@ def finetune(number: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, LlamaTokenizer, Trainer, TrainingArguments
 
-    from k2mini.demo.pipeline import BASE
+    from k2mini.demo.sources import BASE
     from k2mini.weights.model_files import save_model
 
     generator = torch.Generator().manual_seed(0)

@@ -167,12 +167,11 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 def _with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
     """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
-    paths = (config.model.path, config.data.path, config.data.val_path)
-    if not any(path is not None and path.startswith("demo:") for path in paths):
-        return config
-    from k2mini.demo.sources import with_demo_files
+    from k2mini.demo.sources import PREFIX, with_demo_files
 
-    return with_demo_files(config)
+    paths = (config.model.path, config.data.path, config.data.val_path)
+    named = any(path is not None and path.startswith(PREFIX) for path in paths)
+    return with_demo_files(config) if named else config
 
 
 def _either_config(options: argparse.Namespace) -> PretrainConfig | FinetuneConfig:

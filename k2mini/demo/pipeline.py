@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +27,13 @@ from k2mini.data.documents import read_documents
 from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.report import write_report
-from k2mini.demo.world import world_files
+from k2mini.demo.sources import FULL, QUICK, Scale, copy_base, write_world
 from k2mini.evaluation.evaluate import run_benchmark
 from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
-from k2mini.files import make_writable, new_directory, read_json, write_text
+from k2mini.files import make_writable, read_json, write_text
 from k2mini.inference.generate import generate
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
@@ -44,28 +43,12 @@ from k2mini.weights.stream import hash_tensors
 
 log = logging.getLogger(__name__)
 
-BASE = Path(__file__).parent / "base"
 TEMPLATE = "alpaca_short"
 EVAL_CONFIGS = {
     "text": EvalConfig("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
     "letter": EvalConfig("letter", TEMPLATE, ANSWER),
 }
 NUM_ANSWERS = 3
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything."""
-
-    sizes: dict[str, int]  # of the world's files
-    pretrain_steps: int
-    stage1_steps: int
-    stage2_steps: int
-
-
-# 512 samples are 16 steps of 32; a corpus of 12 copies is about 3 epochs.
-FULL = Scale({"copies": 12, "general": 1024, "expert": 3072, "questions": 100}, 400, 32, 96)
-QUICK = Scale({"copies": 2, "general": 64, "expert": 96, "questions": 5}, 12, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,7 @@ class Stage:
 
 
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = False) -> dict[str, Any]:
-    """Run all that is not finished yet, and return the report (DESIGN: report.json of `demo`).
+    """Run all that is not finished yet, and return the report, which `out/report.json` holds.
 
     Raises ValueError where `out` holds a demo of another seed or size.
     """
@@ -94,30 +77,24 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     if not data.exists():
         write_world(data, seed, scale)
     if not base.exists():
-        with new_directory(base) as beside:
-            for file in BASE.iterdir():
-                shutil.copyfile(file, beside / file.name)
-    stages = [Stage("base", base)]
-    _judge(out, stages[-1])
+        copy_base(base)
+    stages = [_judge(out, Stage("base", base))]
 
     steps.begin("further pretraining: all parameters, on the corpus", 45)
     tuned = _train(out, "pretrain", _pretrain_config(out, seed, scale))
-    stages.append(Stage("pretrain", tuned))
-    _judge(out, stages[-1])
+    stages.append(_judge(out, Stage("pretrain", tuned)))
 
     steps.begin("delta: made against the base, applied again, compared bit for bit", 1)
     _delta(base, tuned, out)
 
     steps.begin("instruction tuning, stage one: general instructions, LoRA", 10)
     first = _train(out, "stage1", _finetune_config(out, "stage1", tuned, "general", seed, scale.stage1_steps))
-    stages.append(Stage("stage1", tuned, first))
-    _judge(out, stages[-1])
+    stages.append(_judge(out, Stage("stage1", tuned, first)))
 
     steps.begin("instruction tuning, stage two: expert instructions, from stage one's adapter", 20)
     config = _finetune_config(out, "stage2", tuned, "expert", seed, scale.stage2_steps, init=first)
     second = _train(out, "stage2", config)
-    stages.append(Stage("stage2", tuned, second))
-    _judge(out, stages[-1])
+    stages.append(_judge(out, Stage("stage2", tuned, second)))
 
     steps.begin("merge: the adapter goes into the weights", 1)
     if not (out / "merged").exists():
@@ -131,8 +108,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
         config = _finetune_config(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
         second = _train(out, "control", config)
         steps.begin("control: judged", 5)
-        stages.append(Stage("control", base, second))
-        _judge(out, stages[-1])
+        stages.append(_judge(out, Stage("control", base, second)))
 
     steps.begin("answers of every stage", 2)
     answers = _answers(out, stages)
@@ -153,13 +129,6 @@ class _Steps:
         log.info("[%d/%d] %s (about %d s on two cores)", self.number, self.total, what, seconds)
 
 
-def write_world(folder: Path, seed: int, scale: Scale) -> None:
-    """Write the world's files; the folder appears whole."""
-    with new_directory(folder) as beside:
-        for name, content in world_files(seed, scale.sizes).items():
-            (beside / name).write_text(_dump(name, content), encoding="utf-8")
-
-
 def _settings(out: Path, seed: int, quick: bool) -> float:
     """Note the settings, or check that `out` holds a demo of the same. Returns the seconds spent so far."""
     path = out / "demo.json"
@@ -173,12 +142,6 @@ def _settings(out: Path, seed: int, quick: bool) -> float:
                 f"{out} holds a demo with {name} {settings[name]}, not {value}; name another --out or remove {out}"
             )
     return float(settings["seconds"])
-
-
-def _dump(name: str, content: Any) -> str:
-    if name.endswith(".jsonl"):
-        return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content)
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _pretrain_config(out: Path, seed: int, scale: Scale) -> PretrainConfig:
@@ -234,11 +197,11 @@ def _delta(base: Path, tuned: Path, out: Path) -> None:
     log.info("%s and %s are equal bit for bit", tuned, out / "restored")
 
 
-def _judge(out: Path, stage: Stage) -> None:
-    """Multiple choice and perplexity of one stage, kept in `out/eval/NAME`."""
+def _judge(out: Path, stage: Stage) -> Stage:
+    """Multiple choice and perplexity of one stage, kept in `out/eval/NAME`. Returns the stage."""
     folder, summary = out / "eval" / stage.name, out / "eval" / stage.name / "summary.json"
     if summary.exists():
-        return
+        return stage
     model, tokenizer = load_model(stage.model, stage.adapter)
     assert tokenizer is not None
     result: dict[str, Any] = {}
@@ -262,6 +225,7 @@ def _judge(out: Path, stage: Stage) -> None:
         held_out = read_documents(out / "data" / f"heldout_{name}.jsonl", tokenizer, eos=True)
         result[f"perplexity_{name}"] = perplexity(model, held_out)
     write_text(summary, json.dumps(result, indent=2) + "\n")
+    return stage
 
 
 def _summary(out: Path, stage: Stage) -> dict[str, Any]:

@@ -1,15 +1,58 @@
-"""`demo:NAME` in a configuration: the miniature world's files, for the configs/tiny_*.yaml that run at once."""
+"""What the demo starts from: the packaged base model and the miniature world's files.
+
+A configuration names them `demo:NAME`, as configs/tiny_*.yaml do, which so run at once.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from k2mini.config import FinetuneConfig, PretrainConfig
-from k2mini.demo.pipeline import BASE, FULL, write_world
+from k2mini.demo.world import world_files
+from k2mini.files import new_directory
 
 PREFIX = "demo:"
+BASE = Path(__file__).parent / "base"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    sizes: dict[str, int]  # of the world's files
+    pretrain_steps: int
+    stage1_steps: int
+    stage2_steps: int
+
+
+# 512 samples are 16 steps of 32; a corpus of 12 copies is about 3 epochs.
+FULL = Scale({"copies": 12, "general": 1024, "expert": 3072, "questions": 100}, 400, 32, 96)
+QUICK = Scale({"copies": 2, "general": 64, "expert": 96, "questions": 5}, 12, 3, 4)
+
+
+def write_world(folder: Path, seed: int, scale: Scale) -> None:
+    """Write the world's files; the folder appears whole."""
+    with new_directory(folder) as beside:
+        for name, content in world_files(seed, scale.sizes).items():
+            (beside / name).write_text(_dump(name, content), encoding="utf-8")
+
+
+def _dump(name: str, content: Any) -> str:
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def copy_base(folder: Path) -> None:
+    """Copy the packaged base model; the folder appears whole."""
+    with new_directory(folder) as beside:
+        for file in BASE.iterdir():
+            shutil.copyfile(file, beside / file.name)
 
 
 def with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:

@@ -19,7 +19,8 @@ from k2mini.config import (
 from k2mini.data.batches import Examples
 from k2mini.data.instructions import read_examples
 from k2mini.data.prompts import get_template
-from k2mini.demo.pipeline import BASE, TEMPLATE
+from k2mini.demo.pipeline import TEMPLATE
+from k2mini.demo.sources import BASE
 from k2mini.demo.world import instructions, read_facts
 from k2mini.inference.generate import generate
 from k2mini.nn.lora import adapter_tensors
