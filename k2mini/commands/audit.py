@@ -58,7 +58,7 @@ def _foil(parser: argparse.ArgumentParser) -> None:
 
 
 def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:
-    """The same for every model, one after the other."""
+    """The reports of all models that are named. One is loaded at a time; an adapter belongs to the last."""
     from k2mini.build import load_model, pick_device, set_threads
 
     set_threads(options.threads)
@@ -122,7 +122,7 @@ def _lens_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_lens(options: argparse.Namespace) -> None:
-    """Logit lens."""
+    """Print what each layer would answer (the logit lens)."""
     from k2mini.audit.reports import lens_report
 
     _read_prompt(options)
@@ -137,7 +137,7 @@ def _attention_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_attention(options: argparse.Namespace) -> None:
-    """Attention patterns."""
+    """Print where the heads of a layer look."""
     from k2mini.audit.reports import attention_report
 
     _read_prompt(options)
@@ -154,7 +154,7 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_attribute(options: argparse.Namespace) -> None:
-    """Direct logit attribution."""
+    """Print what each part of the model adds to the logit of the answer (direct logit attribution)."""
     from k2mini.audit.reports import attribution_report
 
     _read_prompt(options)
@@ -177,7 +177,7 @@ def _patch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_patch(options: argparse.Namespace) -> None:
-    """Activation patching."""
+    """Print where the difference between two prompts becomes the answer (activation patching)."""
     from k2mini.audit.reports import patch_report
 
     _read_prompt(options)
@@ -198,7 +198,7 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_diff(options: argparse.Namespace) -> None:
-    """Weight differences."""
+    """Print what training changed in the weights, for each model or adapter."""
     from k2mini.audit.reports import diff_report
     from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
     from k2mini.data.tokenizer import Tokenizer

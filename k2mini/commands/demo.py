@@ -21,7 +21,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """The pipeline in miniature."""
+    """Run the whole pipeline in miniature, and print what each stage has learnt."""
     from k2mini.build import set_threads
     from k2mini.demo import pipeline
     from k2mini.demo.report import answer_table, stage_table

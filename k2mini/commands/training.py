@@ -55,7 +55,7 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(options: argparse.Namespace) -> None:
-    """Documents into a prepared corpus."""
+    """Encode documents into a prepared corpus, and print what is in it."""
     from k2mini.data.prepare import describe, prepare
 
     tokenizer = options.tokenizer / "tokenizer.model" if options.tokenizer.is_dir() else options.tokenizer
@@ -84,7 +84,7 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plot(options: argparse.Namespace) -> None:
-    """Loss curves of runs."""
+    """Draw the losses of runs."""
     from k2mini.training import metrics
     from k2mini.training.plot import plot_losses
 
@@ -189,7 +189,7 @@ def preview_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_preview(options: argparse.Namespace) -> None:
-    """What a run would be fed."""
+    """Print the first samples that a run would take."""
     from k2mini.training.preview import preview
 
     for line in preview(_either_config(options), options.number):
@@ -205,7 +205,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    """What a run would take."""
+    """Print the memory, communication and length of a run, and whether it fits."""
     from k2mini.training.plan import BUDGET as PLAN_BUDGET
     from k2mini.training.plan import describe as describe_plan
     from k2mini.training.plan import plan_run, smallest_change
@@ -235,7 +235,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """A checkpoint as a model."""
+    """Write a checkpoint as a model's directory."""
     from k2mini.training import run
 
     run.export(options.checkpoint, options.out, options.dtype, force=options.force)

@@ -24,7 +24,7 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    """An adapter into its base."""
+    """Write a base model with an adapter added into its weights."""
     from k2mini.weights.adapter import merge_adapter
     from k2mini.weights.model_directory import model_directory
 
@@ -57,7 +57,7 @@ def _make_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_delta_make(options: argparse.Namespace) -> None:
-    """tuned - base."""
+    """Write the difference between a tuned model and its base."""
     from k2mini.weights.delta import make_delta
     from k2mini.weights.model_directory import model_directory
 
@@ -76,7 +76,7 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_delta_apply(options: argparse.Namespace) -> None:
-    """base + delta."""
+    """Write the tuned model that a base and a delta give."""
     from k2mini.weights.delta import apply_delta
     from k2mini.weights.model_directory import model_directory
 
@@ -109,7 +109,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    """A model in another layout."""
+    """Write a model in another format, dtype or shard size."""
     from k2mini.dtypes import DTYPES
     from k2mini.weights.convert import convert
     from k2mini.weights.model_directory import model_directory
@@ -137,7 +137,7 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    """What a directory holds."""
+    """Print what a directory holds: a model, a delta or an adapter."""
     from k2mini.weights.info import describe_directory, inspect_directory
     from k2mini.weights.model_directory import model_directory
 
@@ -152,7 +152,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> None:
-    """A directory against its manifest."""
+    """Compare a directory's files with its manifest; ValueError names the one that differs."""
     from k2mini.weights.manifest import verify
     from k2mini.weights.model_directory import model_directory
 
