@@ -21,8 +21,8 @@ from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.demo.phrases import ANSWER
-from k2mini.demo.pipeline import BASE, TEMPLATE
+from k2mini.demo.phrases import ANSWER, TEMPLATE
+from k2mini.demo.pipeline import BASE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights

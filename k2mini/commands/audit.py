@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from k2mini.audit.page import page
+from k2mini.audit.diff_report import diff_report
+from k2mini.audit.page import html_page
 from k2mini.audit.reports import (
     Report,
     attention_report,
     attribution_report,
-    diff_report,
     lens_report,
     patch_report,
 )
@@ -69,7 +69,7 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
 def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
     if options.html is not None:
-        write_text(options.html, page(title, lead, [part for report in reports for part in report.sections]))
+        write_text(options.html, html_page(title, lead, [part for report in reports for part in report.sections]))
     if options.json:
         print(json.dumps([report.values for report in reports], ensure_ascii=False))
         return

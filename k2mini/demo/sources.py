@@ -1,4 +1,4 @@
-"""`demo:NAME` in a configuration: the miniature world's files, for the configs/tiny_*.yaml that run at once."""
+"""Paths that begin with `demo:` in a configuration name files of the demo, so that configs/tiny_*.yaml need no data."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ def test_diff_of_models_and_adapters(tiny_directory, other, tmp_path, run):
     assert status == 0, err
     assert "effective rank" in out
     assert "embeddings that moved most" in out
+    assert page.read_text().count("<svg") == 1
     found = json.loads(run("audit", "diff", other / "model", other / "adapter", "--json")[1])
     assert {change["rank"] for change in found[0]["changes"]} == {2}
 

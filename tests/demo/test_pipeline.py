@@ -1,6 +1,7 @@
 """The shrunken demo, all stages: what it leaves, that it survives interruption, that its parts are the commands."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -87,24 +88,31 @@ def test_every_directory_loads_in_transformers_and_peft(demo):
             torch.testing.assert_close(ours, reference(tokens).logits, rtol=0, atol=1e-4, msg=adapter)
 
 
-def test_a_second_start_does_nothing_again(demo):
+def test_a_second_start_does_nothing_again(demo, caplog):
     out, report = demo
+    caplog.set_level(logging.INFO, logger="k2mini")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = run_demo(out, quick=True, control=True)
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert f"what is finished in {out} is not run again; to run it anew, remove it or name another --out" in caplog.text
 
 
 def test_another_seed_needs_another_folder(demo, tmp_path):
     out, _ = demo
-    with pytest.raises(ValueError, match="holds a demo with seed 0, not 1; name another --out"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a demo with seed 0, not 1; remove .* to run it anew, or name another folder with --out",
+    ):
         run_demo(out, seed=1, quick=True)
+    with pytest.raises(ValueError, match=r"holds a quick demo, not a full one; remove .*, or name another folder"):
+        run_demo(out)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         run_demo(tmp_path / "file", quick=True)
 
 
-def test_its_stages_are_the_products_verbs(demo, tmp_path, run):
+def test_its_stages_are_the_products_commands(demo, tmp_path, run):
     """The same losses by hand, from the files and commands that the demo leaves."""
     out, report = demo
     assert run("pretrain", out / "configs/pretrain.yaml", f"run.dir={tmp_path}/pretrain")[0] == 0

@@ -69,17 +69,17 @@ def naive(model, request):
     return sums
 
 
-def random_requests(number=23, prefix=40):
+def random_requests():
     generator = torch.Generator().manual_seed(0)
 
     def ids(low, high):
         size = int(torch.randint(low, high, (1,), generator=generator))
         return tuple(torch.randint(3, 190, (size,), generator=generator).tolist())
 
-    common = ids(prefix, prefix + 1)
+    common = ids(40, 41)
     return [
         Request((*common, *ids(1, 30)), tuple(ids(1, 6 if i % 3 else 2) for _ in range(2 + i % 4)), group=i % 2)
-        for i in range(number)
+        for i in range(23)
     ]
 
 

@@ -2,39 +2,10 @@ import pytest
 import torch
 
 from k2mini.config import LoraSection
-from k2mini.nn.lora import attach, init_adapters, lora_modules, merged_weight
+from k2mini.nn.lora import attach, lora_modules, merged_weight
 from tests.conftest import tiny_config, tiny_llama
-from tests.reference import to_transformers
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TOKENS = torch.randint(199, (2, 25), generator=torch.Generator().manual_seed(1))
-
-
-def adapted(config=None, targets=("q_proj", "k_proj", "v_proj"), dropout=0.0, fill=True, dtype=torch.float32):
-    """A tiny model with an adapter that does something."""
-    model = tiny_llama(config, dtype=dtype)
-    attach(model, LoraSection(rank=4, alpha=6.0, dropout=dropout, target_modules=list(targets)))
-    init_adapters(model, seed=1)
-    if fill:
-        generator = torch.Generator().manual_seed(2)
-        for module in lora_modules(model).values():
-            module.lora_B.data.normal_(0, 0.1, generator=generator)
-    return model
-
-
-def to_peft(model, targets, dropout=0.0):
-    """The same weights and adapters in peft over transformers."""
-    from peft import LoraConfig, get_peft_model
-
-    plain = tiny_llama(model.config)
-    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
-    reference = get_peft_model(to_transformers(plain), config)
-    with torch.no_grad():
-        for name, module in lora_modules(model).items():
-            theirs = reference.get_submodule(f"base_model.model.{name}")
-            theirs.lora_A["default"].weight.copy_(module.lora_A)
-            theirs.lora_B["default"].weight.copy_(module.lora_B)
-    return reference
+from tests.helpers import ALL, TOKENS, adapted
+from tests.reference import to_peft
 
 
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "k_proj", "v_proj"]], ids=["all", "qkv"])

@@ -217,7 +217,7 @@ def test_shapes_in_closed_form(shape):
     assert tensor_shapes(shape) == {name: tuple(t.shape) for name, t in tiny_llama(shape).state_dict().items()}
 
 
-def test_info(tmp_path, tiny_tokenizer, shape):
+def test_info(tmp_path, shape):
     model = tiny_llama(shape, dtype=torch.bfloat16)
     save_model(model.state_dict(), shape, tmp_path / "model")
     found = inspect_directory(tmp_path / "model")

@@ -82,7 +82,7 @@ def test_the_tensor_is_named(written, kind):
     path.write_bytes(before)
 
 
-def test_missing_cut_and_unknown_files(written, tmp_path):
+def test_missing_cut_and_unknown_files(tmp_path):
     config = tiny_config()
     save_model(tiny_llama(config).state_dict(), config, tmp_path / "model")
     (tmp_path / "model" / "notes.txt").touch()
