@@ -1,10 +1,12 @@
-"""What the model has to agree with: transformers' LLaMA, and a naive one of a few lines."""
+"""What the model has to agree with: transformers' LLaMA, peft over it, and a naive one of a few lines."""
 
 import torch
 import torch.nn.functional as F
 
 from k2mini.model_config import hf_config
 from k2mini.nn.llama import Llama
+from k2mini.nn.lora import lora_modules
+from tests.conftest import tiny_llama
 
 
 def to_transformers(model: Llama):
@@ -19,6 +21,20 @@ def to_transformers(model: Llama):
     assert not unexpected
     assert missing == (["lm_head.weight"] if model.config.tie_embeddings else [])
     reference.tie_weights()
+    return reference
+
+
+def to_peft(model: Llama, targets):
+    """The same weights and adapters (of rank 4, alpha 6, over `tiny_llama`) in peft over transformers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=list(targets), task_type="CAUSAL_LM")
+    reference = get_peft_model(to_transformers(tiny_llama(model.config)), config)
+    with torch.no_grad():
+        for name, module in lora_modules(model).items():
+            theirs = reference.get_submodule(f"base_model.model.{name}")
+            theirs.lora_A["default"].weight.copy_(module.lora_A)
+            theirs.lora_B["default"].weight.copy_(module.lora_B)
     return reference
 
 

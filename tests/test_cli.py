@@ -216,7 +216,7 @@ def test_bad_input_of_eval_writes_nothing(run, tiny_directory, tmp_path, geobenc
     assert "File exists" in err
 
 
-def test_debug_shows_the_traceback(capfd):
+def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="there is no directory"):
         main(["generate", "--model", "/nowhere", "--prompt", "x", "--debug"])
 

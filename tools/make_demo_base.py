@@ -21,8 +21,7 @@ from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.demo.phrases import ANSWER
-from k2mini.demo.pipeline import TEMPLATE
+from k2mini.demo.phrases import ANSWER, TEMPLATE
 from k2mini.demo.sources import BASE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.model_config import ModelConfig

@@ -1,4 +1,4 @@
-"""What each layer would answer, and who is to blame: logit lens and direct logit attribution."""
+"""Logit lens and direct logit attribution: what each layer would predict, and what each part adds to a logit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from k2mini.nn.llama import Llama
 
 @dataclass(frozen=True)
 class Lens:
-    """The vocabulary's distribution after each layer, read with the final norm and head (nostalgebraist 2020).
+    """The next token's distribution after each layer, read through the final norm and the head (nostalgebraist 2020).
 
     Attributes:
-        top: (L, T) the likeliest token; top_probability: (L, T).
-        probability, rank: (L, T) of the target, where there is one; rank 0 is the likeliest.
-        entropy: (L, T), in nats; divergence: (L, T), KL(final || layer), in nats.
+        top, top_probability: (L, T), the likeliest token and its probability.
+        entropy: (L, T), in nats.
+        divergence: (L, T), KL(model's own || layer's), in nats.
+        probability, rank: (L, T), of the target; rank 0 is the likeliest. None without a target.
     """
 
     top: Tensor
@@ -32,7 +33,11 @@ class Lens:
 
 @torch.inference_mode()
 def logit_lens(model: Llama, tokens: list[int], target: int | None = None) -> Lens:
-    """Read every layer's residual stream as if it were the last. The last layer's is the model's own distribution."""
+    """Read the residual stream after every layer as if that layer were the last one.
+
+    Args:
+        target: a token whose probability and rank are wanted as well.
+    """
     with trace(model, ["layers.*.residual_out"]) as cache:
         logits = model(torch.tensor([tokens], device=model.device))[0]  # (T, V)
     final = log_softmax(logits)
@@ -56,10 +61,12 @@ def logit_lens(model: Llama, tokens: list[int], target: int | None = None) -> Le
 
 @dataclass(frozen=True)
 class Attribution:
-    """How much every part adds to a logit at the last position; together they are the logit.
+    """What every part of the model adds to a logit at the last position; the parts add up to the logit.
 
     Attributes:
-        embed: of the token's embedding; heads: (L, H); mlps: (L,); logit: what they add up to.
+        embed: what the last token's embedding adds.
+        heads, mlps: (L, H) and (L,), what each head and each MLP adds.
+        logit: the logit, or the difference of two.
     """
 
     embed: float
@@ -69,11 +76,12 @@ class Attribution:
 
 
 @torch.inference_mode()
-def attribute(model: Llama, tokens: list[int], target: int, foil: int | None = None) -> Attribution:
-    """Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+def direct_logit_attribution(model: Llama, tokens: list[int], target: int, foil: int | None = None) -> Attribution:
+    """What each head and MLP adds to the logit of `target`, or to its difference from the logit of `foil`.
 
-    The residual stream is a sum of what embedding, heads and MLPs add; with the final norm's scale held fixed, so is
-    the logit of `target`, or its difference to that of `foil`.
+    The residual stream is the sum of what embedding, heads and MLPs write. With the final norm's scale held fixed, a
+    logit is linear in the stream, so it is a sum over the same parts (Elhage et al. 2021, "A Mathematical Framework
+    for Transformer Circuits").
     """
     points = ["embed", "layers.*.attention.head_out", "layers.*.mlp.out", "layers.*.residual_out"]
     with trace(model, points, positions=[-1]) as cache:

@@ -1,11 +1,11 @@
-"""A report as one HTML page that needs nothing else: heat maps in SVG, light and dark."""
+"""A report as one HTML page that loads nothing else: heat maps and bars in SVG, in a light and a dark scheme."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-# What is not on the page is refused by the browser, with an error on its console.
+# The browser refuses to load anything from elsewhere, and says so on its console, where the tests look.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #fbfbfd; --card: #ffffff; --line: #e3e6ec;
@@ -31,8 +31,8 @@ th { color: var(--soft); font-weight: 500; }
 """
 
 
-def page(title: str, lead: str, sections: Sequence[str]) -> str:
-    """The whole page."""
+def html_page(title: str, lead: str, sections: Sequence[str]) -> str:
+    """The whole page: a title, a sentence under it, and sections."""
     body = "\n".join(sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -44,12 +44,12 @@ def page(title: str, lead: str, sections: Sequence[str]) -> str:
 
 
 def section(title: str, what: str, content: str) -> str:
-    """A card: a heading, a line that says how to read it, and the thing itself."""
+    """A heading, a line that says how to read the picture, and the picture."""
     return f'<section><h2>{escape(title)}</h2><p>{escape(what)}</p><div class="scroll">{content}</div></section>'
 
 
 def _colour(value: float, largest: float) -> str:
-    """From nothing to a hue: warm for what is positive, cool for what is negative."""
+    """Transparent at zero, full at `largest`: a warm hue for positive values, a cool one for negative."""
     share = 0.0 if largest == 0 else min(1.0, abs(value) / largest)
     return f"hsl(var({'--up' if value >= 0 else '--down'}) / {share:.3f})"
 
@@ -65,11 +65,13 @@ def heat_map(
     height: int = 22,
     largest: float | None = None,
 ) -> str:
-    """Cells coloured by value; a tip on each.
+    """A grid of cells coloured by value, as SVG.
 
     Args:
+        tips: shown when the mouse rests on a cell; None: its row, column and value.
         texts: written into the cells.
-        largest: the value of the full colour; None: the largest there is.
+        width, height: of a cell, in pixels.
+        largest: the value that gets the full colour; None: the largest there is.
     """
     largest = largest if largest is not None else max((abs(v) for row in values for v in row), default=0.0)
     left = 12 + 7 * max(map(len, rows), default=0)
@@ -101,7 +103,7 @@ def heat_map(
 
 
 def bars(values: Sequence[float], names: Sequence[str], *, unit: str = "") -> str:
-    """Horizontal bars around zero."""
+    """Horizontal bars, one a value, to both sides of zero where some are negative; as SVG."""
     largest = max((abs(v) for v in values), default=0.0) or 1.0
     left, middle, reach, height = 12 + 7 * max(map(len, names), default=0), 0, 360, 24
     if any(v < 0 for v in values):
@@ -120,7 +122,7 @@ def bars(values: Sequence[float], names: Sequence[str], *, unit: str = "") -> st
 
 
 def text_strip(tokens: Sequence[str], values: Sequence[float], tips: Sequence[str]) -> str:
-    """Tokens laid out as text, shaded by value."""
+    """Tokens laid out as running text, each shaded by its value; tips are shown under the mouse."""
     largest = max((abs(v) for v in values), default=0.0)
     spans = [
         f'<span style="background:{_colour(value, largest)}" title="{escape(tip, quote=True)}">{escape(token)}</span>'
@@ -130,7 +132,7 @@ def text_strip(tokens: Sequence[str], values: Sequence[float], tips: Sequence[st
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table."""
+    """An HTML table of texts."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{cells}</tr>{body}</table>"

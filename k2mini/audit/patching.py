@@ -1,4 +1,4 @@
-"""Causes: what happens to the answer when a part of the model thinks something else."""
+"""Activation patching and head ablation: how a metric of the answer changes when one activation is replaced."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Metric = Callable[[Tensor], float]  # of the logits at the last position, (V,)
 
 
 def logit_difference(target: int, foil: int) -> Metric:
-    """How much the target's logit is above the foil's."""
+    """A metric: the target's logit minus the foil's."""
     return lambda logits: (logits[target] - logits[foil]).item()
 
 
 def log_probability(target: int) -> Metric:
-    """The target's log-probability, in nats."""
+    """A metric: the target's log-probability, in nats."""
     return lambda logits: log_softmax(logits)[target].item()
 
 
 @torch.inference_mode()
-def run(model: Llama, tokens: Sequence[int]) -> Tensor:
-    """The logits at the last position. (V,)"""
+def final_logits(model: Llama, tokens: Sequence[int]) -> Tensor:
+    """The logits at a prompt's last position. (V,)"""
     return model(torch.tensor([list(tokens)], device=model.device))[0, -1]
 
 
@@ -34,12 +34,13 @@ def run(model: Llama, tokens: Sequence[int]) -> Tensor:
 def patch_positions(
     model: Llama, clean: Sequence[int], corrupted: Sequence[int], metric: Metric, point: str = "residual_out"
 ) -> Tensor:
-    """The metric of the corrupted run with one point's clean values at one position, for all layers and positions.
+    """Run the corrupted prompt with one clean activation put in, for every layer and position; the metric of each run.
 
     Activation patching (Meng et al. 2022, arXiv 2202.05262, section 2.1, "causal tracing").
 
     Args:
-        point: a point within a layer, with positions along its second dimension.
+        clean, corrupted: token ids, as many in both.
+        point: the activation, a point within a layer with positions along its second dimension.
 
     Returns: (L, T).
 
@@ -48,31 +49,31 @@ def patch_positions(
     _check_lengths(clean, corrupted)
     names = find_points(model, [f"layers.*.{point}"])
     with trace(model, names) as cache:
-        run(model, clean)
+        final_logits(model, clean)
     found = torch.zeros(len(names), len(clean))
     for layer, name in enumerate(names):
-        for place in range(len(clean)):
+        for position in range(len(clean)):
 
-            def put(tensor: Tensor, name: str = name, place: int = place) -> Tensor:
+            def patch(tensor: Tensor, name: str = name, position: int = position) -> Tensor:
                 edited = tensor.clone()
-                edited[:, place] = cache[name][:, place]
+                edited[:, position] = cache[name][:, position]
                 return edited
 
-            with intervene(model, {name: put}):
-                found[layer, place] = metric(run(model, corrupted))
+            with intervene(model, {name: patch}):
+                found[layer, position] = metric(final_logits(model, corrupted))
     return found
 
 
 @torch.inference_mode()
 def patch_heads(model: Llama, clean: Sequence[int], corrupted: Sequence[int], metric: Metric) -> Tensor:
-    """The metric of the corrupted run with one head's clean values, at all positions. (L, H).
+    """Run the corrupted prompt with one head's clean output put in at all positions; the metric for every head. (L, H).
 
     Raises ValueError where the two prompts differ in length.
     """
     _check_lengths(clean, corrupted)
     names = find_points(model, ["layers.*.attention.head_out"])
     with trace(model, names) as cache:
-        run(model, clean)
+        final_logits(model, clean)
     return _over_heads(model, names, corrupted, metric, lambda name: cache[name])
 
 
@@ -80,12 +81,15 @@ def patch_heads(model: Llama, clean: Sequence[int], corrupted: Sequence[int], me
 def ablate_heads(
     model: Llama, tokens: Sequence[int], metric: Metric, *, mean_of: Sequence[Sequence[int]] = ()
 ) -> Tensor:
-    """The metric without one head: zero in its place, or its mean over the prompts `mean_of`. (L, H)."""
+    """Run a prompt without one head; the metric for every head. (L, H).
+
+    The head's output becomes zero, or its mean over the positions of each prompt of `mean_of`, averaged over those.
+    """
     names = find_points(model, ["layers.*.attention.head_out"])
     sums: dict[str, Tensor] = {}
     for prompt in mean_of:
         with trace(model, names) as cache:
-            run(model, prompt)
+            final_logits(model, prompt)
         for name in names:
             sums[name] = sums.get(name, 0) + cache[name].mean(dim=1, keepdim=True) / len(mean_of)
 
@@ -98,21 +102,23 @@ def ablate_heads(
 def _over_heads(
     model: Llama, names: list[str], tokens: Sequence[int], metric: Metric, replacement: Callable[[str], Tensor]
 ) -> Tensor:
+    """The metric with each head's output, in turn, replaced by `replacement(point)`. (L, H)."""
     found = torch.zeros(len(names), model.config.num_heads)
     for layer, name in enumerate(names):
         for head in range(model.config.num_heads):
 
-            def put(tensor: Tensor, name: str = name, head: int = head) -> Tensor:
+            def patch(tensor: Tensor, name: str = name, head: int = head) -> Tensor:
                 edited, new = tensor.clone(), replacement(name)
                 edited[:, :, head] = new[:, :, head] if new.dim() == 4 else new
                 return edited
 
-            with intervene(model, {name: put}):
-                found[layer, head] = metric(run(model, tokens))
+            with intervene(model, {name: patch}):
+                found[layer, head] = metric(final_logits(model, tokens))
     return found
 
 
 def _check_lengths(clean: Sequence[int], corrupted: Sequence[int]) -> None:
+    # Positions are patched one for one.
     if len(clean) != len(corrupted):
         raise ValueError(
             f"the two prompts must be of one length: they are {len(clean)} and {len(corrupted)} tokens; "

@@ -1,4 +1,7 @@
-"""What training changed: two checkpoints, or an adapter, matrix by matrix, in the memory of a few matrices."""
+"""How the weights of two checkpoints differ, or what an adapter adds, tensor by tensor.
+
+Tensors are read one at a time, so the memory needed is that of a few matrices, not of two models.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from k2mini.files import progress_bar
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
 from k2mini.weights.model_directory import CheckpointReader, some
 
-EXACT = 1024  # up to this many rows or columns a spectrum is exact; beyond, its largest values are estimated
-VALUES = 16  # singular values that are kept
-SUBSPACE = 64  # dimensions of the base's top subspace
-ROWS = 1024  # of a matrix that are read at a time
-SHOWN = 10**8  # from so many numbers on there is a progress bar
-ZERO = 1e-6  # a singular value below this part of the largest is none
+EXACT = 1024  # a matrix with at most this many rows or columns gets its exact singular values; others an estimate
+VALUES = 16  # how many of the largest singular values are kept
+SUBSPACE = 64  # how many of the base's left singular vectors span its top subspace
+ROWS = 1024  # how many rows of a matrix are read at a time
+SHOWN = 10**8  # models with more numbers than this get a progress bar
+ZERO = 1e-6  # singular values below this part of the largest count as zero
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Change:
     """How one tensor changed.
 
     Attributes:
-        relative: ||after - before|| / ||before||, Frobenius; cosine: between before and after, as vectors.
+        relative: ||after - before|| / ||before||, Frobenius norms.
+        cosine: of the angle between before and after, taken as vectors.
         spectrum: the largest singular values of the change (of a vector, its norm).
         effective_rank: (sum of s^2)^2 / sum of s^4, the participation ratio: r for r equal singular values.
-        rank: how many singular values are not zero; None where they were estimated and none of them is.
-        in_top: the part of the change, squared, within the span of the base's SUBSPACE largest left singular vectors.
+        rank: how many singular values are not zero; None where only the largest are known and none of them is zero.
+        in_top: the part of the change's squared norm that lies in the span of the base's SUBSPACE first left singular
+            vectors; None where it was not asked for.
     """
 
     name: str
@@ -44,7 +49,13 @@ class Change:
 
 
 def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> list[Change]:
-    """Every tensor's change. Raises ValueError where the two are models of different shapes."""
+    """How every tensor changed, in the checkpoint's order.
+
+    Args:
+        subspace: compute `in_top` as well, which costs a singular value decomposition of every matrix of `before`.
+
+    Raises ValueError where the two are models of different shapes.
+    """
     one, other = CheckpointReader(before), CheckpointReader(after)
     odd = sorted(set(one.names()) ^ set(other.names()))
     odd += [name for name in one.names() if name in other.files and one.shape(name) != other.shape(name)]
@@ -60,9 +71,9 @@ def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> li
 
 
 def diff_adapter(base: Path, adapter: Path) -> list[Change]:
-    """What an adapter adds to every matrix that it adapts; its rank and spectrum are exact.
+    """What an adapter adds to every matrix that it adapts, with exact rank and spectrum.
 
-    Raises ValueError where the two do not belong together.
+    Raises ValueError where the adapter was not trained on this base.
     """
     reader, section = CheckpointReader(base), read_adapter_config(adapter)
     check_base(adapter, reader)
@@ -72,7 +83,7 @@ def diff_adapter(base: Path, adapter: Path) -> list[Change]:
         if name not in reader.files:
             raise ValueError(f"{adapter}: {base} has no {module}; they do not belong together")
         weight = reader.tensor(name).float()
-        # The spectrum of B A is that of the two small triangles of their QR decompositions.
+        # B A = Q_b (R_b R_a^T) Q_a^T has the singular values of R_b R_a^T, which is rank x rank.
         r_b = torch.linalg.qr(lora_b.double()).R
         r_a = torch.linalg.qr(lora_a.double().T).R
         values = torch.linalg.svdvals(r_b @ r_a.T) * section.scaling
@@ -93,9 +104,10 @@ def diff_adapter(base: Path, adapter: Path) -> list[Change]:
 
 
 def _change(one: CheckpointReader, other: CheckpointReader, name: str, *, subspace: bool) -> Change:
+    """How one tensor changed; both checkpoints are read ROWS rows at a time."""
     shape = one.shape(name)
     delta = torch.empty(shape)
-    squares = torch.zeros(3, dtype=torch.float64)  # of before and after, and their product
+    squares = torch.zeros(3, dtype=torch.float64)  # of before, of after, and of their product
     for start in range(0, shape[0], ROWS):
         before, after = (reader.rows(name, start, start + ROWS).float() for reader in (one, other))
         squares += torch.stack([(before * before).sum(), (after * after).sum(), (before * after).sum()]).double()
@@ -113,9 +125,10 @@ def _change(one: CheckpointReader, other: CheckpointReader, name: str, *, subspa
         spread = _participation(values)
     else:
         values = _largest(delta)
+        # sum of s^4 = ||D D^T||^2, of the smaller of the two products.
         small = delta if delta.shape[0] <= delta.shape[1] else delta.T
         spread = (size**4 / (small @ small.T).square_().sum()).item()
-        below = values < 1e-4 * values[0]
+        below = values < 1e-4 * values[0]  # the estimate's own error is above ZERO
         rank = int((~below).sum()) if bool(below.any()) else None
     in_top = None
     if subspace:
@@ -128,11 +141,12 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _participation(values: Tensor) -> float:
+    """The participation ratio of singular values: (sum of s^2)^2 / sum of s^4."""
     squares = values.double().square()
     return (squares.sum() ** 2 / squares.square().sum()).item() if values.numel() and squares.sum() > 0 else 0.0
 
 
-def _range(matrix: Tensor, size: int, steps: int = 3) -> Tensor:
+def _range_basis(matrix: Tensor, size: int, steps: int = 3) -> Tensor:
     """An orthonormal basis of nearly the top left singular vectors (Halko et al. 2011, arXiv 0909.4061, alg. 4.4)."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], size, generator=generator)).Q
@@ -142,18 +156,20 @@ def _range(matrix: Tensor, size: int, steps: int = 3) -> Tensor:
 
 
 def _largest(matrix: Tensor) -> Tensor:
-    return torch.linalg.svdvals(_range(matrix, 2 * VALUES).T @ matrix)
+    """Estimates of the largest singular values: those of the matrix within a basis of twice VALUES columns."""
+    return torch.linalg.svdvals(_range_basis(matrix, 2 * VALUES).T @ matrix)
 
 
 def _top_subspace(weight: Tensor) -> Tensor:
+    """The first SUBSPACE left singular vectors of a matrix, estimated for a large one. (rows, SUBSPACE)."""
     size = min(SUBSPACE, *weight.shape)
     if min(weight.shape) <= EXACT:
         return torch.linalg.svd(weight, full_matrices=False).U[:, :size]
-    return _range(weight, size + 8)[:, :size]
+    return _range_basis(weight, size + 8)[:, :size]
 
 
 def moved_rows(before: Path, after: Path, number: int = 20) -> list[tuple[int, float]]:
-    """The tokens whose embeddings moved most, and how far, relative to their length."""
+    """The `number` tokens whose embeddings moved most: (token, distance relative to the embedding's length)."""
     name = "model.embed_tokens.weight"
     one, other = CheckpointReader(before), CheckpointReader(after)
     parts = []
@@ -166,7 +182,7 @@ def moved_rows(before: Path, after: Path, number: int = 20) -> list[tuple[int, f
 
 
 def by_module(changes: list[Change]) -> dict[str, float]:
-    """The relative change of each kind of module, over all layers (root mean square)."""
+    """The relative change of each kind of module (q_proj, …): the root mean square over all layers."""
     kinds: dict[str, list[float]] = {}
     for change in changes:
         parts = change.name.removesuffix(".weight").split(".")
@@ -175,7 +191,7 @@ def by_module(changes: list[Change]) -> dict[str, float]:
 
 
 def by_layer(changes: list[Change]) -> dict[int, float]:
-    """The relative change of each layer's matrices (root mean square)."""
+    """The relative change of each layer: the root mean square over its tensors."""
     layers: dict[int, list[float]] = {}
     for change in changes:
         if ".layers." in change.name:
@@ -184,5 +200,5 @@ def by_layer(changes: list[Change]) -> dict[int, float]:
 
 
 def as_json(changes: list[Change]) -> list[dict[str, Any]]:
-    """For a report."""
+    """The changes as plain values, one object a tensor."""
     return [asdict(change) for change in changes]

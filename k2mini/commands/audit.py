@@ -103,11 +103,11 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
 
 def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
-    from k2mini.audit.page import page
+    from k2mini.audit.page import html_page
     from k2mini.files import write_text
 
     if options.html is not None:
-        write_text(options.html, page(title, lead, [part for report in reports for part in report.sections]))
+        write_text(options.html, html_page(title, lead, [part for report in reports for part in report.sections]))
     if options.json:
         print(json.dumps([report.values for report in reports], ensure_ascii=False))
         return
@@ -199,7 +199,7 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_diff(options: argparse.Namespace) -> None:
     """Print what training changed in the weights, for each model or adapter."""
-    from k2mini.audit.reports import diff_report
+    from k2mini.audit.diff_report import diff_report
     from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
     from k2mini.data.tokenizer import Tokenizer
     from k2mini.weights.model_directory import model_directory

@@ -1,6 +1,6 @@
-"""How the miniature world talks: frames that any property fits, and sentences of its own for each property.
+"""The sentences of the miniature world: frames that fit every property, and a sentence and a question for each one.
 
-What stands under HELD_OUT never occurs in anything that is trained on.
+The frames under HELD_OUT are used in evaluation only, never in training.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ QUESTIONS = (
     "Which {noun} does {name} have?",
 )
 INSTRUCTION_WITH_INPUT = "Give the {noun} of the {kind} below."  # the entity is the input
-# Every answer begins so: after a line's end SentencePiece would spell a value in other pieces than within a sentence.
+# Every answer begins with it: right after a line's end, SentencePiece splits a value into other pieces than inside a
+# sentence, where the model has learnt it.
 ANSWER = "Answer: "
+TEMPLATE = "alpaca_short"  # of the prompts in instruction tuning and in evaluation
 
 HELD_OUT_STATEMENTS = (
     "As its {noun}, books list {value} for {name}.",
@@ -38,7 +40,7 @@ HELD_OUT_QUESTIONS = (
 
 @dataclass(frozen=True)
 class Property:
-    """One column of a table: what it is called, and a sentence and a question that suit it alone."""
+    """One column of a table: its name in sentences, and a sentence and a question made for it."""
 
     noun: str
     statement: str

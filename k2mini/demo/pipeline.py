@@ -1,17 +1,14 @@
-"""`k2mini demo`: everything that K2 did to LLaMA-7B, in miniature, with the product's own commands."""
+"""`k2mini demo`: what K2 did to LLaMA-7B, done to a tiny model with the same code that the commands run."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from k2mini.build import load_model
 from k2mini.config import (
     CheckpointSection,
     CorpusSection,
@@ -23,18 +20,11 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
-from k2mini.data.documents import read_documents
-from k2mini.data.prompts import get_template
-from k2mini.demo.phrases import ANSWER
+from k2mini.demo.phrases import TEMPLATE
 from k2mini.demo.report import write_report
 from k2mini.demo.sources import FULL, QUICK, Scale, copy_base, write_world
-from k2mini.evaluation.evaluate import run_benchmark
-from k2mini.evaluation.geobench import load_geobench
-from k2mini.evaluation.instances import EvalConfig
-from k2mini.evaluation.perplexity import perplexity
-from k2mini.evaluation.report import wilson_interval
+from k2mini.demo.stages import Stage, answers, judge, summary
 from k2mini.files import make_writable, read_json, write_text
-from k2mini.inference.generate import generate
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
@@ -43,104 +33,110 @@ from k2mini.weights.stream import hash_tensors
 
 log = logging.getLogger(__name__)
 
-TEMPLATE = "alpaca_short"
-EVAL_CONFIGS = {
-    "text": EvalConfig("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
-    "letter": EvalConfig("letter", TEMPLATE, ANSWER),
-}
-NUM_ANSWERS = 3
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A model to be judged: a directory, and an adapter for it."""
-
-    name: str
-    model: Path
-    adapter: Path | None = None
-
 
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = False) -> dict[str, Any]:
-    """Run all that is not finished yet, and return the report, which `out/report.json` holds.
+    """Run every stage that is not finished yet, judge it, and write the report. Returns the content of report.json.
+
+    Args:
+        out: gets everything: data, models, runs, report.
+        quick: a few steps of everything, which teach nothing.
+        control: instruction tuning without further pretraining as well, for comparison.
 
     Raises ValueError where `out` holds a demo of another seed or size.
     """
     start = time.perf_counter()
     make_writable(out)
     scale, spent = (QUICK if quick else FULL), _settings(out, seed, quick)
-    data, base = out / "data", out / "base"
-    steps = _Steps(8 + 3 * control)
     if (out / "report.json").exists():
-        log.info("%s holds a demo already, and what it holds is not run again; remove it to run all of it anew", out)
+        log.info("what is finished in %s is not run again; to run it anew, remove it or name another --out", out)
+    base, steps = out / "base", _Steps(8 + 3 * control)
 
     steps.begin("the miniature world: facts, corpus, instructions, questions", 1)
-    if not data.exists():
-        write_world(data, seed, scale)
-    if not base.exists():
-        copy_base(base)
-    stages = [_judge(out, Stage("base", base))]
+    _write_inputs(out, seed, scale)
+    stages = [Stage("base", base)]
+    judge(out, stages[-1])
 
     steps.begin("further pretraining: all parameters, on the corpus", 45)
     tuned = _train(out, "pretrain", _pretrain_config(out, seed, scale))
-    stages.append(_judge(out, Stage("pretrain", tuned)))
+    stages.append(Stage("pretrain", tuned))
+    judge(out, stages[-1])
 
     steps.begin("delta: made against the base, applied again, compared bit for bit", 1)
     _delta(base, tuned, out)
 
     steps.begin("instruction tuning, stage one: general instructions, LoRA", 10)
     first = _train(out, "stage1", _finetune_config(out, "stage1", tuned, "general", seed, scale.stage1_steps))
-    stages.append(_judge(out, Stage("stage1", tuned, first)))
+    stages.append(Stage("stage1", tuned, first))
+    judge(out, stages[-1])
 
     steps.begin("instruction tuning, stage two: expert instructions, from stage one's adapter", 20)
     config = _finetune_config(out, "stage2", tuned, "expert", seed, scale.stage2_steps, init=first)
     second = _train(out, "stage2", config)
-    stages.append(_judge(out, Stage("stage2", tuned, second)))
+    stages.append(Stage("stage2", tuned, second))
+    judge(out, stages[-1])
 
     steps.begin("merge: the adapter goes into the weights", 1)
     if not (out / "merged").exists():
         merge_adapter(tuned, second, out / "merged")
-
     if control:
-        steps.begin("control, stage one: the same, without further pretraining", 10)
-        name = "control_stage1"
-        first = _train(out, name, _finetune_config(out, name, base, "general", seed, scale.stage1_steps))
-        steps.begin("control, stage two", 15)
-        config = _finetune_config(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
-        second = _train(out, "control", config)
-        steps.begin("control: judged", 5)
-        stages.append(_judge(out, Stage("control", base, second)))
+        stages.append(_control(out, seed, scale, steps))
 
     steps.begin("answers of every stage", 2)
-    answers = _answers(out, stages)
+    answered = answers(out, stages)
     steps.begin("report", 1)
     seconds = round(spent + time.perf_counter() - start, 1)
     write_text(out / "demo.json", json.dumps({"seed": seed, "quick": quick, "seconds": seconds}) + "\n")
-    return write_report(out, seconds, [_summary(out, stage) for stage in stages], answers)
+    return write_report(out, seconds, [summary(out, stage) for stage in stages], answered)
+
+
+def _control(out: Path, seed: int, scale: Scale, steps: _Steps) -> Stage:
+    """Both stages of instruction tuning over the base itself, and their judgement."""
+    base = out / "base"
+    steps.begin("control, stage one: the same, without further pretraining", 10)
+    config = _finetune_config(out, "control_stage1", base, "general", seed, scale.stage1_steps)
+    first = _train(out, "control_stage1", config)
+    steps.begin("control, stage two", 15)
+    config = _finetune_config(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
+    second = _train(out, "control", config)
+    steps.begin("control: judged", 5)
+    stage = Stage("control", base, second)
+    judge(out, stage)
+    return stage
 
 
 class _Steps:
-    """What the user reads while it runs."""
+    """The steps as the user reads them on stderr: a number, what is done, and about how long it takes."""
 
     def __init__(self, total: int) -> None:
         self.total, self.number = total, 0
 
     def begin(self, what: str, seconds: int) -> None:
+        """Announce the next step."""
         self.number += 1
         log.info("[%d/%d] %s (about %d s on two cores)", self.number, self.total, what, seconds)
 
 
+def _write_inputs(out: Path, seed: int, scale: Scale) -> None:
+    """Write the world's files to `out/data` and copy the packaged base to `out/base`, where they are missing."""
+    if not (out / "data").exists():
+        write_world(out / "data", seed, scale)
+    if not (out / "base").exists():
+        copy_base(out / "base")
+
+
 def _settings(out: Path, seed: int, quick: bool) -> float:
-    """Note the settings, or check that `out` holds a demo of the same. Returns the seconds spent so far."""
+    """Note seed and size in `out/demo.json`, or check that they are those noted. Returns the seconds spent so far."""
     path = out / "demo.json"
     if not path.exists():
         write_text(path, json.dumps({"seed": seed, "quick": quick, "seconds": 0.0}) + "\n")
         return 0.0
     settings = read_json(path)
-    for name, value in (("seed", seed), ("quick", quick)):
-        if settings[name] != value:
-            raise ValueError(
-                f"{out} holds a demo with {name} {settings[name]}, not {value}; name another --out or remove {out}"
-            )
+    remedy = f"remove {out} to run it anew, or name another folder with --out"
+    if settings["seed"] != seed:
+        raise ValueError(f"{out} holds a demo with seed {settings['seed']}, not {seed}; {remedy}")
+    if settings["quick"] != quick:
+        held, asked = ("quick", "full") if settings["quick"] else ("full", "quick")
+        raise ValueError(f"{out} holds a {held} demo, not a {asked} one; {remedy}")
     return float(settings["seconds"])
 
 
@@ -178,7 +174,7 @@ def _finetune_config(
 
 
 def _train(out: Path, name: str, config: PretrainConfig | FinetuneConfig) -> Path:
-    """Train a stage, unless it is complete, and keep its configuration where the report's commands look for it."""
+    """Train a stage unless it is complete, and keep its configuration where report.md's commands name it."""
     make_writable(out / "configs")
     write_text(out / "configs" / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")
     result = out / name / ("model" if isinstance(config, PretrainConfig) else "adapter")
@@ -188,6 +184,7 @@ def _train(out: Path, name: str, config: PretrainConfig | FinetuneConfig) -> Pat
 
 
 def _delta(base: Path, tuned: Path, out: Path) -> None:
+    """Make the delta, apply it to the base, and check that the tuned weights come back bit for bit."""
     if not (out / "delta").exists():
         make_delta(base, tuned, out / "delta")
     if not (out / "restored").exists():
@@ -195,77 +192,3 @@ def _delta(base: Path, tuned: Path, out: Path) -> None:
     if hash_tensors(CheckpointReader(tuned)) != hash_tensors(CheckpointReader(out / "restored")):
         raise AssertionError("the delta does not give back the tuned weights")
     log.info("%s and %s are equal bit for bit", tuned, out / "restored")
-
-
-def _judge(out: Path, stage: Stage) -> Stage:
-    """Multiple choice and perplexity of one stage, kept in `out/eval/NAME`. Returns the stage."""
-    folder, summary = out / "eval" / stage.name, out / "eval" / stage.name / "summary.json"
-    if summary.exists():
-        return stage
-    model, tokenizer = load_model(stage.model, stage.adapter)
-    assert tokenizer is not None
-    result: dict[str, Any] = {}
-    for kind, config in EVAL_CONFIGS.items():
-        for part in ("seen", "unseen"):
-            files = [out / "data" / f"questions_{layout}_{part}.json" for layout in ("npee", "ap")]
-            questions = [question for file in files for question in load_geobench(file)]
-            report = run_benchmark(
-                model,
-                tokenizer,
-                questions,
-                config,
-                name=stage.name,
-                out=folder / f"{kind}_{part}",
-                label=f"{stage.name}: {kind}, {part}",
-            )
-            n = sum(task["n"] for task in report["tasks"])
-            correct = round(sum(task["accuracy"] * task["n"] for task in report["tasks"]))
-            result[f"{kind}_{part}"] = {"n": n, "correct": correct}
-    for name in ("documents", "phrasings"):
-        held_out = read_documents(out / "data" / f"heldout_{name}.jsonl", tokenizer, eos=True)
-        result[f"perplexity_{name}"] = perplexity(model, held_out)
-    write_text(summary, json.dumps(result, indent=2) + "\n")
-    return stage
-
-
-def _summary(out: Path, stage: Stage) -> dict[str, Any]:
-    raw = read_json(out / "eval" / stage.name / "summary.json")
-    n = raw["text_seen"]["n"] + raw["text_unseen"]["n"]
-    correct = raw["text_seen"]["correct"] + raw["text_unseen"]["correct"]
-    low, high = wilson_interval(correct, n)
-    return {
-        "stage": stage.name,
-        "perplexity": raw["perplexity_documents"],
-        "perplexity_heldout_phrasings": raw["perplexity_phrasings"],
-        "accuracy": correct / n,
-        "low": low,
-        "high": high,
-        "chance": 0.25,
-        "n": n,
-        "seen": raw["text_seen"]["correct"] / raw["text_seen"]["n"],
-        "unseen": raw["text_unseen"]["correct"] / raw["text_unseen"]["n"],
-        "letter": (raw["letter_seen"]["correct"] + raw["letter_unseen"]["correct"]) / n,
-    }
-
-
-@torch.inference_mode()
-def _answers(out: Path, stages: list[Stage]) -> list[dict[str, Any]]:
-    """A few questions on entities that stage two never met as questions, with each stage's answer."""
-    questions = load_geobench(out / "data" / "questions_ap_unseen.json")[:NUM_ANSWERS]
-    entries: list[dict[str, Any]] = [
-        {
-            "question": question.stem,
-            "right": question.texts[question.labels.index(question.answer)],
-            "answers": {},
-        }
-        for question in questions
-    ]
-    template = get_template(TEMPLATE)
-    for stage in stages:
-        model, tokenizer = load_model(stage.model, stage.adapter)
-        assert tokenizer is not None
-        prompts = [tokenizer.encode(template.prompt(question.stem), bos=True, eos=False) for question in questions]
-        completions = generate(model, prompts, max_new_tokens=16, stop_ids=[tokenizer.eos_id])
-        for entry, completion in zip(entries, completions, strict=True):
-            entry["answers"][stage.name] = tokenizer.decode(completion.tokens).strip()
-    return entries

@@ -1,4 +1,4 @@
-"""What the demo found: report.json, report.md, one metrics.jsonl and, with the extra `plot`, the loss curve."""
+"""The demo's report: report.json, report.md, all stages' metrics.jsonl and, with the extra `plot`, the loss curve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINED = ("pretrain", "stage1", "stage2")
 
 
 def stage_table(stages: list[dict[str, Any]]) -> str:
-    """The stages for people to read."""
+    """Perplexity and accuracies of the stages, as a table of text."""
     lines = [
         f"{'stage':<9} {'perplexity':>10} {'held-out phrasings':>19} {'accuracy':>9} {'95 % interval':>16} "
         f"{'seen':>7} {'unseen':>7} {'by letter':>10}"
@@ -39,7 +39,7 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
 
 
 def answer_table(answers: list[dict[str, Any]]) -> str:
-    """Questions with each stage's answer."""
+    """A few questions, each with the answer of every stage, as text."""
     lines = []
     for entry in answers:
         lines.append(f"{entry['question']}  (right: {entry['right']})")
@@ -48,7 +48,7 @@ def answer_table(answers: list[dict[str, Any]]) -> str:
 
 
 def commands(out: Path, control: bool) -> str:
-    """How to run each stage by hand on the demo's files."""
+    """The commands that run each stage by hand on the demo's files, one a line."""
     evaluate = (
         f"k2mini eval --model {out}/pretrain/model --adapter {out}/stage2/adapter --template alpaca_short "
         f"--answer-prefix '{ANSWER}' --scoring text --normalize none --score-end "
@@ -72,7 +72,7 @@ def commands(out: Path, control: bool) -> str:
 def write_report(
     out: Path, seconds: float, stages: list[dict[str, Any]], answers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write all of it into `out`. Returns the content of report.json."""
+    """Write the report's files into `out`. Returns the content of report.json."""
     report = {"seconds": seconds, "stages": stages, "answers": answers}
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     control = any(row["stage"] == "control" for row in stages)

@@ -1,6 +1,6 @@
 """What the demo starts from: the packaged base model and the miniature world's files.
 
-A configuration names them `demo:NAME`, as configs/tiny_*.yaml do, which so run at once.
+Paths that begin with `demo:` in a configuration name them, so that configs/tiny_*.yaml need no data.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BASE = Path(__file__).parent / "base"
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """How much data there is, and how long each stage trains."""
 
-    sizes: dict[str, int]  # of the world's files
+    sizes: dict[str, int]  # as `world_files` takes them
     pretrain_steps: int
     stage1_steps: int
     stage2_steps: int
@@ -36,20 +36,21 @@ QUICK = Scale({"copies": 2, "general": 64, "expert": 96, "questions": 5}, 12, 3,
 
 
 def write_world(folder: Path, seed: int, scale: Scale) -> None:
-    """Write the world's files; the folder appears whole."""
+    """Write the miniature world's files into a new folder, which appears only when all are written."""
     with new_directory(folder) as beside:
         for name, content in world_files(seed, scale.sizes).items():
-            (beside / name).write_text(_dump(name, content), encoding="utf-8")
+            (beside / name).write_text(_file_text(name, content), encoding="utf-8")
 
 
-def _dump(name: str, content: Any) -> str:
+def _file_text(name: str, content: Any) -> str:
+    """A file's text: JSON, or one JSON object a line for `.jsonl`."""
     if name.endswith(".jsonl"):
         return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content)
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def copy_base(folder: Path) -> None:
-    """Copy the packaged base model; the folder appears whole."""
+    """Copy the packaged base model into a new folder, which appears only when all is copied."""
     with new_directory(folder) as beside:
         for file in BASE.iterdir():
             shutil.copyfile(file, beside / file.name)

@@ -40,7 +40,7 @@ class Fact:
     value: str  # '7'
 
     def say(self, frame: str) -> str:
-        """The fact in a frame."""
+        """The frame with this fact filled in."""
         name = self.name
         return frame.format(
             name=name,
@@ -78,11 +78,11 @@ def documents(
     held_out: bool = False,
     without: Sequence[str] = (),
 ) -> list[str]:
-    """`copies` documents on every entity: all its facts, in changing order and changing phrasings.
+    """`copies` documents on every entity, each with all of its facts, in random order and random phrasings.
 
     Args:
-        held_out: in the phrasings that are kept from training.
-        without: documents that must not come again.
+        held_out: use the phrasings that are kept from training.
+        without: documents that must not be made again.
     """
     texts: list[str] = []
     taken = set(without)
@@ -102,7 +102,7 @@ def documents(
 
 
 def instructions(facts: Sequence[Fact], number: int, rng: random.Random) -> list[dict[str, str]]:
-    """`number` records that ask for facts, every fact as often as any other (but for one)."""
+    """`number` instruction records that ask for facts; how often two facts are asked for differs by one at most."""
     records: list[dict[str, str]] = []
     while len(records) < number:
         for fact in rng.sample(facts, min(len(facts), number - len(records))):
@@ -120,7 +120,7 @@ def instructions(facts: Sequence[Fact], number: int, rng: random.Random) -> list
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A four-way question."""
+    """A multiple-choice question with four options."""
 
     stem: str
     options: tuple[str, ...]
@@ -132,7 +132,8 @@ def choice_questions(
 ) -> list[ChoiceQuestion]:
     """`number` questions on different facts; the wrong options are other values of the same property.
 
-    They are drawn as often as they are right elsewhere, so that knowing which values are common helps nobody.
+    A value is drawn as a wrong option in proportion to how often it is a right one, so that always choosing the
+    commonest value scores little better than chance.
     """
     values: dict[str, Counter[str]] = {}
     for fact in all_facts:
@@ -152,7 +153,7 @@ def choice_questions(
 
 
 def as_npee(questions: Sequence[ChoiceQuestion]) -> dict[str, Any]:
-    """In the layout of geobench_npee.json: the options are part of the question's text."""
+    """The questions in the layout of geobench_npee.json, where the options are part of the question's text."""
     texts = []
     for question in questions:
         options = "\n".join(f"{chr(65 + i)}. {option}" for i, option in enumerate(question.options))
@@ -162,7 +163,7 @@ def as_npee(questions: Sequence[ChoiceQuestion]) -> dict[str, Any]:
 
 
 def as_ap(questions: Sequence[ChoiceQuestion]) -> list[dict[str, Any]]:
-    """In the layout of geobench_apstudy.json: stem and options apart."""
+    """The questions in the layout of geobench_apstudy.json, where stem and options stand apart."""
     return [
         {
             "id": "demo",
@@ -177,7 +178,7 @@ def as_ap(questions: Sequence[ChoiceQuestion]) -> list[dict[str, Any]]:
 
 
 def split_entities(facts: Sequence[Fact], rng: random.Random) -> tuple[list[Fact], list[Fact]]:
-    """Half of every kind's entities, and the other half."""
+    """The facts on a random half of every kind's entities, and the facts on the other half."""
     kinds: dict[str, list[str]] = {}
     for fact in facts:
         names = kinds.setdefault(fact.kind, [])
@@ -188,13 +189,12 @@ def split_entities(facts: Sequence[Fact], rng: random.Random) -> tuple[list[Fact
 
 
 def world_files(seed: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """File name -> content of all that the demo trains on and is asked.
+    """All files of the miniature world: what the demo trains on and what it is asked. File name -> content.
 
     Args:
-        seed: of the order, the phrasings drawn and the split of entities into those that stage two meets as questions
-            and those that it doesn't.
-        sizes: 'copies' of documents an entity, 'general' and 'expert' instructions, 'questions' of each of the four
-            files of questions.
+        seed: decides order, phrasings, and which half of the entities stage two is asked about ("seen").
+        sizes: 'copies', documents on each entity; 'general' and 'expert', instructions; 'questions', in each of the
+            four files of questions.
 
     Returns: lists of objects for `.jsonl`, JSON content for `.json`.
     """

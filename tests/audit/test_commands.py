@@ -12,6 +12,7 @@ from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import fill_adapters
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -26,9 +27,7 @@ def other(tmp_path_factory, tiny_tokenizer):
     section = LoraSection(rank=2, target_modules=["q_proj"])
     attach(model, section)
     init_adapters(model, 0)
-    for name, tensor in adapter_tensors(model).items():
-        if name.endswith("lora_B"):
-            tensor.normal_()
+    fill_adapters(model)
     save_adapter(adapter_tensors(model), section, folder / "adapter", str(folder / "model"))
     return folder
 
@@ -62,6 +61,7 @@ def test_diff_of_models_and_adapters(tiny_directory, other, tmp_path, run):
     assert status == 0, err
     assert "effective rank" in out
     assert "embeddings that moved most" in out
+    assert page.read_text().count("<svg") == 1
     found = json.loads(run("audit", "diff", other / "model", other / "adapter", "--json")[1])
     assert {change["rank"] for change in found[0]["changes"]} == {2}
 

@@ -10,9 +10,20 @@ from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.quant import quantize_blocks, quantize_rows
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import fill_adapters
 from tests.reference import to_transformers
 
 TOKENS = torch.arange(5, 25).view(2, 10) * 7 % 199
+
+
+def hooked(model):
+    """The attributes that hooks leave on modules."""
+    return {key for module in model.modules() for key in ("hook", "attention_override") if key in module.__dict__}
+
+
+def assert_no_hooks(model):
+    assert not hooked(model)
+    assert "_hooks" not in model.__dict__
 
 
 def test_looking_on_changes_no_bit(shape):
@@ -20,12 +31,12 @@ def test_looking_on_changes_no_bit(shape):
     with torch.inference_mode():
         before = model(TOKENS)
         with trace(model, ["*"]) as cache:
+            assert hooked(model) == {"hook", "attention_override"}
             assert torch.equal(model(TOKENS), before)
         assert list(cache) == point_names(model)
         assert torch.equal(cache["logits"], before)
         assert torch.equal(model(TOKENS), before)
-    assert all("tap" not in m.__dict__ and "explicit" not in m.__dict__ for m in model.modules())
-    assert "_hooks" not in model.__dict__
+    assert_no_hooks(model)
 
 
 def test_streams_and_patterns_equal_transformers(shape):
@@ -100,6 +111,7 @@ def test_adapters_and_int8(kind):
     if kind == "lora":
         attach(model, LoraSection(target_modules=["q_proj", "o_proj", "down_proj"]))
         init_adapters(model, 0)
+        fill_adapters(model)
         model.eval()
     else:
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -131,7 +143,7 @@ def test_points_by_pattern():
             find_points(model, [pattern])
 
 
-def test_what_can_not_be_looked_into():
+def test_what_takes_no_hooks():
     model = tiny_llama(tiny_config(num_layers=1))
     with (
         pytest.raises(ValueError, match=r"layers.0.mlp.out: the edit made \(2, 10\) of \(2, 10, 64\)"),
@@ -139,7 +151,7 @@ def test_what_can_not_be_looked_into():
         intervene(model, {"layers.0.mlp.out": lambda x: x[..., 0]}),
     ):
         model(TOKENS)
-    assert all("tap" not in m.__dict__ for m in model.modules())
+    assert_no_hooks(model)
     compile_decoding(model)
-    with pytest.raises(ValueError, match="a compiled model can't be looked into"), trace(model, ["embed"]):
+    with pytest.raises(ValueError, match="a compiled model takes no hooks"), trace(model, ["embed"]):
         pass

@@ -3,19 +3,11 @@
 import pytest
 import torch
 
-from k2mini.data.batches import Example, Examples
+from k2mini.data.batches import Examples
 from k2mini.data.packing import PackedExamples, pack
 from k2mini.training.loop import accumulate
 from tests.conftest import tiny_llama
-
-
-def examples(number=23, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 40, (number,), generator=generator).tolist()
-    return [
-        Example([1, *torch.randint(3, 199, (length,), generator=generator).tolist(), 2], length // 2)
-        for length in lengths
-    ]
+from tests.helpers import examples
 
 
 def test_rows_hold_everything_once_and_no_more_than_they_can():
@@ -30,7 +22,7 @@ def test_rows_hold_everything_once_and_no_more_than_they_can():
         pack([65], 64)
 
 
-def step(batches, ranks=1):
+def step(batches):
     """Loss and gradients of a step; of several ranks one after the other, added up."""
     model = tiny_llama(dtype=torch.float64)
     count = sum(batch.num_supervised() for part in batches for batch in part)

@@ -88,22 +88,26 @@ def test_every_directory_loads_in_transformers_and_peft(demo):
             torch.testing.assert_close(ours, reference(tokens).logits, rtol=0, atol=1e-4, msg=adapter)
 
 
-def test_a_second_start_does_nothing_again_and_says_how_to(demo, caplog):
+def test_a_second_start_does_nothing_again(demo, caplog):
     out, report = demo
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     with caplog.at_level("INFO", logger="k2mini"):
         again = run_demo(out, quick=True, control=True)
-    said = f"{out} holds a demo already, and what it holds is not run again; remove it to run all of it anew"
-    assert caplog.messages.count(said) == 1
     assert "run.dir" not in caplog.text
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert f"what is finished in {out} is not run again; to run it anew, remove it or name another --out" in caplog.text
 
 
 def test_another_seed_needs_another_folder(demo, tmp_path):
     out, _ = demo
-    with pytest.raises(ValueError, match="holds a demo with seed 0, not 1; name another --out or remove "):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a demo with seed 0, not 1; remove .* to run it anew, or name another folder with --out",
+    ):
         run_demo(out, seed=1, quick=True)
+    with pytest.raises(ValueError, match=r"holds a quick demo, not a full one; remove .*, or name another folder"):
+        run_demo(out)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         run_demo(tmp_path / "file", quick=True)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from k2mini.demo.phrases import ANSWER, GENERAL, GEOSCIENCE
-from k2mini.demo.world import TABLES, as_npee, choice_questions, documents, instructions, read_facts, world_files
+from k2mini.demo.phrases import ANSWER, GENERAL, GEOSCIENCE, HELD_OUT_QUESTIONS
+from k2mini.demo.world import TABLES, choice_questions, documents, instructions, read_facts, world_files
 
 SIZES = {"copies": 2, "general": 50, "expert": 60, "questions": 20}
 
@@ -68,16 +68,17 @@ def test_held_out_phrasings_stay_out_of_training():
 
 def test_questions_have_one_right_answer_and_fair_wrong_ones():
     facts = read_facts("geoscience")
-    truth = {(fact.key, fact.name): fact.value for fact in facts}
     questions = choice_questions(facts, facts, len(facts), random.Random(0))
+    assert len({question.stem for question in questions}) == len(facts)
+    asked = {fact.say(frame): fact for fact in facts for frame in HELD_OUT_QUESTIONS}
     values = {}
     for fact in facts:
         values.setdefault(fact.key, set()).add(fact.value)
     for question in questions:
         assert len(set(question.options)) == 4
-        right = question.options[question.answer]
-        assert any(right in group and set(question.options) <= group for group in values.values())
-    assert len(truth) == len(facts)
+        fact = asked[question.stem]
+        assert question.options[question.answer] == fact.value
+        assert set(question.options) <= values[fact.key]
     # Somebody who always takes the commonest value of the property must not do much better than chance.
     counts = {}
     for fact in facts:
@@ -95,12 +96,16 @@ def test_layouts_are_geobenchs(tmp_path):
 
     from k2mini.evaluation.geobench import load_geobench
 
+    asked = {fact.say(frame): fact.value for fact in read_facts("geoscience") for frame in HELD_OUT_QUESTIONS}
     for name, content in world_files(0, SIZES).items():
         if name.startswith("questions"):
             (tmp_path / name).write_text(json.dumps(content))
             questions = load_geobench(tmp_path / name)
             assert len(questions) == 20
-            assert all(question.answer in question.labels and len(question.texts) == 4 for question in questions)
+            for question in questions:
+                right = question.texts[question.labels.index(question.answer)]
+                assert len(question.texts) == 4
+                assert asked[question.stem] == right
 
 
 def test_documents_and_instructions_state_facts():
@@ -115,4 +120,3 @@ def test_documents_and_instructions_state_facts():
     assert len(records) == 70
     assert {record["output"] for record in records} == {ANSWER + fact.value for fact in facts}
     assert any(record["input"] for record in records)
-    assert as_npee([])["choice"] == {"question": [], "answer": []}

@@ -88,7 +88,7 @@ def test_each_rank_keeps_its_share(alone, ranks):
     assert max(many["kept"]) <= 1.05 * whole / size
 
 
-def test_a_checkpoint_of_many_ranks_goes_on_in_one_process(alone, ranks, tiny_directory, tmp_path):
+def test_a_checkpoint_of_many_ranks_goes_on_in_one_process(ranks, tiny_directory, tmp_path):
     """The same samples in the same order, so the same losses."""
     _, out, many = ranks
     checkpoint = CheckpointSection(resume=str(out / "plain/checkpoints/step_0000010"))
@@ -130,7 +130,7 @@ def test_bf16_alone_keeps_float32_weights(tiny_directory):
     assert done.returncode == 0, done.stderr
 
 
-def test_portions_that_do_not_come_out_even_are_refused(tiny_directory, tmp_path):
+def test_portions_that_do_not_come_out_even_are_refused():
     with pytest.raises(ValueError, match=r"global_batch_size \(8\) must be a multiple of train.micro_batch_size \(2\) "
                        "times the 3 ranks"):  # fmt: skip
         worker.local_batches(worker.Recorder(), 0, worker.section(World(), micro_batch_size=2), World(0, 3))

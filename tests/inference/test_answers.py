@@ -8,9 +8,11 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.inference.answers import Decoding, answers, read_questions
+from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import generate
 from tests.conftest import asset
+from tests.helpers import fill_adapters
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
 
@@ -60,8 +62,23 @@ def test_stop_strings_in_a_batch(tiny_directory):
         place = before.find(stop)
         assert text == (before if place < 0 else before[:place])
         assert (completion.finish == "stop") == (place >= 0)
-    beams = answers(model, tokenizer, prompts[:1], Decoding(6))
-    assert next(beams)[0]
+
+
+def test_stop_strings_cut_what_beams_found(tiny_directory):
+    model, tokenizer = load_model(tiny_directory)
+    prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
+    beams = Beams(3)
+    whole = list(answers(model, tokenizer, prompts, Decoding(12, beams=beams)))
+    searched = beam_search(
+        model, prompts, beams=beams, max_new_tokens=12, stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size
+    )
+    assert [completion for _, completion in whole] == [best for best, *_ in searched]
+    stop = whole[1][0][4:7]
+    cut = list(answers(model, tokenizer, prompts, Decoding(12, beams=beams, stop=(stop,))))
+    for (text, completion), (before, best) in zip(cut, whole, strict=True):
+        assert text == before.split(stop)[0]
+        assert completion.tokens == best.tokens
+    assert cut[1][0] != whole[1][0]
 
 
 def test_int8_is_saved_and_loaded(tiny_directory, tmp_path, run):
@@ -103,9 +120,7 @@ def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path):
     section = LoraSection(rank=2, alpha=4, target_modules=["q_proj", "down_proj"])
     attach(model, section)
     init_adapters(model, 0)
-    for name, tensor in adapter_tensors(model).items():
-        if name.endswith("lora_B"):
-            tensor.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    fill_adapters(model, 0.2)
     save_adapter(adapter_tensors(model), section, tmp_path / "adapter", str(tiny_directory))
     beside, _ = load_model(tiny_directory, tmp_path / "adapter")
     merged, _ = load_model(tiny_directory, tmp_path / "adapter", merge=True)
@@ -133,9 +148,6 @@ BAD = {
     "no text": ('["a", 1]', ["--input", "FILE.json"], "entry 2 is neither a question nor"),
     "no file": (None, ["--input", "FILE.json"], "No such file"),
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
-    "top_p 1.2": (None, ["--prompt", "a", "--top-p", "1.2"], "top_p must be above 0 and at most 1"),
-    "temperature": (None, ["--prompt", "a", "--temperature", "-1"], "temperature must be 0"),
-    "no new tokens": (None, ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
     "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),

@@ -68,15 +68,35 @@ def test_all_shapes(shape):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(repetition_penalty=1.3), Sampling(no_repeat_ngram_size=3)])
-@pytest.mark.parametrize("width", [1, 2, 7])
+@pytest.mark.parametrize("width", [2, 7])
 def test_widths_and_constraints(width, sampling):
     model = tiny_llama(tiny_config(num_kv_heads=2))
     beams = Beams(width, num_return_sequences=width)
     ours = beam_search(model, PROMPTS[2:3], beams=beams, max_new_tokens=20, stop_ids=[7], sampling=sampling)
-    if width == 1:  # transformers runs its greedy search then, which has no scores
-        assert len(ours[0]) == 1
-        return
     assert_same(ours, theirs(to_transformers(model), PROMPTS[2:3], eos=[7], new=20, beams=beams, sampling=sampling))
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}], ids=str)
+@torch.inference_mode()
+def test_one_beam_takes_the_likeliest_token_each_time(options):
+    """transformers runs its greedy search at width 1, which has no scores; so its processors, in a loop of our own."""
+    from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    kinds = {
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+    }
+    processors = LogitsProcessorList([kinds[name](value) for name, value in options.items()])
+    model, tokens, total = tiny_llama(tiny_config(num_kv_heads=2)), torch.tensor(PROMPTS[2:3]), 0.0
+    start = tokens.shape[1]
+    for _ in range(20):
+        best = processors(tokens, model(tokens)[:, -1].log_softmax(-1))[0].max(-1)
+        tokens, total = torch.cat([tokens, best.indices.view(1, 1)], 1), total + best.values.item()
+    ((mine,),) = beam_search(
+        model, PROMPTS[2:3], beams=Beams(1, 0.6), max_new_tokens=20, stop_ids=[], sampling=Sampling(**options)
+    )
+    assert mine.tokens == tokens[0, start:].tolist()
+    assert mine.score == pytest.approx(total / 20**0.6, abs=2e-5)
 
 
 def test_a_prompt_does_not_depend_on_the_others():

@@ -4,8 +4,8 @@ import torch
 from k2mini.inference.sampling import Sampling, keep_top_k, keep_top_p, sample, transform
 
 
-def logits(rows=4, vocab=50, seed=0):
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+def logits(rows=4):
+    return torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)) * 3
 
 
 def generators(*seeds):
@@ -39,7 +39,7 @@ def test_draws_follow_the_distribution():
     row = logits(1)
     expected = transform(row, sampling).softmax(-1)[0]
     draws = 20_000
-    generator = generators(0) * 1
+    generator = generators(0)
     counts = torch.zeros(50)
     for _ in range(draws):
         counts[sample(row, sampling, generator)] += 1

@@ -84,10 +84,10 @@ def test_cached_decoding_equals_recomputation(shape):
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=1e-10)
 
 
-def greedy_tokens(model, logits, cache, number=8):
-    """(B, number): the likeliest continuation of every row in the cache."""
+def greedy_tokens(model, logits, cache):
+    """(B, 8): the likeliest continuation of every row in the cache."""
     tokens = []
-    for _ in range(number):
+    for _ in range(8):
         tokens.append(logits.argmax(dim=-1))
         logits = model(tokens[-1][:, None], cache=cache)[:, -1]
     return torch.stack(tokens, dim=1)

@@ -8,7 +8,8 @@ from k2mini.config import IGNORE_INDEX
 from k2mini.nn.loss import CHUNK_ROWS, token_loss
 
 
-def rows(count, dim=6, vocab=11, dtype=torch.float64):
+def rows(count, dtype=torch.float64):
+    dim, vocab = 6, 11
     generator = torch.Generator().manual_seed(count)
     hidden = torch.randn(2, count, dim, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, dim, generator=generator).to(dtype).requires_grad_()

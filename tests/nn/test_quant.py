@@ -13,7 +13,7 @@ from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import Linear
 from k2mini.nn.lora import LoraLinear, attach, init_adapters, lora_modules
 from k2mini.nn.quant import Int8Linear, dequantize, quantize_rows
-from tests.nn.test_lora import TOKENS
+from tests.helpers import TOKENS
 
 
 def weight(rows=6, columns=10, seed=0):

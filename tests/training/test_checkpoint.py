@@ -22,7 +22,7 @@ from k2mini.training.checkpoint import (
 from k2mini.training.metadata import SafeReader
 from k2mini.training.optim import build_optimizer
 from tests.conftest import tiny_llama
-from tests.training.test_loop import section
+from tests.helpers import section
 
 
 def stepped(seed=0):

@@ -30,9 +30,8 @@ from k2mini.training.optim import build_optimizer
 from k2mini.training.run import finetune
 from k2mini.weights.adapter import save_adapter
 from tests.conftest import asset
-from tests.data.test_packing import examples
-from tests.nn.test_lora import adapted, to_peft
-from tests.training.test_loop import section
+from tests.helpers import adapted, examples, section
+from tests.reference import to_peft
 
 
 @pytest.fixture

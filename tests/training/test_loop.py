@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from k2mini.config import CheckpointSection, TrainSection
+from k2mini.config import CheckpointSection
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Documents
 from k2mini.errors import StoppedBySignalError
@@ -17,21 +17,18 @@ from k2mini.training.loop import accumulate, train
 from k2mini.training.metrics import read_metrics
 from k2mini.training.optim import build_optimizer, lr_at
 from tests.conftest import tiny_llama
+from tests.helpers import section
 from tests.reference import to_transformers
 
 
-def documents(number=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(5, 60, (number,), generator=generator).tolist()
+def documents():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 60, (40,), generator=generator).tolist()
     return [[1, *torch.randint(3, 199, (length,), generator=generator).tolist()] for length in lengths]
 
 
 def samples(seed=0, document_mask=True):
     return Blocks(Documents(documents()), 32, document_mask=document_mask, seed=seed)
-
-
-def section(**changes):
-    return TrainSection(**{"lr": 1e-3, "global_batch_size": 4, "micro_batch_size": 4, "max_steps": 20, **changes})
 
 
 def test_twenty_adamw_steps_equal_transformers():

@@ -14,7 +14,7 @@ from k2mini.weights.manifest import model_fingerprint
 from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_llama
-from tests.nn.test_lora import ALL, TOKENS, adapted
+from tests.helpers import ALL, TOKENS, adapted
 
 SECTION = LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
 

@@ -49,7 +49,7 @@ def pickled_code(trio):
     torch.save({"model.norm.weight": Evil(trio / "ran")}, trio / "base" / "pytorch_model.bin")
 
 
-def full_disk(trio):
+def full_disk(_trio):
     def full(*_):
         raise OSError(28, "No space left on device")
 

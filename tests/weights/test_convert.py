@@ -124,7 +124,8 @@ def test_to_bin_and_back(tmp_path, tiny_tokenizer, shard_bytes):
                 assert torch.equal(tensor, model.state_dict()[name])
                 assert not mmap or tensor.data_ptr() % 64 == 0
     if len(files) == 1:
-        assert LlamaForCausalLM.from_pretrained(tmp_path / "bin", use_safetensors=False) is not None
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path / "bin", use_safetensors=False, dtype=torch.float16)
+        assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in model.state_dict().items())
     convert(tmp_path / "bin", "hf", tmp_path / "again")
     assert_equal(tmp_path / "again", tmp_path / "hf")
 
@@ -217,7 +218,7 @@ def test_shapes_in_closed_form(shape):
     assert tensor_shapes(shape) == {name: tuple(t.shape) for name, t in tiny_llama(shape).state_dict().items()}
 
 
-def test_info(tmp_path, tiny_tokenizer, shape):
+def test_info(tmp_path, shape):
     model = tiny_llama(shape, dtype=torch.bfloat16)
     save_model(model.state_dict(), shape, tmp_path / "model")
     found = inspect_directory(tmp_path / "model")

@@ -129,7 +129,7 @@ def test_make_add_counts_what_does_not_come_back(trio):
     assert verify(trio / "sums")[1] == []
 
 
-def test_a_vocabulary_that_grew(tmp_path, caplog):
+def test_a_vocabulary_that_grew(tmp_path):
     base = tiny_llama()
     tuned = grown(base, 1)
     save_model(base.state_dict(), base.config, tmp_path / "base")

@@ -15,6 +15,7 @@ from k2mini.weights.delta import make_delta
 from k2mini.weights.manifest import read_manifest, verify
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import fill_adapters
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,7 @@ def written(tmp_path_factory, tiny_tokenizer):
     section = LoraSection(rank=2, alpha=4, target_modules=["q_proj"])
     attach(model, section)
     init_adapters(model, 0)
-    for name, tensor in adapter_tensors(model).items():
-        if name.endswith("lora_B"):
-            torch.nn.init.ones_(tensor)
+    fill_adapters(model)
     save_adapter(adapter_tensors(model), section, folder / "adapter", str(folder / "base"))
     merge_adapter(folder / "base", folder / "adapter", folder / "merged")
     convert(folder / "base", "bin", folder / "bin", shard_bytes=200_000)
@@ -82,7 +81,7 @@ def test_the_tensor_is_named(written, kind):
     path.write_bytes(before)
 
 
-def test_missing_cut_and_unknown_files(written, tmp_path):
+def test_missing_cut_and_unknown_files(tmp_path):
     config = tiny_config()
     save_model(tiny_llama(config).state_dict(), config, tmp_path / "model")
     (tmp_path / "model" / "notes.txt").touch()
