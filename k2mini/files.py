@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and the line that shows how far a long one is.
+"""Files and directories that appear whole or not at all, whether they fit, and the line that shows their progress.
 
 A file is written beside its place, synced, then renamed; so is a directory. Beside a target NAME there may be, for a
 while:
@@ -111,6 +111,19 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{path} would take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free (elsewhere than on Linux: all), or None where the system does not tell."""
+    try:
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # neither Linux nor another Unix
+        return None
 
 
 @contextmanager

@@ -113,22 +113,32 @@ PRESETS = {
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """The model's shape, from `directory/config.json`.
+    """The model's shape, from `directory/config.json`. Raises ValueError as the two functions below do."""
+    return parse_config(read_config_json(directory), directory)
 
-    Raises:
-        ValueError: no such file, another architecture, or a feature that k2mini's model does not have. A feature
-            is never dropped in silence, since the weights would then mean something else.
-    """
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """The fields of `directory/config.json` as they stand. Raises ValueError where there is no such file or object."""
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object")
+    return raw
+
+
+def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:
+    """The model's shape, from the fields of config.json.
+
+    Raises:
+        ValueError: another architecture, or a feature that k2mini's model does not have. A feature is never dropped in
+            silence, since the weights would then mean something else. The message names the file in `directory`.
+    """
     try:
         return _translate(raw)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
 
 
 def _number(raw: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

@@ -66,7 +66,8 @@ def test_special_tokens_come_from_the_tokenizer(tiny_directory, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         _, tokenizer = load_model(directory)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    assert "using the tokenizer's" in caplog.text
+    assert "bos_token_id 0, tokenizer.model says 1; using the tokenizer's" in caplog.text
+    assert "eos_token_id 1, tokenizer.model says 2; using the tokenizer's" in caplog.text
 
 
 def test_a_path_that_is_no_directory(tmp_path):

@@ -25,18 +25,17 @@ from k2mini.evaluation.geobench import read_benchmark
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.files import write_text
 from k2mini.nn.llama import Llama
-from k2mini.weights.model_directory import model_directory
+from k2mini.weights.model_directory import ModelDirectory, model_directory
 
 
 def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:
     """The same for every model, one after the other."""
     found = []
-    for place, directory in enumerate(options.model):
+    for place, path in enumerate(options.model):
         adapter = options.adapter if place == len(options.model) - 1 else None
-        model, tokenizer = load_model(directory, adapter, options.dtype, pick_device(options))
-        if tokenizer is None:
-            raise ValueError(f"{directory} has no tokenizer.model; copy the one the model was trained with")
-        found.append(report(model, tokenizer, directory + (f" + {adapter}" if adapter else "")))
+        directory = ModelDirectory(path)
+        model, _ = load_model(directory, adapter, options.dtype, pick_device(options))
+        found.append(report(model, directory.require_tokenizer(), path + (f" + {adapter}" if adapter else "")))
     return found
 
 

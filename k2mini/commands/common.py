@@ -12,6 +12,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.inference.compile import compile_decoding
 from k2mini.nn.llama import Llama
+from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
@@ -40,8 +41,9 @@ def pick_device(options: argparse.Namespace) -> torch.device:
 
 def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
-    model, tokenizer = load_model(
-        options.model,
+    directory = ModelDirectory(options.model)
+    model, _ = load_model(
+        directory,
         options.adapter,
         options.dtype,
         pick_device(options),
@@ -51,8 +53,7 @@ def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     )
     if options.compile:
         compile_decoding(model)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
+    tokenizer = directory.require_tokenizer()
     parameters = model.config.num_parameters() / 1e6
     log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
     return model, tokenizer

@@ -19,8 +19,7 @@ from k2mini.evaluation.subjective import run_subjective, subjective_table
 from k2mini.files import make_writable, read_json, write_text
 from k2mini.inference.answers import Decoding
 from k2mini.inference.sampling import Sampling
-from k2mini.weights.manifest import model_fingerprint
-from k2mini.weights.model_directory import CheckpointReader, model_directory
+from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
@@ -58,7 +57,7 @@ def run_eval(options: argparse.Namespace) -> None:
     model, tokenizer = load(options)
     report: dict[str, Any] = {"model": str(options.model), "tasks": []}
     if questions:
-        fingerprint = model_fingerprint(CheckpointReader(model_directory(options.model)))
+        fingerprint = ModelDirectory(options.model).fingerprint()
         report = run_benchmark(
             model,
             tokenizer,

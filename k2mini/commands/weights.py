@@ -12,8 +12,8 @@ from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import apply_delta, make_delta
 from k2mini.weights.info import describe_directory, inspect_directory
-from k2mini.weights.manifest import verify
 from k2mini.weights.model_directory import model_directory
+from k2mini.weights.verify import verify
 
 log = logging.getLogger("k2mini.commands")
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from k2mini.build import load_model
 from k2mini.model_config import hf_config
 from k2mini.weights.delta import BY_TOKEN, apply_delta, make_delta
-from k2mini.weights.manifest import verify
 from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
+from k2mini.weights.verify import verify
 from tests.conftest import tiny_config, tiny_llama
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
