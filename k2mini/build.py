@@ -58,16 +58,14 @@ def load_model(
 
     Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
 
-    Raises ValueError naming the file and what is wrong with it: no such directory, another architecture, a missing,
-    extra or wrongly shaped tensor, a tokenizer that does not fit the embedding, too little memory, an adapter that
-    does not fit.
+    Raises ValueError naming what is wrong: no such directory, another architecture, a missing, extra or wrongly shaped
+    tensor, a tokenizer that does not fit the embedding, an adapter that does not fit, too little memory.
     """
     device = torch.device(device)
     opened = _open(directory)
     tokenizer = opened.tokenizer
     model, reader = _empty_model(opened), opened.reader
-    if opened.is_int8:
-        quantize = quantize or "int8"
+    quantize = quantize or ("int8" if opened.is_int8 else None)
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
@@ -138,15 +136,9 @@ def make_trainable(
         for layer in model.model.layers:
             layer.compile()
     if mesh is not None:
-        compute, kept = DTYPES[section.dtype], kept_dtype(section, lora)
-        shard(
-            model,
-            model.units(),
-            ("loss", "hidden", "logits"),
-            mesh,
-            compute if kept != compute else None,
-            reshard_after_forward=parallel.reshard_after_forward,
-        )
+        compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
+        cast = compute if kept_dtype(section, lora) != compute else None
+        shard(model, model.units(), ("loss", "hidden", "logits"), mesh, cast, reshard_after_forward=reshard)
         model.gathered_dtype = compute
 
 
@@ -196,7 +188,7 @@ def _quantize(model: Llama, how: str | None) -> None:
 
 
 def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.device) -> None:
-    """Read a matrix, or the rows of it that this rank keeps, and keep it in int8 with its scales."""
+    """Give an int8 layer its matrix and scales, or this rank's rows of them, as stored or quantised when read."""
     module: Any = model.get_submodule(name.removesuffix(".weight"))
     rows = local_rows(module.weight)
     if quant.scale_name(name) in reader.files:
@@ -229,6 +221,7 @@ def _empty_model(directory: ModelDirectory) -> Llama:
     return meta_model(directory.config)
 
 
+@torch.no_grad()
 def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -> None:
     """Give every parameter its stored values, in the dtype that it has; adapters get storage without values.
 
@@ -243,8 +236,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
             continue
         if isinstance(parameter, DTensor):
             if name in reader.files:
-                with torch.no_grad():
-                    local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
+                local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
             continue
         if name in reader.files:
             values = reader.tensor(name).to(device=device, dtype=parameter.dtype)

@@ -1,10 +1,9 @@
 """Files and directories that appear whole or not at all, whether they fit, and the line that shows their progress.
 
-A file is written beside its place, synced, then renamed; so is a directory. Beside a target NAME there may be, for a
-while:
-    .NAME.PID.tmp   being filled; its process holds a lock on it, so one without a holder is what a killed process left
-    .NAME.new       complete, and about to take the name of a target that exists
-    .NAME.old       the target that had the name until now
+A file is written beside its place, synced, then renamed; so is a directory. Meanwhile there may be, beside NAME:
+    .NAME.PID.tmp   being filled; its process holds a lock on it, so one that nobody holds was left by a killed process
+    .NAME.new       complete, and about to take the name of a directory that exists
+    .NAME.old       the directory that had the name until now
 A directory cannot be renamed over another: with `force` the old one is renamed aside, then the new one renamed in, then
 the old one removed. So at every moment a complete directory stands under one of these names.
 """

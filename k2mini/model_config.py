@@ -1,4 +1,4 @@
-"""The shape of a LLaMA, and Hugging Face's config.json, translated to it and back: the one place that knows its names.
+"""The shape of a LLaMA, and its translation from and to Hugging Face's config.json, whose names stand here alone.
 
 Nothing here imports torch.
 """

@@ -181,6 +181,15 @@ def test_a_flipped_bit_is_found_and_its_side_named(trio, side):
     assert sorted(path.name for path in trio.iterdir()) == ["base", "delta", "tuned"]
 
 
+def test_a_tensor_in_another_dtype_than_the_manifest_says(trio):
+    """Someone has saved the delta anew, as floating-point numbers."""
+    path = trio / "delta" / "model.safetensors"
+    save_file({name: tensor.float() if name == NAME else tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=rf"{NAME} is stored as torch.float32, .* so it should be torch.int32; copy"):
+        apply_delta(trio / "base", trio / "delta", trio / "out")
+    assert not (trio / "out").exists()
+
+
 def test_models_of_other_shapes_are_refused(trio):
     other = tiny_llama(tiny_config(dim=32))
     save_model(other.state_dict(), other.config, trio / "other")
