@@ -73,8 +73,6 @@ def load_model(
     model.to(dtype)
     _quantize(model, quantize)
     if adapter is not None and merge:
-        if opened.is_int8:
-            raise ValueError(f"{opened.path} is quantised; an adapter is merged into full-precision weights only")
         reader = merged_reader(opened, Path(adapter))
     elif adapter is not None:
         check_base(Path(adapter), opened)

@@ -121,7 +121,12 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """The fields of `directory/config.json` as they stand. Raises ValueError where there is no such file or object."""
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
+        hints = {
+            "adapter_config.json": "; it is an adapter, which goes beside its base as --adapter",
+            "params.json": f"; it is in Meta's layout, which k2mini convert {directory} --to hf --out DIR translates",
+        }
+        hint = next((hint for file, hint in hints.items() if (directory / file).is_file()), "")
+        raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory{hint}")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object")

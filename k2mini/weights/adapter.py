@@ -166,8 +166,10 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) 
 def merged_reader(base: ModelDirectory, adapter: Path) -> MergedReader:
     """A base's tensors with an adapter merged into them.
 
-    Raises ValueError where the two do not belong together.
+    Raises ValueError where the two do not belong together, or the base is quantised.
     """
+    if base.is_int8:
+        raise ValueError(f"{base.path} is quantised; an adapter is merged into full-precision weights only")
     section, reader = read_adapter_config(adapter), base.reader
     pairs = read_adapter(adapter, section)
     check_base(adapter, base)

@@ -53,6 +53,8 @@ def convert(
     Raises ValueError where a tensor is missing, extra or of another shape, a value does not fit the dtype, the format
     has no field for a feature of the model, or `out` can't be written; nothing is written then.
     """
+    if quantize is not None and (kind, quantize) != ("hf", "int8"):
+        raise ValueError(f"--quantize {quantize} --to {kind} is not possible: weights are stored in int8, with --to hf")
     directory = ModelDirectory(path)
     if directory.is_int8:
         raise ValueError(f"{path} is quantised; convert the full-precision model that it was made of")
@@ -68,10 +70,6 @@ def convert(
     if dtype is not None:
         source = Cast(source, dtype)
     if quantize is not None:
-        if kind != "hf" or quantize != "int8":
-            raise ValueError(
-                f"--quantize {quantize} with --to {kind} is not possible; int8 is the only one, and with --to hf only"
-            )
         source = _Quantized(source)
     if kind == "meta":
         write_meta(source, config, out, tokenizer, force=force, inputs=(path,))

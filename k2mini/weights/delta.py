@@ -101,7 +101,7 @@ def apply_delta(
     before, difference = _open_base(base), ModelDirectory(delta)
     manifest = difference.manifest
     if manifest is not None and manifest["kind"] != "delta":
-        raise ValueError(f"{delta} is no delta: its manifest says {manifest['kind']}")
+        raise ValueError(f"{delta} is not a delta: its manifest says that it is of kind {manifest['kind']!r}")
     config = _tuned_config(before, difference)
     _check_tensors(before.reader, difference.reader, grow=resize_vocab)
     if manifest is None:

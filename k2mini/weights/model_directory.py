@@ -233,12 +233,12 @@ class CheckpointReader:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
         dtype = self.stored_dtype(name)
         if dtype not in SAFETENSORS_FLOATS.values():
-            raise self._unreadable(name, dtype)
+            raise self._unreadable(name, f"{dtype}, as in a delta or in quantised weights")
         return dtype
 
-    def _unreadable(self, name: str, dtype: object) -> ValueError:
-        stored = f"{self.files[name]}: {name} is stored as {dtype}"
-        return ValueError(f"{stored}; k2mini reads {', '.join(SAFETENSORS_FLOATS)}")
+    def _unreadable(self, name: str, stored: str) -> ValueError:
+        known = ", ".join(SAFETENSORS_FLOATS)
+        return ValueError(f"{self.files[name]}: {name} is stored as {stored}; a model's weights are {known}")
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:

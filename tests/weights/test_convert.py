@@ -196,6 +196,10 @@ def test_what_a_format_cannot_say(tmp_path, tiny_tokenizer):
             convert(tmp_path / name, "meta", tmp_path / "out")
     with pytest.raises(ValueError, match="GGUF is written in float32 or float16, not bfloat16"):
         convert(tmp_path / "scaled", "gguf", tmp_path / "out.gguf", dtype=torch.bfloat16)
+    for kind in ("gguf", "meta", "bin"):
+        with pytest.raises(ValueError, match=f"--quantize int8 --to {kind} is not possible"):
+            convert(tmp_path / "wide", kind, tmp_path / "out", quantize="int8")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "scaled" / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="GGUF holds the vocabulary too"):
         convert(tmp_path / "scaled", "gguf", tmp_path / "out.gguf")

@@ -153,7 +153,7 @@ def test_another_base_is_refused(trio):
         apply_delta(trio / "tuned", trio / "delta", trio / "out")
     with pytest.raises(ValueError, match="delta is a delta, not a base; are the two swapped"):
         apply_delta(trio / "delta", trio / "base", trio / "out")
-    with pytest.raises(ValueError, match="tuned is no delta: its manifest says model"):
+    with pytest.raises(ValueError, match="tuned is not a delta: its manifest says that it is of kind 'model'"):
         apply_delta(trio / "base", trio / "tuned", trio / "out")
     with pytest.raises(ValueError, match="is a delta, not a model; k2mini delta apply"):
         load_model(trio / "delta")
