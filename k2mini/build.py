@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,16 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
-from k2mini.model_config import ModelConfig, read_model_config, tensor_shapes
+from k2mini.files import free_memory
+from k2mini.model_config import ModelConfig, tensor_shapes
+from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.nn.quant import (
-    DynamicLinear,
-    Int8Linear,
-    int8_matrices,
-    int8_scales,
-    quantize_blocks,
-    quantize_rows,
-    quantized_head,
-    scale_name,
-)
 from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
-from k2mini.weights.manifest import read_manifest
-from k2mini.weights.model_directory import CheckpointReader, check_tensors, model_directory, report_special_tokens
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
 
-KINDS = {"int8": Int8Linear, "w8a8": DynamicLinear}
-# Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
-MAX_SPARE_ROWS = 256
+KINDS = {"int8": quant.Int8Linear, "w8a8": quant.DynamicLinear}
 
 
 def meta_model(config: ModelConfig) -> Llama:
@@ -45,7 +33,7 @@ def meta_model(config: ModelConfig) -> Llama:
 
 
 def load_model(
-    directory: str | Path,
+    directory: str | Path | ModelDirectory,
     adapter: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
@@ -56,28 +44,28 @@ def load_model(
 ) -> tuple[Llama, Tokenizer | None]:
     """Load a Hugging Face LLaMA directory, in evaluation mode.
 
-    Weights whose dtype and device are already right stay memory-mapped; others are converted one tensor at a time.
-    So the model never stands in memory twice.
+    Weights whose dtype and device are already right stay memory-mapped; others are converted one tensor at a time, so
+    that the model is never in memory twice.
 
     Args:
         directory: config.json, weights and, if there is one, tokenizer.model.
-        adapter: a LoRA adapter's directory (PEFT's format), put beside the weights, not merged into them.
+        adapter: a LoRA adapter's directory (PEFT's format); it is put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
         quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py), each quantised as it is read; 'w8a8'
             quantises activations too where one row runs on a CPU. A directory of int8 weights is 'int8' by itself.
-        merge: put the adapter into the weights as they are read, in full precision.
-        quantize_head: the vocabulary projection, too.
+        merge: merge the adapter into the weights as they are read, in full precision.
+        quantize_head: quantise the vocabulary projection too.
 
     Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
 
-    Raises ValueError naming the file and what is wrong with it: no such directory, another architecture, a missing,
-    extra or wrongly shaped tensor, a tokenizer that does not fit the embedding, too little memory, an adapter that
-    does not fit.
+    Raises ValueError naming what is wrong: no such directory, another architecture, a missing, extra or wrongly shaped
+    tensor, a tokenizer that does not fit the embedding, an adapter that does not fit, too little memory.
     """
     device = torch.device(device)
-    model, reader, tokenizer = _open(model_directory(directory))
-    if reader.is_int8:
-        quantize = quantize or "int8"
+    opened = _open(directory)
+    tokenizer = opened.tokenizer
+    model, reader = _empty_model(opened), opened.reader
+    quantize = quantize or ("int8" if opened.is_int8 else None)
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
@@ -85,11 +73,9 @@ def load_model(
     model.to(dtype)
     _quantize(model, quantize)
     if adapter is not None and merge:
-        if reader.is_int8:
-            raise ValueError(f"{directory} is quantised; an adapter is merged into full-precision weights only")
-        reader = merged_reader(reader, Path(adapter))
+        reader = merged_reader(opened, Path(adapter))
     elif adapter is not None:
-        check_base(Path(adapter), reader)
+        check_base(Path(adapter), opened)
         section = read_adapter_config(Path(adapter))
         attach(model, section)
     _materialise(model, reader, device)
@@ -97,8 +83,8 @@ def load_model(
         load_adapter(model, Path(adapter), section)
     if quantize_head:
         if quantize is None:
-            raise ValueError("quantize_head needs quantize, which says how")
-        model.quantized_head = quantized_head(model.head_weight, KINDS[quantize])
+            raise ValueError("quantize_head needs quantize='int8' or 'w8a8', which says how")
+        model.quantized_head = quant.quantized_head(model.head_weight, KINDS[quantize])
     return model.eval(), tokenizer
 
 
@@ -169,15 +155,9 @@ def make_trainable(
         for layer in model.model.layers:
             layer.compile()
     if mesh is not None:
-        compute, kept = DTYPES[section.dtype], kept_dtype(section, lora)
-        shard(
-            model,
-            model.units(),
-            ("loss", "hidden", "logits"),
-            mesh,
-            compute if kept != compute else None,
-            reshard_after_forward=parallel.reshard_after_forward,
-        )
+        compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
+        cast = compute if kept_dtype(section, lora) != compute else None
+        shard(model, model.units(), ("loss", "hidden", "logits"), mesh, cast, reshard_after_forward=reshard)
         model.gathered_dtype = compute
 
 
@@ -188,22 +168,23 @@ def training_model(
     world: World,
     lora: LoraSection | None = None,
     seed: int = 0,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Llama, ModelDirectory]:
     """Load a model to be trained, spread over the ranks: each reads from the files what it keeps, and nothing else.
 
     Args:
         lora: train fresh adapters, drawn from `seed`; None: all parameters.
 
+    Returns: the model, and its directory, whose tokenizer is there and is opened when it is first asked for.
+
     Raises ValueError as `load_model` does, and where the directory has no tokenizer.
     """
-    path = model_directory(section.path)
-    model, reader, tokenizer = _open(path)
-    if reader.is_int8 and section.quantize is None:
-        raise ValueError(f"{path} is quantised; train adapters over it with model.quantize=int8")
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
+    directory = _open(section.path)
+    model = _empty_model(directory)
+    if directory.is_int8 and section.quantize is None:
+        raise ValueError(f"{directory.path} is quantised; train adapters over it with model.quantize=int8")
+    directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
-        check_base(Path(lora.init_adapter), reader)
+        check_base(Path(lora.init_adapter), directory)
     kept = kept_dtype(section, lora)
     model.to(kept)
     mesh = device_mesh(world, parallel) if is_sharded(section, lora, world.size) else None
@@ -212,28 +193,27 @@ def training_model(
         model.to_empty(device=world.device)
     elif section.quantize is None:
         check_memory(model.config.num_parameters(), kept, kept, world.device)
-    _materialise(model, reader, world.device)
+    _materialise(model, directory.reader, world.device)
     if lora is not None:
         init_adapters(model, seed)
-    return model, tokenizer
+    return model, directory
 
 
 def _quantize(model: Llama, how: str | None) -> None:
-    if how is None:
-        return
-    if how not in KINDS:
-        raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {how!r}")
-    quantize_blocks(model.model.layers, KINDS[how])
+    if how is not None:
+        if how not in KINDS:
+            raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {how!r}")
+        quant.quantize_blocks(model.model.layers, KINDS[how])
 
 
 def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.device) -> None:
-    """Read a matrix, or the rows of it that this rank keeps, and keep it in int8 with its scales."""
+    """Give an int8 layer its matrix and scales, or this rank's rows of them, as stored or quantised when read."""
     module: Any = model.get_submodule(name.removesuffix(".weight"))
     rows = local_rows(module.weight)
-    if reader.is_int8:
-        weight, scale = (reader.rows(part, *rows).to(device) for part in (name, scale_name(name)))
+    if quant.scale_name(name) in reader.files:
+        weight, scale = (reader.rows(part, *rows).to(device) for part in (name, quant.scale_name(name)))
     else:
-        weight, scale = quantize_rows(reader.rows(name, *rows).to(device))
+        weight, scale = quant.quantize_rows(reader.rows(name, *rows).to(device))
     for attribute, values in (("weight", weight), ("scale", scale)):
         parameter = getattr(module, attribute)
         if isinstance(parameter, DTensor):
@@ -242,23 +222,25 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
 
 
-def _open(path: Path) -> tuple[Llama, CheckpointReader, Tokenizer | None]:
-    """A model without storage, its tensors, checked to be the right ones, and its tokenizer."""
-    if (read_manifest(path) or {}).get("kind") == "delta":
-        raise ValueError(f"{path} is a delta, not a model; k2mini delta apply puts it on its base")
-    config = read_model_config(path)
-    tokenizer = load_tokenizer(path, config.vocab_size)
-    reader = CheckpointReader(path)
-    model = meta_model(config)
-    expected = tensor_shapes(config)
-    check_tensors(reader, expected | (int8_scales(expected) if reader.is_int8 else {}), path)
+def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
+    opened = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
+    if (opened.manifest or {}).get("kind") == "delta":
+        raise ValueError(f"{opened.path} is a delta, not a model; k2mini delta apply puts it on its base")
+    return opened
+
+
+def _empty_model(directory: ModelDirectory) -> Llama:
+    """A model without storage, whose tensors are checked to be in the files, of the right shapes and dtypes."""
+    expected, reader = tensor_shapes(directory.config), directory.reader
+    in_int8 = set(quant.int8_matrices(expected)) if directory.is_int8 else set()
+    check_tensors(reader, expected | (quant.int8_scales(expected) if in_int8 else {}), directory.path)
     for name in expected:
-        if reader.is_int8 and name in int8_matrices(expected):
-            continue
-        reader.dtype(name)  # refuses integer and 8-bit types before anything is read
-    return model, reader, tokenizer
+        if name not in in_int8:
+            reader.dtype(name)  # refuses integer and 8-bit types before anything is read
+    return meta_model(directory.config)
 
 
+@torch.no_grad()
 def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -> None:
     """Give every parameter its stored values, in the dtype that it has; adapters get storage without values.
 
@@ -273,8 +255,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
             continue
         if isinstance(parameter, DTensor):
             if name in reader.files:
-                with torch.no_grad():
-                    local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
+                local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
             continue
         if name in reader.files:
             values = reader.tensor(name).to(device=device, dtype=parameter.dtype)
@@ -283,24 +264,6 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
         setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
-
-
-def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
-    """The directory's tokenizer, or None where it has none.
-
-    Raises ValueError where its size does not fit an embedding of `vocab_size` rows.
-    """
-    path = directory / "tokenizer.model"
-    if not path.exists():
-        return None
-    tokenizer = Tokenizer(path)
-    if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + MAX_SPARE_ROWS:
-        raise ValueError(
-            f"{path} has {tokenizer.vocab_size:,} tokens, the embedding has {vocab_size:,} rows; "
-            "this tokenizer belongs to another model"
-        )
-    report_special_tokens(directory, tokenizer.bos_id, tokenizer.eos_id)
-    return tokenizer
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -316,34 +279,20 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: 
 
 def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:
     """Raise ValueError, saying what would fit, where the weights alone are larger than the memory that is free."""
-    free = _free_memory(device)
-    needed = num_parameters * dtype.itemsize
+    free, needed = _free_memory(device), num_parameters * dtype.itemsize
     if free is None or needed <= free:
         return
+    remedy = "use a device with more memory"
     if device.type == "cpu" and stored.itemsize < dtype.itemsize:
         remedy = f"--dtype {NAMES[stored]}, as stored, is read from the file and fits"
-    elif num_parameters * 2 <= free < needed and dtype.itemsize > 2:
+    elif dtype.itemsize > 2 and num_parameters * 2 <= free:
         remedy = "--dtype bfloat16 fits"
-    else:
-        remedy = "use a device with more memory"
-    raise ValueError(
-        f"{num_parameters:,} weights in {NAMES[dtype]} take {needed / 2**30:.1f} GiB, "
-        f"{free / 2**30:.1f} GiB are free on {device}; {remedy}"
-    )
+    sizes = f"take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}"
+    raise ValueError(f"{num_parameters:,} weights in {NAMES[dtype]} {sizes}; {remedy}")
 
 
 def _free_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated, or None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        fields = Path("/proc/meminfo").read_text().split()
-        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # neither Linux nor another Unix
-        return None
+    return free_memory() if device.type == "cpu" else None

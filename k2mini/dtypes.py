@@ -1,4 +1,4 @@
-"""The dtypes that k2mini knows, under every name that files give them. Each table stands here once."""
+"""The dtypes that k2mini reads and writes, and the names that each kind of file has for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from k2mini.config import DTYPE_NAMES
 
 # By PyTorch's own name, as configurations, options and manifests write it.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
-# The signed integer as wide as a floating-point dtype: what its raw bits are seen as when a delta is made.
+# The signed integer as wide as a floating-point dtype. A `bits` delta takes the bits of a number as such an integer.
 INTEGERS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,

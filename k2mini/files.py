@@ -1,10 +1,9 @@
-"""Files and directories that appear whole or not at all, and the line that shows how far a long one is.
+"""Files and directories that appear whole or not at all, whether they fit, and the line that shows their progress.
 
-A file is written beside its place, synced, then renamed; so is a directory. Beside a target NAME there may be, for a
-while:
-    .NAME.PID.tmp   being filled; its process holds a lock on it, so one without a holder is what a killed process left
-    .NAME.new       complete, and about to take the name of a target that exists
-    .NAME.old       the target that had the name until now
+A file is written beside its place, synced, then renamed; so is a directory. Meanwhile there may be, beside NAME:
+    .NAME.PID.tmp   being filled; its process holds a lock on it, so one that nobody holds was left by a killed process
+    .NAME.new       complete, and about to take the name of a directory that exists
+    .NAME.old       the directory that had the name until now
 A directory cannot be renamed over another: with `force` the old one is renamed aside, then the new one renamed in, then
 the old one removed. So at every moment a complete directory stands under one of these names.
 """
@@ -111,6 +110,19 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{path} would take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free (elsewhere than on Linux: all), or None where the system does not tell."""
+    try:
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # neither Linux nor another Unix
+        return None
 
 
 @contextmanager

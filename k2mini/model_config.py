@@ -1,4 +1,4 @@
-"""The shape of a LLaMA, and Hugging Face's config.json, translated to it and back: the one place that knows its names.
+"""The shape of a LLaMA, and its translation from and to Hugging Face's config.json, whose names stand here alone.
 
 Nothing here imports torch.
 """
@@ -113,22 +113,37 @@ PRESETS = {
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """The model's shape, from `directory/config.json`.
+    """The model's shape, from `directory/config.json`. Raises ValueError as the two functions below do."""
+    return parse_config(read_config_json(directory), directory)
 
-    Raises:
-        ValueError: no such file, another architecture, or a feature that k2mini's model does not have. A feature
-            is never dropped in silence, since the weights would then mean something else.
-    """
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """The fields of `directory/config.json` as they stand. Raises ValueError where there is no such file or object."""
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
+        hints = {
+            "adapter_config.json": "; it is an adapter, which goes beside its base as --adapter",
+            "params.json": f"; it is in Meta's layout, which k2mini convert {directory} --to hf --out DIR translates",
+        }
+        hint = next((hint for file, hint in hints.items() if (directory / file).is_file()), "")
+        raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory{hint}")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object")
+    return raw
+
+
+def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:
+    """The model's shape, from the fields of config.json.
+
+    Raises:
+        ValueError: another architecture, or a feature that k2mini's model does not have. A feature is never dropped in
+            silence, since the weights would then mean something else. The message names the file in `directory`.
+    """
     try:
         return _translate(raw)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
 
 
 def _number(raw: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

@@ -1,12 +1,17 @@
 import json
 import logging
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 import k2mini.build
-from k2mini.build import check_memory, load_model, resolve_dtype
+from k2mini.build import check_memory, load_model, resolve_dtype, training_model
+from k2mini.config import ModelSection, ParallelSection, TrainSection
+from k2mini.distributed import World
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -66,7 +71,54 @@ def test_special_tokens_come_from_the_tokenizer(tiny_directory, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         _, tokenizer = load_model(directory)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    assert "using the tokenizer's" in caplog.text
+    assert "bos_token_id 0, tokenizer.model says 1; using the tokenizer's" in caplog.text
+    assert "eos_token_id 1, tokenizer.model says 2; using the tokenizer's" in caplog.text
+
+
+def test_each_file_of_a_directory_is_opened_once(tiny_directory, monkeypatch):
+    opened, read_text, read_weights = Counter(), Path.read_text, CheckpointReader._open
+
+    def count_text(path, *arguments, **options):
+        opened[path.name] += path.parent == tiny_directory
+        return read_text(path, *arguments, **options)
+
+    def count_weights(reader, path):
+        opened[path.name] += 1
+        return read_weights(reader, path)
+
+    monkeypatch.setattr(Path, "read_text", count_text)
+    monkeypatch.setattr(CheckpointReader, "_open", count_weights)
+    directory = ModelDirectory(tiny_directory)
+    _, tokenizer = load_model(directory)
+    assert directory.require_tokenizer() is tokenizer
+    assert directory.fingerprint() == ModelDirectory(tiny_directory).fingerprint()
+    assert opened == {"config.json": 1, "manifest.json": 1, "model.safetensors": 2}  # the second for the comparison
+
+
+def start_training(directory):
+    section = TrainSection(lr=1e-3, max_steps=1)
+    return training_model(ModelSection(str(directory)), section, ParallelSection(), World())[1]
+
+
+def test_training_opens_the_tokenizer_when_it_is_asked_for(tiny_directory, monkeypatch):
+    def opened(path):
+        raise ValueError(f"opened {path.name}")
+
+    monkeypatch.setattr("k2mini.weights.model_directory.Tokenizer", opened)
+    directory = start_training(tiny_directory)
+    assert directory.require_tokenizer_file() == tiny_directory / "tokenizer.model"
+    with pytest.raises(ValueError, match=r"opened tokenizer.model"):
+        directory.require_tokenizer()
+
+
+def test_training_needs_a_tokenizer(tiny_directory, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    (directory / "tokenizer.model").unlink()
+    assert load_model(directory)[1] is None
+    for call in (start_training, lambda path: ModelDirectory(path).require_tokenizer()):
+        with pytest.raises(ValueError, match=r"has no tokenizer.model; copy the one the model was trained with"):
+            call(directory)
 
 
 def test_a_path_that_is_no_directory(tmp_path):

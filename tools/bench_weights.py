@@ -59,15 +59,15 @@ class RandomModel:
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As the configuration has it."""
+        """One tensor's shape, by the configuration."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Float16."""
+        """The dtype of all tensors, float16."""
         return torch.float16
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """A function of the name and the rows."""
+        """Rows start, …, stop - 1; a function of the seed, the name and `start` within one process."""
         shape = (stop - start, *self._shapes[name][1:])
         size = torch.Size(shape).numel()
         offset = hash((name, start, self._seed)) % (self._block.numel() - size)
@@ -93,7 +93,7 @@ def run(command: list[str]) -> tuple[float, int, int]:
 
 
 def main() -> None:
-    """Make, apply in turns, print, clean up."""
+    """Make the models and the delta, apply it with k2mini and the plain program in turns, print, and remove all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(PRESETS), default="llama-7b")
     parser.add_argument("--pairs", type=int, default=2)

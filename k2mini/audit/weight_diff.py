@@ -15,7 +15,7 @@ from torch import Tensor
 
 from k2mini.files import progress_bar
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
-from k2mini.weights.model_directory import CheckpointReader, some
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, some
 
 EXACT = 1024  # a matrix with at most this many rows or columns gets its exact singular values; others an estimate
 VALUES = 16  # how many of the largest singular values are kept
@@ -75,8 +75,9 @@ def diff_adapter(base: Path, adapter: Path) -> list[Change]:
 
     Raises ValueError where the adapter was not trained on this base.
     """
-    reader, section = CheckpointReader(base), read_adapter_config(adapter)
-    check_base(adapter, reader)
+    directory, section = ModelDirectory(base), read_adapter_config(adapter)
+    reader = directory.reader
+    check_base(adapter, directory)
     found = []
     for module, (lora_a, lora_b) in sorted(read_adapter(adapter, section).items()):
         name = f"{module}.weight"

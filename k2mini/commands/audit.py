@@ -60,15 +60,15 @@ def _foil(parser: argparse.ArgumentParser) -> None:
 def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:
     """The reports of all models that are named. One is loaded at a time; an adapter belongs to the last."""
     from k2mini.build import load_model, pick_device, set_threads
+    from k2mini.weights.model_directory import ModelDirectory
 
     set_threads(options.threads)
     found = []
-    for place, directory in enumerate(options.model):
+    for place, path in enumerate(options.model):
         adapter = options.adapter if place == len(options.model) - 1 else None
-        model, tokenizer = load_model(directory, adapter, options.dtype, pick_device(options.device))
-        if tokenizer is None:
-            raise ValueError(f"{directory} has no tokenizer.model; copy the one the model was trained with")
-        found.append(report(model, tokenizer, directory + (f" + {adapter}" if adapter else "")))
+        directory = ModelDirectory(path)
+        model, _ = load_model(directory, adapter, options.dtype, pick_device(options.device))
+        found.append(report(model, directory.require_tokenizer(), path + (f" + {adapter}" if adapter else "")))
     return found
 
 

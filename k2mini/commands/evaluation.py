@@ -8,14 +8,10 @@ import logging
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from k2mini.commands.common import LOADED
+from k2mini.commands.inference import load
 from k2mini.data.prompts import TEMPLATES
-
-if TYPE_CHECKING:
-    from k2mini.data.tokenizer import Tokenizer
-    from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")
 
@@ -84,24 +80,6 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_eval)
 
 
-def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """The model to evaluate and its tokenizer. Raises ValueError where it has none."""
-    from k2mini.build import load_model, pick_device, set_threads
-    from k2mini.dtypes import NAMES
-    from k2mini.inference.compile import compile_decoding
-
-    set_threads(options.threads)
-    wanted = {name: getattr(options, name) for name in LOADED}
-    model, tokenizer = load_model(options.model, device=pick_device(options.device), **wanted)
-    if options.compile:
-        compile_decoding(model)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
-    parameters = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
-    return model, tokenizer
-
-
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
     from k2mini.evaluation.evaluate import run_benchmark
@@ -113,8 +91,6 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.files import make_writable, write_text
     from k2mini.inference.answers import Decoding
     from k2mini.inference.sampling import Sampling
-    from k2mini.weights.manifest import model_fingerprint
-    from k2mini.weights.model_directory import CheckpointReader, model_directory
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -144,10 +120,11 @@ def run_eval(options: argparse.Namespace) -> None:
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task")
     texts = [path.read_text(encoding="utf-8") for path in options.perplexity]
     pairs = {kind: _open_pairs(options, kind) for kind in open_tasks}
-    model, tokenizer = _load(options)
+    model, directory = load(options)
+    tokenizer = directory.require_tokenizer()
     report: dict[str, Any] = {"model": str(options.model), "tasks": []}
     if questions:
-        fingerprint = model_fingerprint(CheckpointReader(model_directory(options.model)))
+        fingerprint = directory.fingerprint()
         report = run_benchmark(
             model,
             tokenizer,

@@ -14,9 +14,9 @@ from k2mini.config import InstructionSection
 from k2mini.data.prompts import TEMPLATES, get_template
 
 if TYPE_CHECKING:
-    from k2mini.data.tokenizer import Tokenizer
     from k2mini.inference.answers import Decoding
     from k2mini.nn.llama import Llama
+    from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
@@ -69,22 +69,26 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
 
 
-def load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
+def load(options: argparse.Namespace) -> tuple[Llama, ModelDirectory]:
+    """The model that the options name, as they want it, and its directory, which has a tokenizer.
+
+    Raises ValueError where it has none.
+    """
     from k2mini.build import load_model, pick_device, set_threads
     from k2mini.dtypes import NAMES
     from k2mini.inference.compile import compile_decoding
+    from k2mini.weights.model_directory import ModelDirectory
 
     set_threads(options.threads)
+    directory = ModelDirectory(options.model)
     wanted = {name: getattr(options, name) for name in LOADED}
-    model, tokenizer = load_model(options.model, device=pick_device(options.device), **wanted)
+    model, _ = load_model(directory, device=pick_device(options.device), **wanted)
     if options.compile:
         compile_decoding(model)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.model; copy the one the model was trained with")
+    directory.require_tokenizer()
     parameters = model.config.num_parameters() / 1e6
     log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
-    return model, tokenizer
+    return model, directory
 
 
 def _decoding(options: argparse.Namespace) -> Decoding:
@@ -133,7 +137,8 @@ def run_generate(options: argparse.Namespace) -> None:
         questions = read_questions(Path(name), sys.stdin.read() if name == "-" else None)
     else:
         questions = [sys.stdin.read() if options.prompt == "-" else options.prompt]
-    model, tokenizer = load(options)
+    model, directory = load(options)
+    tokenizer = directory.require_tokenizer()
     prompts = [terminal.encode_prompt(tokenizer, template, question) for question in questions]
     if options.input is None and decoding.beams is None and not options.json and options.out is None:
         text, completion = terminal.answer(
@@ -172,7 +177,8 @@ def run_chat(options: argparse.Namespace) -> None:
     from k2mini.inference import terminal
 
     decoding, template = _decoding(options), get_template(options.template)
-    model, tokenizer = load(options)
+    model, directory = load(options)
+    tokenizer = directory.require_tokenizer()
     conversation = terminal.Conversation(
         model,
         tokenizer,

@@ -153,8 +153,8 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """Compare a directory's files with its manifest; ValueError names the one that differs."""
-    from k2mini.weights.manifest import verify
     from k2mini.weights.model_directory import model_directory
+    from k2mini.weights.verify import verify
 
     number, unknown = verify(model_directory(options.directory))
     if unknown:

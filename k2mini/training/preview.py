@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2mini.build import load_tokenizer
 from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig
 from k2mini.data.batches import Batch, Blocks, Examples
 from k2mini.data.corpus import Corpus, Documents, is_prepared
@@ -13,8 +12,7 @@ from k2mini.data.documents import list_files, read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.model_config import read_model_config
-from k2mini.weights.model_directory import model_directory
+from k2mini.weights.model_directory import ModelDirectory
 
 
 def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[str]:
@@ -22,10 +20,7 @@ def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[st
 
     Raises ValueError where the data or the tokenizer can't be read.
     """
-    path = model_directory(config.model.path)
-    tokenizer = load_tokenizer(path, read_model_config(path).vocab_size)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.model; copy the one the model was trained with")
+    tokenizer = ModelDirectory(config.model.path).require_tokenizer()
     if number < 1:
         raise ValueError(f"--number must be at least 1, not {number}")
     samples = _samples(config, tokenizer)

@@ -25,12 +25,11 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World
 from k2mini.dtypes import DTYPES
 from k2mini.files import make_writable, sha256, write_text
-from k2mini.model_config import read_model_config
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import ALONE, train
 from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
-from k2mini.weights.model_directory import model_directory
+from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 
 log = logging.getLogger(__name__)
@@ -54,13 +53,13 @@ def pretrain(
     if out.exists():
         return out
     _set_precision(config.train)
-    model, tokenizer = training_model(config.model, config.train, config.parallel, world)
+    model, base = training_model(config.model, config.train, config.parallel, world)
     data, seed = config.data, config.run.seed
-    directory = _prepared(Path(data.path), config, tokenizer, world)
+    directory = _prepared(Path(data.path), config, base.require_tokenizer_file(), world)
     samples = Blocks(Corpus(directory), data.seq_len, document_mask=data.document_mask, seed=seed)
     val = None
     if data.val_path is not None:
-        val_corpus: Corpus | None = Corpus(_prepared(Path(data.val_path), config, tokenizer, world))
+        val_corpus: Corpus | None = Corpus(_prepared(Path(data.val_path), config, base.require_tokenizer_file(), world))
     else:
         val_corpus = Corpus(directory, "val") if "val" in read_corpus_manifest(directory)["splits"] else None
     if val_corpus is not None:
@@ -72,12 +71,12 @@ def pretrain(
         seed=seed,
         section=config.train,
         checkpoint=config.checkpoint,
-        identity=_identity(config, fingerprint(directory), tokenizer),
+        identity=_identity(config, fingerprint(directory), base.require_tokenizer_file()),
         val=val,
         label=label,
         world=world,
         tensorboard=config.run.tensorboard,
-        evaluate=_evaluation(config, tokenizer, benchmark),
+        evaluate=_evaluation(config, base, benchmark),
         eval_every=config.eval.every,
     )
     if world.is_main:
@@ -103,7 +102,8 @@ def finetune(
         return out
     _set_precision(config.train)
     template, section = get_template(config.data.template), config.lora
-    model, tokenizer = training_model(config.model, config.train, config.parallel, world, section, config.run.seed)
+    model, base = training_model(config.model, config.train, config.parallel, world, section, config.run.seed)
+    tokenizer = base.require_tokenizer()
     if section.init_adapter is not None:
         _start_from(model, section, Path(section.init_adapter))
 
@@ -128,13 +128,13 @@ def finetune(
         seed=config.run.seed,
         section=config.train,
         checkpoint=config.checkpoint,
-        identity=_identity(config, sha256(Path(config.data.path)), tokenizer),
+        identity=_identity(config, sha256(Path(config.data.path)), tokenizer.path),
         val=Examples(held_out, seed=None) if held_out else None,
         label=label,
         world=world,
         tensorboard=config.run.tensorboard,
         save_best=True,
-        evaluate=_evaluation(config, tokenizer, benchmark),
+        evaluate=_evaluation(config, base, benchmark),
         eval_every=config.eval.every,
     )
     if world.is_main:
@@ -149,12 +149,12 @@ def finetune(
 
 
 def _evaluation(
-    config: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer, benchmark: Benchmark | None
+    config: PretrainConfig | FinetuneConfig, base: ModelDirectory, benchmark: Benchmark | None
 ) -> Callable[[Llama], dict[str, float]] | None:
     """What the loop is to call. All ranks answer all questions, since each gathers what the others keep."""
     if not config.eval.every or benchmark is None:
         return None
-    return lambda trained: benchmark(trained, tokenizer)
+    return lambda trained: benchmark(trained, base.require_tokenizer())
 
 
 def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
@@ -192,22 +192,22 @@ def _prepare(config: PretrainConfig | FinetuneConfig, result: str, world: World)
     return run_dir, out
 
 
-def _prepared(path: Path, config: PretrainConfig, tokenizer: Tokenizer, world: World) -> Path:
+def _prepared(path: Path, config: PretrainConfig, tokenizer: Path, world: World) -> Path:
     """The prepared corpus at `path`, or made of what is there, once, within the run's directory.
 
     Raises ValueError where it was prepared with another tokenizer or in another way.
     """
     if not is_prepared(path):
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in list_files([path])]
-        key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer.path)}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
         made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
         if world.is_main and not is_prepared(made):
-            prepare([path], tokenizer.path, made, eos=config.data.eos)
+            prepare([path], tokenizer, made, eos=config.data.eos)
         world.barrier()
         path = made
     manifest = read_corpus_manifest(path)
-    if manifest["tokenizer"] != sha256(tokenizer.path):
-        raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer.path}; prepare it again")
+    if manifest["tokenizer"] != sha256(tokenizer):
+        raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer}; prepare it again")
     if manifest["eos"] != config.data.eos:
         raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
     return path
@@ -229,13 +229,13 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
 _FREE = ("micro_batch_size", "val_every", "activation_checkpointing", "compile", "tf32")
 
 
-def _identity(config: PretrainConfig | FinetuneConfig, data: str, tokenizer: Tokenizer) -> dict[str, Any]:
+def _identity(config: PretrainConfig | FinetuneConfig, data: str, tokenizer: Path) -> dict[str, Any]:
     """What a checkpoint must agree on to be resumed."""
     raw = asdict(config)
     return {
         "schedule": {key: value for key, value in raw["train"].items() if key not in _FREE},
         "data": {**{key: value for key, value in raw["data"].items() if not key.endswith("path")}, "content": data},
-        "tokenizer": sha256(tokenizer.path),
+        "tokenizer": sha256(tokenizer),
         "seed": config.run.seed,
         "lora": raw.get("lora"),
         "model": str(config.model.path),
@@ -257,7 +257,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None, *, force: bool
     identity = state["identity"]
     if identity["lora"] is not None:
         raise ValueError(f"{checkpoint} holds an adapter, not a model; the run's end writes it to run.dir/adapter")
-    base = model_directory(identity["model"])
+    base = ModelDirectory(identity["model"])
     tensors = StoredModel(checkpoint, DTYPES[dtype or identity["dtype"]])
-    tokenizer = Tokenizer(base / "tokenizer.model")
-    save_model(tensors, read_model_config(base), out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base))
+    tokenizer = Tokenizer(base.require_tokenizer_file())
+    save_model(tensors, base.config, out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base.path))

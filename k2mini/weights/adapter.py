@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from k2mini.config import LoraSection
 from k2mini.distributed import fill
 from k2mini.files import new_directory, read_json
-from k2mini.model_config import read_model_config
 from k2mini.nn.lora import lora_modules, merged_weight
-from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
-from k2mini.weights.model_directory import CheckpointReader, model_directory, read_bin
-from k2mini.weights.model_files import find_tokenizer, save_model
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, read_manifest
+from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest
 from k2mini.weights.stream import Tensors, Written, write_safetensors
+from k2mini.weights.torch_file import read_bin
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = ("lora_A", "lora_B")
@@ -32,8 +31,8 @@ def save_adapter(
 
     Args:
         adapters: parameter name -> tensor, as `adapter_tensors` gives them.
-        base: the base model's directory; its fingerprint is noted where it is one.
-        trained: refuse an adapter whose B are all zero, since nothing was learned.
+        base: adapter_config.json's name of the base model. Where it is a directory, the manifest gets its fingerprint.
+        trained: refuse an adapter whose B matrices are all zero, since training has then changed nothing.
 
     Raises ValueError where there is no adapter or nothing in it, or `directory` exists and is not empty.
     """
@@ -41,7 +40,7 @@ def save_adapter(
     if not tensors:
         raise ValueError("the model has no adapter to save")
     if trained and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
-        raise ValueError("every B of the adapter is zero: it would have no effect, so nothing was learned")
+        raise ValueError("every B of the adapter is zero, so it would change nothing; it was not written")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,16 +63,15 @@ def save_adapter(
         flat = {f"{module}.{kind}": t for module, pair in written.items() for kind, t in zip(KINDS, pair, strict=True)}
         if flat.keys() != adapters.keys() or any(not torch.equal(flat[k], adapters[k].cpu()) for k in flat):
             raise OSError(f"{directory}: what was written does not read back as it was")
-        known = Path(base).is_dir()
-        note = {"base": model_fingerprint(CheckpointReader(model_directory(base)))} if known else {}
+        note = {"base": ModelDirectory(base).fingerprint()} if Path(base).is_dir() else {}
         write_manifest(beside, "adapter", content, note)
 
 
-def check_base(directory: Path, base: CheckpointReader) -> None:
-    """Raise ValueError where an adapter says that it was trained on another base (one of peft's does not say)."""
+def check_base(directory: Path, base: ModelDirectory) -> None:
+    """Raise ValueError where an adapter's manifest names another base. One that peft wrote has no manifest."""
     note = (read_manifest(directory) or {}).get("base")
-    if note is not None and note != model_fingerprint(base):
-        raise ValueError(f"{directory} was trained on another base than {base.directory}; they do not belong together")
+    if note is not None and note != base.fingerprint():
+        raise ValueError(f"{directory} was trained on another base than {base.path}; they do not belong together")
 
 
 def read_adapter_config(directory: Path) -> LoraSection:
@@ -111,13 +109,13 @@ def read_adapter(directory: Path, section: LoraSection) -> dict[str, tuple[Tenso
     for key, tensor in tensors.items():
         module, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if kind not in KINDS or not key.startswith(PREFIX):
-            raise ValueError(f"{path} holds {key}, which is no LoRA weight")
+            raise ValueError(f"{path} holds {key}, which is no LoRA weight under the names that peft gives them")
         pairs.setdefault(module, {})[kind] = tensor
     if not pairs:
         raise ValueError(f"{path} is empty: it holds no LoRA weight")
     for module, pair in pairs.items():
         if set(pair) != set(KINDS):
-            raise ValueError(f"{path}: {module} has only {next(iter(pair))}")
+            raise ValueError(f"{path}: of {module} there is only {next(iter(pair))}; both lora_A and lora_B are needed")
         if pair["lora_A"].shape[0] != section.rank or pair["lora_B"].shape[1] != section.rank:
             raise ValueError(f"{path}: {module} is not of rank {section.rank}, which adapter_config.json says")
     return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
@@ -136,7 +134,7 @@ def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> None:
-    """Copy an adapter's values into a model that `attach` has prepared.
+    """Copy an adapter's values into a model to which `attach` has added LoRA modules.
 
     Raises ValueError, naming the module, unless the adapter has exactly the model's modules, shapes and rank.
     """
@@ -160,24 +158,25 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) 
 
     Raises ValueError where the two do not belong together, or the result is not finite.
     """
-    source = merged_reader(CheckpointReader(base), adapter)
-    save_model(
-        source, read_model_config(base), out, tokenizer=find_tokenizer(base), force=force, inputs=(base, adapter)
-    )
+    directory = ModelDirectory(base)
+    source, tokenizer = merged_reader(directory, adapter), find_tokenizer(base)
+    save_model(source, directory.config, out, tokenizer=tokenizer, force=force, inputs=(base, adapter))
 
 
-def merged_reader(reader: CheckpointReader, adapter: Path) -> MergedReader:
+def merged_reader(base: ModelDirectory, adapter: Path) -> MergedReader:
     """A base's tensors with an adapter merged into them.
 
-    Raises ValueError where the two do not belong together.
+    Raises ValueError where the two do not belong together, or the base is quantised.
     """
-    section = read_adapter_config(adapter)
+    if base.is_int8:
+        raise ValueError(f"{base.path} is quantised; an adapter is merged into full-precision weights only")
+    section, reader = read_adapter_config(adapter), base.reader
     pairs = read_adapter(adapter, section)
-    check_base(adapter, reader)
+    check_base(adapter, base)
     for module, (lora_a, lora_b) in pairs.items():
         name = f"{module}.weight"
         if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
-            raise ValueError(f"{adapter}: {module} does not fit {reader.directory}; they do not belong together")
+            raise ValueError(f"{adapter}: {module} does not fit {base.path}; they do not belong together")
     return MergedReader(reader, pairs, section.scaling)
 
 
@@ -185,16 +184,16 @@ class MergedReader(CheckpointReader):
     """The tensors of a directory with an adapter merged into them as they are read."""
 
     def __init__(self, reader: CheckpointReader, pairs: dict[str, tuple[Tensor, Tensor]], scaling: float) -> None:
-        self.directory, self.files, self.is_int8 = reader.directory, reader.files, reader.is_int8
+        self.directory, self.files = reader.directory, reader.files
         self._reader, self._pairs, self._scaling = reader, pairs, scaling
         self.shape, self.stored_dtype = reader.shape, reader.stored_dtype  # type: ignore[method-assign]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, merged."""
+        """One whole tensor, with the adapter's product in it where it has one."""
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The base's, with the same rows of B @ A added."""
+        """Rows of the base's tensor, with the same rows of `scaling * B @ A` added; any rows can be asked for."""
         weight, pair = self._reader.rows(name, start, stop), self._pairs.get(name.removesuffix(".weight"))
         if pair is None:
             return weight

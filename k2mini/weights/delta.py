@@ -1,10 +1,11 @@
-"""Deltas: what a licence lets one publish instead of the tuned weights. Made, applied and proved, tensor by tensor.
+"""Deltas: what a licence lets one publish instead of the tuned weights. Made, applied and checked, tensor by tensor.
 
 Two formats:
 
-`bits`, which `make_delta` writes: the difference of the raw words, as integers that wrap, after casting the base to the
-tuned model's dtype. Adding it back gives the tuned weights exactly, with -0.0 and the payloads of NaNs, which no
-floating-point difference does. Rows that the base does not have (a vocabulary that grew) are kept as they are.
+`bits`, which `make_delta` writes: the bits of every number, taken as an integer, and subtracted with wrap-around, after
+casting the base to the tuned model's dtype. Adding it back gives the tuned weights exactly, with -0.0 and the payloads
+of NaNs, which no floating-point difference does. Rows that the base does not have (a vocabulary that grew) are kept as
+they are.
 
 `add`, FastChat's and K2's (github:lm-sys/FastChat, fastchat/model/apply_delta.py): tuned - base in float16, both sides
 cast to it first. Not exact. What they published is a model directory without a manifest.
@@ -18,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,15 @@ from torch import Tensor
 
 from k2mini.dtypes import DTYPES, INTEGERS, NAMES
 from k2mini.files import check_new, check_space, new_directory
-from k2mini.model_config import ModelConfig, read_model_config
-from k2mini.weights.manifest import model_fingerprint, read_manifest, write_manifest
-from k2mini.weights.model_directory import CheckpointReader, some
-from k2mini.weights.model_files import find_tokenizer, save_model, write_side_files
-from k2mini.weights.stream import SHARD_BYTES, hash_tensors, total_bytes, write_weights
+from k2mini.model_config import ModelConfig
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, some
+from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest, write_side_files
+from k2mini.weights.stream import SHARD_BYTES, Tensors, hash_tensors, total_bytes, write_weights
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("bits", "add")
-# What grows with the vocabulary; nothing else of a delta may be of another shape than the base's.
+# What grows with the vocabulary; no other tensor of a delta may be of another shape than the base's.
 BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -57,22 +58,22 @@ def make_delta(
     """
     if kind not in FORMATS:
         raise ValueError(f"a delta's format is one of {', '.join(FORMATS)}, not {kind!r}")
-    before, after = _open_base(base), CheckpointReader(tuned)
-    config = read_model_config(tuned)
-    _check_shapes(base, read_model_config(base), tuned, config)
-    _check_tensors(before, after, grow=True)
-    source = _Difference(before, after) if kind == "bits" else _Subtraction(before, after)
+    before, after = _open_base(base), ModelDirectory(tuned)
+    _check_shapes(before, after)
+    _check_tensors(before.reader, after.reader, grow=True)
+    source = (_BitsDifference if kind == "bits" else _Float16Difference)(before.reader, after.reader)
     check_new(out, force=force, inputs=(base, tuned))
     check_space(out, total_bytes(source))
     tokenizer = find_tokenizer(tuned, base)
     with new_directory(out, force=force) as beside, ThreadPoolExecutor(1) as pool:
-        hashes = pool.submit(hash_tensors, after) if kind == "bits" else None
+        hashes = pool.submit(hash_tensors, after.reader) if kind == "bits" else None
         written = write_weights(source, beside, shard_bytes)
-        write_side_files(beside, config, tokenizer, "float16" if kind == "add" else _short(after))
-        note: dict[str, Any] = {"delta": kind, "base": model_fingerprint(before)}
+        write_side_files(beside, after.config, tokenizer, after.reader if kind == "bits" else source)
+        note: dict[str, Any] = {"delta": kind, "base": before.fingerprint()}
         if hashes is not None:
             note["tuned"] = {
-                name: {"dtype": NAMES[after.dtype(name)], "sha256": digest} for name, digest in hashes.result().items()
+                name: {"dtype": NAMES[after.reader.dtype(name)], "sha256": digest}
+                for name, digest in hashes.result().items()
             }
         write_manifest(beside, "delta", written, note)
     return source.lost
@@ -97,31 +98,30 @@ def apply_delta(
     Raises ValueError where the two do not belong together or one is damaged, where `out` can't be written, or the disk
     is too small; nothing is written then.
     """
-    before, difference = _open_base(base), CheckpointReader(delta)
-    manifest = read_manifest(delta)
+    before, difference = _open_base(base), ModelDirectory(delta)
+    manifest = difference.manifest
     if manifest is not None and manifest["kind"] != "delta":
-        raise ValueError(f"{delta} is no delta: its manifest says {manifest['kind']}")
-    config = _config(base, delta)
-    _check_tensors(before, difference, grow=resize_vocab)
+        raise ValueError(f"{delta} is not a delta: its manifest says that it is of kind {manifest['kind']!r}")
+    config = _tuned_config(before, difference)
+    _check_tensors(before.reader, difference.reader, grow=resize_vocab)
     if manifest is None:
         log.info("%s has no manifest: taken for a sum in float16, as FastChat and K2 published them", delta)
-        _check_not_swapped(before, difference)
-    elif manifest["base"] != model_fingerprint(before):
+        _check_not_swapped(before.reader, difference.reader)
+    elif manifest["base"] != before.fingerprint():
         raise ValueError(f"{base} is not the base that {delta} was made against; its weights differ")
-    kind = "add" if manifest is None else manifest["delta"]
-    tuned: Mapping[str, Any] = manifest["tuned"] if manifest is not None and kind == "bits" else {}
-    source = _Restored(before, difference, tuned) if kind == "bits" else _Addition(before, difference)
-    for name in source.names():
-        stored = difference.stored_dtype(name)
-        if stored != (INTEGERS[source.dtype(name)] if kind == "bits" else difference.dtype(name)):
-            raise ValueError(
-                f"{difference.files[name]}: {name} is stored as {stored}, which its manifest does not mean"
-            )
+    tuned: Mapping[str, Any] = {}
+    source: _Combined = _Float16Sum(before.reader, difference.reader)
+    if manifest is not None and manifest["delta"] == "bits":
+        tuned = manifest["tuned"]
+        source = _BitsSum(before.reader, difference.reader, tuned)
+    _check_dtypes(source, difference.reader)
 
     def check(name: str, digest: str) -> None:
         if tuned and tuned[name]["sha256"] != digest:
-            whose = _culprit(difference, manifest or {}, name)
-            raise ValueError(f"{name} does not come out as the tuned weights: {whose or base} is damaged there")
+            published = (manifest or {})["tensors"][name]["sha256"]
+            intact = hash_tensors(Tensors({name: difference.reader.tensor(name)}))[name] == published
+            damaged = base if intact else delta
+            raise ValueError(f"{name} does not come out as the tuned weights: {damaged} is damaged there")
 
     save_model(
         source,
@@ -131,46 +131,35 @@ def apply_delta(
         shard_bytes=shard_bytes,
         force=force,
         inputs=(base, delta),
-        check=check,
+        write=partial(write_weights, check=check),
     )
 
 
-def _open_base(base: Path) -> CheckpointReader:
-    manifest = read_manifest(base)
-    if manifest is not None and manifest["kind"] == "delta":
-        raise ValueError(f"{base} is a delta, not a base; are the two swapped?")
-    reader = CheckpointReader(base)
-    for name in reader.names():
-        reader.dtype(name)  # refuses what is no floating-point type before anything is written
-    return reader
+def _open_base(path: Path) -> ModelDirectory:
+    base = ModelDirectory(path)
+    if (base.manifest or {}).get("kind") == "delta":
+        raise ValueError(f"{path} is a delta, not a base; are the two swapped?")
+    for name in base.reader.names():
+        base.reader.dtype(name)  # refuses what is no floating-point type before anything is written
+    return base
 
 
-def _config(base: Path, delta: Path) -> ModelConfig:
-    """The tuned model's shape; deltas are published without a config.json, too."""
-    ours = read_model_config(base)
-    if not (delta / "config.json").is_file():
-        return replace(ours, vocab_size=_tokens(CheckpointReader(delta)))
-    theirs = read_model_config(delta)
-    _check_shapes(base, ours, delta, theirs)
-    return theirs
+def _tuned_config(base: ModelDirectory, delta: ModelDirectory) -> ModelConfig:
+    """The tuned model's shape. Where a delta was published without a config.json, only its vocabulary is its own."""
+    if not (delta.path / "config.json").is_file():
+        return replace(base.config, vocab_size=delta.reader.shape(BY_TOKEN[0])[0])
+    _check_shapes(base, delta)
+    return delta.config
 
 
-def _check_shapes(base: Path, ours: ModelConfig, other: Path, theirs: ModelConfig) -> None:
+def _check_shapes(base: ModelDirectory, other: ModelDirectory) -> None:
     """Raise ValueError unless both are the same network. Copies of LLaMA differ in context length and norm_eps."""
     free = {"vocab_size": 0, "max_seq_len": 0, "norm_eps": 0.0}
-    a, b = asdict(ours) | free, asdict(theirs) | free
+    a, b = asdict(base.config) | free, asdict(other.config) | free
     odd = [key for key in a if a[key] != b[key]]
     if odd:
         values = ", ".join(f"{key} is {a[key]} and {b[key]}" for key in odd)
-        raise ValueError(f"{base} and {other} are models of different shapes: by their config.json, {values}")
-
-
-def _tokens(reader: CheckpointReader) -> int:
-    return reader.shape(BY_TOKEN[0])[0]
-
-
-def _short(reader: CheckpointReader) -> str:
-    return NAMES[reader.dtype(BY_TOKEN[0])]
+        raise ValueError(f"{base.path} and {other.path} are models of different shapes: by their config.json, {values}")
 
 
 def _check_tensors(base: CheckpointReader, other: CheckpointReader, *, grow: bool) -> None:
@@ -203,14 +192,22 @@ def _check_not_swapped(base: CheckpointReader, delta: CheckpointReader) -> None:
         )
 
 
-def _culprit(delta: CheckpointReader, manifest: Mapping[str, Any], name: str) -> Path | None:
-    """The delta's directory, if it is the delta's tensor that is not what was published."""
-    found = hash_tensors(_One(delta, name))[name]
-    return delta.directory if found != manifest["tensors"][name]["sha256"] else None
+def _check_dtypes(source: _Combined, delta: CheckpointReader) -> None:
+    """Raise ValueError where a delta's tensor is not of the dtype that its format prescribes."""
+    for name in source.names():
+        if not isinstance(source, _BitsSum):
+            delta.dtype(name)  # raises where it is no floating-point type
+            continue
+        stored, tuned = delta.stored_dtype(name), source.dtype(name)
+        if stored != INTEGERS[tuned]:
+            raise ValueError(
+                f"{delta.files[name]}: {name} is stored as {stored}, but the manifest says that it holds the bits of "
+                f"{tuned}, so it should be {INTEGERS[tuned]}; copy the delta again"
+            )
 
 
-class _Pair(ABC):
-    """A source of the second reader's tensors, each row combined with the first's where that has it."""
+class _Combined(ABC):
+    """A source of one tensor for each of `other`'s: its rows combined with the base's, where the base has them."""
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
         self.base, self.other = base, other
@@ -218,11 +215,10 @@ class _Pair(ABC):
         self.lost = 0  # elements that will not come back exactly
 
     def dtype(self, name: str) -> torch.dtype:
-        """Float16, unless a subclass says otherwise."""
+        """That of the `add` format, unless a subclass says otherwise."""
         return torch.float16
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of the result; where the base has none, they are made of the other's alone."""
         end = max(start, min(stop, self.base.shape(name)[0]))
         other = self.other.rows(name, start, stop)
         known, new = other[: end - start], other[end - start :]
@@ -238,72 +234,55 @@ class _Pair(ABC):
         return other.to(torch.float16)
 
 
-class _Difference(_Pair):
-    """tuned - base, in words."""
+class _BitsDifference(_Combined):
+    """tuned - base, in the integers as wide as the tuned dtype, with wrap-around; new rows are the tuned ones' bits."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """The words of the tuned dtype."""
         return INTEGERS[self.other.dtype(name)]
 
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
-        """Integers, which wrap."""
-        words = INTEGERS[other.dtype]
-        return other.view(words) - base.to(other.dtype).view(words)
+        integers = INTEGERS[other.dtype]
+        return other.view(integers) - base.to(other.dtype).view(integers)
 
     def new(self, other: Tensor) -> Tensor:
-        """As they are."""
         return other.view(INTEGERS[other.dtype])
 
 
-class _Restored(_Pair):
-    """base + delta, in words: the tuned weights."""
+class _BitsSum(_Combined):
+    """base + delta, in the same integers, which are then taken as the bits of the tuned weights."""
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader, tuned: Mapping[str, Any]) -> None:
         super().__init__(base, other)
         self._dtypes = {name: DTYPES[entry["dtype"]] for name, entry in tuned.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tuned dtype."""
         return self._dtypes[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The words, seen as the tuned dtype."""
         return super().rows(name, start, stop).view(self._dtypes[name])
 
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
-        """Integers, which wrap."""
         dtype = self._dtypes[name]
         return base.to(dtype).view(INTEGERS[dtype]) + other
 
     def new(self, other: Tensor) -> Tensor:
-        """As they are."""
         return other
 
 
-class _Addition(_Pair):
-    """base + delta, in float16."""
-
-    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
-        """As FastChat's apply_delta.py did."""
-        return base.to(torch.float16) + other.to(torch.float16)
-
-
-class _Subtraction(_Pair):
-    """tuned - base, in float16; counts what adding it to the base will not give back."""
+class _Float16Difference(_Combined):
+    """tuned - base in float16, as FastChat's make_delta.py; counts the elements that adding it will not give back."""
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
         super().__init__(base, other)
         self._lock = threading.Lock()  # rows are asked for from several threads
 
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
-        """As FastChat's make_delta.py did."""
         base = base.to(torch.float16)
         delta = other.to(torch.float16) - base
         self._count(base + delta, other)
         return delta
 
     def new(self, other: Tensor) -> Tensor:
-        """In float16."""
         self._count(other.to(torch.float16), other)
         return other.to(torch.float16)
 
@@ -314,13 +293,8 @@ class _Subtraction(_Pair):
             self.lost += lost
 
 
-class _One:
-    """One tensor of a reader, as a source."""
+class _Float16Sum(_Combined):
+    """base + delta in float16, as FastChat's apply_delta.py."""
 
-    def __init__(self, reader: CheckpointReader, name: str) -> None:
-        self._name = name
-        self.shape, self.rows, self.dtype = reader.shape, reader.rows, reader.stored_dtype
-
-    def names(self) -> list[str]:
-        """The one."""
-        return [self._name]
+    def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
+        return base.to(torch.float16) + other.to(torch.float16)

@@ -32,7 +32,7 @@ INNER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-SCALED = "rope_freqs.weight"  # by what each rotary frequency is divided, for LLaMA 3.1's scaling
+SCALED = "rope_freqs.weight"  # what each rotary frequency is divided by, under LLaMA 3.1's scaling
 
 
 def gguf_name(name: str) -> str:
@@ -60,9 +60,10 @@ def write_gguf(
     except ImportError:
         raise need_extra("gguf") from None
     if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"GGUF is written in float32 or float16, not {str(dtype).removeprefix('torch.')}")
+        short = str(dtype).removeprefix("torch.")
+        raise ValueError(f"GGUF is written in float32 or float16, not {short}; name one with --dtype")
     if tokenizer is None:
-        raise ValueError("GGUF holds the vocabulary too: put the model's tokenizer.model beside its weights")
+        raise ValueError("GGUF holds the vocabulary too, and there is no tokenizer.model; put it beside the weights")
     if out.is_dir() or (out.exists() and not force):
         raise ValueError(f"{out} exists already; name another file, remove it, or replace it with --force")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def _tensor(source: Source, name: str, dtype: torch.dtype, head_dim: int) -> Ten
     stored = source.rows(name, 0, source.shape(name)[0])
     cast = stored.to(dtype)
     if dtype == torch.float16 and bool((stored.isfinite() & ~cast.isfinite()).any()):
-        raise ValueError(f"{name} has values that are too large for float16; --dtype float32 holds them")
+        raise ValueError(f"{name} has values that are too large for float16; use --dtype float32")
     return (interleave(cast, head_dim) if is_rotary(name) else cast).contiguous()
 
 

@@ -13,25 +13,26 @@ from k2mini.model_config import ModelConfig
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.convert import open_model
-from k2mini.weights.manifest import read_manifest
-from k2mini.weights.model_directory import CheckpointReader
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 
 WEIGHTS = (".safetensors", ".bin", ".pth")
 
 
-def inspect_directory(directory: Path) -> dict[str, Any]:
+def inspect_directory(path: Path) -> dict[str, Any]:
     """What a model, delta or adapter is made of.
 
     Returns: `kind` ('model', 'meta', 'delta' or 'adapter'), `parameters`, `dtypes` (name -> parameters), `files` (name
-    -> bytes), `tokenizer`, `manifest`; of a model and a delta `shape`; of a model `memory` (precision -> bytes of
-    weights and of a cache of the whole context, one row); of an adapter `rank`, `alpha`, `target_modules`, `base`.
+    -> bytes), `tokenizer`, `manifest` (whether there is one); of a model and a delta `shape`; of a delta `delta`, its
+    format; of a model `memory` (see `memory`); of an adapter `rank`, `alpha`, `target_modules` and `modules`, their
+    number.
 
-    Raises ValueError, naming the file, where it is none of these, or not complete.
+    Raises ValueError, naming the file, where the directory is none of these, or not complete.
     """
-    manifest = read_manifest(directory)
-    found: dict[str, Any] = {"directory": str(directory), "files": _files(directory), "manifest": manifest is not None}
-    if (directory / "adapter_config.json").is_file():
-        return found | _adapter(directory)
+    directory = ModelDirectory(path)
+    manifest = directory.manifest
+    found: dict[str, Any] = {"directory": str(path), "files": _files(path), "manifest": manifest is not None}
+    if (path / "adapter_config.json").is_file():
+        return found | _adapter(path)
     source, config = open_model(directory)
     sizes: Counter[str] = Counter()
     for name in source.names():
@@ -44,7 +45,7 @@ def inspect_directory(directory: Path) -> dict[str, Any]:
         "shape": {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope_scaling"},
         "parameters": sum(sizes.values()),
         "dtypes": dict(sizes),
-        "tokenizer": _tokenizer(directory),
+        "tokenizer": _tokenizer(path),
     }
     if kind == "delta":
         return found | {"delta": manifest["delta"] if manifest else None}
@@ -52,9 +53,9 @@ def inspect_directory(directory: Path) -> dict[str, Any]:
 
 
 def memory(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Bytes of the weights, and of a key/value cache of one row of the whole context, in each precision.
+    """precision -> {'weights': bytes, 'cache': bytes of the keys and values of one sequence of max_seq_len tokens}.
 
-    In int8, what is no matrix of a block stays in bfloat16, and so does the cache; each row has a float32 scale.
+    In int8 the blocks' matrices alone are of 8 bits, with a float32 scale a row; all else, and the cache, is bfloat16.
     """
     matrices = config.num_layers * _block_matrices(config)
     rows = config.num_layers * (

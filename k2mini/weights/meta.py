@@ -22,10 +22,10 @@ from torch import Tensor
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import check_new, check_space, new_directory, progress_bar, read_json
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
-from k2mini.weights.manifest import read_manifest, write_manifest
-from k2mini.weights.model_directory import read_bin
+from k2mini.weights.model_directory import ModelDirectory
+from k2mini.weights.model_files import write_manifest
 from k2mini.weights.stream import SHOWN, Source, Written, total_bytes
-from k2mini.weights.torch_file import write_torch
+from k2mini.weights.torch_file import read_bin, write_torch
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +82,13 @@ class MetaReader:
     Raises ValueError, naming the file, where one is missing, damaged, holds code, or does not fit the others.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        paths = sorted(directory.glob("consolidated.*.pth"))
+    def __init__(self, directory: ModelDirectory) -> None:
+        paths = sorted(directory.path.glob("consolidated.*.pth"))
         if not paths:
-            raise ValueError(f"{directory} has no consolidated.00.pth")
+            raise ValueError(f"{directory.path} has no consolidated.00.pth")
         numbers = [path.name.split(".")[1] for path in paths]
         if numbers != [f"{number:02}" for number in range(len(paths))]:
-            raise ValueError(f"{directory}: consolidated.*.pth are not numbered 00, 01, …; one is missing")
+            raise ValueError(f"{directory.path}: consolidated.*.pth are not numbered 00, 01, …; one is missing")
         self._parts = [read_bin(path) for path in paths]
         self._names = {}  # Hugging Face's name -> Meta's
         for name in self._parts[0]:
@@ -97,7 +96,7 @@ class MetaReader:
                 continue
             ours = hf_name(name)
             if ours is None or any(name not in part for part in self._parts):
-                raise ValueError(f"{paths[0]}: {name} is no tensor of a LLaMA, or not in all files")
+                raise ValueError(f"{paths[0]}: {name} is no tensor of a LLaMA, or is missing in another of the files")
             self._names[ours] = name
         self.config = _read_config(directory, self)
         if self.config.tie_embeddings:
@@ -106,15 +105,15 @@ class MetaReader:
         self._last: tuple[str, Tensor] | None = None
 
     def names(self) -> list[str]:
-        """Hugging Face's, sorted."""
+        """Hugging Face's names of all tensors, sorted."""
         return sorted(self._names)
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """One tensor's dtype, as stored."""
         return self._parts[0][self._names[name]].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """One whole tensor's shape, put together from the parts in the files."""
         first = tuple(self._parts[0][self._names[name]].shape)
         along = self._split(name)
         return first if along is None else (*first[:along], first[along] * len(self._parts), *first[along + 1 :])
@@ -130,7 +129,7 @@ class MetaReader:
         return 1 if BY_COLUMNS.search(theirs) else 0
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Of the tensor last put together, or of one that is put together now."""
+        """Rows start, …, stop - 1. The whole tensor is put together first, and kept until another one is asked for."""
         with self._lock:
             if self._last is None or self._last[0] != name:
                 self._last = None
@@ -143,22 +142,23 @@ class MetaReader:
         return deinterleave(whole, self.config.head_dim) if is_rotary(name) else whole
 
 
-def _read_config(directory: Path, reader: MetaReader) -> ModelConfig:
-    """From params.json, the tensors' shapes and, where k2mini wrote the directory, its manifest."""
-    known = (read_manifest(directory) or {}).get("config")
+def _read_config(directory: ModelDirectory, reader: MetaReader) -> ModelConfig:
+    """The model's shape: from the manifest that k2mini writes, else from params.json and the tensors' shapes."""
+    known = (directory.manifest or {}).get("config")
     if known is not None:
         scaling = known["rope_scaling"]
         return ModelConfig(**{**known, "rope_scaling": scaling and Llama3RopeScaling(**scaling)})
-    path = directory / "params.json"
+    path = directory.path / "params.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no params.json")
+        raise ValueError(f"{directory.path} has no params.json")
     raw = read_json(path)
     try:
         dim, num_layers, num_heads = int(raw["dim"]), int(raw["n_layers"]), int(raw["n_heads"])
         num_kv_heads, norm_eps = int(raw.get("n_kv_heads") or num_heads), float(raw["norm_eps"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: a field is missing or no number ({error})") from None
-    # It does not say how long the context is. LLaMA 3 is known by its rotary base, LLaMA 1 is the older of the rest.
+    # params.json does not say how long the context is. LLaMA 3 is known by its rotary base; the rest may be LLaMA 1 or
+    # 2, and the shorter context of 1 is safe for both.
     max_seq_len = (131072 if raw.get("use_scaled_rope") else 8192) if "rope_theta" in raw else 2048
     log.warning(
         "%s does not say how long the context is; config.json will say %d (LLaMA 1: 2048, LLaMA 2: 4096)",
@@ -187,8 +187,8 @@ def _read_config(directory: Path, reader: MetaReader) -> ModelConfig:
     )
 
 
-class _Renamed:
-    """A source with Meta's names, rows and untied output."""
+class _InMetaLayout:
+    """A source under Meta's names, with Meta's order of the rows of q and k. A tied output is a tensor of its own."""
 
     def __init__(self, source: Source, config: ModelConfig) -> None:
         self._source, self._head_dim = source, config.head_dim
@@ -196,23 +196,19 @@ class _Renamed:
         self._ours.setdefault("output.weight", EMBEDDING)
 
     def names(self) -> list[str]:
-        """Meta's."""
         return list(self._ours)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The source's."""
         return self._source.shape(self._ours[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """The source's."""
         return self._source.dtype(self._ours[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """With neighbouring pairs; of q and k, whole heads are read."""
         ours = self._ours[name]
         if not is_rotary(ours):
             return self._source.rows(ours, start, stop)
-        first = start - start % self._head_dim
+        first = start - start % self._head_dim  # whole heads are read, for their rows change places
         last = -(-stop // self._head_dim) * self._head_dim
         return interleave(self._source.rows(ours, first, last), self._head_dim)[start - first : stop - first]
 
@@ -228,10 +224,10 @@ def write_meta(
 ) -> None:
     """Write consolidated.00.pth, params.json and tokenizer.model, as Meta's code loads them.
 
-    Raises ValueError where Meta's params.json can't say what `config` says.
+    Raises ValueError where Meta's params.json has no field for a feature of `config`.
     """
     params = _params(config)
-    renamed, written = _Renamed(source, config), Written()
+    renamed, written = _InMetaLayout(source, config), Written()
     total = total_bytes(renamed)
     check_new(out, force=force, inputs=inputs)
     check_space(out, total)
@@ -246,9 +242,11 @@ def write_meta(
 
 def _params(config: ModelConfig) -> dict[str, Any]:
     if config.head_dim * config.num_heads != config.dim:
-        raise ValueError(f"Meta's format has no head_dim of its own; here it is {config.head_dim}, not dim / heads")
+        raise ValueError(
+            f"Meta's format has no head_dim of its own: there it is dim / num_heads, here it is {config.head_dim}"
+        )
     if config.rope_scaling not in (None, SCALING):
-        raise ValueError(f"Meta's format knows LLaMA 3.1's rotary scaling only, not {config.rope_scaling}")
+        raise ValueError(f"Meta's format knows LLaMA 3.1's rotary scaling only; this model has {config.rope_scaling}")
     params: dict[str, Any] = {
         "dim": config.dim,
         "n_layers": config.num_layers,
@@ -277,4 +275,7 @@ def _hidden(config: ModelConfig) -> dict[str, Any]:
         for multiple in (4096, 1024, 256, 1):
             if -(-int(factor * hidden) // multiple) * multiple == wanted:
                 return {"multiple_of": multiple, "ffn_dim_multiplier": factor}
-    raise ValueError(f"Meta's format can't say that intermediate_dim is {wanted} for a dim of {config.dim}")
+    raise ValueError(
+        f"Meta's format has no fields that give an intermediate_dim of {wanted} for a dim of {config.dim}; "
+        "convert to hf or bin"
+    )

@@ -1,15 +1,17 @@
-"""Hugging Face model directories: reading their tensors by name.
+"""Directories of weights: what each of their files says, and their tensors by name.
 
-Nothing is read before it is asked for: tensors are views of memory-mapped files, in safetensors or in PyTorch's
-`.bin`, so a 13 GB checkpoint opens at once and its pages can be evicted.
+A tensor is read when it is asked for, and as a view of a memory-mapped file (safetensors or PyTorch's `.bin`). So a
+13 GB checkpoint opens at once, and the system can drop its pages again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import pickle
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,109 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.files import read_json, recover
-from k2mini.model_config import INT8
+from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
+from k2mini.weights.torch_file import read_bin
 
 log = logging.getLogger(__name__)
 
+MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
+MAX_SPARE_ROWS = 256
+
+
+class ModelDirectory:
+    """A directory of weights. Each of its files is opened once, the first time that something of it is asked for.
+
+    Every attribute but `path` raises ValueError, naming the file, where the file is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = model_directory(path)
+
+    @cached_property
+    def _raw_config(self) -> dict[str, Any]:
+        return read_config_json(self.path)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's shape, from config.json."""
+        return parse_config(self._raw_config, self.path)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """What `read_manifest` finds: None where k2mini did not write the directory."""
+        return read_manifest(self.path)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether config.json says that the blocks' matrices are stored in k2mini's int8 (a delta may have none)."""
+        return (self.path / "config.json").is_file() and self._raw_config.get("quantization_config") == INT8
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        """The tensors, by name."""
+        return CheckpointReader(self.path)
+
+    def require_tokenizer_file(self) -> Path:
+        """The path of tokenizer.model, which is not opened. Raises ValueError where there is none."""
+        path = self.path / "tokenizer.model"
+        if not path.exists():
+            raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with")
+        return path
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None where there is no tokenizer.model; else as `require_tokenizer`."""
+        return self._tokenizer if (self.path / "tokenizer.model").exists() else None
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError where there is none, or it does not fit the model."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        """The tokenizer. Where config.json disagrees with it on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the log
+        says so; the tokenizer is right, since the model was trained with its ids.
+        """
+        tokenizer, rows = Tokenizer(self.require_tokenizer_file()), self.config.vocab_size
+        if not tokenizer.vocab_size <= rows <= tokenizer.vocab_size + MAX_SPARE_ROWS:
+            raise ValueError(
+                f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens, the embedding has {rows:,} rows; "
+                "this tokenizer belongs to another model"
+            )
+        for key, right in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+            said, file = self._raw_config.get(key), self.path / "config.json"
+            if said is not None and said != right and not (isinstance(said, list) and right in said):
+                log.warning("%s says %s %s, tokenizer.model says %s; using the tokenizer's", file, key, said, right)
+        return tokenizer
+
+    def fingerprint(self) -> str:
+        """A hash by which the model is known again, made in well under a second for 13 GB.
+
+        It covers every tensor's name and shape, all vectors, and the first and last row of every matrix, as float32. So
+        any training changes it, and a copy in another layout, or in a wider dtype, has the same.
+        """
+        digest, reader = hashlib.sha256(), self.reader
+        for name in reader.names():
+            shape = reader.shape(name)
+            digest.update(f"{name}{shape}".encode())
+            ends = [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]
+            for start, stop in ends:
+                digest.update(reader.rows(name, start, stop).to(torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def model_directory(path: str | Path) -> Path:
-    """`path`, checked to be a directory; where a killed process was replacing it, that is put right first.
+    """`path`, checked to be a directory; one that a killed process was replacing is put right first.
 
-    Raises ValueError: it is not; for what looks like a hub id, with the command that downloads it.
+    Raises ValueError where it is none; for what looks like a hub id, with the command that downloads it.
     """
     directory = Path(path)
     if not directory.exists():
@@ -40,13 +130,33 @@ def model_directory(path: str | Path) -> Path:
         return directory
     if directory.exists():
         raise ValueError(f"{path} is a file; a model is a directory with config.json and weights")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-        name = str(path).split("/")[1]
-        raise ValueError(
-            f"there is no directory {path}; if it is a model on the Hugging Face hub, download it first "
-            f"(pip install huggingface_hub): hf download {path} --local-dir {name}"
-        )
-    raise ValueError(f"there is no directory {path}")
+    hint = (
+        "; if it is a model on the Hugging Face hub, download it first (pip install huggingface_hub): "
+        f"hf download {path} --local-dir {directory.name}"
+    )
+    raise ValueError(f"there is no directory {path}{hint if re.fullmatch(HUB_ID, str(path)) else ''}")
+
+
+def manifest_text(content: Mapping[str, Any]) -> str:
+    """manifest.json of these fields, with their own SHA-256 as the last one (see `write_manifest`)."""
+    own = hashlib.sha256((json.dumps(content, indent=1) + "\n").encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1) + "\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The content of manifest.json, or None where the directory has none that k2mini wrote for weights.
+
+    Raises ValueError where it does not match its own hash.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
+        return None
+    if path.read_bytes() != manifest_text({k: v for k, v in content.items() if k != "sha256"}).encode():
+        raise ValueError(f"{path} is damaged: it does not match its own hash; copy the directory again")
+    return content
 
 
 class CheckpointReader:
@@ -59,7 +169,6 @@ class CheckpointReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.is_int8 = is_int8(directory)  # the blocks' matrices, as k2mini quantises
         self.files: dict[str, Path] = {}  # tensor name -> its file
         self._safetensors: dict[Path, Any] = {}
         self._bins: dict[Path, dict[str, Tensor]] = {}
@@ -80,14 +189,17 @@ class CheckpointReader:
             raise ValueError(f"{path} is missing; the checkpoint is not complete")
         if path.suffix == ".safetensors":
             try:
-                handle = safe_open(path, framework="pt")
+                self._safetensors[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is truncated or damaged ({error}); copy or download it again") from None
-            self._safetensors[path] = handle
-            return list(handle.keys())
-        content = read_bin(path)
-        self._bins[path] = content
-        return list(content)
+            return list(self._safetensors[path].keys())
+        self._bins[path] = read_bin(path)
+        return list(self._bins[path])
+
+    def _stored(self, name: str) -> Any:
+        """A tensor of a mapped `.bin`, or safetensors' slice, which stands for a tensor that is not read yet."""
+        path = self.files[name]
+        return self._safetensors[path].get_slice(name) if path in self._safetensors else self._bins[path][name]
 
     def names(self) -> list[str]:
         """All tensors' names, sorted."""
@@ -96,69 +208,44 @@ class CheckpointReader:
     def tensor(self, name: str) -> Tensor:
         """One tensor, memory-mapped (a private mapping: writing to it does not reach the file)."""
         path = self.files[name]
-        if path in self._safetensors:
-            return self._safetensors[path].get_tensor(name)
-        return self._bins[path][name]
+        return self._safetensors[path].get_tensor(name) if path in self._safetensors else self._bins[path][name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start, …, stop - 1 of one tensor, and nothing else of it."""
-        path = self.files[name]
-        if path in self._safetensors:
-            rows: Tensor = self._safetensors[path].get_slice(name)[start:stop]
-            return rows
-        return self._bins[path][name][start:stop]
+        rows: Tensor = self._stored(name)[start:stop]
+        return rows
 
     def shape(self, name: str) -> tuple[int, ...]:
         """One tensor's shape, from the header."""
-        path = self.files[name]
-        if path in self._safetensors:
-            return tuple(self._safetensors[path].get_slice(name).get_shape())
-        return tuple(self._bins[path][name].shape)
+        stored = self._stored(name)
+        return tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """One tensor's dtype, from the header; the words of a delta are integers. Raises ValueError for other types."""
-        path = self.files[name]
-        if path in self._safetensors:
-            code = self._safetensors[path].get_slice(name).get_dtype()
-            dtype = SAFETENSORS.get(code)
-        else:
-            dtype = code = self._bins[path][name].dtype
-        if dtype is None:
-            raise ValueError(f"{path}: {name} is stored as {code}; k2mini reads {', '.join(SAFETENSORS_FLOATS)}")
-        return dtype
+        """One tensor's dtype, from the header; a `bits` delta's are integers. Raises ValueError for any other type."""
+        stored = self._stored(name)
+        if isinstance(stored, Tensor):
+            return stored.dtype
+        if stored.get_dtype() not in SAFETENSORS:
+            raise self._unreadable(name, stored.get_dtype())
+        return SAFETENSORS[stored.get_dtype()]
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
         dtype = self.stored_dtype(name)
         if dtype not in SAFETENSORS_FLOATS.values():
-            raise ValueError(
-                f"{self.files[name]}: {name} is stored as {dtype}; k2mini reads {', '.join(SAFETENSORS_FLOATS)}"
-            )
+            raise self._unreadable(name, f"{dtype}, as in a delta or in quantised weights")
         return dtype
 
-
-def read_bin(path: Path) -> dict[str, Tensor]:
-    """A state dict that `torch.save` wrote, memory-mapped. Raises ValueError where it is none, or holds code."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors; code in it is never run, so it was not loaded") from None
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is truncated, damaged or in PyTorch's format of before 1.6 ({reason})") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} is not a state dict (a mapping of names to tensors)")
-    return content
+    def _unreadable(self, name: str, stored: str) -> ValueError:
+        known = ", ".join(SAFETENSORS_FLOATS)
+        return ValueError(f"{self.files[name]}: {name} is stored as {stored}; a model's weights are {known}")
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
     """The files to read, with the tensors that the index expects in each (None: no index)."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (directory / index).is_file():
-            return _indexed(directory / index)
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / f"{single}.index.json").is_file():
+            return _indexed(directory / f"{single}.index.json")
         if (directory / single).is_file():
             return {directory / single: None}
     raise ValueError(
@@ -187,22 +274,21 @@ def some(names: list[str], most: int = 3) -> str:
 
 
 def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], directory: Path) -> None:
-    """Raise ValueError unless the directory's tensors are the expected ones; it names what is missing, extra or bent.
+    """Raise ValueError, naming a tensor that is missing, not expected or of another shape, unless all are as expected.
 
     A model with tied embeddings may carry an `lm_head.weight`, provided it equals the embedding bit for bit.
     """
     found = set(source.names())
-    missing = sorted(set(expected) - found)
-    extra = sorted(found - set(expected))
+    missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
     if "lm_head.weight" in extra:
-        embedding = "model.embed_tokens.weight"
-        if embedding in found and _equal(source, "lm_head.weight", embedding):
-            extra.remove("lm_head.weight")
-        else:
+        pair = ("lm_head.weight", "model.embed_tokens.weight")
+        whole = (source.rows(name, 0, source.shape(name)[0]) for name in pair)
+        if pair[1] not in found or source.shape(pair[0]) != source.shape(pair[1]) or not torch.equal(*whole):
             raise ValueError(
                 f"{directory}: config.json ties lm_head to the embedding, yet lm_head.weight is stored and "
                 "differs; set tie_word_embeddings to false if the stored one is meant"
             )
+        extra.remove("lm_head.weight")
     if missing:
         hint = "; is tie_word_embeddings meant to be true?" if missing == ["lm_head.weight"] else ""
         raise ValueError(f"{directory} lacks {some(missing)}{hint}")
@@ -211,34 +297,3 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], direc
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise ValueError(f"{directory}: {name} is {source.shape(name)}, config.json makes it {shape}")
-
-
-def _equal(source: Source, one: str, other: str) -> bool:
-    rows = source.shape(one)[0]
-    return source.shape(one) == source.shape(other) and torch.equal(
-        source.rows(one, 0, rows), source.rows(other, 0, rows)
-    )
-
-
-def is_int8(directory: Path) -> bool:
-    """Whether config.json says that the blocks' matrices are stored in k2mini's int8."""
-    path = directory / "config.json"
-    return path.is_file() and read_json(path).get("quantization_config") == INT8
-
-
-def report_special_tokens(directory: Path, bos_id: int, eos_id: int) -> None:
-    """Log where config.json disagrees with the tokenizer on BOS or EOS (LLaMA-1's in the wild say 0 and 1).
-
-    The tokenizer is right: its ids are what the model was trained with.
-    """
-    raw = read_json(directory / "config.json")
-    for key, right in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
-        said = raw.get(key)
-        if said is not None and said != right and not (isinstance(said, list) and right in said):
-            log.warning(
-                "%s says %s %s, tokenizer.model says %s; using the tokenizer's",
-                directory / "config.json",
-                key,
-                said,
-                right,
-            )

@@ -1,22 +1,23 @@
-"""Writing a Hugging Face directory that is complete by itself, with the proof of what it holds."""
+"""Writing a Hugging Face directory that is complete by itself, with a manifest of the hashes of all it holds."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
-from k2mini.files import check_new, check_space, new_directory
+from k2mini.files import check_new, check_space, new_directory, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
-from k2mini.weights.manifest import write_manifest
-from k2mini.weights.stream import SHARD_BYTES, Check, Source, Tensors, Written, total_bytes, write_weights
+from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, manifest_text
+from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -30,44 +31,43 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     inputs: Sequence[Path] = (),
-    check: Check | None = None,
-    note: Mapping[str, Any] | None = None,
-    write: Any = write_weights,
-    int8: bool = False,
+    write: Callable[[Source, Path, int], Written] = write_weights,
 ) -> None:
     """Write a Hugging Face directory that loads alone, here and in transformers; it appears whole or not at all.
 
     Args:
         tensors: Hugging Face names to tensors of one dtype, as `Llama.state_dict()` gives them, or a source of them.
+            Where a source gives int8 matrices and their scales, config.json says so, and only k2mini reads them.
         tokenizer: written beside the weights; without it the directory has none.
         shard_bytes: a file's size at most.
         force: replace a directory that exists.
         inputs: the directories that are read, which the output must not touch.
-        check: called with each tensor's name and hash once it is written.
-        note: further fields of manifest.json.
-        int8: the blocks' matrices are in int8, and config.json is to say so.
-        write: in which format; `write_weights` for safetensors, `torch_file.write_bin` for PyTorch's.
+        write: writes the weights into a directory, in files of a size at most: `write_weights` in safetensors,
+            `torch_file.write_bin` in PyTorch's format.
 
     Raises ValueError where `directory` exists and is not to be replaced, or the disk is too small.
     """
     source: Source = Tensors(tensors) if isinstance(tensors, Mapping) else tensors
     check_new(directory, force=force, inputs=inputs)
     check_space(directory, total_bytes(source))
-    dtype = NAMES[source.dtype("model.embed_tokens.weight")]
     with new_directory(directory, force=force) as beside:
-        written: Written = write(source, beside, shard_bytes, check)
-        write_side_files(beside, config, tokenizer, dtype, int8=int8)
-        write_manifest(beside, "model", written, note)
+        written = write(source, beside, shard_bytes)
+        write_side_files(beside, config, tokenizer, source)
+        write_manifest(beside, "model", written)
 
 
-def write_side_files(
-    directory: Path, config: ModelConfig, tokenizer: Tokenizer | None, dtype: str, *, int8: bool = False
-) -> None:
-    """config.json and, where there is a tokenizer, its files and generation_config.json."""
+def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None, source: Source) -> None:
+    """Write config.json and, where there is a tokenizer, its files and generation_config.json.
+
+    Args:
+        source: the weights; config.json names the dtype of their embedding, and says where matrices are in int8.
+    """
+    dtypes = {name: source.dtype(name) for name in source.names()}
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    content: dict[str, Any] = {"config.json": hf_config(config, dtype, bos_id, eos_id)}
-    if int8:
-        content["config.json"]["quantization_config"] = INT8
+    fields = hf_config(config, NAMES[dtypes["model.embed_tokens.weight"]], bos_id, eos_id)
+    if torch.int8 in dtypes.values():
+        fields["quantization_config"] = INT8
+    content: dict[str, Any] = {"config.json": fields}
     if tokenizer is not None:
         shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
         content["tokenizer_config.json"] = tokenizer.hf_config()
@@ -76,8 +76,26 @@ def write_side_files(
         (directory / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
+def write_manifest(directory: Path, kind: str, written: Written, note: Mapping[str, Any] | None = None) -> None:
+    """Write manifest.json of all files in `directory`; the file's last field is the SHA-256 of all before it.
+
+    So a flipped bit is found wherever it is, in the manifest too.
+
+    Args:
+        kind: 'model', 'delta', 'adapter' or 'meta'.
+        written: the hashes of tensors and files; a file that it has no hash of is read.
+        note: further fields, such as the fingerprint of the base.
+    """
+    files = {
+        path.name: written.files.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(directory.iterdir())
+    }
+    content = {"format": MANIFEST_FORMAT, "kind": kind, **(note or {}), "files": files, "tensors": written.tensors}
+    (directory / MANIFEST).write_text(manifest_text(content), encoding="utf-8")
+
+
 def find_tokenizer(*directories: Path) -> Tokenizer | None:
-    """The tokenizer of the first directory that has one; where none has, a line says so."""
+    """The tokenizer of the first directory that has one; where none has, a line of the log says so."""
     for directory in directories:
         if (directory / "tokenizer.model").is_file():
             return Tokenizer(directory / "tokenizer.model")

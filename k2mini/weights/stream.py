@@ -1,7 +1,7 @@
-"""Tensors from wherever they are to safetensors files, a few megabytes at a time.
+"""Writing tensors to safetensors files a few megabytes at a time, wherever the tensors come from.
 
-A source is asked for rows; several pieces are read and computed ahead by threads while earlier ones are hashed and
-written. So a 13 GB model passes through well under a gigabyte of memory, at about the disk's pace.
+A source gives rows of its tensors when it is asked for them. Threads read and compute the next few pieces while earlier
+ones are hashed and written, so a 13 GB model passes through well under a gigabyte of memory, at about the disk's pace.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 from k2mini.dtypes import NAMES, SAFETENSORS_CODES
 from k2mini.files import progress_bar
 
-CHUNK_BYTES = 2 << 20  # small, for the C library keeps freed blocks of a few megabytes, and some are always in use
+CHUNK_BYTES = 2 << 20  # of a piece; small, since the C library keeps freed blocks of a few megabytes for itself
 AHEAD = 4  # pieces that are computed while one is written
-SHARD_BYTES = 5 * 10**9
-SHOWN = 10**9  # from here on there is a progress bar
+SHARD_BYTES = 5 * 10**9  # the size of a file at most, unless told otherwise
+SHOWN = 10**9  # bytes to write from which on there is a progress bar
 
 
 class Source(Protocol):
@@ -46,55 +46,55 @@ class Source(Protocol):
 
 
 class Tensors:
-    """A mapping as a source."""
+    """Tensors in memory, by name, as a source."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
 
     def names(self) -> list[str]:
-        """In the mapping's order."""
+        """All names, in the mapping's order."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's."""
+        """One tensor's shape."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's."""
+        """One tensor's dtype."""
         return self._tensors[name].dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """On the CPU."""
+        """Rows start, …, stop - 1, on the CPU and without gradient."""
         return self._tensors[name][start:stop].detach().cpu()
 
 
 class Cast:
-    """A source in another dtype.
-
-    `rows` raises ValueError, naming the tensor, where a finite value would become infinite.
-    """
+    """A source whose tensors are cast to another dtype as they are read."""
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
         self._source, self._dtype = source, dtype
         self.names, self.shape = source.names, source.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The new one."""
+        """The dtype that was asked for, whatever the tensor."""
         return self._dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The source's, cast."""
+        """Rows start, …, stop - 1, cast. Raises ValueError, naming the tensor, where a value becomes infinite."""
         stored = self._source.rows(name, start, stop)
         cast = stored.to(self._dtype)
         lost = int(stored.isfinite().sum() - cast.isfinite().sum()) if cast.dtype != stored.dtype else 0
         if lost:
             short = NAMES[self._dtype]
-            raise ValueError(f"{name}: {lost} values are too large for {short}; bfloat16 and float32 hold them")
+            raise ValueError(f"{name}: {lost} values are too large for {short}; use bfloat16 or float32")
         return cast
 
 
 def pieces(source: Source, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, start, stop): all rows of all tensors, in order, at most `CHUNK_BYTES` at a time (or one row)."""
+    """Yield (name, start, stop) so that all rows of all tensors are covered, in order.
+
+    A piece is of at most `CHUNK_BYTES`, or of one row where a row is larger.
+    """
     for name in names:
         shape = source.shape(name)
         row = num_bytes(shape[1:], source.dtype(name))
@@ -104,12 +104,12 @@ def pieces(source: Source, names: Iterable[str]) -> Iterator[tuple[str, int, int
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """The size of a tensor."""
+    """The size of a tensor in bytes."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
 def total_bytes(source: Source) -> int:
-    """The size of all tensors of a source."""
+    """The size of all tensors of a source in bytes."""
     return sum(num_bytes(source.shape(name), source.dtype(name)) for name in source.names())
 
 
@@ -134,11 +134,11 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator
 
 
 def read(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, rows) of all tensors, in order; the rows in memory, contiguous."""
+    """Yield (name, rows) for all pieces of all tensors, in order; the rows are contiguous and in memory."""
 
     def load(piece: tuple[str, int, int]) -> tuple[str, Tensor]:
         rows = source.rows(*piece).contiguous()
-        # A mapped file is only read when its pages are touched: here, not where they are written.
+        # The pages of a mapped file are read when they are touched: by this thread, not later by the one that writes.
         mapped = rows.untyped_storage().nbytes() > rows.nbytes
         return piece[0], rows.clone() if mapped else rows
 
@@ -159,13 +159,13 @@ class Digest:
         self._waiting: deque[Future[None]] = deque()
 
     def update(self, content: bytes | memoryview) -> None:
-        """Take some more bytes; not to be changed before `hexdigest`."""
+        """Hash some more bytes, which must not change before `hexdigest` has returned."""
         self._waiting.append(self._pool.submit(self._hash.update, content))
         if len(self._waiting) > AHEAD:
             self._waiting.popleft().result()
 
     def hexdigest(self) -> str:
-        """The digest of all bytes taken."""
+        """The digest of all bytes so far."""
         while self._waiting:
             self._waiting.popleft().result()
         return self._hash.hexdigest()
@@ -173,7 +173,7 @@ class Digest:
 
 @dataclass
 class Written:
-    """What went into a directory's files.
+    """The hashes and sizes of what was written into a directory.
 
     Attributes:
         files: name -> {"bytes", "sha256"}.
@@ -184,13 +184,13 @@ class Written:
     tensors: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def add_tensor(self, name: str, file: str, dtype: torch.dtype, shape: tuple[int, ...], digest: str) -> None:
-        """Note one tensor."""
+        """Note where one tensor was written, and its hash."""
         short = NAMES[dtype]
         self.tensors[name] = {"file": file, "dtype": short, "shape": list(shape), "sha256": digest}
 
 
-Progress = Callable[[int], object]  # is told of bytes
-Check = Callable[[str, str], None]  # a tensor's name and hash, once it is known; raises to stop
+Progress = Callable[[int], object]  # called with the number of bytes that were written since the last call
+Check = Callable[[str, str], None]  # called with each tensor's name and SHA-256; what it raises ends the writing
 
 
 def hash_tensors(source: Source) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""PyTorch's own files (`.bin`, `.pth`), written a few megabytes at a time: what `torch.save` does needs all in memory.
+"""PyTorch's own files (`.bin`, `.pth`): mapped when read, and written a few megabytes at a time.
 
-The format since PyTorch 1.6 is a zip archive, uncompressed: `data.pkl`, a pickle that rebuilds tensors out of storages
-it names by number, and one entry `data/N` a storage (torch/serialization.py, `_save` and `persistent_id`).
+`torch.save` itself needs all tensors in memory. Its format since PyTorch 1.6 is a zip archive, uncompressed:
+`data.pkl`, a pickle that rebuilds tensors out of storages, which it names by number, and one entry `data/N` for each
+storage (torch/serialization.py, `_save` and `persistent_id`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from k2mini.dtypes import STORAGES
@@ -24,6 +26,20 @@ from k2mini.weights.stream import SHARD_BYTES, Check, Progress, Source, Written,
 
 ROOT = "archive"
 ALIGNMENT = 64  # of each storage in the file, so that it can be mapped
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """A state dict that `torch.save` wrote, memory-mapped. Raises ValueError where it is none, or holds code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors; code in it is never run, so it was not loaded") from None
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is truncated, damaged or in PyTorch's format of before 1.6 ({reason})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} is not a state dict (a mapping of names to tensors)")
+    return content
 
 
 def write_bin(source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None) -> Written:
@@ -75,14 +91,14 @@ def _align(entry: zipfile.ZipInfo, archive: zipfile.ZipFile) -> None:
 
 
 class _Storage:
-    """Stands for a storage in the pickle."""
+    """A storage as the pickle names it: by its type, its number and its size."""
 
     def __init__(self, dtype: torch.dtype, number: int, size: int) -> None:
         self.id = ("storage", STORAGES[dtype], str(number), "cpu", size)
 
 
 class _Tensor:
-    """Stands for a contiguous tensor in the pickle."""
+    """A contiguous tensor as the pickle rebuilds it: from a storage, a shape and strides."""
 
     def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
         strides = torch.empty(shape, device="meta").stride()
@@ -90,12 +106,12 @@ class _Tensor:
 
 
 class _Pickler(pickle.Pickler):
+    """Writes what `torch.load` expects of storages and tensors, and anything else as usual."""
+
     def persistent_id(self, obj: Any) -> Any:
-        """A storage's number and type; None for all else."""
         return obj.id if isinstance(obj, _Storage) else None
 
     def reducer_override(self, obj: Any) -> Any:
-        """A tensor is what rebuilds it."""
         return (_rebuild_tensor_v2, obj.arguments) if isinstance(obj, _Tensor) else NotImplemented
 
 

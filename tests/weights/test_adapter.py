@@ -10,8 +10,7 @@ from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, lora_modules
 from k2mini.weights.adapter import merge_adapter, save_adapter
-from k2mini.weights.manifest import model_fingerprint
-from k2mini.weights.model_directory import CheckpointReader
+from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_llama
 from tests.helpers import ALL, TOKENS, adapted
@@ -176,7 +175,7 @@ def test_another_base_is_refused(written, tmp_path):
     half = tiny_llama(dtype=torch.float16)
     save_model(half.float().state_dict(), half.config, tmp_path / "wide")
     save_model(half.half().state_dict(), half.config, tmp_path / "narrow")
-    prints = {model_fingerprint(CheckpointReader(tmp_path / name)) for name in ("wide", "narrow")}
+    prints = {ModelDirectory(tmp_path / name).fingerprint() for name in ("wide", "narrow")}
     assert len(prints) == 1  # the same values in another dtype are the same base
 
 

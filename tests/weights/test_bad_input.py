@@ -101,6 +101,19 @@ def test_commands_convert_verify_and_info(trio, capfd):
         (["convert", trio / "base", "--to", "hf", "--out", trio / "x", "--shard-size", "many"], 2, "--shard-size must"),
         (["verify", trio], 2, "has no manifest.json of k2mini's weights"),
         (["info", trio], 2, "has no weights"),
+        (
+            ["convert", trio / "delta", "--to", "hf", "--out", trio / "x"],
+            2,
+            "torch.int32, as in a delta or in quantised",
+        ),
+        (["convert", trio / "base", "--to", "hf", "--quantize", "int8", "--out", trio / "int8"], 0, "int8"),
+        (
+            ["merge", "--base", trio / "int8", "--adapter", trio / "base", "--out", trio / "x"],
+            2,
+            "int8 is quantised; an",
+        ),
+        (["convert", trio / "base", "--to", "meta", "--out", trio / "meta"], 0, "meta"),
+        (["generate", "--model", trio / "meta", "--prompt", "x"], 2, "it is in Meta's layout, which k2mini convert"),
     ):
         with pytest.raises(SystemExit) as end:
             main([str(part) for part in arguments])

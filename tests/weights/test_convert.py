@@ -10,6 +10,7 @@ from k2mini.build import load_model
 from k2mini.model_config import Llama3RopeScaling, tensor_shapes
 from k2mini.weights.convert import convert, open_model
 from k2mini.weights.info import inspect_directory, memory
+from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from k2mini.weights.stream import hash_tensors
 from tests.conftest import SHAPES, tiny_config, tiny_llama
@@ -27,7 +28,7 @@ def saved(folder, tokenizer, shape, dtype=torch.float16):
 
 def assert_equal(one, other):
     """Bit for bit, whatever the order in the files."""
-    a, b = (hash_tensors(open_model(directory)[0]) for directory in (one, other))
+    a, b = (hash_tensors(open_model(ModelDirectory(directory))[0]) for directory in (one, other))
     assert a == b
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
@@ -196,6 +197,10 @@ def test_what_a_format_cannot_say(tmp_path, tiny_tokenizer):
             convert(tmp_path / name, "meta", tmp_path / "out")
     with pytest.raises(ValueError, match="GGUF is written in float32 or float16, not bfloat16"):
         convert(tmp_path / "scaled", "gguf", tmp_path / "out.gguf", dtype=torch.bfloat16)
+    for kind in ("gguf", "meta", "bin"):
+        with pytest.raises(ValueError, match=f"--quantize int8 --to {kind} is not possible"):
+            convert(tmp_path / "wide", kind, tmp_path / "out", quantize="int8")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "scaled" / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="GGUF holds the vocabulary too"):
         convert(tmp_path / "scaled", "gguf", tmp_path / "out.gguf")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from k2mini.build import load_model
 from k2mini.model_config import hf_config
 from k2mini.weights.delta import BY_TOKEN, apply_delta, make_delta
-from k2mini.weights.manifest import verify
 from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
+from k2mini.weights.verify import verify
 from tests.conftest import tiny_config, tiny_llama
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -153,7 +153,7 @@ def test_another_base_is_refused(trio):
         apply_delta(trio / "tuned", trio / "delta", trio / "out")
     with pytest.raises(ValueError, match="delta is a delta, not a base; are the two swapped"):
         apply_delta(trio / "delta", trio / "base", trio / "out")
-    with pytest.raises(ValueError, match="tuned is no delta: its manifest says model"):
+    with pytest.raises(ValueError, match="tuned is not a delta: its manifest says that it is of kind 'model'"):
         apply_delta(trio / "base", trio / "tuned", trio / "out")
     with pytest.raises(ValueError, match="is a delta, not a model; k2mini delta apply"):
         load_model(trio / "delta")
@@ -179,6 +179,15 @@ def test_a_flipped_bit_is_found_and_its_side_named(trio, side):
     with pytest.raises(ValueError, match="has no weights"):
         apply_delta(trio / "base", trio / "delta", trio / "out")
     assert sorted(path.name for path in trio.iterdir()) == ["base", "delta", "tuned"]
+
+
+def test_a_tensor_in_another_dtype_than_the_manifest_says(trio):
+    """Someone has saved the delta anew, as floating-point numbers."""
+    path = trio / "delta" / "model.safetensors"
+    save_file({name: tensor.float() if name == NAME else tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=rf"{NAME} is stored as torch.float32, .* so it should be torch.int32; copy"):
+        apply_delta(trio / "base", trio / "delta", trio / "out")
+    assert not (trio / "out").exists()
 
 
 def test_models_of_other_shapes_are_refused(trio):

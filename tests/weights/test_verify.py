@@ -1,5 +1,6 @@
 """Every byte of what k2mini writes is proved."""
 
+import hashlib
 import json
 import re
 from random import Random
@@ -12,8 +13,9 @@ from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import merge_adapter, save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import make_delta
-from k2mini.weights.manifest import read_manifest, verify
+from k2mini.weights.model_directory import CheckpointReader, read_manifest
 from k2mini.weights.model_files import save_model
+from k2mini.weights.verify import verify
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import fill_adapters
 
@@ -97,10 +99,6 @@ def test_missing_cut_and_unknown_files(tmp_path):
 
 
 def test_the_hashes_are_those_of_the_raw_bytes(written):
-    import hashlib
-
-    from k2mini.weights.model_directory import CheckpointReader
-
     reader, manifest = CheckpointReader(written / "base"), read_manifest(written / "base")
     for name, entry in manifest["tensors"].items():
         assert entry["sha256"] == hashlib.sha256(reader.tensor(name).numpy().tobytes()).hexdigest()
