@@ -22,7 +22,7 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.report import summarise
 from k2mini.nn.llama import Llama
 from k2mini.sizes import parse_size, readable
-from k2mini.training import metrics, run
+from k2mini.training import loop, run
 from k2mini.training.plan import BUDGET as PLAN_BUDGET
 from k2mini.training.plan import describe as describe_plan
 from k2mini.training.plan import plan_run, smallest_change
@@ -49,7 +49,7 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 def run_plot(options: argparse.Namespace) -> None:
     """Loss curves of runs."""
-    plot_losses({str(folder): folder / metrics.FILE for folder in options.runs}, options.out)
+    plot_losses({str(folder): folder / loop.FILE for folder in options.runs}, options.out)
     print(options.out)
 
 

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.batches import Example
+from k2mini.config import InstructionSection
 from k2mini.data.documents import read_entries
+from k2mini.data.packing import Example
 from k2mini.data.prompts import Template
 from k2mini.data.tokenizer import Tokenizer
 
@@ -39,10 +40,11 @@ def _record(entry: Any, place: str) -> dict[str, str]:
 def encode_example(
     record: dict[str, str], tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
 ) -> tuple[Example, bool]:
-    """One record as tokens: BOS, prompt, answer, EOS, tokenised together as the text really is.
+    """One record as tokens: BOS, prompt, answer, EOS; prompt and answer are tokenised as one text.
 
-    What is supervised begins at the first token that the prompt alone does not have, so that no part of the answer is
-    ever masked away; it ends with EOS, so that answers learn to end.
+    The first supervised token is the first one in which this text differs from the prompt alone, so all of the answer
+    is supervised, even where its first letters share a token with the prompt. The last one is EOS, so that the model
+    learns to end its answers.
 
     Returns: the example, cut to `max_seq_len` tokens, and whether it was cut.
     """
@@ -53,18 +55,18 @@ def encode_example(
     return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens) > max_seq_len
 
 
-def read_examples(
-    path: Path, tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
-) -> list[Example]:
-    """All examples of a file that have something to learn in `max_seq_len` tokens.
+def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section: InstructionSection) -> list[Example]:
+    """All examples of a file that have some of their answer within `data.max_seq_len` tokens.
 
-    What is cut or dropped is counted on the log. Raises ValueError where the file is not of the form, or nothing is
-    left.
+    Examples that are cut or left out are counted on the log.
+
+    Raises ValueError where the file is missing or empty, a record is not of the form and `data.on_error` is 'raise', or
+    no example is left.
     """
     examples, cut, dropped = [], 0, 0
     for record in read_records(path):
         example, was_cut = encode_example(
-            record, tokenizer, template, train_on_inputs=train_on_inputs, max_seq_len=max_seq_len
+            record, tokenizer, template, train_on_inputs=section.train_on_inputs, max_seq_len=section.max_seq_len
         )
         if example.unsupervised >= len(example.tokens):
             dropped += 1
@@ -76,11 +78,13 @@ def read_examples(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "
             "(these are left out); %d are used",
             path,
-            max_seq_len,
+            section.max_seq_len,
             cut,
             dropped,
             len(examples),
         )
     if not examples:
-        raise ValueError(f"{path}: no example has any of its answer within data.max_seq_len ({max_seq_len} tokens)")
+        raise ValueError(
+            f"{path}: no example has any of its answer within data.max_seq_len ({section.max_seq_len} tokens)"
+        )
     return examples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from k2mini.training.metrics import read_metrics
+from k2mini.training.loop import read_metrics
 
 
 def plot_losses(runs: Mapping[str, Path], out: Path) -> None:

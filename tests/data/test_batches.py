@@ -3,11 +3,12 @@ import json
 import pytest
 import torch
 
-from k2mini.config import IGNORE_INDEX
-from k2mini.data.batches import Blocks, Example, Examples, shuffled
+from k2mini.config import IGNORE_INDEX, InstructionSection
+from k2mini.data.batches import Blocks, shuffled
 from k2mini.data.corpus import Documents
 from k2mini.data.documents import read_documents
 from k2mini.data.instructions import encode_example, read_examples, read_records
+from k2mini.data.packing import Example, Examples
 from k2mini.data.prompts import get_template
 
 DOCUMENTS = [[1, 10, 11, 12, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 2]]
@@ -84,13 +85,13 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
     path = tmp_path / "data.json"
     long = {**RECORD, "output": "granite " * 40}
     path.write_text(json.dumps([RECORD, long, {**RECORD, "instruction": "rock " * 100}]))
-    template = get_template("none")
-    examples = read_examples(path, tiny_tokenizer, template, train_on_inputs=False, max_seq_len=40)
+    template, section = get_template("none"), InstructionSection(str(path), max_seq_len=40)
+    examples = read_examples(path, tiny_tokenizer, template, section)
     assert [len(example.tokens) <= 40 for example in examples] == [True, True]
     assert "1 examples lose the end of their answer and 1 their whole answer" in caplog.text
     path.write_text(json.dumps([{**RECORD, "instruction": "rock " * 100}]))
     with pytest.raises(ValueError, match="no example has any of its answer"):
-        read_examples(path, tiny_tokenizer, template, train_on_inputs=False, max_seq_len=40)
+        read_examples(path, tiny_tokenizer, template, section)
 
 
 @pytest.mark.parametrize(
