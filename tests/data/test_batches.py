@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from k2mini.config import IGNORE_INDEX, InstructionSection
 from k2mini.data.batches import Blocks, shuffled
 from k2mini.data.corpus import Documents
-from k2mini.data.documents import read_documents
+from k2mini.data.documents import list_files, read_documents
 from k2mini.data.instructions import encode_example, read_examples, read_records
 from k2mini.data.packing import Example, Examples
 from k2mini.data.prompts import get_template
@@ -122,7 +123,9 @@ def test_instruction_files_of_another_form_are_refused(tmp_path, name, content, 
         ("", "is empty"),
         ('{"text": "x"}\n{"txt": "y"}\n', "line 2: `text` must be text that is not empty"),
         ('{"text": " "}\n', "line 1: `text` must be text"),
-        ("[1]\n", "line 1: must be a JSON object"),
+        ("3\n", "line 1: must be a JSON object, not int"),
+        ("[1]\n", "record 0: must be a JSON object, not int"),
+        ('[{"text": "x"}', "corpus.jsonl is not valid JSON"),
         ("plain text\n", "line 1: not valid JSON"),
     ],
 )
@@ -133,6 +136,24 @@ def test_corpora_of_another_form_are_refused(tiny_tokenizer, tmp_path, content, 
         read_documents(path, tiny_tokenizer, eos=True)
     with pytest.raises(ValueError, match="there is no file or folder"):
         read_documents(tmp_path / "none.jsonl", tiny_tokenizer, eos=True)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.json", "A.JSON", "A.JSONL.GZ"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_json_is_read_by_what_it_holds(tiny_tokenizer, tmp_path, name, listed):
+    texts = ["granite", "basalt"]
+    entries = [json.dumps({"text": text}) for text in texts]
+    content = ("[" + ",\n".join(entries) + "]" if listed else "\n".join(entries)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".GZ") else content)
+    expected = [tiny_tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    assert read_documents(tmp_path / name, tiny_tokenizer, eos=False) == expected
+
+
+def test_suffixes_in_capitals(tiny_tokenizer, tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"granite"))
+    (tmp_path / "B.Md").write_text("basalt")
+    found = [read_documents(file, tiny_tokenizer, eos=False) for file in list_files([tmp_path])]
+    assert found == [[tiny_tokenizer.encode(text, bos=True, eos=False)] for text in ("granite", "basalt")]
 
 
 def test_documents_begin_with_bos_and_end_as_asked(tiny_tokenizer, tmp_path):
