@@ -61,6 +61,7 @@ class InstructionSection:
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
     train_on_inputs: bool = False  # True: the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
+    on_error: Literal["raise", "skip"] = "raise"  # at a record of another form; skipped ones are counted
 
     def __post_init__(self) -> None:
         _check_positive(self, "data", "max_seq_len")

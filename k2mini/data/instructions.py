@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.config import InstructionSection
-from k2mini.data.documents import read_entries
+from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
 from k2mini.data.prompts import Template
 from k2mini.data.tokenizer import Tokenizer
@@ -15,12 +15,22 @@ from k2mini.data.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-def read_records(path: Path) -> list[dict[str, str]]:
+def read_records(path: Path, on_error: OnError = raise_error) -> list[dict[str, str]]:
     """The records of a JSON list or a JSONL file, each with `instruction`, `input` ('' where absent) and `output`.
 
-    Raises ValueError naming the file and the record where one is not of this form.
+    Args:
+        on_error: called with one sentence, naming file and record, for each record that is not of this form. The record
+            is left out if it returns.
+
+    Raises ValueError where the file is missing, empty or not JSON.
     """
-    return [_record(entry, f"{path}, {place}") for place, entry in read_entries(path)]
+    records = []
+    for place, entry in read_entries(path, on_error=on_error):
+        try:
+            records.append(_record(entry, f"{path}, {place}"))
+        except ValueError as error:
+            on_error(str(error))
+    return records
 
 
 def _record(entry: Any, place: str) -> dict[str, str]:
@@ -63,8 +73,22 @@ def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section:
     Raises ValueError where the file is missing or empty, a record is not of the form and `data.on_error` is 'raise', or
     no example is left.
     """
+    bad: list[str] = []
+
+    def on_error(message: str) -> None:
+        if section.on_error == "raise":
+            raise ValueError(f"{message}; data.on_error=skip leaves such records out and counts them")
+        bad.append(message)
+
+    records = read_records(path, on_error)
+    for message in bad[:3]:
+        log.warning("skipped: %s", message)
+    if bad:
+        log.warning("%s: %d records are skipped (data.on_error is skip), %d are left", path, len(bad), len(records))
+    if not records:
+        raise ValueError(f"{path}: every record was skipped, so there is nothing to train on")
     examples, cut, dropped = [], 0, 0
-    for record in read_records(path):
+    for record in records:
         example, was_cut = encode_example(
             record, tokenizer, template, train_on_inputs=section.train_on_inputs, max_seq_len=section.max_seq_len
         )

@@ -182,8 +182,9 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     load_adapter(model, directory, given)
 
 
-# How a step is computed, not what it computes: these may change when a run is resumed.
-_FREE = ("micro_batch_size", "val_every", "activation_checkpointing", "compile", "tf32")
+# Settings of how a step is computed, or of what is done with data that can't be used. None of them changes what a step
+# computes, so they may change when a run is resumed.
+_FREE = ("micro_batch_size", "val_every", "activation_checkpointing", "compile", "tf32", "on_error")
 
 
 def _identity(config: PretrainConfig | FinetuneConfig, content: str, tokenizer: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,30 @@ def test_suffixes_in_capitals(tiny_tokenizer, tmp_path):
     (tmp_path / "B.Md").write_text("basalt")
     found = [read_documents(file, tiny_tokenizer, eos=False) for file in list_files([tmp_path])]
     assert found == [[tiny_tokenizer.encode(text, bos=True, eos=False)] for text in ("granite", "basalt")]
+
+
+BAD = [
+    ('{"instruction": "x", "output": ""}', "line 2: `output` is empty, so there is nothing to learn"),
+    ('{"instruction": "x"}', "line 2 has no `output`"),
+    ("3", "line 2 must be a JSON object, not int"),
+    ('{"instr', "line 2: not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_bad_record_ends_a_run_or_is_skipped(tiny_tokenizer, tmp_path, caplog, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps(RECORD), line, json.dumps(RECORD)]))
+    template, section = get_template("none"), InstructionSection(str(path))
+    with pytest.raises(ValueError, match=f"{message}.*; data.on_error=skip leaves such records out and counts them"):
+        read_examples(path, tiny_tokenizer, template, section)
+    examples = read_examples(path, tiny_tokenizer, template, replace(section, on_error="skip"))
+    assert len(examples) == 2
+    assert f"skipped: {path}, {message}" in caplog.text
+    assert "1 records are skipped (data.on_error is skip), 2 are left" in caplog.text
+    path.write_text(line + "\n" + line)
+    with pytest.raises(ValueError, match="every record was skipped"):
+        read_examples(path, tiny_tokenizer, template, replace(section, on_error="skip"))
 
 
 def test_documents_begin_with_bos_and_end_as_asked(tiny_tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,18 @@ def test_validation_rows_are_not_trained_on(tmp_path, data):
     assert (len(rest), len(aside)) == (280, 20)
     assert sorted(map(id, rest + aside)) == sorted(map(id, whole))
     assert whole[:20] != aside
+
+
+def test_on_error_is_no_part_of_a_runs_identity(tmp_path, data, caplog):
+    """It decides what is done with a bad record, not what a step computes: checkpoints without it are resumed."""
+    caplog.set_level(logging.INFO, logger="k2mini")
+    run = config(tmp_path, data, max_steps=4)
+    finetune(run)
+    state = json.loads((tmp_path / "run/checkpoints/step_0000004/state.json").read_text())
+    assert "on_error" not in state["identity"]["data"]
+    shutil.rmtree(tmp_path / "run/adapter")
+    finetune(replace(run, data=replace(run.data, on_error="skip")))
+    assert "resuming from" in caplog.text
 
 
 def test_nothing_learned_is_not_saved(tmp_path):
