@@ -110,11 +110,21 @@ def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
 
 
 def planned_shape(path: str) -> ModelConfig:
-    """The shape of the model at a path or, where there is none, of the preset of its name (`llama-7b`)."""
+    """The shape of the model at a path or, where there is none, of the preset of its name (`llama-7b`).
+
+    Raises ValueError where there is neither, saying how to plan a run whose base does not exist yet.
+    """
     name = Path(path).name
     if not Path(path).exists() and name in PRESETS:
         return PRESETS[name]
-    return read_model_config(model_directory(path))
+    try:
+        directory = model_directory(path)
+    except ValueError as error:
+        raise ValueError(
+            f"model.path: {error}; if another run has yet to make it, plan from a preset of its shape, such as "
+            f"model.path=llama-7b (there are {', '.join(PRESETS)}), or from a directory with its config.json"
+        ) from None
+    return read_model_config(directory)
 
 
 def _kept(config: Config) -> torch.dtype:
