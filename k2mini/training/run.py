@@ -137,7 +137,7 @@ def _start(config: PretrainConfig | FinetuneConfig, result: str, world: World) -
     if world.is_main:
         make_writable(run_dir)
         if out.exists():
-            log.info("%s is complete; set run.dir to another folder to train anew", out)
+            log.info("%s is complete; to train anew, set run.dir to another folder or remove %s", out, run_dir)
         else:
             # JSON is YAML, so this file can be given back to the command.
             write_text(run_dir / "config.yaml", json.dumps(asdict(config), indent=2) + "\n")

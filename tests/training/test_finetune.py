@@ -134,6 +134,8 @@ def test_on_error_is_no_part_of_a_runs_identity(tmp_path, data, caplog):
     shutil.rmtree(tmp_path / "run/adapter")
     finetune(replace(run, data=replace(run.data, on_error="skip")))
     assert "resuming from" in caplog.text
+    finetune(run)
+    assert f"to train anew, set run.dir to another folder or remove {tmp_path}/run" in caplog.text
 
 
 def test_nothing_learned_is_not_saved(tmp_path):
