@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 from k2mini.commands import audit, demo, evaluation, inference, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET
-from k2mini.errors import StoppedBySignalError
+from k2mini.errors import StoppedBySignalError, is_main_process
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
-        if os.environ.get("RANK", "0") != "0":
+        if not is_main_process():
             time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
         print(f"k2mini: {_sentence(error)}", file=sys.stderr)
         status = 2
@@ -116,4 +115,4 @@ def _log_to_stderr() -> None:
     package = logging.getLogger("k2mini")
     package.handlers = [handler]
     # Of the ranks that torchrun starts, one speaks.
-    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    package.setLevel(logging.INFO if is_main_process() else logging.ERROR)

@@ -1,4 +1,4 @@
-"""The dataclasses that describe runs, checked when they are made. Nothing here imports torch."""
+"""The settings of a training run as dataclasses, which check their values. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _check_positive(section: Any, name: str, *keys: str) -> None:
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where a run keeps what it makes, and the seed of all that it draws (order, dropout, initialisation of LoRA)."""
+    """The directory of a run, and the seed of its random draws (order of samples, dropout, initialisation of LoRA)."""
 
     dir: str
     seed: int = 0
@@ -29,7 +29,7 @@ class RunSection:
 class ModelSection:
     """The model that training starts from: a Hugging Face directory, and the precision to compute in.
 
-    What trains is kept in float32 at least, its gradients and AdamW's state too.
+    Parameters that train, their gradients and AdamW's moments are kept in float32 at least.
     """
 
     path: str
@@ -39,29 +39,30 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class CorpusSection:
-    """Plain documents for further pretraining: a directory that `k2mini prepare` made, or what it takes as input.
+    """Plain documents for further pretraining: a directory that `k2mini prepare` made, or documents as it takes them.
 
-    The latter is prepared on first use, within `run.dir`.
+    Documents are prepared on first use, into `run.dir`.
     """
 
     path: str
-    val_path: str | None = None  # None: the part that `prepare --val-percent` set aside, if any
+    val_path: str | None = None  # None: the split `val` that `prepare --val-percent` made, if any
     seq_len: int = 1024  # tokens a block
     eos: bool = True  # EOS after each document (BOS stands before it in any case)
-    document_mask: bool = True  # False: K2's scheme, in which attention runs across documents
+    document_mask: bool = True  # False: attention runs across the documents of a block, K2's scheme
 
 
 @dataclass(frozen=True)
 class InstructionSection:
-    """Instructions with answers: JSON or JSONL with `instruction`, `input` and `output`."""
+    """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`."""
 
     path: str
     val_path: str | None = None
-    val_size: int = 0  # records of `path`, drawn by run.seed, that are set aside to validate
+    val_size: int = 0  # so many records of `path`, drawn by run.seed, validate and are not trained on
     template: str = "alpaca"
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
-    train_on_inputs: bool = False  # True: K2's choice, the prompt is supervised too
+    train_on_inputs: bool = False  # True: the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
+    on_error: Literal["raise", "skip"] = "raise"  # at a record of another form; skipped ones are counted
 
     def __post_init__(self) -> None:
         _check_positive(self, "data", "max_seq_len")
@@ -91,13 +92,13 @@ class LoraSection:
 
     @property
     def scaling(self) -> float:
-        """What the adapter's output is multiplied by."""
+        """The factor of the adapter's output."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How long, how fast, in what portions."""
+    """The optimiser, its schedule, the length of the run and the sizes of batches."""
 
     lr: float
     global_batch_size: int = 128  # samples an optimiser step
@@ -141,12 +142,12 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """When to save, what to keep, where to go on from."""
+    """When checkpoints are saved, which are kept, and from which one a run goes on."""
 
     every: int = 100  # steps
     keep_last: int = 2
     keep_best: bool = True  # keep the one of the lowest validation loss as well
-    resume: str = "auto"  # 'auto': the newest complete one of this run; 'none': start anew; or a checkpoint's path
+    resume: str = "auto"  # 'auto': from the newest complete one of this run; 'none': start anew; or a checkpoint's path
     ignore_changes: bool = False  # resume although data, tokenizer, schedule or seed changed
 
     def __post_init__(self) -> None:
@@ -155,7 +156,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """How the ranks that torchrun started share the model (alone, there is nothing to share)."""
+    """How the ranks that torchrun started share the model; a single process keeps all of it."""
 
     replicate: int = 1  # whole copies of the model, each sharded over world size / replicate ranks
     reshard_after_forward: bool = True  # True: ZeRO-3; False: ZeRO-2, more memory and less communication
@@ -167,7 +168,7 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """A benchmark that is run every so many steps, into the metrics; as `k2mini eval` asks and scores."""
+    """A benchmark that is run while training, with settings of `k2mini eval`; its accuracies go into the metrics."""
 
     benchmark: list[str] = field(default_factory=list)  # files
     every: int = 0  # steps; 0: never
@@ -183,7 +184,7 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """`k2mini pretrain`: all parameters, plain documents."""
+    """The configuration of `k2mini pretrain`, which trains all parameters on plain documents."""
 
     run: RunSection
     model: ModelSection
@@ -200,7 +201,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """`k2mini finetune`: LoRA, instructions."""
+    """The configuration of `k2mini finetune`, which trains LoRA on instructions."""
 
     run: RunSection
     model: ModelSection

@@ -1,4 +1,4 @@
-"""Strict YAML: a file fills a configuration's dataclasses completely, or every mistake in it is reported at once."""
+"""Configuration files: YAML into the dataclasses of config.py; a file with mistakes is refused with all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
 
 
 def config_kind(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
-    """What a file configures: instruction tuning where it has a section `lora` or `data.template`."""
+    """The class that a file fills: FinetuneConfig where it has `lora`, `data.template` or `data.max_seq_len`."""
     raw = _read(path)
     data = raw.get("data")
     instructions = isinstance(data, dict) and ("template" in data or "max_seq_len" in data)
@@ -71,7 +71,7 @@ def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
 
 
 def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
-    """`raw` as a `kind`, or None after adding what is wrong to `errors`."""
+    """`raw` as the dataclass `kind`; None where it has mistakes, each of which is added to `errors`."""
     if not isinstance(raw, dict):
         errors.append(f"{prefix.rstrip('.')} must be a section with keys, not {raw!r}")
         return None
@@ -102,7 +102,7 @@ def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
 
 
 def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
-    """`value` as a `kind`: str, int, float, bool, Literal, list[str], or one of these or None."""
+    """`value`, checked to be of the type `kind`: str, int, float, bool, Literal, list[str], or one of these or None."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     options = typing.get_args(kind) if union else (kind,)
     if value is None and type(None) in options:

@@ -23,7 +23,7 @@ from k2mini.config import ParallelSection
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals. Without torchrun it is alone, and every call below does nothing."""
+    """This process among the ranks of a run. Without torchrun it is the only one, and the collectives do nothing."""
 
     rank: int = 0
     size: int = 1
@@ -31,7 +31,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this is rank 0, which alone logs and writes files."""
         return self.rank == 0
 
     def all_reduce(self, *values: float) -> list[float]:
@@ -59,19 +59,24 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called it."""
         if self.size > 1:
             dist.barrier()
 
 
+ALONE = World()  # one process on the CPU
+
+
 @contextmanager
 def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = False) -> Iterator[World]:
-    """Join the ranks of torchrun, with NCCL on GPUs (one a rank) and gloo on CPUs; at the end of the block, leave them.
+    """Join the ranks that torchrun started, with NCCL on GPUs (one a rank) or gloo on CPUs, until the block ends.
 
     Args:
-        alone_too: make a process group of one, where torchrun did not start us (see `build.is_sharded`).
+        device: of the kind to train on; with several GPUs each rank takes its own.
+        alone_too: make a process group of one rank where there is no torchrun, as sharding needs one
+            (see `build.is_sharded`).
 
-    Yields: this process' place among them.
+    Yields: this process's rank, the number of ranks and its device.
 
     Raises ValueError where `parallel.replicate` does not divide the number of ranks.
     """
@@ -100,7 +105,7 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
 
 
 def device_mesh(world: World, section: ParallelSection) -> DeviceMesh:
-    """The ranks in a row, or, where the model is replicated, in rows of which each holds one model."""
+    """The mesh that shards the model: (world size,), or (replicate, shard) where `parallel.replicate` is above 1."""
     if section.replicate == 1:
         return init_device_mesh(world.device.type, (world.size,))
     shape = (section.replicate, world.size // section.replicate)
@@ -116,15 +121,16 @@ def shard(
     *,
     reshard_after_forward: bool,
 ) -> None:
-    """Spread parameters, gradients and optimiser state over the ranks: unit by unit, and what is left as another.
+    """Shard parameters, gradients and optimiser state over the ranks: each unit by itself, the rest as one more.
 
     ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054), or ZeRO-2, or either within replicas (hybrid sharding).
 
     Args:
-        units: modules that are gathered when they are called, and let go of after.
-        forward_methods: of the model, which run it as its `forward` does.
-        compute: gather parameters in this dtype (gradients are reduced in float32); None: as they are kept.
-        reshard_after_forward: True: ZeRO-3, gather again for the backward pass; False: ZeRO-2, keep.
+        units: modules whose parameters are gathered when they are called, and freed after the call.
+        forward_methods: the model's methods that run it, beside `forward`.
+        compute: gather parameters in this dtype (gradients are reduced in float32); None: in the dtype they have.
+        reshard_after_forward: True: ZeRO-3, units free their parameters after the forward pass and gather them again
+            for the backward pass. False: ZeRO-2, they keep them until then.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute,
@@ -133,21 +139,21 @@ def shard(
     )
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # What is left is needed until the end of the forward pass, and again at the beginning of the backward pass.
+    # The rest (final norm, head) ends the forward pass and begins the backward pass, so freeing it between is no use.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward pass has gathered and no backward pass will: the parameters are the shards again."""
+    """Free the parameters that a forward pass without a backward pass has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:
-    """The first row of a parameter that this rank keeps, and the row after its last."""
+    """The rows of a parameter that this rank keeps: the first one, and one past the last."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -155,12 +161,12 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this rank keeps of a parameter: a plain tensor that shares its memory."""
+    """This rank's shard of a parameter, as a plain tensor that shares its memory."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy whole values into a parameter; each rank takes the rows that it keeps."""
+    """Copy `values`, of the whole parameter's shape, into a parameter that may be sharded."""
     start, stop = local_rows(parameter)
     with torch.no_grad():
         local_part(parameter).copy_(values[start:stop])

@@ -3,7 +3,7 @@
 import torch
 
 from k2mini.config import LoraSection, TrainSection
-from k2mini.data.batches import Example
+from k2mini.data.packing import Example
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from tests.conftest import tiny_llama

@@ -26,9 +26,8 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ranks
 from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
-from k2mini.training.loop import accumulate, clip_gradients
-from k2mini.training.optim import build_optimizer
 from k2mini.training.plan import plan_run
+from k2mini.training.step import build_optimizer, train_step
 from k2mini.weights.model_files import save_model
 
 SHAPE = ModelConfig(
@@ -54,19 +53,19 @@ CASES: dict[str, tuple[int, str, str]] = {
 
 
 def read(path: Path) -> PretrainConfig | FinetuneConfig:
-    """A configuration of either kind."""
+    """A configuration file, of further pretraining or of instruction tuning."""
     return (
         load_config(PretrainConfig, path) if config_kind(path) is PretrainConfig else load_config(FinetuneConfig, path)
     )
 
 
 def resident() -> int:
-    """Bytes resident now."""
+    """The resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(path: Path) -> None:
-    """What a rank does: three steps; the largest growth of any rank goes to the standard output of the first."""
+    """Take three steps on every rank, and print the largest growth of memory of any of them."""
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # large blocks are given back at once, as a GPU's allocator would
     config = read(path)
     with ranks(torch.device("cpu"), config.parallel) as world:
@@ -78,11 +77,8 @@ def measure(path: Path) -> None:
         tokens = torch.randint(3, SHAPE.vocab_size, (rows, 513))
         positions = None if lora is None else torch.arange(512).repeat(rows, 1)
         batch = Batch(tokens[:, :-1], positions, tokens[:, 1:])
-        for _ in range(3):
-            accumulate(model, [batch], batch.num_supervised() * world.size, world)
-            clip_gradients(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for step in range(3):
+            train_step(model, optimizer, [batch], config.train, step, 3, world)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
         largest = max(world.all_gather(peak))
         if world.is_main:
@@ -90,7 +86,7 @@ def measure(path: Path) -> None:
 
 
 def launch(path: Path, ranks: int) -> Any:
-    """Measure in processes of their own."""
+    """Run `measure` on so many ranks, each a process of its own. Returns the peak in bytes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, __file__, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -100,7 +96,7 @@ def launch(path: Path, ranks: int) -> Any:
 
 
 def main() -> None:
-    """Predict, measure, compare."""
+    """Print, for each case, the peak that `plan` predicts and the peak that was measured."""
     if len(sys.argv) > 1 and Path(sys.argv[1]).is_file():
         measure(Path(sys.argv[1]))
         return
@@ -128,7 +124,7 @@ def main() -> None:
 
 
 def stand_in(directory: Path, tokenizer: Tokenizer) -> None:
-    """Any tokenizer of the right size will do: no text is read."""
+    """Write a tokenizer of the model's vocabulary size: loading checks the size, and no text is tokenised."""
     import sentencepiece.sentencepiece_model_pb2 as proto
 
     model = proto.ModelProto()

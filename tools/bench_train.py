@@ -25,16 +25,15 @@ import torch
 import torch.nn.functional as F
 
 from k2mini.config import LoraSection, TrainSection
-from k2mini.data.batches import Blocks, Example
+from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
-from k2mini.data.packing import PackedExamples
+from k2mini.data.packing import Example, PackedExamples
 from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.loss import token_loss
-from k2mini.training.loop import accumulate, clip_gradients
-from k2mini.training.optim import build_optimizer
-from k2mini.training.throughput import peak_flops
+from k2mini.training.loop import peak_flops
+from k2mini.training.step import build_optimizer, train_step
 
 CONFIG = ModelConfig(
     dim=512,
@@ -82,11 +81,7 @@ def pretrain(number: int, steps: int) -> None:
     def ours() -> float:
         start = time.perf_counter()
         for step in range(steps):
-            batch = samples.batch(step * ROWS, ROWS)
-            accumulate(model, [batch], batch.num_supervised())
-            clip_gradients(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            train_step(model, optimizer, [samples.batch(step * ROWS, ROWS)], section, step, steps)
         return steps * ROWS * LENGTH / (time.perf_counter() - start)
 
     data = [{"input_ids": row, "labels": row} for row in rows[:, :LENGTH]]
@@ -122,16 +117,12 @@ def finetune(number: int) -> None:
     Lengths are drawn once from a log-normal (median 80, sigma 0.7, cut at 512); prompts are supervised, as by K2.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, LlamaTokenizer, Trainer, TrainingArguments
+    from transformers import LlamaForCausalLM
 
-    from k2mini.demo.sources import BASE
     from k2mini.weights.model_files import save_model
 
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.empty(512).log_normal_(math.log(80), 0.7, generator=generator)
-    lengths = drawn.round().clamp(8, 512).to(torch.int64).tolist()
-    texts = [[1, *torch.randint(3, CONFIG.vocab_size, (n - 2,), generator=generator).tolist(), 2] for n in lengths]
-    section = LoraSection()
+    texts = drawn_texts(512)
+    section, training = LoraSection(), TrainSection(lr=3e-4, max_steps=1)
     model = Llama(CONFIG)
     init_weights(model, 0)
     folder = Path(tempfile.mkdtemp())
@@ -145,47 +136,63 @@ def finetune(number: int) -> None:
     reference = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), settings)
     compare_losses(model.eval(), reference.eval(), texts[:16])
     samples = PackedExamples([Example(text, 1) for text in texts], 512, seed=None)
-    optimizer = build_optimizer(model.train(), TrainSection(lr=3e-4, max_steps=1))
+    optimizer = build_optimizer(model.train(), training)
+    theirs = padded_steps(reference, folder / "run")
+    turns = iter(range(10**6))  # the two take turns, and both of a pair take the same examples
+
+    def ours_next() -> float:
+        start = time.perf_counter()
+        batches = samples.rank_batches(128 * (next(turns) // 2 % 4), 128, 4, 0, 1)
+        train_step(model, optimizer, batches, training, 0, 1)
+        return sum(batch.num_supervised() for batch in batches) / (time.perf_counter() - start)
+
+    def theirs_next() -> float:
+        position = 128 * (next(turns) // 2 % 4)
+        return theirs(texts[position : position + 128])
+
+    pairs(ours_next, theirs_next, number)
+
+
+def drawn_texts(number: int) -> list[list[int]]:
+    """Random token ids between BOS and EOS, of log-normal lengths."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.empty(number).log_normal_(math.log(80), 0.7, generator=generator)
+    lengths = drawn.round().clamp(8, 512).to(torch.int64).tolist()
+    return [[1, *torch.randint(3, CONFIG.vocab_size, (n - 2,), generator=generator).tolist(), 2] for n in lengths]
+
+
+def padded_steps(reference: Any, folder: Path) -> Callable[[list[list[int]]], float]:
+    """A function that takes one step of transformers' Trainer on texts and returns its supervised tokens a second."""
+    from transformers import DataCollatorForSeq2Seq, LlamaTokenizer, Trainer, TrainingArguments
+
+    from k2mini.demo.pipeline import BASE
+
     collator = DataCollatorForSeq2Seq(LlamaTokenizer.from_pretrained(BASE), pad_to_multiple_of=8, padding=True)
     collator.tokenizer.pad_token_id = 0
-    parts = iter(range(10**6))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=32,
+        max_steps=1,
+        learning_rate=3e-4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
-    def ours() -> float:
-        position = 128 * (next(parts) // 2 % 4)
-        start = time.perf_counter()
-        batches = samples.rank_batches(position, 128, 4, 0, 1)
-        count = sum(batch.num_supervised() for batch in batches)
-        accumulate(model, batches, count)
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return count / (time.perf_counter() - start)
-
-    def theirs() -> float:
-        position = 128 * (next(parts) // 2 % 4)
-        rows = texts[position : position + 128]
-        data = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows]
-        arguments = TrainingArguments(
-            output_dir=str(folder / "run"),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=32,
-            max_steps=1,
-            learning_rate=3e-4,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
+    def step(texts: list[list[int]]) -> float:
+        data = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in texts]
         trainer = Trainer(model=reference, args=arguments, train_dataset=data, data_collator=collator)
         start = time.perf_counter()
         trainer.train()
-        return sum(len(row) - 1 for row in rows) / (time.perf_counter() - start)
+        return sum(len(row) - 1 for row in texts) / (time.perf_counter() - start)
 
-    pairs(ours, theirs, number)
+    return step
 
 
 def compare_losses(model: Llama, reference: Any, texts: list[list[int]]) -> None:
-    """The same loss for every example, alone and packed."""
+    """Print how far the two models' losses differ on each example, and ours on packed and single examples."""
     worst = 0.0
     with torch.no_grad():
         for text in texts:
@@ -199,7 +206,7 @@ def compare_losses(model: Llama, reference: Any, texts: list[list[int]]) -> None
 
 
 def peak_of(what: str) -> float:
-    """The peak memory, in MiB above what it was before, of something done in a process of its own."""
+    """Run one of the single measurements in a process of its own. Returns the MiB that it prints."""
     done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -209,7 +216,7 @@ def _rss() -> float:
 
 
 def loss_peak(naive: bool) -> None:
-    """Forward and backward of the loss, over 2,048 positions."""
+    """Print by how many MiB the loss, forward and backward over 2,048 positions, raises the peak."""
     hidden = torch.randn(2048, CONFIG.dim, requires_grad=True)
     weight = torch.randn(CONFIG.vocab_size, CONFIG.dim, requires_grad=True)
     labels = torch.randint(CONFIG.vocab_size, (2048,))
@@ -224,7 +231,7 @@ def loss_peak(naive: bool) -> None:
 
 
 def model_peak(recompute: int) -> None:
-    """Forward and backward of the model, over two rows of 512."""
+    """Print by how many MiB the model, forward and backward over two rows of 512, raises the peak."""
     model = Llama(CONFIG)
     init_weights(model, 0)
     model.model.recompute_every = recompute
@@ -236,7 +243,7 @@ def model_peak(recompute: int) -> None:
 
 
 def memory() -> None:
-    """Peaks, each in a process of its own."""
+    """Print the peaks of the loss and of the model, each measured in a process of its own."""
     naive, chunked = peak_of("naive-loss"), peak_of("chunked-loss")
     print(f"loss over (2,048, 32,000): naive {naive:,.0f}, k2mini {chunked:,.0f} MiB: {naive / chunked:.1f} times less")
     kept, recomputed = peak_of("kept"), peak_of("recomputed")
@@ -246,7 +253,7 @@ def memory() -> None:
 
 
 def main() -> None:
-    """Run what is named."""
+    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "what", choices=("pretrain", "finetune", "memory", "naive-loss", "chunked-loss", "kept", "recomputed")

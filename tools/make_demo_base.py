@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from k2mini.config import CheckpointSection, TrainSection
+from k2mini.config import CheckpointSection, RunSection, TrainSection
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.prompts import get_template
@@ -26,7 +26,7 @@ from k2mini.demo.sources import BASE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.model_config import ModelConfig
 from k2mini.nn.llama import Llama, init_weights
-from k2mini.training.loop import train
+from k2mini.training.loop import Task, train
 from k2mini.weights.model_files import save_model
 
 VOCAB_SIZE = 1200
@@ -122,10 +122,9 @@ def main() -> None:
         init_weights(model, SEED)
         train(
             model,
-            Blocks(Documents(encoded), 128, document_mask=True, seed=SEED),
-            folder / "run",
-            seed=SEED,
-            section=TrainSection(
+            Task(Blocks(Documents(encoded), 128, document_mask=True, seed=SEED)),
+            RunSection(str(folder / "run"), SEED),
+            TrainSection(
                 lr=2e-3,
                 global_batch_size=8,
                 micro_batch_size=8,
@@ -135,8 +134,7 @@ def main() -> None:
                 weight_decay=0.1,
                 beta2=0.99,
             ),
-            checkpoint=CheckpointSection(every=options.steps),
-            identity={},
+            CheckpointSection(every=options.steps),
         )
         shutil.rmtree(options.out, ignore_errors=True)
         # fp16 halves the package; the demo trains from exactly these values.

@@ -85,10 +85,10 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plot(options: argparse.Namespace) -> None:
     """Draw the losses of runs."""
-    from k2mini.training import metrics
+    from k2mini.training import loop
     from k2mini.training.plot import plot_losses
 
-    plot_losses({str(folder): folder / metrics.FILE for folder in options.runs}, options.out, chain=options.chain)
+    plot_losses({str(folder): folder / loop.FILE for folder in options.runs}, options.out, chain=options.chain)
     print(options.out)
 
 

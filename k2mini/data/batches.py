@@ -1,9 +1,9 @@
-"""What training consumes: a batch is a pure function of (seed, position), so any run can start anywhere."""
+"""Batches of training: a batch is a pure function of (seed, position), so that a run can go on from anywhere."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,11 +18,11 @@ from k2mini.data.corpus import TokenSource
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass.
+    """The rows of one forward pass.
 
     Attributes:
         tokens: (B, T) int64.
-        positions: (B, T) int64, counting from 0 within each document, -1 where padded; None: one document a row,
+        positions: (B, T) int64, counting from 0 within each document, -1 at padding; None: each row is one document,
             without padding.
         labels: (B, T) int64, the token that each position should predict, or `IGNORE_INDEX`.
     """
@@ -32,22 +32,28 @@ class Batch:
     labels: Tensor
 
     def num_supervised(self) -> int:
-        """Tokens that count in the loss."""
+        """How many tokens count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """How many tokens are not padding."""
         return self.tokens.numel() if self.positions is None else int((self.positions >= 0).sum())
+
+    def unsupervised(self) -> Batch:
+        """The same rows with no label: for a rank that has no data left while others have, as all run every pass."""
+        return Batch(self.tokens, self.positions, torch.full_like(self.labels, IGNORE_INDEX))
 
 
 class Samples(Protocol):
-    """An endless, seeded sequence of samples that is addressed by one integer."""
+    """An endless sequence of samples, addressed by one integer: each epoch is a new permutation, drawn from a seed.
+
+    Attributes:
+        num_samples: samples of one epoch.
+        even: whether all ranks and all micro-batches must get the same number of samples.
+    """
 
     num_samples: int
-    """Samples an epoch."""
-
     even: bool
-    """Whether every rank and every micro-batch must get as many samples."""
 
     def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
         """A rank's micro-batches, of `size` rows, of the step that takes samples position, …, position + count - 1."""
@@ -59,10 +65,11 @@ class Samples(Protocol):
 
 
 def shuffled(position: int, num_samples: int, seed: int | None) -> int:
-    """The sample at a position of the endless sequence in which every epoch is a new permutation (seed None: the same).
+    """The index of the sample at a position of the endless sequence. Without a seed every epoch keeps the order.
 
-    A 4-round Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains", section 4): a bijection in O(1) memory.
+    An epoch's permutation is a 4-round Feistel network on 0, …, n - 1, where n is the next power of four; it is applied
+    again while the result is not below `num_samples` (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains", section 4). So it needs no table, however many samples there are.
     """
     epoch, index = divmod(position, num_samples)
     if seed is None:
@@ -80,13 +87,13 @@ def shuffled(position: int, num_samples: int, seed: int | None) -> int:
 
 
 class Blocks:
-    """A corpus, cut into blocks of `seq_len` tokens.
+    """Samples that are blocks of `seq_len` tokens, cut from a corpus.
 
     Args:
-        source: tokens of documents, BOS first (and EOS last, if wanted).
-        document_mask: attention and positions restart at each document, and no token predicts across its end. False:
-            a block is one text, as K2 trained.
-        seed: of the order. None keeps the order, epoch after epoch (for validation).
+        source: the tokens of documents, each with BOS first (and EOS last, if wanted).
+        document_mask: attention and positions restart at each document, and its last token predicts nothing. False: a
+            block is treated as one text, K2's scheme.
+        seed: of the order; None keeps the order of the corpus, for validation.
 
     Raises ValueError where the documents do not fill one block.
     """
@@ -100,7 +107,7 @@ class Blocks:
             raise ValueError(f"{source.num_tokens} tokens do not fill one block of {seq_len}; shorten data.seq_len")
 
     def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
-        """See Samples. Ranks take slices one after the other."""
+        """See Samples. Rank 0 takes the first slice of the step's samples, rank 1 the next, and so on."""
         share = count // ranks
         return [self.batch(position + rank * share + start, size) for start in range(0, share, size)]
 
@@ -119,68 +126,11 @@ class Blocks:
         return Batch(tokens[:, :-1], torch.minimum(offsets[:, :-1], place), labels)
 
 
-@dataclass(frozen=True)
-class Example:
-    """One instruction with its answer: (T,) token ids, and how many of them, from the left, are not supervised."""
-
-    tokens: Sequence[int]
-    unsupervised: int
-
-
-class Examples:
-    """Independent examples, a row each, padded on the right to the longest of their batch.
-
-    Args:
-        seed: of the order. None keeps it (for validation).
-    """
-
-    even = True
-
-    def __init__(self, examples: Sequence[Example], *, seed: int | None) -> None:
-        self.seed, self._examples = seed, examples
-        self.num_samples = len(examples)
-
-    def examples(self, position: int, count: int) -> list[Example]:
-        """Samples position, …, position + count - 1, one by one."""
-        return [self._examples[shuffled(position + row, self.num_samples, self.seed)] for row in range(count)]
-
-    def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
-        """See Samples. Within a step rows are grouped by length, so that little is padded."""
-        rows = sorted(self.examples(position, count), key=lambda example: len(example.tokens))
-        groups = [rows[start : start + size] for start in range(0, count, size)]
-        return [self._padded(group) for group in groups[rank::ranks]]
-
-    def batch(self, position: int, count: int) -> Batch:
-        """Samples position, …, position + count - 1."""
-        return self._padded(self.examples(position, count))
-
-    @staticmethod
-    def _padded(rows: Sequence[Example]) -> Batch:
-        count = len(rows)
-        longest = max(len(row.tokens) for row in rows) - 1  # the last token predicts nothing
-        tokens = torch.zeros(count, longest, dtype=torch.int64)
-        positions = torch.full((count, longest), -1, dtype=torch.int64)
-        labels = torch.full((count, longest), IGNORE_INDEX, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            length = len(row.tokens) - 1
-            ids = torch.tensor(row.tokens)
-            tokens[index, :length] = ids[:-1]
-            positions[index, :length] = torch.arange(length)
-            first = max(row.unsupervised - 1, 0)  # position t predicts token t + 1
-            labels[index, first:length] = ids[first + 1 :]
-        return Batch(tokens, positions, labels)
-
-
-def without_weight(batch: Batch) -> Batch:
-    """The same rows with nothing supervised, for a rank that has to keep step and has no data left."""
-    return Batch(batch.tokens, batch.positions, torch.full_like(batch.labels, IGNORE_INDEX))
-
-
 class Prefetcher:
-    """Makes the next step's batches in the background while this one's are computed on.
+    """Makes the next step's batches in a thread while this step runs.
 
     Args:
-        make: (position) -> the batches; a pure function.
+        make: (position) -> the batches of the step that begins there; a pure function.
     """
 
     def __init__(self, make: Callable[[int], list[Batch]]) -> None:
@@ -189,7 +139,7 @@ class Prefetcher:
         self._pending: tuple[int, Future[list[Batch]]] | None = None
 
     def get(self, position: int, following: int | None) -> list[Batch]:
-        """The batches at a position; those at `following` are begun."""
+        """The batches at a position. A thread starts on those at `following`, which the next call should ask for."""
         if self._pending is not None and self._pending[0] == position:
             batches = self._pending[1].result()
         else:

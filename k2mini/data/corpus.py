@@ -1,8 +1,8 @@
-"""A prepared corpus: token shards that are mapped, not read, with an index of where documents begin.
+"""Prepared corpora: documents as token ids in files that are memory-mapped, made by `k2mini prepare`.
 
-A directory of `manifest.json` and, for each split (`train`, `val`) and shard, `SPLIT-00000.tokens` (uint16, or uint32
-for vocabularies beyond 65,536) and `SPLIT-00000.starts` (uint64, each document's first token within the shard).
-No document is spread over two shards.
+A corpus is a directory with `manifest.json` and, for each shard of each split (`train`, `val`), `SPLIT-00000.tokens`
+(uint16, or uint32 for vocabularies above 65,536) and `SPLIT-00000.starts` (uint64: where in the shard each document
+begins). Every document lies in one shard.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ MANIFEST = "manifest.json"
 
 
 class TokenSource(Protocol):
-    """A long row of tokens that consists of documents."""
+    """Documents one after the other, as one sequence of `num_tokens` tokens."""
 
     num_tokens: int
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens start, …, stop - 1, and how far each is from its document's first. Both (stop - start,) int64."""
+        """Tokens start, …, stop - 1, and the place of each within its document. Both (stop - start,) int64."""
         ...
 
 
 class Documents:
-    """Documents in memory, as token ids."""
+    """Documents in memory, as lists of token ids."""
 
     def __init__(self, documents: Sequence[Sequence[int]]) -> None:
         self._tokens = np.array([token for document in documents for token in document], dtype=np.int64)
@@ -45,9 +45,9 @@ class Documents:
 
 
 class Corpus:
-    """One split of a prepared corpus.
+    """One split of a prepared corpus, memory-mapped.
 
-    Raises ValueError where the directory is not one, is damaged, or has no such split.
+    Raises ValueError where the directory is not a prepared corpus, is damaged, or has no such split.
     """
 
     def __init__(self, directory: Path, split: str = "train") -> None:
@@ -60,7 +60,7 @@ class Corpus:
         self.num_documents: int = content["documents"]
         self._tokens = [_map(directory, shard, "tokens", manifest["dtype"]) for shard in content["shards"]]
         self._starts = [_map(directory, shard, "starts", "uint64") for shard in content["shards"]]
-        self._firsts = np.cumsum([0] + [len(tokens) for tokens in self._tokens])  # of each shard, in the whole row
+        self._firsts = np.cumsum([0] + [len(tokens) for tokens in self._tokens])  # where each shard begins
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """See TokenSource."""
@@ -91,12 +91,12 @@ def _map(directory: Path, shard: dict[str, Any], kind: str, dtype: str) -> np.nd
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether `path` is a directory that `k2mini prepare` made."""
+    """Whether `path` is a directory with a manifest, as `k2mini prepare` makes it."""
     return (path / MANIFEST).is_file()
 
 
 def read_corpus_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest. Raises ValueError where `directory` is not a prepared corpus."""
+    """The manifest of a prepared corpus. Raises ValueError where `directory` is not one."""
     if not is_prepared(directory):
         raise ValueError(f"{directory} is not a prepared corpus (it has no {MANIFEST}); make one with k2mini prepare")
     manifest = read_json(directory / MANIFEST)
@@ -106,6 +106,6 @@ def read_corpus_manifest(directory: Path) -> dict[str, Any]:
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash that changes with any token of the corpus, from the manifest's own hashes."""
+    """A hash of the whole corpus, made of the hashes of its shards in the manifest; no shard is read."""
     splits = read_corpus_manifest(directory)["splits"]
     return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

@@ -6,20 +6,31 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.batches import Example
-from k2mini.data.documents import read_entries
+from k2mini.config import InstructionSection
+from k2mini.data.documents import OnError, raise_error, read_entries
+from k2mini.data.packing import Example
 from k2mini.data.prompts import Template
 from k2mini.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def read_records(path: Path) -> list[dict[str, str]]:
+def read_records(path: Path, on_error: OnError = raise_error) -> list[dict[str, str]]:
     """The records of a JSON list or a JSONL file, each with `instruction`, `input` ('' where absent) and `output`.
 
-    Raises ValueError naming the file and the record where one is not of this form.
+    Args:
+        on_error: called with one sentence, naming file and record, for each record that is not of this form. The record
+            is left out if it returns.
+
+    Raises ValueError where the file is missing, empty or not JSON.
     """
-    return [_record(entry, f"{path}, {place}") for place, entry in read_entries(path)]
+    records = []
+    for place, entry in read_entries(path, on_error=on_error):
+        try:
+            records.append(_record(entry, f"{path}, {place}"))
+        except ValueError as error:
+            on_error(str(error))
+    return records
 
 
 def _record(entry: Any, place: str) -> dict[str, str]:
@@ -39,10 +50,11 @@ def _record(entry: Any, place: str) -> dict[str, str]:
 def encode_example(
     record: dict[str, str], tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
 ) -> tuple[Example, bool]:
-    """One record as tokens: BOS, prompt, answer, EOS, tokenised together as the text really is.
+    """One record as tokens: BOS, prompt, answer, EOS; prompt and answer are tokenised as one text.
 
-    What is supervised begins at the first token that the prompt alone does not have, so that no part of the answer is
-    ever masked away; it ends with EOS, so that answers learn to end.
+    The first supervised token is the first one in which this text differs from the prompt alone, so all of the answer
+    is supervised, even where its first letters share a token with the prompt. The last one is EOS, so that the model
+    learns to end its answers.
 
     Returns: the example, cut to `max_seq_len` tokens, and whether it was cut.
     """
@@ -53,18 +65,32 @@ def encode_example(
     return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens) > max_seq_len
 
 
-def read_examples(
-    path: Path, tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
-) -> list[Example]:
-    """All examples of a file that have something to learn in `max_seq_len` tokens.
+def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section: InstructionSection) -> list[Example]:
+    """All examples of a file that have some of their answer within `data.max_seq_len` tokens.
 
-    What is cut or dropped is counted on the log. Raises ValueError where the file is not of the form, or nothing is
-    left.
+    Examples that are cut or left out are counted on the log.
+
+    Raises ValueError where the file is missing or empty, a record is not of the form and `data.on_error` is 'raise', or
+    no example is left.
     """
+    bad: list[str] = []
+
+    def on_error(message: str) -> None:
+        if section.on_error == "raise":
+            raise ValueError(f"{message}; data.on_error=skip leaves such records out and counts them")
+        bad.append(message)
+
+    records = read_records(path, on_error)
+    for message in bad[:3]:
+        log.warning("skipped: %s", message)
+    if bad:
+        log.warning("%s: %d records are skipped (data.on_error is skip), %d are left", path, len(bad), len(records))
+    if not records:
+        raise ValueError(f"{path}: every record was skipped, so there is nothing to train on")
     examples, cut, dropped = [], 0, 0
-    for record in read_records(path):
+    for record in records:
         example, was_cut = encode_example(
-            record, tokenizer, template, train_on_inputs=train_on_inputs, max_seq_len=max_seq_len
+            record, tokenizer, template, train_on_inputs=section.train_on_inputs, max_seq_len=section.max_seq_len
         )
         if example.unsupervised >= len(example.tokens):
             dropped += 1
@@ -76,11 +102,13 @@ def read_examples(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "
             "(these are left out); %d are used",
             path,
-            max_seq_len,
+            section.max_seq_len,
             cut,
             dropped,
             len(examples),
         )
     if not examples:
-        raise ValueError(f"{path}: no example has any of its answer within data.max_seq_len ({max_seq_len} tokens)")
+        raise ValueError(
+            f"{path}: no example has any of its answer within data.max_seq_len ({section.max_seq_len} tokens)"
+        )
     return examples

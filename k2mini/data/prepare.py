@@ -1,8 +1,8 @@
-"""`k2mini prepare`: documents in files become a prepared corpus (see corpus.py).
+"""`k2mini prepare`: documents in files become a prepared corpus (see corpus.py), in two passes.
 
-Two passes. The first encodes each file on its own, in parallel, into parts that outlive a killed run. The second walks
-the parts in the order of the input, drops repeated documents and writes the shards; so the bytes do not depend on
-the number of workers.
+The first pass tokenises each input file into a part of its own, in parallel; parts stay on disk when the run is killed,
+so a second start goes on from them. The second pass walks over the parts in the order of the input, drops repeated
+documents and writes the shards, so the bytes do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RECORD = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("tokens", "<u4")])
 
 @dataclass(frozen=True)
 class Settings:
-    """What the prepared bytes depend on, beside the documents."""
+    """Everything that the bytes of a prepared corpus depend on, beside the documents; it stands in the manifest."""
 
     tokenizer: str  # SHA-256 of the SentencePiece model
     vocab_size: int
@@ -51,7 +51,7 @@ class Settings:
 
     @property
     def dtype(self) -> str:
-        """Of a token on disk."""
+        """The type of a token on disk."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
 
@@ -66,14 +66,16 @@ def prepare(
     workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Encode documents into `out`; a second start goes on where a killed one was. Returns the manifest.
+    """Tokenise documents into the directory `out`, going on from where a killed run was. Returns the manifest.
 
     Args:
         inputs: files or folders (see documents.py).
+        tokenizer: a tokenizer.model.
         eos: EOS after each document. BOS stands before it in any case, K2's scheme.
-        val_percent: about so many documents in a hundred go into the split `val`. Which ones follows from their text
-            alone, so a corpus that grows keeps its split.
-        on_error: what to do with a line that is not a document: 'fail', or 'skip' and count.
+        val_percent: about so many documents in a hundred go into the split `val`. A document's split follows from its
+            text alone, so it does not change when the corpus grows.
+        on_error: at a line that is not a document: 'fail', or 'skip' it and count it.
+        shard_tokens: tokens of a shard, at most (a longer document has a shard of its own).
 
     Raises ValueError where an input is missing or malformed, nothing is left, or `out` exists and is not empty.
     """
@@ -96,7 +98,7 @@ def prepare(
 
 
 def _keep_parts_of(parts: Path, settings: Settings) -> None:
-    """Parts of an earlier start are used again where they were made in the same way."""
+    """Keep the parts of an earlier start where they were made with the same settings; else remove them."""
     noted = parts / "settings.json"
     if noted.is_file() and read_json(noted) == asdict(settings):
         log.info("going on with what an earlier start left in %s", parts)
@@ -108,7 +110,7 @@ def _keep_parts_of(parts: Path, settings: Settings) -> None:
 
 
 def _part(parts: Path, file: Path) -> Path:
-    """Where a file's part goes; a file that changed has another."""
+    """The path of a file's part. It depends on size and time of the file, so a file that changed gets a new part."""
     status = file.stat()
     key = f"{file.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()
     return parts / hashlib.sha256(key).hexdigest()[:24]
@@ -149,7 +151,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _start_worker(parent: int) -> None:
-    """Ctrl-C is the parent's business; and a worker whose parent was killed ends, too."""
+    """Leave Ctrl-C to the parent, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -182,7 +184,7 @@ def _encode(file: Path, tokenizer_path: Path, settings: Settings, part: Path) ->
 
 
 class _Split:
-    """The shards of one split as they grow."""
+    """Writes the shards of one split, document by document."""
 
     def __init__(self, name: str, folder: Path, dtype: str, shard_tokens: int) -> None:
         self.name, self.folder, self.dtype, self.shard_tokens = name, folder, dtype, shard_tokens
@@ -192,7 +194,7 @@ class _Split:
         self._length = 0
 
     def add(self, tokens: np.ndarray) -> None:
-        """One document."""
+        """Append one document, to the open shard if it fits there and else to a new one."""
         if self._file is not None and self._length + len(tokens) > self.shard_tokens:
             self.close()
         if self._file is None:
@@ -205,7 +207,7 @@ class _Split:
         self._length += len(tokens)
 
     def close(self) -> None:
-        """End the open shard, if there is one."""
+        """Complete the open shard, if there is one."""
         if self._file is None:
             return
         self._file.close()
@@ -223,7 +225,7 @@ class _Split:
         )
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The split's entry in the manifest."""
         totals = {key: sum(shard[key] for shard in self.shards) for key in ("tokens", "documents")}
         return {**totals, "shards": self.shards}
 
@@ -270,7 +272,7 @@ def _write(files: list[Path], settings: Settings, parts: Path, out: Path, shard_
 
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:
-    """A file's numbers, not read before they are needed."""
+    """A file of numbers, memory-mapped."""
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)  # an empty file can't be mapped
     return np.memmap(path, dtype=dtype, mode="r")
@@ -281,7 +283,7 @@ def _falls_into_val(digest: bytes, percent: float) -> bool:
 
 
 def describe(manifest: dict[str, Any]) -> str:
-    """A prepared corpus in one line a split, for people."""
+    """A manifest as text for the terminal: a line for each split, and what was dropped."""
     lines = [
         f"{name}: {part['documents']:,} documents, {part['tokens']:,} tokens in {len(part['shards'])} shards"
         for name, part in manifest["splits"].items()

@@ -9,7 +9,7 @@ from typing import Any
 
 from k2mini.demo.phrases import ANSWER
 from k2mini.files import write_text
-from k2mini.training.metrics import read_metrics
+from k2mini.training.loop import read_metrics
 from k2mini.training.plot import plot_losses
 
 log = logging.getLogger(__name__)

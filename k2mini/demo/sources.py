@@ -6,7 +6,6 @@ Paths that begin with `demo:` in a configuration name them, so that configs/tiny
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.demo.world import world_files
+from k2mini.errors import is_main_process
 from k2mini.files import new_directory
 
 PREFIX = "demo:"
@@ -69,11 +69,11 @@ def with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig |
         name = path.removeprefix(PREFIX)
         if name == "base":
             return str(BASE)
-        if os.environ.get("RANK", "0") == "0" and not folder.exists():  # other ranks wait for the first
+        if is_main_process() and not folder.exists():  # other ranks wait for the first
             write_world(folder, 0, FULL)
-            if not (folder / name).exists():
-                names = ", ".join(sorted(file.name for file in folder.iterdir()))
-                raise ValueError(f"{path}: the demo has base, {names}")
+        if is_main_process() and not (folder / name).exists():
+            names = ", ".join(sorted(file.name for file in folder.iterdir()))
+            raise ValueError(f"{path}: the demo has base, {names}")
         return str(folder / name)
 
     model, data = resolved(config.model.path), resolved(config.data.path)

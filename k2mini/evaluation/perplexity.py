@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from k2mini.data.batches import Example, Examples
+from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.training.loop import validation_loss
+from k2mini.training.step import validation_loss
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) as layers in place of the linear ones."""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): linear layers with an adapter, and what is done with them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LoraLinear(Linear):
 def attach(model: nn.Module, section: LoraSection) -> list[str]:
     """Freeze the model and put an adapter, without values yet, on every linear module that a target names.
 
-    Returns: the modules' names. Raises ValueError where a target matches nothing.
+    Returns: the names of these modules. Raises ValueError where the model has no module of a target's name.
     """
     model.requires_grad_(False)
     names = []
@@ -60,9 +60,9 @@ def attach(model: nn.Module, section: LoraSection) -> list[str]:
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:
-    """Fill all adapters: A Kaiming-uniform, B zero, so that a fresh one changes nothing. Repeats for a seed.
+    """Fill all adapters: A is Kaiming-uniform, drawn from `seed`, and B zero, so a fresh adapter changes nothing.
 
-    A sharded adapter gets its part of the same values.
+    The values do not depend on how the adapters are sharded.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

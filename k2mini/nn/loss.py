@@ -1,4 +1,4 @@
-"""The training loss, as a sum, so that ranks and accumulation steps add up to the global mean."""
+"""The training loss: cross-entropy as a sum, so that micro-batches and ranks add up to the mean of the global batch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CHUNK_ROWS = 512  # positions whose logits exist at the same time
 def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the vocabulary projection, summed over supervised tokens.
 
-    The logits of all positions never exist at once, and those of positions that are not supervised never do: chunk by
-    chunk they become a loss and, where gradients are wanted, at once the gradients of `hidden` and `weight` (as in
-    Liger Kernel, Hsu et al. 2024, arXiv 2410.10989, section 3.2). So nothing is computed twice.
+    Logits are computed for `CHUNK_ROWS` supervised positions at a time. Where gradients are wanted, those of `hidden`
+    and `weight` are computed from the same logits at once (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989,
+    section 3.2), so the logits of all positions never exist together and none are computed twice.
 
     Args:
         hidden: (…, D), of the final norm.
@@ -50,7 +50,7 @@ def _precise(x: Tensor) -> torch.dtype:
 
 
 class _ProjectedLoss(torch.autograd.Function):
-    """Loss and gradients in one pass; backward only scales them."""
+    """`forward` computes the loss and its gradients; `backward` only scales the gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""int8 weights: one float32 scale a row, symmetric. What `load_in_8bit` is to bitsandbytes, in plain tensors.
+"""int8 weights: the matrices of all blocks, symmetric, with one float32 scale a row, in plain tensors.
 
-The reference is weight-only: a weight is brought back to the compute dtype for the product and let go of after it
-(Dettmers et al. 2022, arXiv 2208.07339, section 2.1, absmax quantisation row by row, without their outlier columns).
-Embedding, norms and the head stay as they are.
+This is row-wise absmax quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 2.1), which bitsandbytes calls
+`load_in_8bit`, without the outlier columns of that paper. It is weight-only: for each product the weight is dequantised
+to the compute dtype, and freed afterwards. Embedding, norms and head are not quantised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Int8Linear(Linear):
-    """y = x W^T with W in int8: (…, in) -> (…, out). The weight keeps its name and is frozen; `scale` stands beside it.
+    """y = x W^T with W in int8: (…, in) -> (…, out). The frozen `weight` keeps its name; `scale` (out,) is beside it.
 
     Both are parameters, not buffers, so that FSDP shards them.
     """
@@ -68,7 +68,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The dequantised weight is made again for the backward pass, so that it is never kept."""
+    """x W^T that dequantises W in the forward and again in the backward pass, so that it is not kept between them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class _Product(torch.autograd.Function):
 
 
 class DynamicLinear(Int8Linear):
-    """An Int8Linear that, for one row on a CPU, quantises the row as well: W8A8, several times faster and less exact.
+    """An Int8Linear that, for a single row on a CPU, quantises the row too (W8A8): several times faster and less exact.
 
-    The row's scale is one for the whole of it, so that rows of one call would couple: several take the weight-only
-    product. `reduce_range` keeps the sums of AVX2's 16-bit products from saturating in silence.
+    PyTorch's product has one scale for all rows of a call, so a row's result would depend on the rows beside it; calls
+    with several rows take the weight-only product. `reduce_range` keeps AVX2's 16-bit sums from saturating.
     """
 
     _packed: Any = None
@@ -102,7 +102,9 @@ class DynamicLinear(Int8Linear):
 
 
 def _pack(weight: Tensor, scale: Tensor) -> Any:
-    """The one place that touches PyTorch's quantised tensors, which it means to give up one day."""
+    """Weight and scales in the layout of PyTorch's int8 kernel. Only here are its quantised tensors, which are
+    deprecated, used.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         zeros = torch.zeros(len(scale), dtype=torch.int64)
@@ -111,7 +113,7 @@ def _pack(weight: Tensor, scale: Tensor) -> Any:
 
 
 def quantize_blocks(blocks: nn.ModuleList, kind: type[Int8Linear] = Int8Linear) -> None:
-    """Put an int8 module, without values yet, in the place of every linear module of the blocks."""
+    """Replace every linear module of the blocks by an int8 module, without values yet."""
     for block in blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, Linear):
@@ -120,7 +122,7 @@ def quantize_blocks(blocks: nn.ModuleList, kind: type[Int8Linear] = Int8Linear) 
 
 
 def quantized_head(weight: Tensor, kind: type[Int8Linear] = Int8Linear) -> Int8Linear:
-    """A vocabulary projection in int8, beside the weight that it is made of."""
+    """A vocabulary projection quantised to int8 from a weight (V, D), which is left as it is."""
     with torch.device("meta"):
         head = kind(Linear(weight.shape[1], weight.shape[0]))
     values, scale = quantize_rows(weight.detach())
@@ -134,10 +136,10 @@ def scale_name(name: str) -> str:
 
 
 def int8_matrices(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The tensors that are kept in int8: the blocks' matrices."""
+    """The names of the tensors that are kept in int8, the matrices of the blocks, out of a model's names and shapes."""
     return [name for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
 
 
 def int8_scales(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The scales of all int8 matrices, with their shapes."""
+    """The names and shapes of the scales of all int8 matrices, out of a model's names and shapes."""
     return {scale_name(name): shapes[name][:1] for name in int8_matrices(shapes)}

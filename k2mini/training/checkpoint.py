@@ -1,12 +1,15 @@
-"""Checkpoints: what trains and AdamW's state, sharded (torch.distributed.checkpoint); all else as JSON beside them.
+"""Checkpoints: saving, resuming, and which of a run's are kept.
 
-A checkpoint is a folder `step_N`. It is written beside and renamed once every byte is on disk, so a folder of that
-name is complete; `state.json` has the SHA-256 of each of its files.
+A checkpoint is a folder `step_N`: the parameters that train and AdamW's moments, sharded
+(torch.distributed.checkpoint), and `state.json` with everything else and the SHA-256 of each file. It is written under
+another name and renamed once every byte is on disk, so a folder called `step_N` is complete.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 import shutil
 import threading
@@ -24,9 +27,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from k2mini.config import CheckpointSection
 from k2mini.distributed import World
 from k2mini.files import read_json, sha256, sync_path
 from k2mini.training.metadata import SafeReader
+
+log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = "state.json"
@@ -36,9 +42,9 @@ FORMAT = "k2mini checkpoint 1"
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World
 ) -> Path:
-    """Write `folder/step_N`: trained parameters, AdamW's moments and `state` (plain JSON). It appears whole or not.
+    """Write `folder/step_N`: the parameters that train, AdamW's moments and `state` (plain JSON). All ranks call it.
 
-    All ranks call it. Raises OSError on all of them where the disk refuses; earlier checkpoints are untouched then.
+    Raises OSError on all ranks where the disk refuses; there is no `step_N` then, and earlier ones are untouched.
     """
     path = folder / f"step_{step:07}"
     beside = folder / f".{path.name}.tmp"
@@ -78,7 +84,7 @@ def save_checkpoint(
 
 
 def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[str, str]]) -> None:
-    """What rank 0 does once all ranks have written their tensors."""
+    """Add `state.json` to the tensors that all ranks have written, sync, and rename. Rank 0 calls it."""
     files = {name: digest for part in hashes for name, digest in part.items()}
     files[".metadata"] = sha256(beside / ".metadata")
     content = {"format": FORMAT, **state, "files": dict(sorted(files.items()))}
@@ -88,6 +94,57 @@ def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[s
     sync_path(beside)
     beside.rename(path)
     sync_path(path.parent)
+
+
+def resume(
+    folder: Path,
+    section: CheckpointSection,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    world: World,
+) -> tuple[int, int]:
+    """Load the checkpoint that `checkpoint.resume` names, if any. Returns its step and the tokens seen until then.
+
+    Args:
+        folder: of the run's own checkpoints.
+        identity: what the checkpoint must have been made with.
+
+    Raises ValueError where it is not a checkpoint, is damaged, or was made with another identity.
+    """
+    existing = world.broadcast(checkpoints(folder))
+    if section.resume == "none" and existing:
+        raise ValueError(f"checkpoint.resume is none, but {folder} holds a run; remove it or set another run.dir")
+    if section.resume == "none" or (section.resume == "auto" and not existing):
+        return 0, 0
+    path = existing[-1] if section.resume == "auto" else Path(section.resume)
+    state = read_state(path)
+    changes = _changes(state["identity"], identity)
+    if changes and not section.ignore_changes:
+        raise ValueError(
+            f"{path} was made with {', '.join(changes)}; set run.dir to a new folder "
+            "to start anew, restore what changed, or set checkpoint.ignore_changes to true"
+        )
+    load_checkpoint(path, model, optimizer, world)
+    if world.is_main:
+        log.info("resuming from %s", path)
+    return state["step"], state["tokens"]
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs, with both values where they are short: 'another schedule.lr (0.001, now 0.01)'."""
+    pairs = []
+    for key in new:
+        was, now = old.get(key), new[key]
+        if isinstance(was, dict) and isinstance(now, dict):
+            pairs += [(f"{key}.{name}", was.get(name), now.get(name)) for name in now | was]
+        else:
+            pairs.append((key, was, now))
+    return [
+        f"another {name} ({was}, now {now})" if len(f"{was}{now}") < 60 else f"another {name}"
+        for name, was, now in pairs
+        if was != now
+    ]
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
@@ -123,7 +180,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A process that is alone is what we mean; torch warns of it."""
+    """Without torch's warning that the process has no process group: a run alone has none on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -140,9 +197,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_files(path: Path, state: dict[str, Any], world: World) -> None:
-    """Compare every file with its hash, each rank a part of them.
+    """Compare every file with its hash; each rank checks some of the files.
 
-    Raises ValueError on all ranks, naming a file that is missing, changed or that nobody wrote.
+    Raises ValueError on all ranks, naming a file that is missing or changed.
     """
     problems = []
     for name, digest in list(state["files"].items())[world.rank :: world.size]:
@@ -164,14 +221,20 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The one of the lowest validation loss (the later of equals), or None where none has any."""
+    """The checkpoint of the lowest validation loss (the later of equals); None where no checkpoint has one."""
     losses = [(read_state(path).get("val_loss"), path) for path in checkpoints(folder)]
     known = [(loss, path) for loss, path in losses if loss is not None]
     return min(reversed(known), key=lambda entry: entry[0])[1] if known else None
 
 
+def best_loss(folder: Path) -> float:
+    """The lowest validation loss of all checkpoints; infinity where no checkpoint has one."""
+    path = best_checkpoint(folder)
+    return math.inf if path is None else float(read_state(path)["val_loss"])
+
+
 def prune(folder: Path, keep_last: int, *, keep_best: bool) -> None:
-    """Remove all but the newest checkpoints and, where asked, the best; and what a killed save left unnamed."""
+    """Remove checkpoints but the newest `keep_last` and, with `keep_best`, the best; and what a killed save left."""
     kept = set(checkpoints(folder)[-keep_last:])
     if keep_best and (best := best_checkpoint(folder)) is not None:
         kept.add(best)
@@ -185,7 +248,11 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool) -> None:
 
 
 class StoredModel:
-    """A checkpoint's parameters as a source, each read whole when first asked for. For one process, on the CPU."""
+    """A checkpoint's parameters as a `Source` of `weights/stream.py`, on the CPU, in one process.
+
+    A parameter is read whole when it is first asked for. The last one read is kept, since its rows are asked for in
+    several calls.
+    """
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
         self._reader, self._dtype = SafeReader(path), dtype
@@ -197,27 +264,27 @@ class StoredModel:
         self._last: tuple[str, Tensor] | None = None
 
     def names(self) -> list[str]:
-        """All parameters."""
+        """The names of all parameters."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One parameter's."""
+        """The shape of one parameter."""
         return tuple(self._entries[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The one asked for, or as stored."""
+        """The dtype in which `tensor` and `rows` return a parameter: the constructor's, or as stored."""
         stored: torch.dtype = self._entries[name].properties.dtype
         return self._dtype or stored
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter, whole."""
+        """One whole parameter."""
         tensor = torch.empty(self.shape(name), dtype=self._entries[name].properties.dtype)
         with _quiet():
             load({f"model.{name}": tensor}, storage_reader=self._reader, no_dist=True)
         return tensor.to(self.dtype(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Of the parameter last read, or of one that is read now."""
+        """Rows start, …, stop - 1 of one parameter."""
         with self._lock:
             if self._last is None or self._last[0] != name:
                 self._last = None

@@ -1,109 +1,139 @@
-"""The one training loop: further pretraining and instruction tuning differ in their batches and in what trains."""
+"""The one training loop, and what a run reports: metrics.jsonl, TensorBoard, the progress line."""
 
 from __future__ import annotations
 
-import logging
-import math
+import json
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 
-from k2mini.config import CheckpointSection, TrainSection
-from k2mini.data.batches import Batch, Prefetcher, Samples, without_weight
-from k2mini.distributed import World, reshard
-from k2mini.errors import StoppedBySignalError
-from k2mini.files import progress_bar
+from k2mini.config import CheckpointSection, EvalSection, RunSection, TrainSection
+from k2mini.data.batches import Prefetcher, Samples
+from k2mini.distributed import ALONE, World, reshard
+from k2mini.errors import StoppedBySignalError, need_extra
+from k2mini.files import progress_bar, write_text
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import best_checkpoint, checkpoints, load_checkpoint, prune, read_state, save_checkpoint
-from k2mini.training.metrics import Metrics
-from k2mini.training.optim import build_optimizer, lr_at
-from k2mini.training.throughput import Throughput
+from k2mini.training.checkpoint import best_loss, prune, resume, save_checkpoint
+from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step, validation_loss
 
-log = logging.getLogger(__name__)
+FILE = "metrics.jsonl"
+NO_BENCHMARK = EvalSection()
+# Dense bf16 rates of makers' data sheets, in FLOP/s; the rate of any other device is measured.
+PEAKS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12}
 
-ALONE = World()
 Evaluate = Callable[[Llama], dict[str, float]]
 
 
-def total_steps(section: TrainSection, num_samples: int) -> int:
-    """Optimiser steps of the whole run."""
-    if section.max_steps is not None:
-        return section.max_steps
-    assert section.epochs is not None
-    return max(1, math.ceil(section.epochs * num_samples / section.global_batch_size))
+@dataclass(frozen=True)
+class Task:
+    """Everything in which further pretraining and instruction tuning differ, beside the parameters that train.
+
+    Attributes:
+        samples, val: what is trained on, and what validates, if anything.
+        identity: what must be the same for a checkpoint to be resumed (data, schedule, …), as plain JSON.
+        label: of the progress line.
+        save_best: save a checkpoint whenever validation finds a lower loss than before.
+    """
+
+    samples: Samples
+    val: Samples | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    label: str = "train"
+    save_best: bool = False
 
 
-def rank_share(section: TrainSection, world_size: int) -> int:
-    """Samples a rank takes of each global batch. Raises ValueError where the portions don't come out even."""
-    share, rest = divmod(section.global_batch_size, world_size)
-    if rest or share % section.micro_batch_size:
-        raise ValueError(
-            f"train.global_batch_size ({section.global_batch_size}) must be a multiple of train.micro_batch_size "
-            f"({section.micro_batch_size}) times the {world_size} ranks"
-        )
-    return share
+def train(
+    model: Llama,
+    task: Task,
+    run: RunSection,
+    section: TrainSection,
+    checkpoint: CheckpointSection,
+    evaluation: EvalSection = NO_BENCHMARK,
+    evaluate: Evaluate | None = None,
+    world: World = ALONE,
+) -> Path:
+    """Train what `requires_grad`, from the checkpoint that `checkpoint.resume` names, if any. Returns the last one.
 
-
-def local_batches(samples: Samples, position: int, section: TrainSection, world: World) -> list[Batch]:
-    """This rank's micro-batches of the step that begins at a position."""
-    if samples.even:
-        rank_share(section, world.size)
-    return samples.rank_batches(position, section.global_batch_size, section.micro_batch_size, world.rank, world.size)
-
-
-def accumulate(model: Llama, batches: list[Batch], count: float, world: World = ALONE) -> float:
-    """Add the gradients of this rank's part of the mean loss over the supervised tokens of the whole global batch.
+    Metrics and checkpoints go into `run.dir`. Every random draw follows from (run.seed, step, rank), so a run that was
+    killed and resumed has the losses of one that was not.
 
     Args:
-        count: the supervised tokens of the global batch, over all ranks.
+        evaluate: called every `evaluation.every` steps and at the end; the scores it returns go into the metrics.
 
-    Returns: the sum of this rank's losses / count. Summed over the ranks it is the global batch's loss.
+    Raises ValueError where the ranks can't share a global batch evenly, a checkpoint does not fit, or a loss or
+    gradient is not finite; StoppedBySignalError after SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    total = 0.0
-    for batch in batches:
-        part = _loss_sum(model, batch) / max(count, 1)
-        # Gradients are averaged over the ranks when they are reduced; this makes the average a sum.
-        (part * world.size).backward()
-        total += part.item()
-    return total
-
-
-def _loss_sum(model: Llama, batch: Batch) -> torch.Tensor:
-    device = model.device
-    positions = None if batch.positions is None else batch.positions.to(device)
-    return model.loss(batch.tokens.to(device), positions, batch.labels.to(device))
-
-
-@torch.no_grad()
-def validation_loss(model: Llama, samples: Samples, batch_size: int, world: World = ALONE) -> float:
-    """The mean loss (nats a token) over all supervised tokens of one epoch, without dropout."""
-    was_training = model.training
+    if task.samples.even:
+        rank_share(section, world.size)
+    optimizer = build_optimizer(model, section)
+    folder, batch_size = Path(run.dir) / "checkpoints", section.global_batch_size
+    steps = total_steps(section, task.samples.num_samples)
+    with _signals() as received, ExitStack() as stack:
+        step, tokens = resume(folder, checkpoint, model, optimizer, task.identity, world)
+        metrics, throughput = Metrics(run, step, world), Throughput(model, world)
+        best = world.broadcast(best_loss(folder))
+        prefetcher = stack.enter_context(Prefetcher(partial(local_batches, task.samples, section=section, world=world)))
+        progress = stack.enter_context(progress_bar(steps, task.label, "steps", step, shown=world.is_main))
+        model.train()
+        while step < steps:
+            start = time.perf_counter()
+            torch.manual_seed(_draw_seed(run.seed, step, world.rank))
+            batches = prefetcher.get(step * batch_size, (step + 1) * batch_size if step + 1 < steps else None)
+            figures = train_step(model, optimizer, batches, section, step, steps, world)
+            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received))
+            step, tokens, rate = step + 1, tokens + int(seen), seen / (time.perf_counter() - start)
+            metrics.write(step, **figures, tokens=tokens, tokens_per_second=round(rate, 1))
+            progress.set_postfix_str(throughput.line(figures, rate), refresh=False)
+            progress.update()
+            val_loss = None
+            if task.val is not None and _due(step, steps, section.val_every):
+                val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
+                metrics.write(step, val_loss=val_loss)
+            if evaluate is not None and evaluation.every and _due(step, steps, evaluation.every):
+                metrics.write(step, **_scores(model, evaluate))
+            if better := task.save_best and val_loss is not None and val_loss < best:
+                best = val_loss
+            if _due(step, steps, checkpoint.every) or stop or better:
+                state = {"identity": task.identity, "tokens": tokens, "val_loss": val_loss}
+                path = save_checkpoint(folder, step, model, optimizer, state, world)
+                if world.is_main:
+                    prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
+                if stop and step < steps:
+                    raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
     model.eval()
-    total, count = 0.0, 0.0
-    for start in range(0, samples.num_samples, batch_size * world.size):
-        mine = start + world.rank * batch_size
-        size = min(batch_size, samples.num_samples - mine)
-        # All ranks run as many passes, since each gathers what the others keep.
-        batch = samples.batch(mine, size) if size > 0 else without_weight(samples.batch(0, 1))
-        total += _loss_sum(model, batch).item()
-        count += batch.num_supervised()
-    model.train(was_training)
+    return folder / f"step_{step:07}"
+
+
+def _due(step: int, steps: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps, and after the last one, is to be done now."""
+    return step == steps or bool(every and step % every == 0)
+
+
+def _draw_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
+
+
+def _scores(model: Llama, evaluate: Evaluate) -> dict[str, float]:
+    model.eval()
+    scores = evaluate(model)
+    model.train()
     reshard(model)
-    total, count = world.all_reduce(total, count)
-    return total / max(1, count)
+    return scores
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Within it, the first SIGINT or SIGTERM is put into the list yielded; a second one acts as usual."""
+    """Catch SIGINT and SIGTERM: the first is noted in the list that is yielded; a second acts as it would without."""
     received: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -121,172 +151,99 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(
-    model: Llama,
-    samples: Samples,
-    run_dir: Path,
-    *,
-    seed: int,
-    section: TrainSection,
-    checkpoint: CheckpointSection,
-    identity: dict[str, Any],
-    val: Samples | None = None,
-    label: str = "train",
-    world: World = ALONE,
-    tensorboard: bool = False,
-    save_best: bool = False,
-    evaluate: Evaluate | None = None,
-    eval_every: int = 0,
-) -> Path:
-    """Train what `requires_grad`, from where the run stopped, to the end; `run_dir` gets metrics and checkpoints.
+class Metrics:
+    """metrics.jsonl of a run that goes on after `step`: one object a line, each line whole, no step twice.
 
-    Every draw follows from (seed, step, rank), so a run that was killed and resumed has the losses of one that was not.
+    Lines of later steps, and a line that a killed process left unfinished, are dropped: those steps come again. With
+    `run.tensorboard` the values also become event files, in `run.dir/tensorboard`. Only rank 0 writes.
 
-    Args:
-        identity: what must be the same for a checkpoint to be resumed (data, schedule, …), as plain JSON.
-        label: of the progress line.
-        save_best: save whenever validation finds a lower loss than before.
-        evaluate: called every `eval_every` steps and at the end; what it returns goes into the metrics.
-
-    Returns: the checkpoint of the last step.
-
-    Raises:
-        ValueError: a global batch that the ranks can't share evenly; a checkpoint that does not fit; a loss or gradient
-            that is not finite.
-        StoppedBySignalError: after SIGINT or SIGTERM, with a checkpoint saved.
+    Raises ValueError where the extra `tensorboard` is wanted and missing.
     """
-    if samples.even:
-        rank_share(section, world.size)
-    optimizer = build_optimizer(model, section)
-    folder, batch_size = run_dir / "checkpoints", section.global_batch_size
-    steps = total_steps(section, samples.num_samples)
-    with _signals() as received, ExitStack() as stack:
-        step, tokens = _resume(folder, checkpoint, model, optimizer, identity, world)
-        metrics = Metrics(run_dir, step, tensorboard=tensorboard) if world.is_main else None
-        throughput, best = Throughput(model, world), world.broadcast(_best_loss(folder))
-        prefetcher = stack.enter_context(Prefetcher(lambda position: local_batches(samples, position, section, world)))
-        progress = stack.enter_context(progress_bar(steps, label, "steps", step, shown=world.is_main))
-        model.train()
-        while step < steps:
-            start = time.perf_counter()
-            torch.manual_seed(_draw_seed(seed, step, world.rank))
-            batches = prefetcher.get(step * batch_size, (step + 1) * batch_size if step + 1 < steps else None)
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, steps, section)
-            numbers = _step(model, optimizer, batches, step, section, world)
-            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received))
-            step, tokens = step + 1, tokens + int(seen)
-            rate = seen / (time.perf_counter() - start)
-            val_loss = None
-            if val is not None and (step == steps or (section.val_every and step % section.val_every == 0)):
-                val_loss = validation_loss(model, val, section.micro_batch_size, world)
-            if metrics is not None:
-                metrics.write(step, **numbers, tokens=tokens, tokens_per_second=round(rate, 1))
-                if val_loss is not None:
-                    metrics.write(step, val_loss=val_loss)
-                line = f"loss {numbers['loss']:.3f}, lr {numbers['lr']:.1e}, {throughput.line(rate)}"
-                progress.set_postfix_str(line, refresh=False)
-                progress.update()
-            if evaluate is not None and eval_every and (step == steps or step % eval_every == 0):
-                model.eval()
-                scores = evaluate(model)
-                model.train()
-                reshard(model)
-                if metrics is not None:
-                    metrics.write(step, **scores)
-            better = save_best and val_loss is not None and val_loss < best
-            if step == steps or step % checkpoint.every == 0 or stop or better:
-                best = min(best, val_loss if val_loss is not None else best)
-                state = {"identity": identity, "tokens": tokens, "val_loss": val_loss}
-                path = save_checkpoint(folder, step, model, optimizer, state, world)
-                if world.is_main:
-                    prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
-                if stop and step < steps:
-                    raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
-    model.eval()
-    return folder / f"step_{step:07}"
+
+    def __init__(self, run: RunSection, step: int, world: World = ALONE) -> None:
+        self._path, self._board, self._writes = Path(run.dir) / FILE, None, world.is_main
+        if not self._writes:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step] if self._path.exists() else []
+        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if run.tensorboard:
+            self._board = _board(self._path.with_name("tensorboard"), step)
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one line."""
+        if not self._writes:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
 
-def _step(
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    step: int,
-    section: TrainSection,
-    world: World,
-) -> dict[str, float]:
-    """One optimiser step. Returns its numbers, the same on all ranks.
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise need_extra("tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
-    Raises ValueError on all ranks, before any weight changes, where loss or gradient is not finite.
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file, parsed."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class Throughput:
+    """The progress line: loss, learning rate, tokens a second, MFU, memory.
+
+    MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), is the arithmetic that the
+    tokens need over the arithmetic that the devices could do in that time. A token needs 6 FLOP for each trained
+    parameter and 4 for each frozen one; attention and what activation checkpointing recomputes are not counted.
     """
-    (count,) = world.all_reduce(sum(batch.num_supervised() for batch in batches))
-    (loss,) = world.all_reduce(accumulate(model, batches, count, world))
-    grad_norm = clip_gradients(model, section.max_grad_norm)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        first, last = step * section.global_batch_size, (step + 1) * section.global_batch_size - 1
-        raise ValueError(
-            f"stopped before step {step + 1} (samples {first} to {last}): its loss is {loss}, its gradient norm "
-            f"{grad_norm}; the weights are those of step {step}"
+
+    def __init__(self, model: Llama, world: World) -> None:
+        embedding = model.model.embed_tokens.weight
+        self._flops_per_token = sum(
+            (6 if parameter.requires_grad else 4) * parameter.numel()
+            for parameter in model.parameters()
+            if parameter is not embedding or model.lm_head is None
         )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        self._device = world.device
+        self._peak = world.size * peak_flops(world.device, model.dtype)
 
-
-def _best_loss(folder: Path) -> float:
-    path = best_checkpoint(folder)
-    return math.inf if path is None else float(read_state(path)["val_loss"])
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients to a global L2 norm of at most `max_norm`. Returns the norm before, the same on all ranks."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def _draw_seed(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
-
-
-def _resume(
-    folder: Path,
-    section: CheckpointSection,
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-    world: World,
-) -> tuple[int, int]:
-    """Load what `checkpoint.resume` says. Returns the step and the tokens seen so far."""
-    existing = world.broadcast(checkpoints(folder))
-    if section.resume == "none" and existing:
-        raise ValueError(f"checkpoint.resume is none, but {folder} holds a run; remove it or set another run.dir")
-    if section.resume == "none" or (section.resume == "auto" and not existing):
-        return 0, 0
-    path = existing[-1] if section.resume == "auto" else Path(section.resume)
-    state = read_state(path)
-    changed = [key for key in identity if state["identity"].get(key) != identity[key]]
-    if changed and not section.ignore_changes:
-        raise ValueError(
-            f"{path} was made with {_differences(state['identity'], identity, changed)}; set run.dir to a new folder "
-            "to start anew, restore what changed, or set checkpoint.ignore_changes to true"
+    def line(self, figures: dict[str, float], rate: float) -> str:
+        """What `train_step` returned, and a rate in tokens a second over all ranks, as text."""
+        mfu = 100 * rate * self._flops_per_token / self._peak
+        return (
+            f"loss {figures['loss']:.3f}, lr {figures['lr']:.1e}, {rate:,.0f} tokens/s, MFU {mfu:.0f} %, "
+            f"{memory_used(self._device) / 2**30:.1f} GiB"
         )
-    load_checkpoint(path, model, optimizer, world)
-    if world.is_main:
-        log.info("resuming from %s", path)
-    return state["step"], state["tokens"]
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], changed: list[str]) -> str:
-    """What changed, with both values where they are short: 'another schedule.lr (0.001, now 0.01)'."""
-    parts = []
-    for key in changed:
-        was, now = old.get(key), new[key]
-        if isinstance(was, dict) and isinstance(now, dict):
-            inner = [f"{key}.{name}" for name in now if was.get(name) != now[name]]
-            pairs = [(name, was.get(name.partition(".")[2]), now[name.partition(".")[2]]) for name in inner]
-        else:
-            pairs = [(key, was, now)]
-        for name, before, after in pairs:
-            short = len(f"{before}{after}") < 60
-            parts.append(f"another {name} ({before}, now {after})" if short else f"another {name}")
-    return ", ".join(parts)
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The FLOP/s of a device's matrix products: from the data sheet for known GPUs, else measured on one product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAKS.items():
+            if known in name:
+                return peak
+    size = 512 if device.type == "cpu" else 4096
+    # Many CPUs are slow in bf16, so their yardstick is fp32.
+    dtype = torch.float32 if device.type == "cpu" else dtype
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_used(device: torch.device) -> int:
+    """The peak so far, in bytes: of the tensors on a GPU, or of the whole process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, on fake tensors as well as on real ones."""
+"""How many bytes tensors take at the peak of a step; works on fake tensors as well as on real ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from k2mini.distributed import local_part
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, as operations make them and references to them go.
+    """Counts the bytes of all tensor storages that exist, within its `with` block.
 
-    FSDP lets go of gathered weights by resizing their storage to nothing, so that is watched as well.
+    A storage is added when an operation returns a tensor on it, and subtracted when its last reference is gone. FSDP
+    frees gathered weights by resizing their storage to 0 bytes, so resizing is counted as well.
+
+    Args:
+        model, optimizer: their parameters and state exist from the start.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -63,12 +67,12 @@ class MemoryTracker(TorchDispatchMode):
         self._now += size - self._sizes.get(storage._cdata, 0)
         self._sizes[storage._cdata] = size
         self.peak = max(self.peak, self._now)
-        if self._now > 1.01 * self._broken_down:  # looking at every byte would take long
+        if self._now > 1.01 * self._broken_down:  # walking over all gradients at every new peak would take long
             self._broken_down = self._now
             self._gradients = _bytes([local_part(p.grad) for p in self._model.parameters() if p.grad is not None])
 
     def kinds(self) -> dict[str, int]:
-        """What the peak consists of; gradients as they were within a hundredth of it."""
+        """The bytes of the peak, by kind; gradients were looked at within a hundredth of it."""
         rest = self.peak - self._gradients - sum(self._given.values())
         return {**self._given, "gradients": self._gradients, "activations and gathered weights": rest}
 

@@ -1,4 +1,4 @@
-"""Reading torch.distributed.checkpoint's `.metadata`, which is a pickle, so that nothing planted in it runs."""
+"""Reading the `.metadata` of torch.distributed.checkpoint, which is a pickle, without running code planted in it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Look up what the pickle names: torch's dtypes and the few classes of metadata, and nothing else."""
+        """Look up a name in the pickle: torch's dtypes and the few classes of metadata, and nothing else."""
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 class SafeReader(FileSystemReader):
-    """FileSystemReader whose metadata goes through an allow-list."""
+    """A FileSystemReader that unpickles only the classes that metadata consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata. Raises ValueError where the file holds anything else, of which nothing is run."""
+        """The metadata. Raises ValueError where the file names any other class, before anything of it is run."""
         path = self._get_metadata_path(kwargs.get("rank"))
         try:
             with self.fs.create_stream(path, "rb") as file:

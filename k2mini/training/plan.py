@@ -1,8 +1,8 @@
-"""`k2mini plan`: what a run will take, before anyone rents a cluster. Nothing is allocated and nothing is sent.
+"""`k2mini plan`: memory, communication and steps of a run, before anyone rents a cluster.
 
-One step of the real model runs on fake tensors, as rank 0 of a fake process group, while every storage that would be
-alive is counted. What the count leaves out: the memory of the process and of the device's libraries, fragmentation,
-and communication buffers; leave a tenth of the device free.
+One training step of the real model runs on fake tensors (shapes without values), as rank 0 of a fake process group,
+while the bytes that its tensors would take are counted; nothing is allocated or sent. Not counted are the memory of the
+process and of the device's libraries, fragmentation, and communication buffers: leave a tenth of the device free.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from k2mini.model_config import PRESETS, ModelConfig, read_model_config
 from k2mini.nn.llama import Llama
 from k2mini.nn.loss import projected_loss
 from k2mini.sizes import readable
-from k2mini.training.loop import rank_share
 from k2mini.training.memory_tracker import MemoryTracker
-from k2mini.training.optim import build_optimizer
+from k2mini.training.step import build_optimizer, rank_share
 from k2mini.weights.model_directory import model_directory
 
 Config = PretrainConfig | FinetuneConfig
 
-BUDGET = 0.9  # of a device's memory; the rest is for what the count leaves out
+BUDGET = 0.9  # of a device's memory; the rest is for what is not counted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank takes, in bytes, and how long the run is.
+    """The memory and communication of one rank, in bytes, and how long the run is.
 
     Attributes:
-        peak: the most memory of tensors within a step; `kinds` is what it consists of at that moment.
+        parameters, trained: how many the model has, and how many of them train.
+        peak: the most memory that tensors take within a step; `kinds` splits it up.
         received: bytes that a rank receives from others in a step.
-        checkpoint: bytes on disk of each checkpoint, over all ranks.
+        checkpoint: bytes on disk of each checkpoint, all ranks together.
         epoch_tokens, epoch_steps: None where the data is not prepared yet.
     """
 
@@ -62,7 +62,7 @@ class Plan:
 
 
 class _Planned(Llama):
-    """A Llama whose loss takes every position for supervised: what is supervised is not known of fake tokens."""
+    """A Llama whose loss takes every position as supervised, since fake labels do not tell which ones are."""
 
     def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
         hidden = self.model(tokens, positions).flatten(0, 1)
@@ -73,9 +73,9 @@ def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
     """Plan a run on so many ranks.
 
     Args:
-        exact: False: run models of 4 and of 8 blocks, and go on from there in a straight line, in seconds.
+        exact: False: run models of 4 and of 8 blocks and extrapolate linearly, which takes seconds; `kinds` is empty.
 
-    Raises ValueError where the configuration does not fit the number of ranks, or names no model.
+    Raises ValueError where the configuration does not fit the number of ranks, or there is no model at `model.path`.
     """
     if world_size < 1:
         raise ValueError(f"--world-size must be at least 1, not {world_size}")
@@ -110,15 +110,25 @@ def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
 
 
 def planned_shape(path: str) -> ModelConfig:
-    """The shape of the model at a path or, where there is none, of the preset of its name (`llama-7b`)."""
+    """The shape of the model at a path or, where there is none, of the preset of its name (`llama-7b`).
+
+    Raises ValueError where there is neither, saying how to plan a run whose base does not exist yet.
+    """
     name = Path(path).name
     if not Path(path).exists() and name in PRESETS:
         return PRESETS[name]
-    return read_model_config(model_directory(path))
+    try:
+        directory = model_directory(path)
+    except ValueError as error:
+        raise ValueError(
+            f"model.path: {error}; if another run has yet to make it, plan from a preset of its shape, such as "
+            f"model.path=llama-7b (there are {', '.join(PRESETS)}), or from a directory with its config.json"
+        ) from None
+    return read_model_config(directory)
 
 
 def _kept(config: Config) -> torch.dtype:
-    """The dtype in which what trains is kept."""
+    """The dtype of the parameters that train, of their gradients and of AdamW's moments."""
     return torch.promote_types(DTYPES[config.model.dtype], torch.float32)
 
 
@@ -128,7 +138,7 @@ def _lora(config: Config) -> LoraSection | None:
 
 @contextmanager
 def _ranks(config: Config, world_size: int) -> Iterator[DeviceMesh | None]:
-    """A process group whose other ranks do not exist; None where a run alone has none."""
+    """The mesh of a process group of which only this rank exists; None where the run is not sharded."""
     if not is_sharded(config.model, _lora(config), world_size):
         yield None
         return
@@ -148,7 +158,8 @@ def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple
     lora = _lora(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _of_dtype(shape, kept_dtype(config.model, lora))
-        # Compiled code can't be watched; and fake positions do not tell where documents begin: "cuda" takes a mask.
+        # The tracker can't look into compiled code. The device is "cuda", since attention on a CPU asks positions where
+        # documents begin, and fake positions have no values.
         train = replace(config.train, compile=False)
         make_trainable(model, config.model, train, config.parallel, lora, torch.device("cuda"), mesh)
         counts = [p.numel() for p in model.parameters()], [p.numel() for p in model.parameters() if p.requires_grad]
@@ -156,6 +167,8 @@ def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple
         batch = _fake_batch(config)
 
         def step() -> None:
+            # `train_step` without what reads a value, which fake tensors do not have: the loss, the gradient norm and
+            # whether they are finite. The learning rate changes no memory.
             model.loss(*batch).backward()
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
@@ -163,7 +176,7 @@ def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple
             optimizer.zero_grad(set_to_none=True)
 
         model.train()
-        step()  # the first step makes the optimiser's state; the tracker is to see it as given
+        step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
         with MemoryTracker(model, optimizer) as tracker:
             step()
     return tracker.peak, sum(counts[0]), sum(counts[1]), tracker.kinds()
@@ -188,10 +201,11 @@ def _fake_batch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _received(config: Config, world_size: int, parameters: int, trained: int) -> int:
-    """Bytes a step that a rank receives: parameters gathered (again for the backward pass), gradients reduced.
+    """Bytes that a rank receives in a step.
 
-    Each micro-batch gathers and reduces anew. Rings: (n - 1) / n of what is gathered or reduced; twice that for the
-    all-reduce between replicas.
+    For each micro-batch parameters are gathered (with ZeRO-3 again for the backward pass) and gradients reduced. Of n
+    ranks in a ring each receives (n - 1) / n of what is gathered or reduced; an all-reduce, between replicas, takes
+    twice that.
     """
     micro_steps = rank_share(config.train, world_size) // config.train.micro_batch_size
     group = world_size // config.parallel.replicate
@@ -203,7 +217,7 @@ def _received(config: Config, world_size: int, parameters: int, trained: int) ->
 
 
 def describe(plan: Plan, world_size: int) -> str:
-    """A plan for people to read."""
+    """A plan as text for the terminal."""
     kinds = ", ".join(f"{name} {readable(size)}" for name, size in plan.kinds.items())
     lines = [
         f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {world_size} ranks",
@@ -218,11 +232,11 @@ def describe(plan: Plan, world_size: int) -> str:
 
 
 def smallest_change(config: Config, world_size: int, memory: int, budget: float) -> str | None:
-    """The first of a few changes, the cheapest first, with which the run would fit; None where none of them helps.
+    """The cheapest of a few changes with which the run would fit, as overrides and its peak; None where none is enough.
 
     Args:
         memory: bytes of each device.
-        budget: how much of it tensors may take.
+        budget: the fraction of it that tensors may take.
     """
     for overrides, ranks in _changes(config, world_size):
         changed = replace(
@@ -247,7 +261,7 @@ def _section(config: Config, key: str) -> str:
 
 
 def _changes(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """What to try: settings first, each together with those before it; then more ranks, without and with them."""
+    """(overrides, ranks) to try, the cheapest first: each setting with those before it; then more ranks, too."""
     overrides: dict[str, Any] = {}
     if not config.parallel.reshard_after_forward:
         overrides |= {"reshard_after_forward": True}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from k2mini.errors import need_extra
-from k2mini.training.metrics import read_metrics
+from k2mini.training.loop import read_metrics
 
 
 def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> None:

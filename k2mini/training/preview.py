@@ -1,4 +1,4 @@
-"""`k2mini preview`: what a run would be fed, token by token, with what is supervised."""
+"""`k2mini preview`: the samples of a run as text, token by token, with the tokens that count in its loss."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig
-from k2mini.data.batches import Batch, Blocks, Examples
+from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Corpus, Documents, is_prepared
 from k2mini.data.documents import list_files, read_documents
 from k2mini.data.instructions import read_examples
+from k2mini.data.packing import Examples
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.weights.model_directory import ModelDirectory
 
 
 def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[str]:
-    """Lines for the first `number` samples of a run, in the order in which it takes them.
+    """The first `number` samples of a run, in the order in which it takes them, as lines of text.
 
     Raises ValueError where the data or the tokenizer can't be read.
     """
@@ -33,13 +34,7 @@ def _samples(config: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer) -> B
     data, seed = config.data, config.run.seed
     if isinstance(config, FinetuneConfig):
         section = config.data
-        examples = read_examples(
-            Path(section.path),
-            tokenizer,
-            get_template(section.template),
-            train_on_inputs=section.train_on_inputs,
-            max_seq_len=section.max_seq_len,
-        )
+        examples = read_examples(Path(section.path), tokenizer, get_template(section.template), section)
         return Examples(examples, seed=seed)
     corpus, source = config.data, Path(data.path)
     if is_prepared(source):
@@ -49,7 +44,7 @@ def _samples(config: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer) -> B
 
 
 def _table(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
-    """One line a position: its place in its document, what is read there, and what is to be predicted, if anything."""
+    """A line for each position: its place in its document, its token, and the token to predict where that counts."""
     yield "position      id  piece                  supervised: the next token"
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
     positions = range(len(tokens)) if batch.positions is None else batch.positions[0].tolist()

@@ -76,6 +76,13 @@ class ModelDirectory:
             raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with")
         return path
 
+    def check_vocab_size(self, tokens: int) -> None:
+        """Raise ValueError unless the embedding has a row for each of the tokenizer's `tokens`, and few more."""
+        rows = self.config.vocab_size
+        if not tokens <= rows <= tokens + MAX_SPARE_ROWS:
+            sizes = f"{self.path / 'tokenizer.model'} has {tokens:,} tokens, the embedding has {rows:,} rows"
+            raise ValueError(f"{sizes}; this tokenizer belongs to another model")
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None where there is no tokenizer.model; else as `require_tokenizer`."""
@@ -87,15 +94,9 @@ class ModelDirectory:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        """The tokenizer. Where config.json disagrees with it on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the log
-        says so; the tokenizer is right, since the model was trained with its ids.
-        """
-        tokenizer, rows = Tokenizer(self.require_tokenizer_file()), self.config.vocab_size
-        if not tokenizer.vocab_size <= rows <= tokenizer.vocab_size + MAX_SPARE_ROWS:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens, the embedding has {rows:,} rows; "
-                "this tokenizer belongs to another model"
-            )
+        # Where config.json disagrees on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the tokenizer is right.
+        tokenizer = Tokenizer(self.require_tokenizer_file())
+        self.check_vocab_size(tokenizer.vocab_size)
         for key, right in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
             said, file = self._raw_config.get(key), self.path / "config.json"
             if said is not None and said != right and not (isinstance(said, list) and right in said):

@@ -1,13 +1,16 @@
+import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from k2mini.config import IGNORE_INDEX
-from k2mini.data.batches import Blocks, Example, Examples, shuffled
+from k2mini.config import IGNORE_INDEX, InstructionSection
+from k2mini.data.batches import Blocks, shuffled
 from k2mini.data.corpus import Documents
-from k2mini.data.documents import read_documents
+from k2mini.data.documents import list_files, read_documents
 from k2mini.data.instructions import encode_example, read_examples, read_records
+from k2mini.data.packing import Example, Examples
 from k2mini.data.prompts import get_template
 
 DOCUMENTS = [[1, 10, 11, 12, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 2]]
@@ -84,13 +87,13 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
     path = tmp_path / "data.json"
     long = {**RECORD, "output": "granite " * 40}
     path.write_text(json.dumps([RECORD, long, {**RECORD, "instruction": "rock " * 100}]))
-    template = get_template("none")
-    examples = read_examples(path, tiny_tokenizer, template, train_on_inputs=False, max_seq_len=40)
+    template, section = get_template("none"), InstructionSection(str(path), max_seq_len=40)
+    examples = read_examples(path, tiny_tokenizer, template, section)
     assert [len(example.tokens) <= 40 for example in examples] == [True, True]
     assert "1 examples lose the end of their answer and 1 their whole answer" in caplog.text
     path.write_text(json.dumps([{**RECORD, "instruction": "rock " * 100}]))
     with pytest.raises(ValueError, match="no example has any of its answer"):
-        read_examples(path, tiny_tokenizer, template, train_on_inputs=False, max_seq_len=40)
+        read_examples(path, tiny_tokenizer, template, section)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,9 @@ def test_instruction_files_of_another_form_are_refused(tmp_path, name, content, 
         ("", "is empty"),
         ('{"text": "x"}\n{"txt": "y"}\n', "line 2: `text` must be text that is not empty"),
         ('{"text": " "}\n', "line 1: `text` must be text"),
-        ("[1]\n", "line 1: must be a JSON object"),
+        ("3\n", "line 1: must be a JSON object, not int"),
+        ("[1]\n", "record 0: must be a JSON object, not int"),
+        ('[{"text": "x"}', "corpus.jsonl is not valid JSON"),
         ("plain text\n", "line 1: not valid JSON"),
     ],
 )
@@ -132,6 +137,48 @@ def test_corpora_of_another_form_are_refused(tiny_tokenizer, tmp_path, content, 
         read_documents(path, tiny_tokenizer, eos=True)
     with pytest.raises(ValueError, match="there is no file or folder"):
         read_documents(tmp_path / "none.jsonl", tiny_tokenizer, eos=True)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.json", "A.JSON", "A.JSONL.GZ"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_json_is_read_by_what_it_holds(tiny_tokenizer, tmp_path, name, listed):
+    texts = ["granite", "basalt"]
+    entries = [json.dumps({"text": text}) for text in texts]
+    content = ("[" + ",\n".join(entries) + "]" if listed else "\n".join(entries)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".GZ") else content)
+    expected = [tiny_tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    assert read_documents(tmp_path / name, tiny_tokenizer, eos=False) == expected
+
+
+def test_suffixes_in_capitals(tiny_tokenizer, tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"granite"))
+    (tmp_path / "B.Md").write_text("basalt")
+    found = [read_documents(file, tiny_tokenizer, eos=False) for file in list_files([tmp_path])]
+    assert found == [[tiny_tokenizer.encode(text, bos=True, eos=False)] for text in ("granite", "basalt")]
+
+
+BAD = [
+    ('{"instruction": "x", "output": ""}', "line 2: `output` is empty, so there is nothing to learn"),
+    ('{"instruction": "x"}', "line 2 has no `output`"),
+    ("3", "line 2 must be a JSON object, not int"),
+    ('{"instr', "line 2: not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_bad_record_ends_a_run_or_is_skipped(tiny_tokenizer, tmp_path, caplog, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps(RECORD), line, json.dumps(RECORD)]))
+    template, section = get_template("none"), InstructionSection(str(path))
+    with pytest.raises(ValueError, match=f"{message}.*; data.on_error=skip leaves such records out and counts them"):
+        read_examples(path, tiny_tokenizer, template, section)
+    examples = read_examples(path, tiny_tokenizer, template, replace(section, on_error="skip"))
+    assert len(examples) == 2
+    assert f"skipped: {path}, {message}" in caplog.text
+    assert "1 records are skipped (data.on_error is skip), 2 are left" in caplog.text
+    path.write_text(line + "\n" + line)
+    with pytest.raises(ValueError, match="every record was skipped"):
+        read_examples(path, tiny_tokenizer, template, replace(section, on_error="skip"))
 
 
 def test_documents_begin_with_bos_and_end_as_asked(tiny_tokenizer, tmp_path):

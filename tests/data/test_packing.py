@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from k2mini.data.batches import Examples
-from k2mini.data.packing import PackedExamples, pack
-from k2mini.training.loop import accumulate
+from k2mini.data.packing import Examples, PackedExamples, pack
+from k2mini.training.step import accumulate
 from tests.conftest import tiny_llama
 from tests.helpers import examples
 

@@ -126,7 +126,7 @@ def test_what_can_not_be_prepared(folder, tiny_tokenizer, tmp_path):
         assert not (tmp_path / "out").exists()
 
     fails("there is no file or folder", tmp_path / "none")
-    fails("documents are read from .jsonl, .txt, .md", folder / "left_alone.csv")
+    fails("documents are read from .jsonl, .json, .txt, .md", folder / "left_alone.csv")
     fails("a.jsonl is named twice", folder, folder / "a.jsonl")
     fails("there are 0 documents", folder / "empty.txt")
     fails("--val-percent must be", folder, val_percent=100)
@@ -135,7 +135,7 @@ def test_what_can_not_be_prepared(folder, tiny_tokenizer, tmp_path):
     damaged.write_bytes((folder / "below/b.jsonl.gz").read_bytes()[:-20])
     fails("damaged.jsonl.gz is damaged", damaged)
     (tmp_path / "nothing").mkdir()
-    fails("no .jsonl, .txt, .md", tmp_path / "nothing")
+    fails("no .jsonl, .json, .txt, .md", tmp_path / "nothing")
 
 
 def test_what_is_not_a_prepared_corpus(folder, tiny_tokenizer, tmp_path):

@@ -14,7 +14,7 @@ from k2mini.build import load_model
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.pipeline import run_demo
 from k2mini.demo.sources import BASE
-from k2mini.training.metrics import read_metrics
+from k2mini.training.loop import read_metrics
 from k2mini.weights.model_directory import CheckpointReader
 
 STAGES = ["base", "pretrain", "stage1", "stage2", "control"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from k2mini.training.checkpoint import checkpoints
-from k2mini.training.metrics import read_metrics
+from k2mini.training.loop import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

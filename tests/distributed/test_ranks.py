@@ -103,12 +103,10 @@ def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_pa
     samples = worker.Recorder()
     worker.train(
         model,
-        samples,
-        tmp_path / "run",
-        seed=3,
-        section=training,
-        checkpoint=CheckpointSection(resume=str(out / "plain/checkpoints/step_0000020")),
-        identity={"data": "x"},
+        worker.Task(samples, identity={"data": "x"}),
+        worker.RunSection(str(tmp_path / "run"), seed=3),
+        training,
+        CheckpointSection(resume=str(out / "plain/checkpoints/step_0000020")),
     )
     assert samples.asked == set(range(20 * 8, 30 * 8))
 

@@ -9,13 +9,21 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from k2mini.build import training_model
-from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.config import (
+    CheckpointSection,
+    EvalSection,
+    LoraSection,
+    ModelSection,
+    ParallelSection,
+    RunSection,
+    TrainSection,
+)
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.distributed import local_part, ranks
 from k2mini.evaluation.score import Request, score
-from k2mini.training.loop import accumulate, local_batches, train
-from k2mini.training.metrics import read_metrics
+from k2mini.training.loop import Task, read_metrics, train
+from k2mini.training.step import accumulate, local_batches
 
 STEPS = 30
 
@@ -64,16 +72,13 @@ def run(
     samples = Recorder(seed)
     train(
         model,
-        samples,
-        out,
-        seed=seed,
-        section=training,
-        checkpoint=keep or CheckpointSection(every=10, keep_last=5),
-        identity={"data": "x"},
-        val=Blocks(documents(9, seed=1), 32, document_mask=True, seed=None),
-        world=world,
-        evaluate=evaluate,
-        eval_every=5,
+        Task(samples, Blocks(documents(9, seed=1), 32, document_mask=True, seed=None), {"data": "x"}),
+        RunSection(str(out), seed),
+        training,
+        keep or CheckpointSection(every=10, keep_last=5),
+        EvalSection(["x"], every=5),
+        evaluate,
+        world,
     )
     world.barrier()
     rows = read_metrics(out / "metrics.jsonl")

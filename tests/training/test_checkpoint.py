@@ -20,7 +20,7 @@ from k2mini.training.checkpoint import (
     save_checkpoint,
 )
 from k2mini.training.metadata import SafeReader
-from k2mini.training.optim import build_optimizer
+from k2mini.training.step import build_optimizer
 from tests.conftest import tiny_llama
 from tests.helpers import section
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,18 +18,17 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
-from k2mini.data.batches import Examples
 from k2mini.data.instructions import read_examples
+from k2mini.data.packing import Examples
 from k2mini.data.prompts import get_template
 from k2mini.demo.pipeline import TEMPLATE
 from k2mini.demo.sources import BASE
 from k2mini.demo.world import instructions, read_facts
 from k2mini.inference.generate import generate
 from k2mini.nn.lora import adapter_tensors
-from k2mini.training.loop import accumulate, clip_gradients
-from k2mini.training.metrics import read_metrics
-from k2mini.training.optim import build_optimizer
+from k2mini.training.loop import read_metrics
 from k2mini.training.run import finetune
+from k2mini.training.step import accumulate, build_optimizer, clip_gradients
 from k2mini.weights.adapter import save_adapter
 from tests.conftest import asset
 from tests.helpers import adapted, examples, section
@@ -91,10 +92,10 @@ def test_the_adapter_of_the_lowest_validation_loss_is_kept(tmp_path, data, caplo
     assert best != 12
     assert f"step_{best:07}" in caplog.text
     model, tokenizer = load_model(BASE, adapter=out)
-    from k2mini.training.loop import validation_loss
     from k2mini.training.run import _split
+    from k2mini.training.step import validation_loss
 
-    held_out = read_examples(data, tokenizer, get_template(TEMPLATE), train_on_inputs=False, max_seq_len=128)
+    held_out = read_examples(data, tokenizer, get_template(TEMPLATE), run.data)
     again = validation_loss(model, Examples(_split(held_out, run)[1], seed=None), 4)
     assert again == pytest.approx(found[best], rel=1e-5)
 
@@ -116,11 +117,25 @@ def test_validation_rows_are_not_trained_on(tmp_path, data):
 
     _, tokenizer = load_model(BASE)
     run = config(tmp_path, data)
-    whole = read_examples(data, tokenizer, get_template(TEMPLATE), train_on_inputs=False, max_seq_len=128)
+    whole = read_examples(data, tokenizer, get_template(TEMPLATE), run.data)
     rest, aside = _split(whole, run)
     assert (len(rest), len(aside)) == (280, 20)
     assert sorted(map(id, rest + aside)) == sorted(map(id, whole))
     assert whole[:20] != aside
+
+
+def test_on_error_is_no_part_of_a_runs_identity(tmp_path, data, caplog):
+    """It decides what is done with a bad record, not what a step computes: checkpoints without it are resumed."""
+    caplog.set_level(logging.INFO, logger="k2mini")
+    run = config(tmp_path, data, max_steps=4)
+    finetune(run)
+    state = json.loads((tmp_path / "run/checkpoints/step_0000004/state.json").read_text())
+    assert "on_error" not in state["identity"]["data"]
+    shutil.rmtree(tmp_path / "run/adapter")
+    finetune(replace(run, data=replace(run.data, on_error="skip")))
+    assert "resuming from" in caplog.text
+    finetune(run)
+    assert f"to train anew, set run.dir to another folder or remove {tmp_path}/run" in caplog.text
 
 
 def test_nothing_learned_is_not_saved(tmp_path):
@@ -145,8 +160,6 @@ def test_the_default_targets_are_k2s():
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, data, changes, message):
-    from dataclasses import replace
-
     run = config(tmp_path, data)
     for name, values in changes.items():
         run = replace(run, **{name: replace(getattr(run, name), **values)})
@@ -181,8 +194,6 @@ def test_an_int8_base_trains_as_well(tmp_path, capsys):
     for quantize in (None, "int8"):
         model = ModelSection(str(BASE), quantize=quantize)
         run = config(tmp_path, arc, str(quantize), model=model, max_steps=60, val_every=60)
-        from dataclasses import replace
-
         run = replace(run, data=replace(run.data, val_size=200, max_seq_len=256))
         finetune(run)
         found[quantize] = losses(tmp_path / str(quantize))[-1]

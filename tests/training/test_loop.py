@@ -8,14 +8,13 @@ import threading
 import pytest
 import torch
 
-from k2mini.config import CheckpointSection
+from k2mini.config import CheckpointSection, RunSection
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Documents
 from k2mini.errors import StoppedBySignalError
 from k2mini.training.checkpoint import checkpoints
-from k2mini.training.loop import accumulate, train
-from k2mini.training.metrics import read_metrics
-from k2mini.training.optim import build_optimizer, lr_at
+from k2mini.training.loop import Task, read_metrics, train
+from k2mini.training.step import accumulate, build_optimizer, lr_at, train_step
 from tests.conftest import tiny_llama
 from tests.helpers import section
 from tests.reference import to_transformers
@@ -36,23 +35,25 @@ def test_twenty_adamw_steps_equal_transformers():
     model = tiny_llama()
     reference = to_transformers(model).train()
     data = samples(document_mask=False)
-    ours = build_optimizer(model, section(weight_decay=0.1))
+    training = section(weight_decay=0.1, schedule="constant")
+    ours = build_optimizer(model, training)
     decayed = [p for p in reference.parameters() if p.ndim > 1]
     rest = [p for p in reference.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-3)
     for step in range(20):
         batch = data.batch(4 * step, 4)
-        loss = accumulate(model, [batch], batch.num_supervised())
+        figures = train_step(model, ours, [batch], training, step, 20)
         expected = torch.nn.functional.cross_entropy(
             reference(batch.tokens).logits.flatten(0, 1), batch.labels.flatten()
         )
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
         expected.backward()
-        for network, optimizer in ((model, ours), (reference, theirs)):
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        theirs.step()
+        theirs.zero_grad()
+        assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert figures["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert figures["lr"] == 1e-3
 
 
 def gradients(batches):
@@ -95,13 +96,10 @@ def run(directory, *, steps=12, every=3, model=None, **options):
     model = model or tiny_llama(seed=5)
     train(
         model,
-        samples(seed=7),
-        directory,
-        seed=7,
-        section=section(max_steps=steps, warmup_steps=2, val_every=5),
-        checkpoint=CheckpointSection(every=every, **options),
-        identity={"data": "x"},
-        val=samples(seed=None),
+        Task(samples(seed=7), samples(seed=None), identity={"data": "x"}),
+        RunSection(str(directory), seed=7),
+        section(max_steps=steps, warmup_steps=2, val_every=5),
+        CheckpointSection(every=every, **options),
     )
     return model
 

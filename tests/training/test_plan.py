@@ -19,6 +19,7 @@ from k2mini.config import (
     RunSection,
     TrainSection,
 )
+from k2mini.config_file import load_config
 from k2mini.sizes import parse_size
 from k2mini.training.plan import plan_run, smallest_change
 from k2mini.weights.model_files import save_model
@@ -114,6 +115,12 @@ def test_from_the_command_line():
     done = run("configs/tiny_pretrain.yaml", "--world-size", "2", "--gpu-memory", "20MiB")
     assert "it does not fit" in done.stdout
     assert "the smallest change that fits: train.activation_checkpointing=1" in done.stdout
+
+
+def test_a_base_that_another_run_has_yet_to_make(tmp_path):
+    config = load_config(FinetuneConfig, ROOT / "configs/instruct_stage1_7b.yaml", ["model.path=runs/further/model"])
+    with pytest.raises(ValueError, match=r"no directory runs/further/model.* plan from a preset .*model.path=llama-7b"):
+        plan_run(config, 1)
 
 
 def test_no_ranks(directory):
