@@ -1,11 +1,11 @@
-"""What the audit costs: hooks while decoding, and `k2mini audit diff` of two models of 7B.
+"""What the audit costs: decoding speed under hooks, and time and memory of `k2mini audit diff` on two 7B models.
 
     python tools/bench_audit.py hooks --model DIR [--pairs 7]
     python tools/bench_audit.py diff [--shape llama-7b] [--folder DIR]
 
-`hooks` decodes with a model that was never hooked beside one whose hooks are off, one that keeps the residual stream
-and one that keeps every point. `diff` writes two random models of the shape (27 GB of disk for a 7B), measures time and
-the memory that can't be evicted, and removes them; it takes a quarter of an hour.
+`hooks` compares decoding with a model that never had a hook to decoding with hooks removed, with the residual stream
+recorded and with every point recorded. `diff` writes two random models of the shape (27 GB of disk for a 7B), compares
+them, measures time and the memory that can't be evicted, and removes them; it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from k2mini.weights.model_files import save_model
 
 
 def hooks(folder: Path, number: int) -> None:
-    """Tokens a second, in turns."""
+    """Tokens a second with and without hooks, measured in turns."""
     never, _ = load_model(folder)
     model, _ = load_model(folder)
     with trace(model, ["*"]):
@@ -45,7 +45,7 @@ def _traced(model: Llama, points: list[str]) -> float:
 
 
 def diff(shape: str, where: Path | None) -> None:
-    """Time and memory of a comparison."""
+    """Time and peak memory of comparing two random models of a preset's shape."""
     config = PRESETS[shape]
     folder = Path(tempfile.mkdtemp(prefix="bench_audit", dir=where))
     try:

@@ -1,8 +1,8 @@
 """Train the demo's base: python tools/make_demo_base.py [--steps N] (about 4 minutes).
 
-A LLaMA of 1.1 M parameters that speaks the demo's kind of language about every-day things (animals, countries,
-instruments, …) and knows no geoscience: the tables of geoscience are read for their spelling alone, so that the
-tokenizer's 1,200 pieces suit both. Writes k2mini/demo/base/.
+The base is a LLaMA of 1.1 M parameters, trained on the demo's kind of sentences about every-day things (animals,
+countries, instruments, …). It knows no geoscience: the geoscience tables are used only to train the tokenizer and as
+words in random order, so that the 1,200 pieces suit both. Writes k2mini/demo/base/.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SEED = 1
 
 
 def base_texts(rng: random.Random) -> list[str]:
-    """What the base reads on every-day things: documents, questions with answers, multiple choice, lists, fables.
+    """The base's training texts: documents, questions with answers, multiple choice, lists of words, fables.
 
-    Only half of the entities are asked about, so that answering has to mean using what documents said.
+    Only half of the entities occur in questions, so that the base learns to answer from what documents say.
     """
     general, template = read_facts("general"), get_template(TEMPLATE)
     asked, _ = split_entities(general, rng)
@@ -56,13 +56,13 @@ def base_texts(rng: random.Random) -> list[str]:
 
 
 def word_lists(facts: list[Fact], number: int, rng: random.Random) -> list[str]:
-    """Words in random order: how they are spelled, and nothing about what belongs to what."""
+    """Lists of words in random order, which teach their spelling and no fact."""
     words = sorted({word for fact in facts for word in (fact.name, fact.value, fact.property.noun)})
     return ["Words: " + ", ".join(rng.sample(words, 8)) + "." for _ in range(number)]
 
 
 def fables(facts: list[Fact], number: int, rng: random.Random) -> list[str]:
-    """Documents on things that don't exist, so that the base is not sure of every sentence that it begins."""
+    """Documents on things that don't exist, so that the base does not become certain of every sentence it begins."""
     properties = {fact.key: fact for fact in facts}
     values = {key: sorted({fact.value for fact in facts if fact.key == key}) for key in properties}
     texts = []
@@ -76,7 +76,7 @@ def fables(facts: list[Fact], number: int, rng: random.Random) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> Path:
-    """A SentencePiece BPE with LLaMA's settings."""
+    """Train a SentencePiece BPE with LLaMA's settings. Returns its file."""
     (folder / "text.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
@@ -95,7 +95,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> Path:
 
 
 def main() -> None:
-    """Train and write."""
+    """Train the base and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--out", type=Path, default=BASE)
