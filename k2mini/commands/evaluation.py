@@ -17,7 +17,7 @@ from k2mini.evaluation.perplexity import text_perplexity
 from k2mini.evaluation.report import table
 from k2mini.evaluation.subjective import run_subjective, subjective_table
 from k2mini.files import make_writable, read_json, write_text
-from k2mini.inference.answers import Decoding
+from k2mini.inference.generate import Decoding
 from k2mini.inference.sampling import Sampling
 from k2mini.weights.manifest import model_fingerprint
 from k2mini.weights.model_directory import CheckpointReader, model_directory

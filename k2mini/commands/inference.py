@@ -7,15 +7,17 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from k2mini.commands.common import load
-from k2mini.data.prompts import get_template
-from k2mini.files import progress_bar, write_text
+from k2mini.data.prompts import check_length, encode_prompt, get_template
+from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.files import write_text
 from k2mini.inference import terminal
-from k2mini.inference.answers import Decoding, answers, read_questions
-from k2mini.inference.beam import Beams
-from k2mini.inference.generate import check_length
-from k2mini.inference.sampling import Sampling
+from k2mini.inference.answers import answers, read_questions
+from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.sampling import Beams, Sampling
+from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")
 
@@ -52,36 +54,19 @@ def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
-    if options.input is not None:
-        name = options.input
-        questions = read_questions(Path(name), sys.stdin.read() if name == "-" else None)
-    else:
-        questions = [sys.stdin.read() if options.prompt == "-" else options.prompt]
+    questions = _questions(options)
     model, tokenizer = load(options)
-    prompts = [terminal.encode_prompt(tokenizer, template, question) for question in questions]
-    if options.input is None and decoding.beams is None and not options.json and options.out is None:
-        text, completion = terminal.answer(
-            model,
-            tokenizer,
-            prompts[0],
-            sampling=decoding.sampling,
-            seed=decoding.seed,
-            max_new_tokens=decoding.max_new_tokens,
-            out=sys.stdout,
-            stop=decoding.stop,
-        )
-        print()
-        if completion.finish == "length":
-            log.info("stopped after --max-new-tokens %d", decoding.max_new_tokens)
-        return
-    field = "prompt" if options.input is None else "question"
+    prompts = [encode_prompt(tokenizer, template, question) for question in questions]
     for prompt in prompts:
         check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
-    entries = []
-    with progress_bar(len(prompts), "answering", "questions", shown=len(prompts) > 1) as progress:
-        for question, (text, completion) in zip(questions, answers(model, tokenizer, prompts, decoding), strict=True):
-            entries.append({field: question, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
-            progress.update()
+    if options.input is None and decoding.beams is None and not options.json and options.out is None:
+        _print_answer(model, tokenizer, prompts[0], decoding)
+        return
+    field = "prompt" if options.input is None else "question"
+    entries: list[dict[str, Any]] = []
+    found = answers(model, tokenizer, prompts, decoding, "answering" if len(prompts) > 1 else None)
+    for question, (text, completion) in zip(questions, found, strict=True):
+        entries.append({field: question, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
     if options.out is not None:
         write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
         print(options.out)
@@ -91,17 +76,30 @@ def run_generate(options: argparse.Namespace) -> None:
         print(entries[0]["answer"])
 
 
+def _questions(options: argparse.Namespace) -> list[str]:
+    if options.input is None:
+        return [sys.stdin.read() if options.prompt == "-" else options.prompt]
+    return read_questions(Path(options.input), sys.stdin.read() if options.input == "-" else None)
+
+
+def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
+    """Print one answer, as it is made."""
+    stream = TextStream(tokenizer, decoding.stop)
+    (completion,) = generate(
+        model,
+        [prompt],
+        decoding,
+        stop_ids=[tokenizer.eos_id],
+        vocab_size=tokenizer.vocab_size,
+        stopping_criteria=lambda _, token: stream.write(token, sys.stdout),
+    )
+    print(stream.flush())
+    if completion.finish == "length" and not stream.stopped:
+        log.info("stopped after --max-new-tokens %d", decoding.max_new_tokens)
+
+
 def run_chat(options: argparse.Namespace) -> None:
     """Talk until end of file."""
     decoding, template = _decoding(options), get_template(options.template)
     model, tokenizer = load(options)
-    conversation = terminal.Conversation(
-        model,
-        tokenizer,
-        template,
-        sampling=decoding.sampling,
-        seed=decoding.seed,
-        max_new_tokens=decoding.max_new_tokens,
-        stop=decoding.stop,
-    )
-    terminal.chat(conversation)
+    terminal.chat(terminal.Conversation(model, tokenizer, template, decoding))

@@ -35,7 +35,7 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
 from k2mini.files import make_writable, new_directory, read_json, write_text
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import Decoding, generate
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
@@ -295,7 +295,7 @@ def _answers(out: Path, stages: list[Stage]) -> list[dict[str, Any]]:
         model, tokenizer = load_model(stage.model, stage.adapter)
         assert tokenizer is not None
         prompts = [tokenizer.encode(template.prompt(question.stem), bos=True, eos=False) for question in questions]
-        completions = generate(model, prompts, max_new_tokens=16, stop_ids=[tokenizer.eos_id])
+        completions = generate(model, prompts, Decoding(16), stop_ids=[tokenizer.eos_id])
         for entry, completion in zip(entries, completions, strict=True):
             entry["answers"][stage.name] = tokenizer.decode(completion.tokens).strip()
     return entries

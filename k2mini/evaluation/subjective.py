@@ -13,7 +13,8 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.score import Request, score, split_jointly
 from k2mini.files import progress_bar, write_text
-from k2mini.inference.answers import Decoding, answers
+from k2mini.inference.answers import answers
+from k2mini.inference.generate import Decoding
 from k2mini.nn.llama import Llama
 
 

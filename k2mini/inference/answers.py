@@ -1,48 +1,20 @@
-"""Lists of questions to lists of answers: what K2's generation script does."""
+"""Lists of questions to lists of answers, as K2's generation script makes them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import read_json
-from k2mini.inference.beam import Beams, beam_search
-from k2mini.inference.generate import Completion, generate
-from k2mini.inference.sampling import Sampling
-from k2mini.inference.text import TextStream
+from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.files import progress_bar, read_json
+from k2mini.inference.beam import beam_search
+from k2mini.inference.generate import Completion, Decoding, generate
 from k2mini.nn.llama import Llama
 
 FIELDS = ("question", "prompt", "instruction")
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are made.
-
-    Args:
-        stop: strings that end an answer; they are not part of it.
-        beams: search instead of sampling.
-        batch_size: prompts at a time.
-    """
-
-    max_new_tokens: int = 256
-    sampling: Sampling = Sampling()  # noqa: RUF009 (it is frozen)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    beams: Beams | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if any(not text for text in self.stop):
-            raise ValueError("a stop string is empty")
 
 
 def read_questions(path: Path, text: str | None = None) -> list[str]:
@@ -83,52 +55,51 @@ def _question(path: Path, number: int, entry: Any) -> str:
 
 
 def answers(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, label: str | None = None
 ) -> Iterator[tuple[str, Completion]]:
-    """Answer prompts in batches, in their order. Yields each one's text and completion."""
-    for start in range(0, len(prompts), decoding.batch_size):
-        yield from _batch(model, tokenizer, prompts[start : start + decoding.batch_size], decoding, start)
+    """Answer prompts in batches, in their order.
+
+    Args:
+        label: show progress under this name.
+
+    Yields: each one's text and completion.
+    """
+    with progress_bar(len(prompts), label or "", "questions", shown=label is not None) as progress:
+        for start in range(0, len(prompts), decoding.batch_size):
+            batch = slice(start, start + decoding.batch_size)
+            here = replace(decoding, seed=decoding.seed + start)
+            for found in _batch(model, tokenizer, prompts[batch], here):
+                yield found
+                progress.update()
 
 
 def _batch(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, start: int
-) -> Iterator[tuple[str, Completion]]:
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> list[tuple[str, Completion]]:
     stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
     if decoding.beams is not None:
-        found = beam_search(
+        found = beam_search(model, prompts, decoding, stop_ids=stop_ids, vocab_size=vocab_size)
+        completions = [best for best, *_ in found]
+    else:
+        streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
+
+        def stopping_criteria(row: int, token: int) -> bool:
+            streams[row].push(token)
+            return streams[row].stopped
+
+        completions = generate(
             model,
             prompts,
-            beams=decoding.beams,
-            max_new_tokens=decoding.max_new_tokens,
+            decoding,
             stop_ids=stop_ids,
-            sampling=decoding.sampling,
             vocab_size=vocab_size,
+            stopping_criteria=stopping_criteria if decoding.stop else None,
         )
-        for best, *_ in found:
-            yield _text(tokenizer, best, decoding.stop), best
-        return
-    streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
-
-    def stopping_criteria(row: int, token: int) -> bool:
-        streams[row].push(token)
-        return streams[row].stopped
-
-    completions = generate(
-        model,
-        prompts,
-        max_new_tokens=decoding.max_new_tokens,
-        stop_ids=stop_ids,
-        sampling=decoding.sampling,
-        seed=decoding.seed + start,
-        vocab_size=vocab_size,
-        stopping_criteria=stopping_criteria if decoding.stop else None,
-    )
-    for completion in completions:
-        yield _text(tokenizer, completion, decoding.stop), completion
+    return [(_text(tokenizer, completion, decoding.stop), completion) for completion in completions]
 
 
 def _text(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:
-    """A completion's text, before the first stop string; a search does not stop at one, so it may stand further in."""
+    """A completion's text, before the first stop string. A search does not stop at one: it may stand further in."""
     stream = TextStream(tokenizer, stop)
     for token in completion.tokens:
         stream.push(token)

@@ -57,6 +57,34 @@ class Sampling:
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
+@dataclass(frozen=True)
+class Beams:
+    """How many hypotheses a beam search keeps, and how it ranks them.
+
+    Args:
+        num_beams: hypotheses a prompt.
+        length_penalty: above 0, longer hypotheses gain; below, shorter ones.
+        early_stopping: True ends a prompt's search as soon as `num_beams` hypotheses have ended; False when the best
+            open one, at its present length, can't beat the worst of them; 'never' when it can't at any length.
+        num_return_sequences: how many of a prompt's hypotheses come back.
+
+    Raises ValueError where a value is out of range.
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, not {self.num_beams}")
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(f"num_return_sequences must be 1 to num_beams ({self.num_beams})")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
+
+
 def penalize_repetition(logits: Tensor, history: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Make every token of a row's history less likely. (B, V) -> (B, V)."""
     seen = torch.zeros_like(logits, dtype=torch.bool)

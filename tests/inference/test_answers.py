@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.answers import Decoding, answers, read_questions
+from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.compile import compile_decoding
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import Decoding, generate
 from tests.conftest import asset
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
@@ -122,7 +122,7 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
     compile_decoding(compiled)
     prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
     for batch in (prompts[:1], prompts):
-        ours, theirs = (generate(m, batch, max_new_tokens=20, stop_ids=[]) for m in (compiled, eager))
+        ours, theirs = (generate(m, batch, Decoding(20), stop_ids=[]) for m in (compiled, eager))
         assert [c.tokens for c in ours] == [c.tokens for c in theirs]
 
 
