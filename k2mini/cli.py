@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the instruction; '-' reads standard input")
     source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
+    command.add_argument("--context", metavar="TEXT", help="the instruction's input, which templates put after it")
     command.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     command.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
     command.add_argument(

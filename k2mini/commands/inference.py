@@ -56,7 +56,7 @@ def run_generate(options: argparse.Namespace) -> None:
     decoding, template = _decoding(options), get_template(options.template)
     questions = _questions(options)
     model, tokenizer = load(options)
-    prompts = [encode_prompt(tokenizer, template, question) for question in questions]
+    prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
     for prompt in prompts:
         check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
     if options.input is None and decoding.beams is None and not options.json and options.out is None:
@@ -65,8 +65,9 @@ def run_generate(options: argparse.Namespace) -> None:
     field = "prompt" if options.input is None else "question"
     entries: list[dict[str, Any]] = []
     found = answers(model, tokenizer, prompts, decoding, "answering" if len(prompts) > 1 else None)
-    for question, (text, completion) in zip(questions, found, strict=True):
-        entries.append({field: question, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
+    for (question, context), (text, completion) in zip(questions, found, strict=True):
+        asked = {field: question, **({"input": context} if context else {})}
+        entries.append({**asked, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
     if options.out is not None:
         write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
         print(options.out)
@@ -76,9 +77,12 @@ def run_generate(options: argparse.Namespace) -> None:
         print(entries[0]["answer"])
 
 
-def _questions(options: argparse.Namespace) -> list[str]:
+def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """What is asked, each with its input or ''."""
     if options.input is None:
-        return [sys.stdin.read() if options.prompt == "-" else options.prompt]
+        return [(sys.stdin.read() if options.prompt == "-" else options.prompt, options.context or "")]
+    if options.context is not None:
+        raise ValueError("--context goes with --prompt; a record of --input has a field `input` of its own")
     return read_questions(Path(options.input), sys.stdin.read() if options.input == "-" else None)
 
 

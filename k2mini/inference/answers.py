@@ -17,8 +17,11 @@ from k2mini.nn.llama import Llama
 FIELDS = ("question", "prompt", "instruction")
 
 
-def read_questions(path: Path, text: str | None = None) -> list[str]:
-    """The questions of a file: a JSON list of strings or of objects with a `question`; JSONL; or text, one a line.
+def read_questions(path: Path, text: str | None = None) -> list[tuple[str, str]]:
+    """The questions of a file, each with its input: the text that an instruction is about, or ''.
+
+    The file holds a JSON list or JSONL of strings, or of objects with one of `FIELDS` and, where there is one, an
+    `input`; or text, one question a line.
 
     Args:
         text: what stands in it, where it has been read already (standard input).
@@ -36,7 +39,7 @@ def read_questions(path: Path, text: str | None = None) -> list[str]:
             entries = [_parsed(path, number, line) for number, line in enumerate(entries, start=1)]
     if not entries:
         raise ValueError(f"{path} holds no question")
-    return [_question(path, number, entry) for number, entry in enumerate(entries, start=1)]
+    return [_question(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, start=1)]
 
 
 def _parsed(path: Path, number: int, line: str) -> Any:
@@ -46,12 +49,17 @@ def _parsed(path: Path, number: int, line: str) -> Any:
         raise ValueError(f"{path}: entry {number} is not valid JSON: {error}") from None
 
 
-def _question(path: Path, number: int, entry: Any) -> str:
-    if isinstance(entry, dict):
-        entry = next((entry[field] for field in FIELDS if field in entry), None)
-    if not isinstance(entry, str) or not entry.strip():
-        raise ValueError(f"{path}: entry {number} is neither a question nor an object with a {FIELDS[0]!r}")
-    return entry
+def _question(entry: Any, place: str) -> tuple[str, str]:
+    record = entry if isinstance(entry, dict) else {FIELDS[0]: entry}
+    asked = [field for field in FIELDS if record.get(field) is not None]
+    if len(asked) > 1:
+        raise ValueError(f"{place} has both `{asked[0]}` and `{asked[1]}`; leave the one that is to be asked")
+    question, context = record.get(asked[0]) if asked else None, record.get("input")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{place} is neither a question nor an object with a {FIELDS[0]!r}")
+    if context is not None and not isinstance(context, str):
+        raise ValueError(f"{place}: `input` must be text, not {context!r}")
+    return question, context or ""
 
 
 def answers(

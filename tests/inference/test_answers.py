@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.prompts import get_template
 from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, generate
@@ -38,7 +39,7 @@ def test_a_list_of_questions_gives_a_list_of_answers(tiny_directory, tmp_path, r
 def test_k2s_own_list_of_questions():
     questions = read_questions(asset("data", "geobench", "generation_questions.json"))
     assert len(questions) > 20
-    assert questions[0].startswith("How did Earth")
+    assert questions[0][0].startswith("How did Earth")
 
 
 def test_beams_say_what_has_no_effect(tiny_directory, run):
@@ -139,6 +140,17 @@ BAD = {
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
     "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
+    "other input": (
+        '[{"question": "a", "input": 1}]',
+        ["--input", "FILE.json"],
+        "entry 1: `input` must be text, not 1",
+    ),
+    "two questions": (
+        '["b", {"question": "a", "instruction": "b"}]',
+        ["--input", "FILE.json"],
+        "entry 2 has both `question` and `instruction`",
+    ),
+    "context": ('["a"]', ["--input", "FILE.json", "--context", "b"], "--context goes with --prompt"),
     "empty stop": (None, ["--prompt", "a", "--stop", ""], "a stop string is empty"),
     "penalty": (None, ["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive"),
 }
@@ -152,3 +164,34 @@ def test_one_sentence(tiny_directory, tmp_path, run, content, options, said):
     status, out, err = run("generate", "--model", tiny_directory, *options)
     assert (status, out) == (2, "")
     assert said in err.strip().splitlines()[-1]
+
+
+RECORDS = [
+    {"instruction": "Name the rock.", "input": "It is made of quartz and feldspar."},
+    {"instruction": "Name the rock.", "input": "It cooled from lava."},
+    {"instruction": "Name the rock.", "input": None},
+    {"question": "Name the rock.", "input": "It foams."},
+]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "none"])
+def test_the_input_of_a_record_reaches_the_template(tiny_directory, tmp_path, run, template):
+    (tmp_path / "list.json").write_text(json.dumps(RECORDS))
+    common = ["generate", "--model", tiny_directory, "--max-new-tokens", 6, "--template", template]
+    status, out, err = run(*common, "--input", tmp_path / "list.json")
+    assert status == 0, err
+    entries = json.loads(out)
+    assert [entry.get("input") for entry in entries] == [record["input"] for record in RECORDS]
+    assert "input" not in entries[2]
+    assert entries[0]["tokens"] != entries[1]["tokens"] != entries[2]["tokens"]
+    for entry in entries:
+        context = ["--context", entry["input"]] if "input" in entry else []
+        (alone,) = json.loads(run(*common, "--prompt", "Name the rock.", *context, "--json")[1])
+        assert (alone["tokens"], alone.get("input")) == (entry["tokens"], entry.get("input"))
+    assert run(*common, "--prompt", "Name the rock.", *context)[1].strip() == alone["answer"].strip()
+
+
+def test_two_records_that_differ_in_their_input_are_two_prompts(tmp_path):
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    questions = read_questions(tmp_path / "list.jsonl")
+    assert len({get_template("alpaca").prompt(*question) for question in questions}) == 4
