@@ -83,7 +83,9 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
         return [(sys.stdin.read() if options.prompt == "-" else options.prompt, options.context or "")]
     if options.context is not None:
         raise ValueError("--context goes with --prompt; a record of --input has a field `input` of its own")
-    return read_questions(Path(options.input), sys.stdin.read() if options.input == "-" else None)
+    if options.input == "-":
+        return read_questions(Path("standard input"), sys.stdin.buffer.read())
+    return read_questions(Path(options.input))
 
 
 def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:

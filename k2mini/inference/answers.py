@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from k2mini.data.documents import read_entries
 from k2mini.data.tokenizer import TextStream, Tokenizer
-from k2mini.files import progress_bar, read_json
+from k2mini.files import progress_bar
 from k2mini.inference.beam import beam_search
 from k2mini.inference.generate import Completion, Decoding, generate
 from k2mini.nn.llama import Llama
 
 FIELDS = ("question", "prompt", "instruction")
+# A list or an object; a line of text may begin with a bracket, but hardly so.
+JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*["\[{\]]|\{\s*["}])')
 
 
-def read_questions(path: Path, text: str | None = None) -> list[tuple[str, str]]:
+def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, str]]:
     """The questions of a file, each with its input: the text that an instruction is about, or ''.
 
-    The file holds a JSON list or JSONL of strings, or of objects with one of `FIELDS` and, where there is one, an
-    `input`; or text, one question a line.
+    The file holds a JSON list, or JSONL, of strings or of objects with one of `FIELDS` and, where there is one, an
+    `input`; or plain text, a question a line. What it holds decides, except that a file called .json or .jsonl is never
+    taken for plain text.
 
     Args:
-        text: what stands in it, where it has been read already (standard input).
+        content: what stands in the file, where it has been read already (standard input).
 
     Raises ValueError, naming the file and the entry, where there is none or one is not a question.
     """
-    if path.suffix == ".json" and text is None:
-        entries = read_json(path)
-        if not isinstance(entries, list):
-            raise ValueError(f"{path} must hold a JSON list of questions")
-    else:
-        lines = (path.read_text(encoding="utf-8") if text is None else text).splitlines()
-        entries = [line for line in lines if line.strip()]
-        if path.suffix == ".jsonl":
-            entries = [_parsed(path, number, line) for number, line in enumerate(entries, start=1)]
-    if not entries:
-        raise ValueError(f"{path} holds no question")
-    return [_question(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, start=1)]
-
-
-def _parsed(path: Path, number: int, line: str) -> Any:
+    content = path.read_bytes() if content is None else content
+    named_json = path.suffix.lower() in (".json", ".jsonl")
+    if named_json or JSON_START.match(content):
+        return [_question(entry, f"{path}, {place}") for place, entry in read_entries(path, content)]
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: entry {number} is not valid JSON: {error}") from None
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
+    questions = [(line, "") for line in lines if line.strip()]
+    if not questions:
+        raise ValueError(f"{path} holds no question")
+    return questions
 
 
 def _question(entry: Any, place: str) -> tuple[str, str]:

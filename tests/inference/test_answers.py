@@ -1,5 +1,6 @@
 """`k2mini generate` over lists, with beams, stop strings and int8; what a user can get wrong."""
 
+import io
 import json
 from pathlib import Path
 
@@ -128,10 +129,10 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
 
 
 BAD = {
-    "no question": ("[]", ["--input", "FILE.json"], "holds no question"),
-    "no JSON": ("{", ["--input", "FILE.json"], "is not valid JSON"),
-    "no list": ('{"a": 1}', ["--input", "FILE.json"], "must hold a JSON list"),
-    "no text": ('["a", 1]', ["--input", "FILE.json"], "entry 2 is neither a question nor"),
+    "no question": ("[]", ["--input", "FILE.json"], "FILE.json is empty"),
+    "no JSON": ("{", ["--input", "FILE.json"], "FILE.json, line 1: not valid JSON"),
+    "no list": ('{"a": 1}', ["--input", "FILE.json"], "line 1 is neither a question nor an object"),
+    "no text": ('["a", 1]', ["--input", "FILE.json"], "record 1 is neither a question nor"),
     "no file": (None, ["--input", "FILE.json"], "No such file"),
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
     "top_p 1.2": (None, ["--prompt", "a", "--top-p", "1.2"], "top_p must be above 0 and at most 1"),
@@ -143,12 +144,12 @@ BAD = {
     "other input": (
         '[{"question": "a", "input": 1}]',
         ["--input", "FILE.json"],
-        "entry 1: `input` must be text, not 1",
+        "record 0: `input` must be text, not 1",
     ),
     "two questions": (
         '["b", {"question": "a", "instruction": "b"}]',
         ["--input", "FILE.json"],
-        "entry 2 has both `question` and `instruction`",
+        "record 1 has both `question` and `instruction`",
     ),
     "context": ('["a"]', ["--input", "FILE.json", "--context", "b"], "--context goes with --prompt"),
     "empty stop": (None, ["--prompt", "a", "--stop", ""], "a stop string is empty"),
@@ -195,3 +196,37 @@ def test_two_records_that_differ_in_their_input_are_two_prompts(tmp_path):
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     questions = read_questions(tmp_path / "list.jsonl")
     assert len({get_template("alpaca").prompt(*question) for question in questions}) == 4
+
+
+NAMES = ["list.json", "list.jsonl", "list.jsonl.json", "LIST.JSON", "LIST.JSONL", "list.txt", "list"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_questions_are_read_by_what_the_file_holds(tmp_path, name):
+    path = tmp_path / name
+    expected = [(question, "") for question in QUESTIONS]
+    path.write_text(json.dumps(QUESTIONS, indent=1))
+    assert read_questions(path) == expected
+    path.write_text("\ufeff" + "".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    assert read_questions(path) == expected
+    path.write_text('[{"question": "What is granite?"}, "quartz"')
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+        read_questions(path)
+    path.write_text("[see figure 1] What is granite?\n\nquartz\n")
+    if "json" in name.lower():
+        with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+            read_questions(path)
+    else:
+        assert read_questions(path) == [("[see figure 1] What is granite?", ""), ("quartz", "")]
+
+
+def test_standard_input_too(tiny_directory, run, monkeypatch):
+    common = ["generate", "--model", tiny_directory, "--max-new-tokens", 2, "--input", "-"]
+    found = []
+    for content in ("\n".join(QUESTIONS), json.dumps(QUESTIONS)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        found.append(json.loads(run(*common)[1]))
+    assert found[0] == found[1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"question": "a"}\n{"question": ')))
+    status, _, err = run(*common)
+    assert (status, "standard input, line 2: not valid JSON" in err) == (2, True)
