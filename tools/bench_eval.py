@@ -20,10 +20,9 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
-from k2mini.evaluation.questions import Question
 from k2mini.nn.llama import Llama
 
 Answers = list[str | None]

@@ -21,7 +21,7 @@ from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
 from k2mini.build import load_model
 from k2mini.commands.common import pick_device
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.geobench import read_benchmark
+from k2mini.evaluation.benchmarks import read_benchmark
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.files import write_text
 from k2mini.nn.llama import Llama

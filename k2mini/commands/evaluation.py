@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from k2mini.commands.common import load
+from k2mini.evaluation.benchmarks import SUBJECTIVE, load_subjective, read_benchmark
 from k2mini.evaluation.compare import compare, comparison_table, draw
 from k2mini.evaluation.evaluate import run_benchmark
-from k2mini.evaluation.geobench import SUBJECTIVE, load_subjective, read_benchmark
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import text_perplexity
 from k2mini.evaluation.report import table

@@ -16,8 +16,8 @@ from k2mini.data.prepare import describe, prepare
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.sources import with_demo_files
 from k2mini.distributed import World, ranks
+from k2mini.evaluation.benchmarks import read_benchmark
 from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.geobench import read_benchmark
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.report import summarise
 from k2mini.nn.llama import Llama

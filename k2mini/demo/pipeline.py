@@ -29,8 +29,8 @@ from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER
 from k2mini.demo.report import write_report
 from k2mini.demo.world import world_files
+from k2mini.evaluation.benchmarks import load_geobench
 from k2mini.evaluation.evaluate import run_benchmark
-from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval

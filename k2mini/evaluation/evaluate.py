@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
-from k2mini.evaluation.questions import Question
 from k2mini.evaluation.report import Result, markdown, summarise
 from k2mini.evaluation.score import score
 from k2mini.files import make_writable, progress_bar, read_json, write_text

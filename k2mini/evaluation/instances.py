@@ -10,7 +10,7 @@ from typing import Any
 from k2mini.data.batches import shuffled
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.questions import Question
+from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
 
 SCORINGS = ("letter", "text", "k2")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from k2mini.evaluation.questions import Question, audit
+from k2mini.evaluation.benchmarks import Question, check_keys
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def summarise(
     for task in dict.fromkeys(question.task for question in questions):
         asked = [question for question in questions if question.task == task]
         of_task = [result for result in results if result.task == task]
-        n, checked = len(asked), audit(asked)
+        n, checked = len(asked), check_keys(asked)
         clean = set(checked.clean(asked))
         confusion: dict[str, Counter[str]] = {}
         for result in of_task:

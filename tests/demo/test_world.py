@@ -93,7 +93,7 @@ def test_questions_have_one_right_answer_and_fair_wrong_ones():
 def test_layouts_are_geobenchs(tmp_path):
     import json
 
-    from k2mini.evaluation.geobench import load_geobench
+    from k2mini.evaluation.benchmarks import load_geobench
 
     for name, content in world_files(0, SIZES).items():
         if name.startswith("questions"):

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
-from k2mini.evaluation.questions import Question
 from k2mini.evaluation.score import Request, score, split_jointly
 from tests.conftest import asset, tiny_config, tiny_llama
 

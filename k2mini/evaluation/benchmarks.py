@@ -1,4 +1,4 @@
-"""Multiple-choice questions: one form for GeoBench and for a user's own, and what is wrong with the published keys."""
+"""Multiple-choice benchmarks: GeoBench and a user's own as one kind of question, and a check of the published keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2mini.files import read_json
+
 NPEE_MARK = "Choose from:"
+CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
 K2_CAPITALS = re.compile(r"(?<=[^\w\-])[A-Z](?=[^\w\-])")
+SUBJECTIVE = ("noun", "qa", "discussion", "completion")
+EXPECTED = "expected is geobench_npee.json or geobench_apstudy.json as published"
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Audit:
-    """What is wrong with a task's questions.
+class KeyCheck:
+    """What is wrong with the questions and keys of a task.
 
     Attributes:
-        surplus: places of questions that stood before, word for word.
-        conflicting: places, a group each, of the same question with different keys.
+        surplus: places of questions that repeat an earlier one, word for word.
+        conflicting: groups of places where the same question has different keys.
         impossible: places of questions whose key is no option, or whose options are all empty.
     """
 
@@ -76,21 +81,97 @@ class Audit:
     impossible: list[int]
 
     def clean(self, questions: Sequence[Question]) -> list[int]:
-        """Places of distinct questions that have one key, and a possible one."""
+        """Places of questions that have one possible key, each question once."""
         odd = {place for group in self.conflicting for place in group} | {*self.surplus, *self.impossible}
         return [question.index for question in questions if question.index not in odd]
 
 
-def audit(questions: Sequence[Question]) -> Audit:
-    """Look for duplicates, conflicting keys and impossible ones among the questions of one task."""
+def check_keys(questions: Sequence[Question]) -> KeyCheck:
+    """Find copies, conflicting keys and impossible keys among the questions of one task."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.identity, []).append(question)
-    return Audit(
+    return KeyCheck(
         surplus=sorted(question.index for group in groups.values() for question in group[1:]),
         conflicting=[[q.index for q in group] for group in groups.values() if len({q.answer for q in group}) > 1],
         impossible=[question.index for question in questions if not question.is_answerable],
     )
+
+
+def read_benchmark(path: Path) -> list[Question]:
+    """GeoBench's objective questions, or those of a user's JSONL. Raises ValueError as their loaders do."""
+    if not path.is_file():
+        raise ValueError(f"there is no benchmark file {path}")
+    return load_questions(path) if path.suffix == ".jsonl" else load_geobench(path)
+
+
+def load_geobench(path: Path) -> list[Question]:
+    """The objective questions of `geobench_npee.json` or `geobench_apstudy.json`, every one of them.
+
+    Raises ValueError where the file is missing, not JSON or not one of the two.
+    """
+    raw = _read(path)
+    try:
+        if isinstance(raw, dict):
+            return [*_npee_choice(raw["choice"]), *_npee_tf(raw["tf"])]
+        if isinstance(raw, list) and raw:
+            return [_ap(index, entry) for index, entry in enumerate(raw)]
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is not a GeoBench file ({detail}); {EXPECTED}") from None
+    raise ValueError(f"{path} is not a GeoBench file; {EXPECTED}")
+
+
+def load_subjective(path: Path, kind: str) -> list[tuple[str, str]]:
+    """(question, reference answer) of one of NPEE's open tasks.
+
+    Raises ValueError where the file is not NPEE's, or has no such task.
+    """
+    raw = _read(path)
+    try:
+        return _pairs(raw[kind])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} has no {kind!r} of questions and answers; expected is geobench_npee.json") from None
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"there is no benchmark file {path}")
+    return read_json(path)
+
+
+def _pairs(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    questions, answers = raw["question"], raw["answer"]
+    if not all(isinstance(text, str) for text in [*questions, *answers]):
+        raise TypeError("a question or an answer is not text")
+    return list(zip(questions, answers, strict=True))
+
+
+def _npee_choice(raw: dict[str, Any]) -> list[Question]:
+    questions = []
+    for index, (text, answer) in enumerate(_pairs(raw)):
+        stem, mark, options = text.partition(NPEE_MARK)
+        found = CHOICE_LINE.findall(options)
+        if not mark or len(found) < 2:
+            raise ValueError(f"choice question {index} lists no options")
+        labels, texts = zip(*found, strict=True)
+        questions.append(Question("npee/choice", index, stem.rstrip("\n"), labels, texts, answer))
+    return questions
+
+
+def _npee_tf(raw: dict[str, Any]) -> list[Question]:
+    words = ("True", "False")
+    return [Question("npee/tf", index, text, words, words, answer) for index, (text, answer) in enumerate(_pairs(raw))]
+
+
+def _ap(index: int, entry: dict[str, Any]) -> Question:
+    question = entry["question"]
+    labels = tuple(choice["label"] for choice in question["choices"])
+    texts = tuple(choice["text"] for choice in question["choices"])
+    fields = [question["stem"], entry["answerKey"], *labels, *texts]
+    if not all(isinstance(text, str) for text in fields) or len(labels) < 2:
+        raise TypeError(f"question {index} has a field that is not text, or no options")
+    return Question("ap", index, question["stem"], labels, texts, entry["answerKey"])
 
 
 def load_questions(path: Path) -> list[Question]:

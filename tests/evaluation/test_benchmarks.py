@@ -3,9 +3,8 @@ from collections import Counter
 
 import pytest
 
-from k2mini.evaluation.geobench import SUBJECTIVE, load_geobench, load_subjective
+from k2mini.evaluation.benchmarks import SUBJECTIVE, check_keys, load_geobench, load_questions, load_subjective
 from k2mini.evaluation.instances import EvalConfig
-from k2mini.evaluation.questions import audit, load_questions
 
 
 def test_every_published_question_is_there(geobench):
@@ -41,10 +40,10 @@ def test_ways_to_ask(geobench):
     assert letter.prompt(tf).endswith("### Response:\nThe answer is: ")
 
 
-def test_the_audit_finds_the_known_faults(geobench):
+def test_the_known_faults_of_the_keys_are_found(geobench):
     questions = load_geobench(geobench["npee"])
     choice = [question for question in questions if question.task == "npee/choice"]
-    found = audit(choice)
+    found = check_keys(choice)
     assert (len(found.surplus), len(found.conflicting), found.impossible) == (53, 8, [155, 175])
     assert len({question.identity for question in choice}) == 129
     assert len(found.clean(choice)) == 129 - 8 - 1
