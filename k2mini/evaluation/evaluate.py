@@ -28,7 +28,6 @@ def evaluate(
     config: EvalConfig,
     label: str = "eval",
     *,
-    batch_size: int = 16,
     share: bool = True,
     journal: Path | None = None,
     shown: bool = True,
@@ -36,10 +35,11 @@ def evaluate(
     """Answer every question with the option of the highest score.
 
     Args:
-        batch_size: questions at a time.
-        share: run what prompts have in common once.
-        journal: a file of results that is added to as they come; questions that stand in it are not scored again.
-        shown: show a progress bar.
+        label: of the progress bar.
+        share: compute the prefix that prompts have in common once.
+        journal: a file to which each result is added as it comes; questions whose results it holds are not scored
+            again.
+        shown: show the progress bar.
 
     Raises ValueError naming the question that can't be asked.
     """
@@ -60,7 +60,7 @@ def evaluate(
     try:
         done_before = len(questions) - len(pending)
         with progress_bar(len(questions), label, "questions", done_before, shown=shown) as progress:
-            for place, logprobs in score(model, requests, batch_size=batch_size, share=share):
+            for place, logprobs in score(model, requests, batch_size=config.batch_size, share=share):
                 result = _result(pending[place], logprobs, config)
                 done[result.task, result.index] = result
                 if file is not None:
@@ -99,7 +99,7 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
 
 
 def _read_journal(path: Path) -> dict[tuple[str, int], Result]:
-    """The results of an earlier start; a last line that was cut is dropped from the file."""
+    """The results that an earlier start wrote. A last line that was cut is removed from the file."""
     if not path.is_file():
         return {}
     whole, done = [], {}
@@ -124,22 +124,23 @@ def run_benchmark(
     out: Path | None = None,
     label: str = "eval",
     fingerprint: str | None = None,
-    batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Evaluate and report; with `out`, that directory gets results.jsonl, report.json and report.md.
+    """Evaluate and report. The directory `out`, where given, gets results.jsonl, report.json and report.md.
 
     Args:
-        name: of the model, for the report; fingerprint: what it is known again by.
+        name: of the model, for the report.
+        label: of the progress bar.
+        fingerprint: of the model's weights, by which results in `out` are known to be this model's.
 
     Returns: the report. Raises OSError before the long run where `out` can't be written, ValueError where it holds
-    results of another model, other questions or another way to ask.
+    results of another model or of questions asked in another way.
     """
     journal = None
     if out is not None:
         make_writable(out)
         journal = out / RESULTS
         _check_settings(out, {"model": fingerprint or name, **config.settings()})
-    results = evaluate(model, tokenizer, questions, config, label, batch_size=batch_size, journal=journal)
+    results = evaluate(model, tokenizer, questions, config, label, journal=journal)
     report = {
         "model": name,
         "fingerprint": fingerprint,
@@ -165,6 +166,6 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
                 "name another --out"
             )
     elif (out / RESULTS).is_file():
-        raise ValueError(f"{out} holds results of an unknown way to ask; name another --out")
+        raise ValueError(f"{out} holds results, but no {SETTINGS} that says how they were made; name another --out")
     else:
         write_text(path, json.dumps(settings, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""From a question to what is scored: template, examples, options, and what is cut where the context is too short."""
+"""From a question to a scoring request: template, examples, options, and what is cut where the context is too short."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class EvalConfig:
             are not at a disadvantage; 'none' does not.
         score_end: of 'text': the end of the answer (EOS) is scored as well, as a tuned model writes it.
         num_fewshot: examples before the question, drawn by `seed` from the same task.
-        fewshot_file: examples as they stand in a file, instead.
+        fewshot_file: a file whose text stands before every question instead.
+        batch_size: questions at a time; it changes no result.
 
     Raises ValueError where a value is not one of these.
     """
@@ -48,12 +49,15 @@ class EvalConfig:
     num_fewshot: int = 0
     fewshot_file: str | None = None
     seed: int = 0
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         get_template(self.template)
         for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.num_fewshot < 0:
             raise ValueError(f"num_fewshot must be 0 or more, not {self.num_fewshot}")
         if self.num_fewshot and self.fewshot_file is not None:
@@ -62,7 +66,7 @@ class EvalConfig:
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
     def settings(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """The fields that change results, under their names in report.json; batch_size is not one."""
         values: dict[str, Any] = {
             "scoring": self.scoring,
             "template": self.template,
@@ -78,11 +82,11 @@ class EvalConfig:
         return values
 
     def options(self, question: Question) -> tuple[str, ...]:
-        """The continuations, one an option."""
+        """The texts that are scored as answers, one an option."""
         return question.texts if self.scoring == "text" else question.labels
 
     def instruction(self, question: Question) -> str:
-        """The question as it is put: without its options where their texts are scored."""
+        """The question as the template gets it: without its options where their texts are scored."""
         bare = self.scoring == "text" and not question.is_true_false
         if self.template.startswith("k2") and question.is_true_false:
             return question.stem
@@ -93,18 +97,19 @@ class EvalConfig:
         return get_template(self.template).prompt(self.instruction(question)) + self.answer_prefix
 
     def example(self, question: Question) -> str:
-        """A question with its answer, to stand before others."""
+        """A question with its answer, as an example for others."""
         return self.prompt(question) + self.options(question)[question.labels.index(question.answer)]
 
 
 @dataclass
 class Instance:
-    """A question ready to be scored.
+    """A question with the request that scores it.
 
     Attributes:
-        scored: the places of the options that can be (an empty one can't).
-        ids: those that are scored, of each of them.
-        dropped, cut: examples left out and tokens cut from the left, for the context is short.
+        request: None where no option can be scored.
+        scored: the places of the options that the request scores; an empty option is not scored.
+        ids: the tokens scored of each of these options.
+        dropped, cut: examples left out, and tokens cut from the left, to fit the model's context.
     """
 
     question: Question
@@ -116,9 +121,10 @@ class Instance:
 
 
 class PromptBuilder:
-    """Puts the questions of one task.
+    """Makes instances of one task's questions.
 
-    Raises ValueError where there are fewer examples than asked for, or 'k2' scoring meets another tokenizer.
+    Raises ValueError where there are fewer examples than asked for, or where 'k2' scoring has another tokenizer than
+    LLaMA's.
     """
 
     def __init__(
@@ -126,18 +132,7 @@ class PromptBuilder:
     ) -> None:
         self.config, self.tokenizer, self.max_seq_len = config, tokenizer, max_seq_len
         self._file = Path(config.fewshot_file).read_text(encoding="utf-8") if config.fewshot_file is not None else None
-        order = [shuffled(place, len(questions), config.seed) for place in range(len(questions))] if questions else []
-        pool = [questions[place] for place in order if questions[place].is_answerable]
-        # Of duplicates one, and none whose copies disagree.
-        keys: dict[str, set[str]] = {}
-        for question in pool:
-            keys.setdefault(question.identity, set()).add(question.answer)
-        seen: set[str] = set()
-        self._pool = []
-        for question in pool:
-            if question.identity not in seen and len(keys[question.identity]) == 1:
-                self._pool.append(question)
-            seen.add(question.identity)
+        self._pool = _example_pool(questions, config.seed) if config.num_fewshot else []
         if config.num_fewshot and config.num_fewshot > len(self._pool) - 1:
             raise ValueError(
                 f"--shots {config.num_fewshot}: {questions[0].task} has {len(self._pool)} distinct questions to "
@@ -148,7 +143,8 @@ class PromptBuilder:
             _check_llama(tokenizer)
 
     def build(self, question: Question) -> Instance:
-        """What to score. Examples that do not fit are dropped, then the question is cut, both from the left."""
+        """The instance of one question. Where the context is short, examples are dropped from the left; where that is
+        not enough, the prompt is cut from the left."""
         examples = self._examples(question)
         texts = self.config.options(question)
         scored = [place for place, text in enumerate(texts) if text.strip()]
@@ -187,6 +183,16 @@ class PromptBuilder:
             return [self._file.rstrip("\n")]
         others = (example for example in self._pool if example.identity != question.identity)
         return [self.config.example(next(others)) for _ in range(self.config.num_fewshot)]
+
+
+def _example_pool(questions: Sequence[Question], seed: int) -> list[Question]:
+    """The questions that may be examples, shuffled: one of each set of copies, and none whose copies disagree."""
+    copies: dict[str, list[Question]] = {}
+    for place in range(len(questions)):
+        question = questions[shuffled(place, len(questions), seed)]
+        if question.is_answerable:
+            copies.setdefault(question.identity, []).append(question)
+    return [first for first, *rest in copies.values() if all(copy.answer == first.answer for copy in rest)]
 
 
 def _check_llama(tokenizer: Tokenizer) -> None:

@@ -22,10 +22,10 @@ def run_subjective(
     model: Llama,
     tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
+    decoding: Decoding,
     *,
     task: str,
     template: str,
-    decoding: Decoding,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Answer open questions and measure the answers, and the references under the model.

@@ -1,6 +1,7 @@
 """The scorer against a naive one: a full forward an option, no cache, no batch, nothing shared."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
         EvalConfig("text", score_end=True),
     ):
         results = [
-            evaluate(model, tokenizer, questions, config, batch_size=size, share=share)
+            evaluate(model, tokenizer, questions, replace(config, batch_size=size), share=share)
             for size in (1, 8, 32)
             for share in (True, False)
         ]
@@ -208,6 +209,7 @@ def test_what_can_not_be_scored_is_refused(tiny_tokenizer):
     [
         ({"scoring": "best"}, "scoring must be one of letter, text, k2"),
         ({"normalize": "word"}, "normalize must be one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"num_fewshot": -1}, "num_fewshot must be 0 or more"),
         ({"num_fewshot": 2, "fewshot_file": "x"}, "can't be given together"),
         ({"fewshot_file": "/nowhere"}, "there is no file of examples"),
