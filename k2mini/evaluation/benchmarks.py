@@ -47,8 +47,8 @@ class Question:
 
     @property
     def is_true_false(self) -> bool:
-        """Whether the options are the words themselves."""
-        return self.labels == self.texts
+        """Whether the options are the words True and False themselves."""
+        return self.labels == self.texts == ("True", "False")
 
     @property
     def is_answerable(self) -> bool:
@@ -204,12 +204,13 @@ def _question(task: str, index: int, raw: Any) -> Question:
     if empty is not None:
         raise ValueError(f"option {empty} of choices is empty")
     labels = tuple(chr(ord("A") + place) for place in range(len(texts)))
-    if answer in labels:
-        key = answer
-    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
-        key = labels[answer]
-    elif answer in texts:
-        key = labels[texts.index(answer)]
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        meant = {answer} & {*range(len(texts))}
     else:
+        meant = {place for place, option in enumerate(zip(labels, texts, strict=True)) if answer in option}
+    if not meant:
         raise ValueError(f"answer {answer!r} is none of the options ({', '.join(labels)}, a place from 0, or a text)")
-    return Question(task, index, stem, labels, tuple(texts), key)
+    if len(meant) > 1:
+        which = " and ".join(labels[place] for place in sorted(meant))
+        raise ValueError(f"answer {answer!r} may mean {which} of the options; give the place of the right one, from 0")
+    return Question(task, index, stem, labels, tuple(texts), labels[meant.pop()])

@@ -78,21 +78,17 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
     logprobs: list[float | None] = [None] * len(question.labels)
     token_ids: list[list[int]] = [[] for _ in question.labels]
     prediction = None
-    for place, ids, logprob in zip(instance.scored, instance.ids, scores, strict=True):
-        if place < len(logprobs):  # K2's count of capitals may run beyond the options
-            logprobs[place], token_ids[place] = logprob, ids
-    if scores:
-        texts = config.options(question)
-        lengths = [1] * len(scores)
+    lengths = [1] * len(scores)
+    for number, (place, ids, logprob) in enumerate(zip(instance.places, instance.ids, scores, strict=True)):
+        if place is None:
+            continue
+        logprobs[place], token_ids[place] = logprob, ids
         if config.scoring == "text" and not question.is_true_false and config.normalize != "none":
-            by_byte = config.normalize == "byte"
-            lengths = [
-                len(texts[place].encode()) if by_byte else len(ids)
-                for place, ids in zip(instance.scored, instance.ids, strict=True)
-            ]
+            text = question.texts[place]
+            lengths[number] = len(text.encode()) if config.normalize == "byte" else len(ids)
+    if scores:
         normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
-        best = instance.scored[normalised.index(max(normalised))]
-        prediction = question.labels[best] if best < len(question.labels) else chr(ord("A") + best)
+        prediction = instance.answers[normalised.index(max(normalised))]
     return Result(
         question.task, question.index, question.answer, prediction, logprobs, token_ids, instance.dropped, instance.cut
     )

@@ -16,7 +16,7 @@ from k2mini.evaluation.score import Request, split_jointly
 SCORINGS = ("letter", "text", "k2")
 NORMALIZATIONS = ("byte", "token", "none")
 # LLaMA's ids of '▁A' … '▁H', '▁True' and '▁False' (github:davendw49/k2, evaluation/post_process.py).
-K2_LETTERS = (319, 350, 315, 360, 382, 383, 402, 379)
+K2_LETTERS = {"A": 319, "B": 350, "C": 315, "D": 360, "E": 382, "F": 383, "G": 402, "H": 379}
 K2_WORDS = {"True": 5852, "False": 7700}
 GAP = "\n\n\n"  # between examples: two blank lines, as in K2's own
 
@@ -107,14 +107,17 @@ class Instance:
 
     Attributes:
         request: None where no option can be scored.
-        scored: the places of the options that the request scores; an empty option is not scored.
-        ids: the tokens scored of each of these options.
+        answers: what each continuation that the request scores stands for: an option's label.
+        places: where these labels stand among the options; None where 'k2' scores a letter that no option has. An
+            empty option is not scored.
+        ids: the tokens scored of each continuation.
         dropped, cut: examples left out, and tokens cut from the left, to fit the model's context.
     """
 
     question: Question
     request: Request | None
-    scored: list[int]
+    answers: list[str]
+    places: list[int | None]
     ids: list[list[int]]
     dropped: int = 0
     cut: int = 0
@@ -146,15 +149,17 @@ class PromptBuilder:
         """The instance of one question. Where the context is short, examples are dropped from the left; where that is
         not enough, the prompt is cut from the left."""
         examples = self._examples(question)
-        texts = self.config.options(question)
-        scored = [place for place, text in enumerate(texts) if text.strip()]
+        labels = question.labels
         if self.config.scoring == "k2":
-            scored = [place for place in range(question.k2_options()) if place < len(K2_LETTERS)]
-            scored = [0, 1] if question.is_true_false else scored
-        if not scored:
-            return Instance(question, None, [], [])
+            answers = list(K2_WORDS) if question.is_true_false else list(K2_LETTERS)[: question.k2_options()]
+            places = [labels.index(answer) if answer in labels else None for answer in answers]
+        else:
+            scored = [place for place, text in enumerate(self.config.options(question)) if text.strip()]
+            answers, places = [labels[place] for place in scored], [*scored]
+        if not answers:
+            return Instance(question, None, [], [], [])
         for dropped in range(len(examples) + 1):
-            prefix, ids = self._encode(question, examples[dropped:], scored)
+            prefix, ids = self._encode(question, examples[dropped:], answers)
             cut = len(prefix) + max(map(len, ids)) - 1 - self.max_seq_len
             if cut <= 0:
                 break
@@ -164,19 +169,20 @@ class PromptBuilder:
         if cut:
             prefix = [prefix[0], *prefix[1 + cut :]]  # BOS stays
         group = self._groups.setdefault(tuple(examples[dropped:]), len(self._groups))
-        return Instance(question, Request(tuple(prefix), tuple(map(tuple, ids)), group), scored, ids, dropped, cut)
+        request = Request(tuple(prefix), tuple(map(tuple, ids)), group)
+        return Instance(question, request, answers, places, ids, dropped, cut)
 
     def _encode(
-        self, question: Question, examples: Sequence[str], scored: list[int]
+        self, question: Question, examples: Sequence[str], answers: list[str]
     ) -> tuple[list[int], list[list[int]]]:
+        """The context's tokens, and those of every continuation."""
         context = "".join(example + GAP for example in examples) + self.config.prompt(question)
         if self.config.scoring == "k2":
-            ids = [[K2_WORDS[word]] for word in ("True", "False")] if question.is_true_false else None
-            ids = ids or [[K2_LETTERS[place]] for place in scored]
-            return self.tokenizer.encode(context, bos=True, eos=False), ids
-        texts = self.config.options(question)
+            fixed = K2_LETTERS | K2_WORDS
+            return self.tokenizer.encode(context, bos=True, eos=False), [[fixed[answer]] for answer in answers]
+        texts = [text for text in self.config.options(question) if text.strip()]
         end = self.config.scoring == "text" and not question.is_true_false and self.config.score_end
-        return split_jointly(self.tokenizer, context, [texts[place] for place in scored], eos=end)
+        return split_jointly(self.tokenizer, context, texts, eos=end)
 
     def _examples(self, question: Question) -> list[str]:
         if self._file is not None:
@@ -196,9 +202,8 @@ def _example_pool(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 def _check_llama(tokenizer: Tokenizer) -> None:
-    pieces = [f"▁{letter}" for letter in "ABCDEFGH"] + [f"▁{word}" for word in K2_WORDS]
-    ids = [*K2_LETTERS, *K2_WORDS.values()]
-    if tokenizer.vocab_size < 32000 or [tokenizer.piece(token) for token in ids] != pieces:
+    fixed = K2_LETTERS | K2_WORDS
+    if tokenizer.vocab_size < 32000 or any(tokenizer.piece(token) != f"▁{text}" for text, token in fixed.items()):
         raise ValueError(
             f"scoring 'k2' reads LLaMA's ids of the letters, which {tokenizer.path} does not have; take 'letter'"
         )

@@ -68,9 +68,28 @@ def test_a_users_own_task(tmp_path):
     assert questions[1].listed() == "y\nChoose from:\nA. a\nB. b\nC. c"
 
 
+def test_options_that_are_letters_themselves(tmp_path):
+    """Of a figure's parts, say: they are options like others, and the letter of one may be the text of another."""
+    path = tmp_path / "mine.jsonl"
+    rows = [(["A", "B", "C"], "B"), (["C", "B", "A"], 0), (["C", "B", "A"], "B")]
+    path.write_text("".join(json.dumps({"question": "x", "choices": c, "answer": a}) + "\n" for c, a in rows))
+    questions = load_questions(path)
+    assert [question.answer for question in questions] == ["B", "A", "B"]
+    assert not any(question.is_true_false for question in questions)
+    assert EvalConfig("letter").instruction(questions[0]) == "x\nChoose from:\nA. A\nB. B\nC. C"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        (
+            '{"question": "x", "choices": ["B", "A"], "answer": "A"}',
+            "line 1: answer 'A' may mean A and B of the options",
+        ),
+        (
+            '{"question": "x", "choices": ["a", "a"], "answer": "a"}',
+            "line 1: answer 'a' may mean A and B of the options",
+        ),
         ('{"question": "x", "choices": ["a", "b"], "answer": "D"}', "line 1: answer 'D' is none of the options"),
         ('{"question": "x", "choices": ["a", "b"], "answer": 2}', "line 1: answer 2 is none of the options"),
         ('{"question": "x", "choices": ["a", " "], "answer": "A"}', "line 1: option 1 of choices is empty"),
