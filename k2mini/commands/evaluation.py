@@ -16,7 +16,7 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import text_perplexity
 from k2mini.evaluation.report import table
 from k2mini.evaluation.subjective import run_subjective, subjective_table
-from k2mini.files import make_writable, read_json, write_text
+from k2mini.files import make_writable, write_text
 from k2mini.inference.generate import Decoding
 from k2mini.weights.manifest import model_fingerprint
 from k2mini.weights.model_directory import CheckpointReader, model_directory
@@ -107,8 +107,9 @@ def _read_inputs(
 
 def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
     for path in options.benchmark:
-        if path.suffix != ".jsonl" and isinstance(read_json(path), dict):
-            return load_subjective(path, kind)[: options.limit]
+        pairs = load_subjective(path, kind)
+        if pairs is not None:
+            return pairs[: options.limit]
     raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
 
 

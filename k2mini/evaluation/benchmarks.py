@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2mini.files import read_json
+from k2mini.data.documents import read_entries
 
 NPEE_MARK = "Choose from:"
 CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
@@ -99,10 +99,19 @@ def check_keys(questions: Sequence[Question]) -> KeyCheck:
 
 
 def read_benchmark(path: Path) -> list[Question]:
-    """GeoBench's objective questions, or those of a user's JSONL. Raises ValueError as their loaders do."""
+    """GeoBench's objective questions or a user's own, told apart by what the file holds, not by its name.
+
+    Raises ValueError as `load_geobench` and `load_questions` do.
+    """
+    first = _read(path)[0][1]
+    published = isinstance(first, dict) and ("answerKey" in first or "choice" in first)
+    return load_geobench(path) if published else load_questions(path)
+
+
+def _read(path: Path) -> list[tuple[str, Any]]:
     if not path.is_file():
         raise ValueError(f"there is no benchmark file {path}")
-    return load_questions(path) if path.suffix == ".jsonl" else load_geobench(path)
+    return read_entries(path)
 
 
 def load_geobench(path: Path) -> list[Question]:
@@ -110,34 +119,28 @@ def load_geobench(path: Path) -> list[Question]:
 
     Raises ValueError where the file is missing, not JSON or not one of the two.
     """
-    raw = _read(path)
+    entries = [entry for _, entry in _read(path)]
     try:
-        if isinstance(raw, dict):
-            return [*_npee_choice(raw["choice"]), *_npee_tf(raw["tf"])]
-        if isinstance(raw, list) and raw:
-            return [_ap(index, entry) for index, entry in enumerate(raw)]
+        if "choice" in entries[0]:
+            return [*_npee_choice(entries[0]["choice"]), *_npee_tf(entries[0]["tf"])]
+        return [_ap(index, entry) for index, entry in enumerate(entries)]
     except (KeyError, TypeError, ValueError) as error:
         detail = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not a GeoBench file ({detail}); {EXPECTED}") from None
-    raise ValueError(f"{path} is not a GeoBench file; {EXPECTED}")
 
 
-def load_subjective(path: Path, kind: str) -> list[tuple[str, str]]:
-    """(question, reference answer) of one of NPEE's open tasks.
+def load_subjective(path: Path, kind: str) -> list[tuple[str, str]] | None:
+    """(question, reference answer) of one of NPEE's open tasks; None where the file is not geobench_npee.json.
 
-    Raises ValueError where the file is not NPEE's, or has no such task.
+    Raises ValueError where it is, and has no such task.
     """
-    raw = _read(path)
+    first = _read(path)[0][1]
+    if not isinstance(first, dict) or "choice" not in first:
+        return None
     try:
-        return _pairs(raw[kind])
+        return _pairs(first[kind])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} has no {kind!r} of questions and answers; expected is geobench_npee.json") from None
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"there is no benchmark file {path}")
-    return read_json(path)
 
 
 def _pairs(raw: dict[str, Any]) -> list[tuple[str, str]]:
@@ -175,26 +178,28 @@ def _ap(index: int, entry: dict[str, Any]) -> Question:
 
 
 def load_questions(path: Path) -> list[Question]:
-    """A user's own task: JSONL of `question`, `choices` (texts) and `answer` (a letter, a place from 0, or a text).
+    """A user's own task, named as its file: JSONL, or a JSON list, of `question`, `choices` and `answer`.
 
-    Raises ValueError, naming the file and the line, where a field is missing, empty or does not fit the others.
+    `choices` are texts, and `answer` is a letter, a place from 0 or one of the texts.
+
+    Raises ValueError, naming the file and the record, where a field is missing, empty or does not fit the others.
     """
-    questions: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                questions.append(_question(path.stem, len(questions), json.loads(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                detail = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{path}, line {number}: {detail}") from None
-    if not questions:
-        raise ValueError(f"{path} holds no question")
+    task = path.name
+    while task.lower().endswith((".json", ".jsonl")):
+        task = task.rpartition(".")[0]
+    questions = []
+    for index, (place, entry) in enumerate(_read(path)):
+        try:
+            questions.append(_question(task, index, entry))
+        except (ValueError, TypeError, KeyError) as error:
+            detail = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}, {place}: {detail}") from None
     return questions
 
 
 def _question(task: str, index: int, raw: Any) -> Question:
     if not isinstance(raw, dict):
-        raise ValueError("it is not a JSON object with question, choices and answer")
+        raise ValueError("this is no JSON object with question, choices and answer")
     stem, texts, answer = raw["question"], raw["choices"], raw["answer"]
     if not isinstance(stem, str) or not stem.strip():
         raise ValueError("question is empty or no text")

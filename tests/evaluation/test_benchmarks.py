@@ -3,7 +3,14 @@ from collections import Counter
 
 import pytest
 
-from k2mini.evaluation.benchmarks import SUBJECTIVE, check_keys, load_geobench, load_questions, load_subjective
+from k2mini.evaluation.benchmarks import (
+    SUBJECTIVE,
+    check_keys,
+    load_geobench,
+    load_questions,
+    load_subjective,
+    read_benchmark,
+)
 from k2mini.evaluation.instances import EvalConfig
 
 
@@ -53,10 +60,11 @@ def test_the_known_faults_of_the_keys_are_found(geobench):
 
 
 def test_open_tasks(geobench):
-    sizes = {kind: len(load_subjective(geobench["npee"], kind)) for kind in SUBJECTIVE}
+    sizes = {kind: len(load_subjective(geobench["npee"], kind) or []) for kind in SUBJECTIVE}
     assert sizes == {"noun": 454, "qa": 153, "discussion": 335, "completion": 150}
+    assert load_subjective(geobench["ap"], "noun") is None
     with pytest.raises(ValueError, match=r"expected is geobench_npee.json"):
-        load_subjective(geobench["ap"], "noun")
+        load_subjective(geobench["npee"], "poem")
 
 
 def test_a_users_own_task(tmp_path):
@@ -66,6 +74,27 @@ def test_a_users_own_task(tmp_path):
     questions = load_questions(path)
     assert [(q.task, q.index, q.answer) for q in questions] == [("mine", 0, "B"), ("mine", 1, "C"), ("mine", 2, "A")]
     assert questions[1].listed() == "y\nChoose from:\nA. a\nB. b\nC. c"
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.json", "mine.jsonl.json", "mine.JSON", "mine.JSONL"])
+def test_a_benchmark_is_read_by_what_the_file_holds(tmp_path, geobench, name):
+    path = tmp_path / name
+    rows = [
+        {"question": "x", "choices": ["a", "b"], "answer": "B"},
+        {"question": "y", "choices": ["no", "yes"], "answer": 1},
+    ]
+    for content in ("".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows, indent=1)):
+        path.write_text(content)
+        questions = read_benchmark(path)
+        assert [(q.task, q.index, q.answer) for q in questions] == [("mine", 0, "B"), ("mine", 1, "B")]
+    path.write_text(json.dumps(rows[0]))
+    assert read_benchmark(path) == questions[:1]
+    for published in geobench.values():
+        path.write_bytes(published.read_bytes())
+        assert read_benchmark(path) == load_geobench(published)
+    path.write_text('[{"question": ')
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+        read_benchmark(path)
 
 
 def test_options_that_are_letters_themselves(tmp_path):
@@ -96,9 +125,9 @@ def test_options_that_are_letters_themselves(tmp_path):
         ('{"question": "x", "choices": ["a"], "answer": "A"}', "a list of at least two texts"),
         ('{"question": "", "choices": ["a", "b"], "answer": "A"}', "question is empty"),
         ('{"question": "x", "choices": ["a", "b"]}', "there is no 'answer'"),
-        ("[1]", "it is not a JSON object"),
+        ("[1]", "this is no JSON object"),
         ("{", "line 1: "),
-        ("", "holds no question"),
+        ("", "mine.jsonl is empty"),
     ],
 )
 def test_a_task_that_is_refused(tmp_path, line, said):
@@ -115,7 +144,6 @@ def test_a_task_that_is_refused(tmp_path, line, said):
         {"choice": {"question": ["x"], "answer": []}, "tf": {"question": [], "answer": []}},
         {"choice": {"question": ["no options"], "answer": ["A"]}, "tf": {"question": [], "answer": []}},
         {"choice": {"question": [], "answer": []}},
-        [],
         [{"instruction": "x", "output": "y"}],
         [{"question": {"stem": "x", "choices": [{"text": 1, "label": "A"}] * 2}, "answerKey": "A"}],
         [1],
@@ -134,5 +162,5 @@ def test_no_file_and_no_json(tmp_path):
     with pytest.raises(ValueError, match="there is no benchmark file"):
         load_geobench(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match=r"bad.json, line 1: not valid JSON"):
         load_geobench(tmp_path / "bad.json")

@@ -135,7 +135,12 @@ def k2_loop(reference, tokenizer, examples, questions, *, answer_mark):
     for text in questions:
         prompt = f"{examples}\n\n\n{head}{text}\n\n### Response:\n{answer_mark}"
         with torch.inference_mode():
-            softmax = reference(torch.tensor([[1, *tokenizer.encode(prompt)]])).logits[0, -1].float().softmax(-1)
+            softmax = (
+                reference(torch.tensor([[1, *tokenizer.encode(prompt)]]), logits_to_keep=1)
+                .logits[0, -1]
+                .float()
+                .softmax(-1)
+            )
         capitals = sorted({ord(i) - ord("A") for i in re.findall(r"(?<=[^\w\-])[A-Z](?=[^\w\-])", text)})
         number = sum(capital == i for i, capital in enumerate(capitals))
         found = [softmax[letters[chr(ord("A") + i)]].item() for i in range(number)]
