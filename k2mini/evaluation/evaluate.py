@@ -14,7 +14,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.report import Result, markdown, summarise
-from k2mini.evaluation.score import score
+from k2mini.evaluation.score import score, tokens_to_run
 from k2mini.files import make_writable, progress_bar, read_json, write_text
 from k2mini.nn.llama import Llama
 
@@ -58,15 +58,17 @@ def evaluate(
     requests = [entry.request for entry in pending if entry.request is not None]
     file = journal.open("a", encoding="utf-8") if journal is not None else None
     try:
-        done_before = len(questions) - len(pending)
-        with progress_bar(len(questions), label, "questions", done_before, shown=shown) as progress:
+        # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
+        tokens = tokens_to_run(requests, share=share)
+        with progress_bar(sum(tokens), label, "tokens", shown=shown) as progress:
             for place, logprobs in score(model, requests, batch_size=config.batch_size, share=share):
                 result = _result(pending[place], logprobs, config)
                 done[result.task, result.index] = result
                 if file is not None:
                     file.write(result.line() + "\n")
                     file.flush()
-                progress.update()
+                progress.set_postfix_str(f"{len(done)}/{len(questions)} questions", refresh=False)
+                progress.update(tokens[place])
     finally:
         if file is not None:
             file.close()

@@ -65,17 +65,19 @@ def answers(
     """Answer prompts in batches, in their order.
 
     Args:
-        label: show progress under this name.
+        label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
 
     Yields: each one's text and completion.
     """
-    with progress_bar(len(prompts), label or "", "questions", shown=label is not None) as progress:
+    tokens = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
+    with progress_bar(sum(tokens), label or "", "tokens", shown=label is not None) as progress:
         for start in range(0, len(prompts), decoding.batch_size):
             batch = slice(start, start + decoding.batch_size)
             here = replace(decoding, seed=decoding.seed + start)
-            for found in _batch(model, tokenizer, prompts[batch], here):
+            for place, found in enumerate(_batch(model, tokenizer, prompts[batch], here), start=start):
                 yield found
-                progress.update()
+                progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
+                progress.update(tokens[place])
 
 
 def _batch(

@@ -12,7 +12,8 @@ from k2mini.build import load_model
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
-from k2mini.evaluation.score import Request, score, split_jointly
+from k2mini.evaluation.score import Request, score, split_jointly, tokens_to_run
+from k2mini.inference.generate import shared_prefix
 from tests.conftest import asset, tiny_config, tiny_llama
 
 
@@ -93,6 +94,26 @@ def test_equals_naive_scores(shape, batch_size, share):
     with torch.inference_mode():
         for place, request in enumerate(requests):
             assert found[place] == pytest.approx(naive(model, request), abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_progress_counts_the_tokens_that_run(monkeypatch, share):
+    """One request at a time little is padded: the model sees these tokens, and each group's shared prefix once."""
+    model, requests = tiny_llama(), random_requests()
+    ran = 0
+    forward = type(model.model).forward
+
+    def counting(self, tokens, positions=None, cache=None):
+        nonlocal ran
+        ran += tokens.numel() if positions is None else int((positions >= 0).sum())
+        return forward(self, tokens, positions, cache)
+
+    monkeypatch.setattr(type(model.model), "forward", counting)
+    assert sorted(place for place, _ in score(model, requests, batch_size=1, share=share)) == list(range(23))
+    groups = [[r.prefix for r in requests if r.group == group] for group in (0, 1)]
+    shared = sum(shared_prefix(prefixes) for prefixes in groups) if share else 0
+    assert sum(tokens_to_run(requests, share=share)) == ran - shared
+    assert min(tokens_to_run(requests, share=share)) > 0
 
 
 def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):

@@ -1,5 +1,6 @@
 """`k2mini generate` over lists, with beams, stop strings and int8; what a user can get wrong."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -230,3 +231,27 @@ def test_standard_input_too(tiny_directory, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"question": "a"}\n{"question": ')))
     status, _, err = run(*common)
     assert (status, "standard input, line 2: not valid JSON" in err) == (2, True)
+
+
+def test_progress_counts_tokens(tiny_directory, monkeypatch):
+    """Of prompts of 2, 30 and 5 tokens, each answer moves the bar by what it may take at most."""
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total, label, unit, **_):
+            super().__init__(self)
+            self.total, self.moved, self.unit, self.said = total, [], unit, ""
+            bars.append(self)
+
+        def update(self, tokens):
+            self.moved.append(tokens)
+
+        def set_postfix_str(self, text, refresh):
+            self.said = text
+
+    monkeypatch.setattr("k2mini.inference.answers.progress_bar", Bar)
+    model, tokenizer = load_model(tiny_directory)
+    prompts = [[1] + [7] * (length - 1) for length in (2, 30, 5)]
+    list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering"))
+    (bar,) = bars
+    assert (bar.total, bar.moved, bar.unit, bar.said) == (49, [6, 34, 9], "tokens", "3/3 answers")
