@@ -27,8 +27,7 @@ class Decoding:
     Args:
         max_new_tokens: of each answer.
         seed: row i of a batch draws with seed + i.
-        stop: strings that end an answer and are not part of it. Callers that make text look for them; the engine ends
-            rows at token ids.
+        stop: strings that end an answer and are not part of it. Callers that make text look for them.
         beams: search for the likeliest answer instead of sampling one.
         batch_size: prompts at a time.
         top_logprobs: None, or of how many of the likeliest tokens each step gives the log-probabilities.
@@ -248,7 +247,7 @@ def collect(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> None:
-    """Fill one completion a row as `steps` yields, so that what was made before an interruption is kept."""
+    """Fill one completion a row, step by step, so that an interruption leaves what was made before it."""
     for number, row_steps in enumerate(decoded, start=1):
         for completion, step in zip(completions, row_steps, strict=True):
             if step is None:
