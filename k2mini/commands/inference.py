@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from k2mini.commands.common import load
 from k2mini.data.prompts import check_length, encode_prompt, get_template
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.files import write_text
 from k2mini.inference import terminal
 from k2mini.inference.answers import answers, read_questions
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.generate import Completion, Decoding, collect, prefill, steps
 from k2mini.inference.sampling import Beams, Sampling
 from k2mini.nn.llama import Llama
 
@@ -90,18 +92,17 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
     """Print one answer, as it is made."""
-    stream = TextStream(tokenizer, decoding.stop)
-    (completion,) = generate(
-        model,
-        [prompt],
-        decoding,
-        stop_ids=[tokenizer.eos_id],
-        vocab_size=tokenizer.vocab_size,
-        stopping_criteria=lambda _, token: stream.write(token, sys.stdout),
-    )
+    stream, completion, new = TextStream(tokenizer, decoding.stop), Completion(), decoding.max_new_tokens
+    stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
+    with torch.inference_mode():
+        cache, logits = prefill(model, [prompt], capacity=len(prompt) + new)
+        decoded = steps(model, logits, cache, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size)
+        for (step,) in collect([completion], decoded, new, stop_ids):
+            if step is not None and stream.write(step.token, sys.stdout):
+                break
     print(stream.flush())
     if completion.finish == "length" and not stream.stopped:
-        log.info("stopped after --max-new-tokens %d", decoding.max_new_tokens)
+        log.info("stopped after --max-new-tokens %d", new)
 
 
 def run_chat(options: argparse.Namespace) -> None:

@@ -224,8 +224,7 @@ def generate(
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
     check_prompts(prompts, decoding.max_new_tokens, model.config.max_seq_len)
-    longest = max(len(prompt) for prompt in prompts)
-    cache, logits = prefill(model, prompts, capacity=longest + decoding.max_new_tokens)
+    cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + decoding.max_new_tokens)
     completions = [Completion() for _ in prompts]
     decoded = steps(
         model,
@@ -237,7 +236,8 @@ def generate(
         vocab_size=vocab_size,
         stopping_criteria=stopping_criteria,
     )
-    collect(completions, decoded, decoding.max_new_tokens, stop_ids)
+    for _ in collect(completions, decoded, decoding.max_new_tokens, stop_ids):
+        pass
     return completions
 
 
@@ -246,8 +246,8 @@ def collect(
     decoded: Iterable[list[Step | None]],
     max_new_tokens: int,
     stop_ids: Sequence[int],
-) -> None:
-    """Fill one completion a row, step by step, so that an interruption leaves what was made before it."""
+) -> Iterator[list[Step | None]]:
+    """Pass steps on, each added to its row's completion first; so an interruption leaves what was made before it."""
     for number, row_steps in enumerate(decoded, start=1):
         for completion, step in zip(completions, row_steps, strict=True):
             if step is None:
@@ -261,5 +261,6 @@ def collect(
                 completion.top.append(list(step.top))
             if number == max_new_tokens:
                 completion.finish = "length"
+        yield row_steps
     for completion in completions:
         completion.finish = completion.finish or "stop"  # ended before the last step, and by no stop id

@@ -65,12 +65,12 @@ class Conversation:
                 self.decoding,
                 stop_ids=stop_ids,
                 vocab_size=self.tokenizer.vocab_size,
-                stopping_criteria=lambda _, token: stream.write(token, out),
             )
-            collect([completion], decoded, new, stop_ids)
+            for (step,) in collect([completion], decoded, new, stop_ids):
+                if step is not None and stream.write(step.token, out):
+                    completion.finish = "stop"
+                    break
             out.write(stream.flush())
-            if stream.stopped:
-                completion.finish = "stop"
         except KeyboardInterrupt:
             completion.finish, self.interrupted = "stop", True
             # The step that was cut may have reached some layers only.
