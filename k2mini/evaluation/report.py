@@ -1,4 +1,4 @@
-"""What a run of multiple choice amounts to: accuracies with their uncertainty, and all that should make one careful."""
+"""The summary of a run of multiple choice: accuracies with their uncertainty, and warnings about questions and keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from k2mini.evaluation.benchmarks import Question, check_keys
 
 @dataclass(frozen=True)
 class Result:
-    """One scored question; an option that could not be scored (its text is empty) has log-probability None."""
+    """One scored question. An option that was not scored (its text is empty, say) has log-probability None."""
 
     task: str
     index: int
@@ -109,7 +109,7 @@ def _accuracy(right: Sequence[bool]) -> dict[str, float | None]:
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries for people to read, with a line for all that should make one careful."""
+    """The summaries as text, with a line for each warning."""
     head = f"{'task':<12} {'n':>5}  {'accuracy':>8}  {'95 % interval':>15}  {'chance':>6}  {'majority':>8}  distinct"
     lines = [head]
     for row in summaries:
@@ -138,7 +138,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """The report as a Markdown page."""
     lines = [f"# {report['model']} on {', '.join(row['task'] for row in report['tasks'])}", "", "```"]
     lines += [table(report["tasks"]), "```", ""]
     for row in report["tasks"]:

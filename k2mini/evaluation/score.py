@@ -1,7 +1,7 @@
-"""log p(option | context): the scorer that multiple choice rests on.
+"""log p(option | context), the score of every option of a multiple-choice question.
 
-Context and option are tokenised together, as lm-evaluation-harness does; what many contexts begin with runs through the
-model once, a context once for all its options, and an option of one token is read off the context's own last logits.
+Context and option are tokenised together, as lm-evaluation-harness does. A prefix that many contexts share runs through
+the model once, and a context once for all its options; an option of one token is scored by the context's last logits.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Request:
 def split_jointly(
     tokenizer: Tokenizer, context: str, options: Sequence[str], *, eos: bool = False
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokenise context and option together, as the text really is, and find where the options begin.
+    """Tokenise context and option together, as one text, and find where the options begin.
 
-    The context is what the encoded context and all joint encodings have in common from the left; what follows it
-    belongs to the option. So white space that ends a context is scored with the option where the tokenizer joins
+    The context is the longest prefix that the encoded context and all joint encodings share; the rest belongs to the
+    option. So white space that ends a context is scored with the option where the tokenizer joins
     the two ("The answer is: " + "A" ends in '▁A').
 
     Args:
