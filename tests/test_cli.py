@@ -138,7 +138,7 @@ def test_bad_input_of_eval_writes_nothing(run, tiny_directory, tmp_path, geobenc
     (tmp_path / "file").touch()
     out_dir = tmp_path / "out"
     for arguments, message in [
-        (("--benchmark", other), "is not a GeoBench file"),
+        (("--benchmark", other), "is neither a GeoBench file nor records of question, choices and answer"),
         (("--benchmark", tmp_path / "none.json"), "there is no benchmark file"),
         (("--benchmark", geobench["npee"], geobench["npee"]), "the same benchmark is named twice"),
         (("--benchmark", geobench["npee"], "--limit", 0), "--limit must be at least 1"),

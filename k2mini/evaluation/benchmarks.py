@@ -101,11 +101,15 @@ def check_keys(questions: Sequence[Question]) -> KeyCheck:
 def read_benchmark(path: Path) -> list[Question]:
     """GeoBench's objective questions or a user's own, told apart by what the file holds, not by its name.
 
-    Raises ValueError as `load_geobench` and `load_questions` do.
+    Raises ValueError where it is neither, and as `load_geobench` and `load_questions` do.
     """
     first = _read(path)[0][1]
-    published = isinstance(first, dict) and ("answerKey" in first or "choice" in first)
-    return load_geobench(path) if published else load_questions(path)
+    fields = first if isinstance(first, dict) else {}
+    if "answerKey" in fields or "choice" in fields:
+        return load_geobench(path)
+    if not {"question", "choices", "answer"} & {*fields}:
+        raise ValueError(f"{path} is neither a GeoBench file nor records of question, choices and answer; {EXPECTED}")
+    return load_questions(path)
 
 
 def _read(path: Path) -> list[tuple[str, Any]]:
