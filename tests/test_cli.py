@@ -12,9 +12,8 @@ from k2mini.cli import build_parser, main
 from k2mini.config import QUANTIZE_NAMES
 from k2mini.data.prompts import TEMPLATES
 from k2mini.evaluation.instances import EvalConfig
-from k2mini.inference.answers import Decoding
-from k2mini.inference.beam import Beams
-from k2mini.inference.sampling import Sampling
+from k2mini.inference.generate import Decoding
+from k2mini.inference.sampling import Beams, Sampling
 
 
 def parsers(parser=None, path=()):
@@ -200,7 +199,7 @@ def test_bad_input_of_eval_writes_nothing(run, tiny_directory, tmp_path, geobenc
     (tmp_path / "file").touch()
     out_dir = tmp_path / "out"
     for arguments, message in [
-        (("--benchmark", other), "is not a GeoBench file"),
+        (("--benchmark", other), "is neither a GeoBench file nor records of question, choices and answer"),
         (("--benchmark", tmp_path / "none.json"), "there is no benchmark file"),
         (("--benchmark", geobench["npee"], geobench["npee"]), "the same benchmark is named twice"),
         (("--benchmark", geobench["npee"], "--limit", 0), "--limit must be at least 1"),

@@ -20,10 +20,9 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
-from k2mini.evaluation.questions import Question
 from k2mini.nn.llama import Llama
 
 Answers = list[str | None]
@@ -37,7 +36,7 @@ def k2_loop(reference: Any, requests: list[Any]) -> Answers:
             logits = reference(torch.tensor([instance.request.prefix])).logits[0, -1]
         probabilities = logits.float().softmax(-1)
         found = [probabilities[ids[0]].item() for ids in instance.ids]
-        answers.append(instance.question.labels[instance.scored[found.index(max(found))]])
+        answers.append(instance.answers[found.index(max(found))])
     return answers
 
 
@@ -50,7 +49,7 @@ def harness(backend: Any, tokenizer: Tokenizer, requests: list[Any]) -> Answers:
     for instance in requests:
         mine = scores[place : place + len(instance.ids)]
         place += len(instance.ids)
-        answers.append(instance.question.labels[instance.scored[mine.index(max(mine))]])
+        answers.append(instance.answers[mine.index(max(mine))])
     return answers
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.beam import beam_search
 from k2mini.inference.compile import compile_decoding
-from k2mini.inference.generate import prefill
-from k2mini.inference.sampling import Sampling
+from k2mini.inference.generate import Decoding, prefill
+from k2mini.inference.sampling import Beams, Sampling
 from k2mini.model_config import ModelConfig, hf_config
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, init_weights
@@ -89,14 +89,8 @@ def our_decode(model: Llama, batch: int = 1) -> float:
 def our_beams(model: Llama) -> float:
     """K2's search: four beams, no repeated bigram."""
     start = time.perf_counter()
-    beam_search(
-        model,
-        prompt(model.config)[:, :64].tolist(),
-        beams=Beams(4),
-        max_new_tokens=NEW,
-        stop_ids=[],
-        sampling=Sampling(no_repeat_ngram_size=2),
-    )
+    decoding = Decoding(NEW, Sampling(no_repeat_ngram_size=2), beams=Beams(4))
+    beam_search(model, prompt(model.config)[:, :64].tolist(), decoding, stop_ids=[])
     return NEW / (time.perf_counter() - start)
 
 

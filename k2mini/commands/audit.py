@@ -77,7 +77,7 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
     Raises ValueError where there is no such question, no target, or nothing to replace.
     """
-    from k2mini.evaluation.geobench import read_benchmark
+    from k2mini.evaluation.benchmarks import read_benchmark
     from k2mini.evaluation.instances import EvalConfig
 
     if options.question is not None:

@@ -6,19 +6,21 @@ import argparse
 import json
 import logging
 from dataclasses import asdict
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.inference import load
 from k2mini.data.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from k2mini.evaluation.benchmarks import Question
+    from k2mini.evaluation.instances import EvalConfig
 
 log = logging.getLogger("k2mini.commands")
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `eval`; the defaults of how to ask and score are those of `EvalConfig`."""
-    from k2mini.evaluation.evaluate import run_benchmark
     from k2mini.evaluation.instances import NORMALIZATIONS, SCORINGS, EvalConfig
 
     parser.add_argument(
@@ -67,9 +69,12 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    batch_size = signature(run_benchmark).parameters["batch_size"].default
     parser.add_argument(
-        "--batch-size", type=int, default=batch_size, metavar="N", help=f"questions at a time (default: {batch_size})"
+        "--batch-size",
+        type=int,
+        default=EvalConfig.batch_size,
+        metavar="N",
+        help=f"questions at a time (default: {EvalConfig.batch_size})",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
     parser.add_argument("--perplexity", nargs="+", default=[], type=Path, metavar="FILE", help="text files to predict")
@@ -83,14 +88,62 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
     from k2mini.evaluation.evaluate import run_benchmark
-    from k2mini.evaluation.geobench import SUBJECTIVE, read_benchmark
-    from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.files import make_writable, write_text
-    from k2mini.inference.answers import Decoding
-    from k2mini.inference.sampling import Sampling
+    from k2mini.inference.generate import Decoding
+
+    config, questions, pairs, texts = _read_inputs(options)
+    model, directory = load(options)
+    tokenizer = directory.require_tokenizer()
+    report: dict[str, Any] = {"model": str(options.model), "tasks": []}
+    if questions:
+        report = run_benchmark(
+            model,
+            tokenizer,
+            questions,
+            config,
+            name=str(options.model) + (f" + {options.adapter}" if options.adapter else ""),
+            out=options.out,
+            fingerprint=directory.fingerprint(),
+        )
+    if options.out is not None:
+        make_writable(options.out)
+    if pairs:
+        decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
+        report["subjective"] = [
+            run_subjective(
+                model, tokenizer, pairs[task], decoding, task=task, template=options.template, out=options.out
+            )
+            for task in pairs
+        ]
+    if texts:
+        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
+        report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
+    if options.out is not None and (pairs or texts):
+        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    if questions:
+        print(table(report["tasks"]))
+    if pairs:
+        print(subjective_table(report["subjective"]))
+    if texts:
+        print(f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte, over {found.tokens:,} tokens")
+
+
+def _read_inputs(
+    options: argparse.Namespace,
+) -> tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]:
+    """All that is read and checked before the model is loaded.
+
+    Returns: how questions are asked, the multiple-choice questions, the open tasks' questions with their references,
+    and the texts of --perplexity.
+    """
+    from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
+    from k2mini.evaluation.instances import EvalConfig
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -105,6 +158,7 @@ def run_eval(options: argparse.Namespace) -> None:
         options.shots,
         options.shots_file,
         options.seed or 0,
+        options.batch_size,
     )
     questions = [question for path in options.benchmark for question in read_benchmark(path)]
     wanted = set(options.tasks or [])
@@ -114,67 +168,22 @@ def run_eval(options: argparse.Namespace) -> None:
         questions = [question for question in questions if question.index < options.limit]
     if len({(question.task, question.index) for question in questions}) < len(questions):
         raise ValueError("the same benchmark is named twice")
-    open_tasks = [kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted]
-    unknown = wanted - {question.task for question in questions} - {f"npee/{kind}" for kind in open_tasks}
+    open_tasks = {f"npee/{kind}": kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted}
+    unknown = wanted - {question.task for question in questions} - {*open_tasks}
     if unknown:
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task")
     texts = [path.read_text(encoding="utf-8") for path in options.perplexity]
-    pairs = {kind: _open_pairs(options, kind) for kind in open_tasks}
-    model, directory = load(options)
-    tokenizer = directory.require_tokenizer()
-    report: dict[str, Any] = {"model": str(options.model), "tasks": []}
-    if questions:
-        fingerprint = directory.fingerprint()
-        report = run_benchmark(
-            model,
-            tokenizer,
-            questions,
-            config,
-            name=str(options.model) + (f" + {options.adapter}" if options.adapter else ""),
-            out=options.out,
-            fingerprint=fingerprint,
-            batch_size=options.batch_size,
-        )
-    if open_tasks:
-        if options.out is not None:
-            make_writable(options.out)
-        decoding = Decoding(options.max_new_tokens, Sampling(), options.seed or 0, batch_size=options.batch_size)
-        report["subjective"] = [
-            run_subjective(
-                model,
-                tokenizer,
-                pairs[kind],
-                task=f"npee/{kind}",
-                template=options.template,
-                decoding=decoding,
-                out=options.out,
-            )
-            for kind in open_tasks
-        ]
-    if texts:
-        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
-        report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
-    if options.out is not None and (open_tasks or texts):
-        make_writable(options.out)
-        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    if options.json:
-        print(json.dumps(report, ensure_ascii=False))
-        return
-    if questions:
-        print(table(report["tasks"]))
-    if open_tasks:
-        print(subjective_table(report["subjective"]))
-    if texts:
-        print(f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte, over {found.tokens:,} tokens")
+    pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
+    return config, questions, pairs, texts
 
 
 def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
-    from k2mini.evaluation.geobench import load_subjective
-    from k2mini.files import read_json
+    from k2mini.evaluation.benchmarks import load_subjective
 
     for path in options.benchmark:
-        if path.suffix != ".jsonl" and isinstance(read_json(path), dict):
-            return load_subjective(path, kind)[: options.limit]
+        pairs = load_subjective(path, kind)
+        if pairs is not None:
+            return pairs[: options.limit]
     raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
 
 

@@ -7,14 +7,15 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LOADED
 from k2mini.config import InstructionSection
-from k2mini.data.prompts import TEMPLATES, get_template
+from k2mini.data.prompts import TEMPLATES, check_length, encode_prompt, get_template
 
 if TYPE_CHECKING:
-    from k2mini.inference.answers import Decoding
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.inference.generate import Decoding
     from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
 
@@ -23,12 +24,13 @@ log = logging.getLogger("k2mini.commands")
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
-    from k2mini.inference.answers import Decoding
+    from k2mini.inference.generate import Decoding
 
     _decoding_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the instruction; '-' reads standard input")
     source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
+    parser.add_argument("--context", metavar="TEXT", help="the instruction's input, which templates put after it")
     batch_size = Decoding.batch_size
     parser.add_argument(
         "--batch-size", type=int, default=batch_size, metavar="N", help=f"prompts at a time (default: {batch_size})"
@@ -46,9 +48,8 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """What `generate` and `chat` share: the template, and the fields of `Decoding`, whose defaults they are."""
-    from k2mini.inference.answers import Decoding
-    from k2mini.inference.beam import Beams
-    from k2mini.inference.sampling import Sampling
+    from k2mini.inference.generate import Decoding
+    from k2mini.inference.sampling import Beams, Sampling
 
     def number(option: str, kind: type, default: float, metavar: str, what: str) -> None:
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{what} (default: {default:g})")
@@ -93,9 +94,8 @@ def load(options: argparse.Namespace) -> tuple[Llama, ModelDirectory]:
 
 def _decoding(options: argparse.Namespace) -> Decoding:
     """How to decode; what has no effect is said."""
-    from k2mini.inference.answers import Decoding
-    from k2mini.inference.beam import Beams
-    from k2mini.inference.sampling import Sampling
+    from k2mini.inference.generate import Decoding
+    from k2mini.inference.sampling import Beams, Sampling
 
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
@@ -125,44 +125,26 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
-    from k2mini.files import progress_bar, write_text
-    from k2mini.inference import terminal
-    from k2mini.inference.answers import answers, read_questions
-    from k2mini.inference.generate import check_length
+    from k2mini.files import write_text
+    from k2mini.inference.answers import answers
 
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
-    if options.input is not None:
-        name = options.input
-        questions = read_questions(Path(name), sys.stdin.read() if name == "-" else None)
-    else:
-        questions = [sys.stdin.read() if options.prompt == "-" else options.prompt]
+    questions = _questions(options)
     model, directory = load(options)
     tokenizer = directory.require_tokenizer()
-    prompts = [terminal.encode_prompt(tokenizer, template, question) for question in questions]
-    if options.input is None and decoding.beams is None and not options.json and options.out is None:
-        text, completion = terminal.answer(
-            model,
-            tokenizer,
-            prompts[0],
-            sampling=decoding.sampling,
-            seed=decoding.seed,
-            max_new_tokens=decoding.max_new_tokens,
-            out=sys.stdout,
-            stop=decoding.stop,
-        )
-        print()
-        if completion.finish == "length":
-            log.info("stopped after --max-new-tokens %d", decoding.max_new_tokens)
-        return
-    field = "prompt" if options.input is None else "question"
+    prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
     for prompt in prompts:
         check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
-    entries = []
-    with progress_bar(len(prompts), "answering", "questions", shown=len(prompts) > 1) as progress:
-        for question, (text, completion) in zip(questions, answers(model, tokenizer, prompts, decoding), strict=True):
-            entries.append({field: question, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
-            progress.update()
+    if options.input is None and decoding.beams is None and not options.json and options.out is None:
+        _print_answer(model, tokenizer, prompts[0], decoding)
+        return
+    field = "prompt" if options.input is None else "question"
+    entries: list[dict[str, Any]] = []
+    found = answers(model, tokenizer, prompts, decoding, "answering" if len(prompts) > 1 else None)
+    for (question, context), (text, completion) in zip(questions, found, strict=True):
+        asked = {field: question, **({"input": context} if context else {})}
+        entries.append({**asked, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
     if options.out is not None:
         write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
         print(options.out)
@@ -172,20 +154,43 @@ def run_generate(options: argparse.Namespace) -> None:
         print(entries[0]["answer"])
 
 
+def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """What is asked, each with its input or ''."""
+    from k2mini.inference.answers import read_questions
+
+    if options.input is None:
+        return [(sys.stdin.read() if options.prompt == "-" else options.prompt, options.context or "")]
+    if options.context is not None:
+        raise ValueError("--context goes with --prompt; a record of --input has a field `input` of its own")
+    if options.input == "-":
+        return read_questions(Path("standard input"), sys.stdin.buffer.read())
+    return read_questions(Path(options.input))
+
+
+def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
+    """Print one answer, as it is made."""
+    import torch
+
+    from k2mini.data.tokenizer import TextStream
+    from k2mini.inference.generate import Completion, collect, prefill, steps
+
+    stream, completion, new = TextStream(tokenizer, decoding.stop), Completion(), decoding.max_new_tokens
+    stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
+    with torch.inference_mode():
+        cache, logits = prefill(model, [prompt], capacity=len(prompt) + new)
+        decoded = steps(model, logits, cache, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size)
+        for (step,) in collect([completion], decoded, new, stop_ids):
+            if step is not None and stream.write(step.token, sys.stdout):
+                break
+    print(stream.flush())
+    if completion.finish == "length" and not stream.stopped:
+        log.info("stopped after --max-new-tokens %d", new)
+
+
 def run_chat(options: argparse.Namespace) -> None:
     """Talk until end of file."""
     from k2mini.inference import terminal
 
     decoding, template = _decoding(options), get_template(options.template)
     model, directory = load(options)
-    tokenizer = directory.require_tokenizer()
-    conversation = terminal.Conversation(
-        model,
-        tokenizer,
-        template,
-        sampling=decoding.sampling,
-        seed=decoding.seed,
-        max_new_tokens=decoding.max_new_tokens,
-        stop=decoding.stop,
-    )
-    terminal.chat(conversation)
+    terminal.chat(terminal.Conversation(model, directory.require_tokenizer(), template, decoding))

@@ -141,8 +141,8 @@ def _benchmark(config: PretrainConfig | FinetuneConfig, world: World) -> Benchma
     section = config.eval
     if not section.every:
         return None
+    from k2mini.evaluation.benchmarks import read_benchmark
     from k2mini.evaluation.evaluate import evaluate
-    from k2mini.evaluation.geobench import read_benchmark
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.report import summarise
 

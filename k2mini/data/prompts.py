@@ -1,8 +1,13 @@
-"""Prompt templates: a model tuned with one of them wants it back byte for byte."""
+"""Prompt templates: a model tuned with one of them must be asked with it, byte for byte. And prompts as token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line lists the templates, and does without sentencepiece until it runs a command
+    from k2mini.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,32 @@ def get_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"there is no template {name!r}; there are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def encode_prompt(tokenizer: Tokenizer, template: Template, instruction: str, input: str = "") -> list[int]:
+    """The token ids, BOS first, of an instruction and its input in a template. Raises ValueError where it is empty."""
+    if not instruction.strip():
+        raise ValueError("the prompt is empty")
+    return tokenizer.encode(template.prompt(instruction, input), bos=True, eos=False)
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
+    """Raise ValueError, with the remedy, where prompt and answer together do not fit the model's context."""
+    if prompt_tokens == 0:
+        raise ValueError("the prompt is empty")
+    over = prompt_tokens + max_new_tokens - max_seq_len
+    if over > 0:
+        room = max_seq_len - prompt_tokens
+        remedy = f"ask for at most {room} new ones or shorten it" if room > 0 else "shorten it"
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones are {over} more than the model's "
+            f"context of {max_seq_len}; {remedy}"
+        )
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
+    """Raise ValueError where there is no prompt, or where one is empty or too long."""
+    if not prompts:
+        raise ValueError("there is no prompt")
+    for prompt in prompts:
+        check_length(len(prompt), max_new_tokens, max_seq_len)

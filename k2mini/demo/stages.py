@@ -13,13 +13,13 @@ from k2mini.build import load_model
 from k2mini.data.documents import read_documents
 from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER, TEMPLATE
+from k2mini.evaluation.benchmarks import load_geobench
 from k2mini.evaluation.evaluate import run_benchmark
-from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
 from k2mini.files import read_json, write_text
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import Decoding, generate
 
 EVAL_CONFIGS = {
     "text": EvalConfig("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
@@ -105,7 +105,7 @@ def answers(out: Path, stages: list[Stage]) -> list[dict[str, Any]]:
         model, tokenizer = load_model(stage.model, stage.adapter)
         assert tokenizer is not None
         prompts = [tokenizer.encode(template.prompt(question.stem), bos=True, eos=False) for question in questions]
-        completions = generate(model, prompts, max_new_tokens=16, stop_ids=[tokenizer.eos_id])
+        completions = generate(model, prompts, Decoding(16), stop_ids=[tokenizer.eos_id])
         for entry, completion in zip(entries, completions, strict=True):
             entry["answers"][stage.name] = tokenizer.decode(completion.tokens).strip()
     return entries

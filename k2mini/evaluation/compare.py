@@ -1,4 +1,4 @@
-"""Several runs side by side, on the same questions."""
+"""Runs of `eval` side by side, with a paired test on the questions that they share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _rights(run: Path) -> dict[tuple[str, int], bool]:
 
 
 def comparison_table(found: Sequence[dict[str, Any]]) -> str:
-    """The comparison for people to read."""
+    """The comparison as text."""
     lines = []
     for task in found:
         lines.append(f"{task['task']} ({task['n']} questions)")

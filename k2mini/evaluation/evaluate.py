@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
-from k2mini.evaluation.questions import Question
 from k2mini.evaluation.report import Result, markdown, summarise
-from k2mini.evaluation.score import score
+from k2mini.evaluation.score import score, tokens_to_run
 from k2mini.files import make_writable, progress_bar, read_json, write_text
 from k2mini.nn.llama import Llama
 
@@ -28,7 +28,6 @@ def evaluate(
     config: EvalConfig,
     label: str = "eval",
     *,
-    batch_size: int = 16,
     share: bool = True,
     journal: Path | None = None,
     shown: bool = True,
@@ -36,10 +35,11 @@ def evaluate(
     """Answer every question with the option of the highest score.
 
     Args:
-        batch_size: questions at a time.
-        share: run what prompts have in common once.
-        journal: a file of results that is added to as they come; questions that stand in it are not scored again.
-        shown: show a progress bar.
+        label: of the progress bar.
+        share: compute the prefix that prompts have in common once.
+        journal: a file to which each result is added as it comes; questions whose results it holds are not scored
+            again.
+        shown: show the progress bar.
 
     Raises ValueError naming the question that can't be asked.
     """
@@ -58,15 +58,17 @@ def evaluate(
     requests = [entry.request for entry in pending if entry.request is not None]
     file = journal.open("a", encoding="utf-8") if journal is not None else None
     try:
-        done_before = len(questions) - len(pending)
-        with progress_bar(len(questions), label, "questions", done_before, shown=shown) as progress:
-            for place, logprobs in score(model, requests, batch_size=batch_size, share=share):
+        # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
+        tokens = tokens_to_run(requests, share=share)
+        with progress_bar(sum(tokens), label, "tokens", shown=shown) as progress:
+            for place, logprobs in score(model, requests, batch_size=config.batch_size, share=share):
                 result = _result(pending[place], logprobs, config)
                 done[result.task, result.index] = result
                 if file is not None:
                     file.write(result.line() + "\n")
                     file.flush()
-                progress.update()
+                progress.set_postfix_str(f"{len(done)}/{len(questions)} questions", refresh=False)
+                progress.update(tokens[place])
     finally:
         if file is not None:
             file.close()
@@ -78,28 +80,24 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
     logprobs: list[float | None] = [None] * len(question.labels)
     token_ids: list[list[int]] = [[] for _ in question.labels]
     prediction = None
-    for place, ids, logprob in zip(instance.scored, instance.ids, scores, strict=True):
-        if place < len(logprobs):  # K2's count of capitals may run beyond the options
-            logprobs[place], token_ids[place] = logprob, ids
-    if scores:
-        texts = config.options(question)
-        lengths = [1] * len(scores)
+    lengths = [1] * len(scores)
+    for number, (place, ids, logprob) in enumerate(zip(instance.places, instance.ids, scores, strict=True)):
+        if place is None:
+            continue
+        logprobs[place], token_ids[place] = logprob, ids
         if config.scoring == "text" and not question.is_true_false and config.normalize != "none":
-            by_byte = config.normalize == "byte"
-            lengths = [
-                len(texts[place].encode()) if by_byte else len(ids)
-                for place, ids in zip(instance.scored, instance.ids, strict=True)
-            ]
+            text = question.texts[place]
+            lengths[number] = len(text.encode()) if config.normalize == "byte" else len(ids)
+    if scores:
         normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
-        best = instance.scored[normalised.index(max(normalised))]
-        prediction = question.labels[best] if best < len(question.labels) else chr(ord("A") + best)
+        prediction = instance.answers[normalised.index(max(normalised))]
     return Result(
         question.task, question.index, question.answer, prediction, logprobs, token_ids, instance.dropped, instance.cut
     )
 
 
 def _read_journal(path: Path) -> dict[tuple[str, int], Result]:
-    """The results of an earlier start; a last line that was cut is dropped from the file."""
+    """The results that an earlier start wrote. A last line that was cut is removed from the file."""
     if not path.is_file():
         return {}
     whole, done = [], {}
@@ -124,22 +122,23 @@ def run_benchmark(
     out: Path | None = None,
     label: str = "eval",
     fingerprint: str | None = None,
-    batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Evaluate and report; with `out`, that directory gets results.jsonl, report.json and report.md.
+    """Evaluate and report. The directory `out`, where given, gets results.jsonl, report.json and report.md.
 
     Args:
-        name: of the model, for the report; fingerprint: what it is known again by.
+        name: of the model, for the report.
+        label: of the progress bar.
+        fingerprint: of the model's weights, by which results in `out` are known to be this model's.
 
     Returns: the report. Raises OSError before the long run where `out` can't be written, ValueError where it holds
-    results of another model, other questions or another way to ask.
+    results of another model or of questions asked in another way.
     """
     journal = None
     if out is not None:
         make_writable(out)
         journal = out / RESULTS
         _check_settings(out, {"model": fingerprint or name, **config.settings()})
-    results = evaluate(model, tokenizer, questions, config, label, batch_size=batch_size, journal=journal)
+    results = evaluate(model, tokenizer, questions, config, label, journal=journal)
     report = {
         "model": name,
         "fingerprint": fingerprint,
@@ -165,6 +164,6 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
                 "name another --out"
             )
     elif (out / RESULTS).is_file():
-        raise ValueError(f"{out} holds results of an unknown way to ask; name another --out")
+        raise ValueError(f"{out} holds results, but no {SETTINGS} that says how they were made; name another --out")
     else:
         write_text(path, json.dumps(settings, ensure_ascii=False) + "\n")

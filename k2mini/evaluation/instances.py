@@ -1,4 +1,4 @@
-"""From a question to what is scored: template, examples, options, and what is cut where the context is too short."""
+"""From a question to a scoring request: template, examples, options, and what is cut where the context is too short."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from k2mini.data.batches import shuffled
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.questions import Question
+from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
 
 SCORINGS = ("letter", "text", "k2")
 NORMALIZATIONS = ("byte", "token", "none")
 # LLaMA's ids of '▁A' … '▁H', '▁True' and '▁False' (github:davendw49/k2, evaluation/post_process.py).
-K2_LETTERS = (319, 350, 315, 360, 382, 383, 402, 379)
+K2_LETTERS = {"A": 319, "B": 350, "C": 315, "D": 360, "E": 382, "F": 383, "G": 402, "H": 379}
 K2_WORDS = {"True": 5852, "False": 7700}
 GAP = "\n\n\n"  # between examples: two blank lines, as in K2's own
 
@@ -35,7 +35,8 @@ class EvalConfig:
             are not at a disadvantage; 'none' does not.
         score_end: of 'text': the end of the answer (EOS) is scored as well, as a tuned model writes it.
         num_fewshot: examples before the question, drawn by `seed` from the same task.
-        fewshot_file: examples as they stand in a file, instead.
+        fewshot_file: a file whose text stands before every question instead.
+        batch_size: questions at a time; it changes no result.
 
     Raises ValueError where a value is not one of these.
     """
@@ -48,12 +49,15 @@ class EvalConfig:
     num_fewshot: int = 0
     fewshot_file: str | None = None
     seed: int = 0
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         get_template(self.template)
         for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.num_fewshot < 0:
             raise ValueError(f"num_fewshot must be 0 or more, not {self.num_fewshot}")
         if self.num_fewshot and self.fewshot_file is not None:
@@ -62,7 +66,7 @@ class EvalConfig:
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
     def settings(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """The fields that change results, under their names in report.json; batch_size is not one."""
         values: dict[str, Any] = {
             "scoring": self.scoring,
             "template": self.template,
@@ -78,11 +82,11 @@ class EvalConfig:
         return values
 
     def options(self, question: Question) -> tuple[str, ...]:
-        """The continuations, one an option."""
+        """The texts that are scored as answers, one an option."""
         return question.texts if self.scoring == "text" else question.labels
 
     def instruction(self, question: Question) -> str:
-        """The question as it is put: without its options where their texts are scored."""
+        """The question as the template gets it: without its options where their texts are scored."""
         bare = self.scoring == "text" and not question.is_true_false
         if self.template.startswith("k2") and question.is_true_false:
             return question.stem
@@ -93,32 +97,37 @@ class EvalConfig:
         return get_template(self.template).prompt(self.instruction(question)) + self.answer_prefix
 
     def example(self, question: Question) -> str:
-        """A question with its answer, to stand before others."""
+        """A question with its answer, as an example for others."""
         return self.prompt(question) + self.options(question)[question.labels.index(question.answer)]
 
 
 @dataclass
 class Instance:
-    """A question ready to be scored.
+    """A question with the request that scores it.
 
     Attributes:
-        scored: the places of the options that can be (an empty one can't).
-        ids: those that are scored, of each of them.
-        dropped, cut: examples left out and tokens cut from the left, for the context is short.
+        request: None where no option can be scored.
+        answers: what each continuation that the request scores stands for: an option's label.
+        places: where these labels stand among the options; None where 'k2' scores a letter that no option has. An
+            empty option is not scored.
+        ids: the tokens scored of each continuation.
+        dropped, cut: examples left out, and tokens cut from the left, to fit the model's context.
     """
 
     question: Question
     request: Request | None
-    scored: list[int]
+    answers: list[str]
+    places: list[int | None]
     ids: list[list[int]]
     dropped: int = 0
     cut: int = 0
 
 
 class PromptBuilder:
-    """Puts the questions of one task.
+    """Makes instances of one task's questions.
 
-    Raises ValueError where there are fewer examples than asked for, or 'k2' scoring meets another tokenizer.
+    Raises ValueError where there are fewer examples than asked for, or where 'k2' scoring has another tokenizer than
+    LLaMA's.
     """
 
     def __init__(
@@ -126,18 +135,7 @@ class PromptBuilder:
     ) -> None:
         self.config, self.tokenizer, self.max_seq_len = config, tokenizer, max_seq_len
         self._file = Path(config.fewshot_file).read_text(encoding="utf-8") if config.fewshot_file is not None else None
-        order = [shuffled(place, len(questions), config.seed) for place in range(len(questions))] if questions else []
-        pool = [questions[place] for place in order if questions[place].is_answerable]
-        # Of duplicates one, and none whose copies disagree.
-        keys: dict[str, set[str]] = {}
-        for question in pool:
-            keys.setdefault(question.identity, set()).add(question.answer)
-        seen: set[str] = set()
-        self._pool = []
-        for question in pool:
-            if question.identity not in seen and len(keys[question.identity]) == 1:
-                self._pool.append(question)
-            seen.add(question.identity)
+        self._pool = _example_pool(questions, config.seed) if config.num_fewshot else []
         if config.num_fewshot and config.num_fewshot > len(self._pool) - 1:
             raise ValueError(
                 f"--shots {config.num_fewshot}: {questions[0].task} has {len(self._pool)} distinct questions to "
@@ -148,17 +146,20 @@ class PromptBuilder:
             _check_llama(tokenizer)
 
     def build(self, question: Question) -> Instance:
-        """What to score. Examples that do not fit are dropped, then the question is cut, both from the left."""
+        """The instance of one question. Where the context is short, examples are dropped from the left; where that is
+        not enough, the prompt is cut from the left."""
         examples = self._examples(question)
-        texts = self.config.options(question)
-        scored = [place for place, text in enumerate(texts) if text.strip()]
+        labels = question.labels
         if self.config.scoring == "k2":
-            scored = [place for place in range(question.k2_options()) if place < len(K2_LETTERS)]
-            scored = [0, 1] if question.is_true_false else scored
-        if not scored:
-            return Instance(question, None, [], [])
+            answers = list(K2_WORDS) if question.is_true_false else list(K2_LETTERS)[: question.k2_options()]
+            places = [labels.index(answer) if answer in labels else None for answer in answers]
+        else:
+            scored = [place for place, text in enumerate(self.config.options(question)) if text.strip()]
+            answers, places = [labels[place] for place in scored], [*scored]
+        if not answers:
+            return Instance(question, None, [], [], [])
         for dropped in range(len(examples) + 1):
-            prefix, ids = self._encode(question, examples[dropped:], scored)
+            prefix, ids = self._encode(question, examples[dropped:], answers)
             cut = len(prefix) + max(map(len, ids)) - 1 - self.max_seq_len
             if cut <= 0:
                 break
@@ -168,19 +169,20 @@ class PromptBuilder:
         if cut:
             prefix = [prefix[0], *prefix[1 + cut :]]  # BOS stays
         group = self._groups.setdefault(tuple(examples[dropped:]), len(self._groups))
-        return Instance(question, Request(tuple(prefix), tuple(map(tuple, ids)), group), scored, ids, dropped, cut)
+        request = Request(tuple(prefix), tuple(map(tuple, ids)), group)
+        return Instance(question, request, answers, places, ids, dropped, cut)
 
     def _encode(
-        self, question: Question, examples: Sequence[str], scored: list[int]
+        self, question: Question, examples: Sequence[str], answers: list[str]
     ) -> tuple[list[int], list[list[int]]]:
+        """The context's tokens, and those of every continuation."""
         context = "".join(example + GAP for example in examples) + self.config.prompt(question)
         if self.config.scoring == "k2":
-            ids = [[K2_WORDS[word]] for word in ("True", "False")] if question.is_true_false else None
-            ids = ids or [[K2_LETTERS[place]] for place in scored]
-            return self.tokenizer.encode(context, bos=True, eos=False), ids
-        texts = self.config.options(question)
+            fixed = K2_LETTERS | K2_WORDS
+            return self.tokenizer.encode(context, bos=True, eos=False), [[fixed[answer]] for answer in answers]
+        texts = [text for text in self.config.options(question) if text.strip()]
         end = self.config.scoring == "text" and not question.is_true_false and self.config.score_end
-        return split_jointly(self.tokenizer, context, [texts[place] for place in scored], eos=end)
+        return split_jointly(self.tokenizer, context, texts, eos=end)
 
     def _examples(self, question: Question) -> list[str]:
         if self._file is not None:
@@ -189,10 +191,19 @@ class PromptBuilder:
         return [self.config.example(next(others)) for _ in range(self.config.num_fewshot)]
 
 
+def _example_pool(questions: Sequence[Question], seed: int) -> list[Question]:
+    """The questions that may be examples, shuffled: one of each set of copies, and none whose copies disagree."""
+    copies: dict[str, list[Question]] = {}
+    for place in range(len(questions)):
+        question = questions[shuffled(place, len(questions), seed)]
+        if question.is_answerable:
+            copies.setdefault(question.identity, []).append(question)
+    return [first for first, *rest in copies.values() if all(copy.answer == first.answer for copy in rest)]
+
+
 def _check_llama(tokenizer: Tokenizer) -> None:
-    pieces = [f"▁{letter}" for letter in "ABCDEFGH"] + [f"▁{word}" for word in K2_WORDS]
-    ids = [*K2_LETTERS, *K2_WORDS.values()]
-    if tokenizer.vocab_size < 32000 or [tokenizer.piece(token) for token in ids] != pieces:
+    fixed = K2_LETTERS | K2_WORDS
+    if tokenizer.vocab_size < 32000 or any(tokenizer.piece(token) != f"▁{text}" for text, token in fixed.items()):
         raise ValueError(
             f"scoring 'k2' reads LLaMA's ids of the letters, which {tokenizer.path} does not have; take 'letter'"
         )

@@ -1,4 +1,4 @@
-"""Perplexity: of whole documents, and of long text under a window that slides."""
+"""Perplexity of whole documents, and of long texts under a sliding window."""
 
 from __future__ import annotations
 

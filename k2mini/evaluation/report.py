@@ -1,4 +1,4 @@
-"""What a run of multiple choice amounts to: accuracies with their uncertainty, and all that should make one careful."""
+"""The summary of a run of multiple choice: accuracies with their uncertainty, and warnings about questions and keys."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from k2mini.evaluation.questions import Question, audit
+from k2mini.evaluation.benchmarks import Question, check_keys
 
 
 @dataclass(frozen=True)
 class Result:
-    """One scored question; an option that could not be scored (its text is empty) has log-probability None."""
+    """One scored question. An option that was not scored (its text is empty, say) has log-probability None."""
 
     task: str
     index: int
@@ -65,7 +65,7 @@ def summarise(
     for task in dict.fromkeys(question.task for question in questions):
         asked = [question for question in questions if question.task == task]
         of_task = [result for result in results if result.task == task]
-        n, checked = len(asked), audit(asked)
+        n, checked = len(asked), check_keys(asked)
         clean = set(checked.clean(asked))
         confusion: dict[str, Counter[str]] = {}
         for result in of_task:
@@ -109,7 +109,7 @@ def _accuracy(right: Sequence[bool]) -> dict[str, float | None]:
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries for people to read, with a line for all that should make one careful."""
+    """The summaries as text, with a line for each warning."""
     head = f"{'task':<12} {'n':>5}  {'accuracy':>8}  {'95 % interval':>15}  {'chance':>6}  {'majority':>8}  distinct"
     lines = [head]
     for row in summaries:
@@ -138,7 +138,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """The report as a Markdown page."""
     lines = [f"# {report['model']} on {', '.join(row['task'] for row in report['tasks'])}", "", "```"]
     lines += [table(report["tasks"]), "```", ""]
     for row in report["tasks"]:

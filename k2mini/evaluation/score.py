@@ -1,7 +1,7 @@
-"""log p(option | context): the scorer that multiple choice rests on.
+"""log p(option | context), the score of every option of a multiple-choice question.
 
-Context and option are tokenised together, as lm-evaluation-harness does; what many contexts begin with runs through the
-model once, a context once for all its options, and an option of one token is read off the context's own last logits.
+Context and option are tokenised together, as lm-evaluation-harness does. A prefix that many contexts share runs through
+the model once, and a context once for all its options; an option of one token is scored by the context's last logits.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Request:
 def split_jointly(
     tokenizer: Tokenizer, context: str, options: Sequence[str], *, eos: bool = False
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokenise context and option together, as the text really is, and find where the options begin.
+    """Tokenise context and option together, as one text, and find where the options begin.
 
-    The context is what the encoded context and all joint encodings have in common from the left; what follows it
-    belongs to the option. So white space that ends a context is scored with the option where the tokenizer joins
+    The context is the longest prefix that the encoded context and all joint encodings share; the rest belongs to the
+    option. So white space that ends a context is scored with the option where the tokenizer joins
     the two ("The answer is: " + "A" ends in '▁A').
 
     Args:
@@ -86,19 +86,13 @@ def score(
                 f"request {place}: context and option are {over} tokens more than the model's "
                 f"{model.config.max_seq_len}"
             )
-    groups: dict[int, list[int]] = {}
-    for place, request in enumerate(requests):
-        groups.setdefault(request.group, []).append(place)
-    for places in groups.values():
-        places.sort(key=lambda place: -len(requests[place].prefix))
-        prefixes = [requests[place].prefix for place in places]
-        common = shared_prefix(prefixes) if share and len(places) > 1 else 0
-        make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
+    make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
+    for places, common in _groups(requests, share):
         shared = None
-        if common >= SHARED_AT_LEAST:
+        if common:
             shared = make(1, capacity=common)
-            extend(model, [prefixes[0][:common]], shared)
-        for batch in _batches(places, requests, common if shared is not None else 0, batch_size):
+            extend(model, [requests[places[0]].prefix[:common]], shared)
+        for batch in _batches(places, requests, common, batch_size):
             rows = [list(requests[place].prefix) for place in batch]
             if shared is None:
                 cache = make(len(batch), capacity=max(map(len, rows)))
@@ -107,6 +101,34 @@ def score(
                 rows = [row[common:] for row in rows]
             after = log_softmax(model.logits(extend(model, rows, cache)))  # (B, V)
             yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
+
+
+def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[int]:
+    """How many tokens `score` runs for each request: its prefix without what its group shares, and its options.
+
+    The first token of an option is scored by the logits at its prefix's end and does not run. Padding and the shared
+    prefixes themselves are not counted.
+    """
+    tokens = [0] * len(requests)
+    for places, common in _groups(requests, share):
+        for place in places:
+            request = requests[place]
+            options = [len(option) - 1 for option in request.options]
+            tokens[place] = len(request.prefix) - common + sum(options)
+    return tokens
+
+
+def _groups(requests: Sequence[Request], share: bool) -> list[tuple[list[int], int]]:
+    """Of each group the places of its requests, the longest first, and how many tokens of their prefixes are shared."""
+    groups: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.group, []).append(place)
+    found = []
+    for places in groups.values():
+        places.sort(key=lambda place: -len(requests[place].prefix))
+        common = shared_prefix([requests[place].prefix for place in places]) if share and len(places) > 1 else 0
+        found.append((places, common if common >= SHARED_AT_LEAST else 0))
+    return found
 
 
 def _batches(places: Sequence[int], requests: Sequence[Request], common: int, batch_size: int) -> Iterator[list[int]]:

@@ -12,8 +12,9 @@ from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.score import Request, score, split_jointly
-from k2mini.files import progress_bar, write_text
-from k2mini.inference.answers import Decoding, answers
+from k2mini.files import write_text
+from k2mini.inference.answers import answers
+from k2mini.inference.generate import Decoding
 from k2mini.nn.llama import Llama
 
 
@@ -21,46 +22,33 @@ def run_subjective(
     model: Llama,
     tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
+    decoding: Decoding,
     *,
     task: str,
     template: str,
-    decoding: Decoding,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Answer open questions and measure the answers, and the references under the model.
+    """Answer open questions, compare the answers with the references, and measure how likely the references are.
 
     Args:
         pairs: (question, reference answer).
         out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`.
 
-    Returns: a summary: `rouge_l` and `token_f1` of the answers, their mean length in words beside the references',
-    `perplexity` of the references given the questions, and `likelihood`, their mean log-probability a token (GPTScore,
-    Fu et al. 2023, arXiv 2302.04166, equation 1). A question or reference that is empty, or too long for the context,
-    is left out and counted.
+    Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
+    `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
+    answers; `perplexity`, exp of its negative; `left_out`, how many questions were not asked because they or their
+    reference are empty or too long for the context. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where
+    another model scores the answer.
+
+    Raises ValueError where no question is left.
     """
-    room = model.config.max_seq_len
-    shape = get_template(template)
-    kept, requests, prompts = [], [], []
-    for question, reference in pairs:
-        if not question.strip() or not reference.strip():
-            continue
-        prompt = shape.prompt(question)
-        prefix, (ids,) = split_jointly(tokenizer, prompt, [reference])
-        prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
-        if max(len(prefix) + len(ids), len(prompt_ids) + decoding.max_new_tokens) <= room:
-            kept.append((question, reference))
-            requests.append(Request(tuple(prefix), (tuple(ids),)))
-            prompts.append(prompt_ids)
+    kept, requests, prompts = _prepare(model, tokenizer, pairs, template, decoding.max_new_tokens)
     if not kept:
-        raise ValueError(f"{task}: no question fits the model's context of {room} tokens")
+        raise ValueError(f"{task}: no question fits the model's context of {model.config.max_seq_len} tokens")
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
     lengths = [len(request.options[0]) for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
-    texts = []
-    with progress_bar(len(kept), task, "answers") as progress:
-        for text, _ in answers(model, tokenizer, prompts, decoding):
-            texts.append(text)
-            progress.update()
+    texts = [text for text, _ in answers(model, tokenizer, prompts, decoding, label=task)]
     if out is not None:
         entries = [{"question": question, "answer": text} for (question, _), text in zip(kept, texts, strict=True)]
         path = out / f"answers_{task.replace('/', '_')}.json"
@@ -78,6 +66,25 @@ def run_subjective(
         "perplexity": math.exp(-likelihood),
         "template": template,
     }
+
+
+def _prepare(
+    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: str, max_new_tokens: int
+) -> tuple[list[tuple[str, str]], list[Request], list[list[int]]]:
+    """The pairs that can be asked, the requests that score their references, and the prompts."""
+    shape = get_template(template)
+    kept, requests, prompts = [], [], []
+    for question, reference in pairs:
+        if not question.strip() or not reference.strip():
+            continue
+        prompt = shape.prompt(question)
+        prefix, (ids,) = split_jointly(tokenizer, prompt, [reference])
+        prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
+        if max(len(prefix) + len(ids), len(prompt_ids) + max_new_tokens) <= model.config.max_seq_len:
+            kept.append((question, reference))
+            requests.append(Request(tuple(prefix), (tuple(ids),)))
+            prompts.append(prompt_ids)
+    return kept, requests, prompts
 
 
 def subjective_table(summaries: Sequence[dict[str, Any]]) -> str:

@@ -1,134 +1,112 @@
-"""Lists of questions to lists of answers: what K2's generation script does."""
+"""Lists of questions to lists of answers, as K2's generation script makes them."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import read_json
-from k2mini.inference.beam import Beams, beam_search
-from k2mini.inference.generate import Completion, generate
-from k2mini.inference.sampling import Sampling
-from k2mini.inference.text import TextStream
+from k2mini.data.documents import read_entries
+from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.files import progress_bar
+from k2mini.inference.beam import beam_search
+from k2mini.inference.generate import Completion, Decoding, generate
 from k2mini.nn.llama import Llama
 
 FIELDS = ("question", "prompt", "instruction")
+# A list or an object; a line of text may begin with a bracket, but hardly so.
+JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*["\[{\]]|\{\s*["}])')
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are made.
+def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, str]]:
+    """The questions of a file, each with its input: the text that an instruction is about, or ''.
 
-    Args:
-        stop: strings that end an answer; they are not part of it.
-        beams: search instead of sampling.
-        batch_size: prompts at a time.
-    """
-
-    max_new_tokens: int = 256
-    sampling: Sampling = Sampling()  # noqa: RUF009 (it is frozen)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    beams: Beams | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if any(not text for text in self.stop):
-            raise ValueError("a stop string is empty")
-
-
-def read_questions(path: Path, text: str | None = None) -> list[str]:
-    """The questions of a file: a JSON list of strings or of objects with a `question`; JSONL; or text, one a line.
+    The file holds a JSON list, or JSONL, of strings or of objects with one of `FIELDS` and, where there is one, an
+    `input`; or plain text, a question a line. What it holds decides, except that a file called .json or .jsonl is never
+    taken for plain text.
 
     Args:
-        text: what stands in it, where it has been read already (standard input).
+        content: what stands in the file, where it has been read already (standard input).
 
     Raises ValueError, naming the file and the entry, where there is none or one is not a question.
     """
-    if path.suffix == ".json" and text is None:
-        entries = read_json(path)
-        if not isinstance(entries, list):
-            raise ValueError(f"{path} must hold a JSON list of questions")
-    else:
-        lines = (path.read_text(encoding="utf-8") if text is None else text).splitlines()
-        entries = [line for line in lines if line.strip()]
-        if path.suffix == ".jsonl":
-            entries = [_parsed(path, number, line) for number, line in enumerate(entries, start=1)]
-    if not entries:
-        raise ValueError(f"{path} holds no question")
-    return [_question(path, number, entry) for number, entry in enumerate(entries, start=1)]
-
-
-def _parsed(path: Path, number: int, line: str) -> Any:
+    content = path.read_bytes() if content is None else content
+    named_json = path.suffix.lower() in (".json", ".jsonl")
+    if named_json or JSON_START.match(content):
+        return [_question(entry, f"{path}, {place}") for place, entry in read_entries(path, content)]
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: entry {number} is not valid JSON: {error}") from None
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
+    questions = [(line, "") for line in lines if line.strip()]
+    if not questions:
+        raise ValueError(f"{path} holds no question")
+    return questions
 
 
-def _question(path: Path, number: int, entry: Any) -> str:
-    if isinstance(entry, dict):
-        entry = next((entry[field] for field in FIELDS if field in entry), None)
-    if not isinstance(entry, str) or not entry.strip():
-        raise ValueError(f"{path}: entry {number} is neither a question nor an object with a {FIELDS[0]!r}")
-    return entry
+def _question(entry: Any, place: str) -> tuple[str, str]:
+    record = entry if isinstance(entry, dict) else {FIELDS[0]: entry}
+    asked = [field for field in FIELDS if record.get(field) is not None]
+    if len(asked) > 1:
+        raise ValueError(f"{place} has both `{asked[0]}` and `{asked[1]}`; leave the one that is to be asked")
+    question, context = record.get(asked[0]) if asked else None, record.get("input")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{place} is neither a question nor an object with a {FIELDS[0]!r}")
+    if context is not None and not isinstance(context, str):
+        raise ValueError(f"{place}: `input` must be text, not {context!r}")
+    return question, context or ""
 
 
 def answers(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, label: str | None = None
 ) -> Iterator[tuple[str, Completion]]:
-    """Answer prompts in batches, in their order. Yields each one's text and completion."""
-    for start in range(0, len(prompts), decoding.batch_size):
-        yield from _batch(model, tokenizer, prompts[start : start + decoding.batch_size], decoding, start)
+    """Answer prompts in batches, in their order.
+
+    Args:
+        label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
+
+    Yields: each one's text and completion.
+    """
+    tokens = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
+    with progress_bar(sum(tokens), label or "", "tokens", shown=label is not None) as progress:
+        for start in range(0, len(prompts), decoding.batch_size):
+            batch = slice(start, start + decoding.batch_size)
+            here = replace(decoding, seed=decoding.seed + start)
+            for place, found in enumerate(_batch(model, tokenizer, prompts[batch], here), start=start):
+                yield found
+                progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
+                progress.update(tokens[place])
 
 
 def _batch(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, start: int
-) -> Iterator[tuple[str, Completion]]:
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> list[tuple[str, Completion]]:
     stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
     if decoding.beams is not None:
-        found = beam_search(
+        found = beam_search(model, prompts, decoding, stop_ids=stop_ids, vocab_size=vocab_size)
+        completions = [best for best, *_ in found]
+    else:
+        streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
+
+        def stopping_criteria(row: int, token: int) -> bool:
+            streams[row].push(token)
+            return streams[row].stopped
+
+        completions = generate(
             model,
             prompts,
-            beams=decoding.beams,
-            max_new_tokens=decoding.max_new_tokens,
+            decoding,
             stop_ids=stop_ids,
-            sampling=decoding.sampling,
             vocab_size=vocab_size,
+            stopping_criteria=stopping_criteria if decoding.stop else None,
         )
-        for best, *_ in found:
-            yield _text(tokenizer, best, decoding.stop), best
-        return
-    streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
-
-    def stopping_criteria(row: int, token: int) -> bool:
-        streams[row].push(token)
-        return streams[row].stopped
-
-    completions = generate(
-        model,
-        prompts,
-        max_new_tokens=decoding.max_new_tokens,
-        stop_ids=stop_ids,
-        sampling=decoding.sampling,
-        seed=decoding.seed + start,
-        vocab_size=vocab_size,
-        stopping_criteria=stopping_criteria if decoding.stop else None,
-    )
-    for completion in completions:
-        yield _text(tokenizer, completion, decoding.stop), completion
+    return [(_text(tokenizer, completion, decoding.stop), completion) for completion in completions]
 
 
 def _text(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:
-    """A completion's text, before the first stop string; a search does not stop at one, so it may stand further in."""
+    """A completion's text, before the first stop string. A search does not stop at one: it may stand further in."""
     stream = TextStream(tokenizer, stop)
     for token in completion.tokens:
         stream.push(token)

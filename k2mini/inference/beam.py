@@ -9,69 +9,42 @@ end go on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from k2mini.inference.generate import Completion, check_prompts, prefill
-from k2mini.inference.sampling import Sampling, constrain
+from k2mini.data.prompts import check_prompts
+from k2mini.inference.generate import Completion, Decoding, prefill
+from k2mini.inference.sampling import Beams, Sampling, constrain
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
 LOW = -1e9  # what transformers takes for a score that can't win
 
 
-@dataclass(frozen=True)
-class Beams:
-    """How to search.
-
-    Args:
-        num_beams: hypotheses a prompt.
-        length_penalty: above 0, longer hypotheses gain; below, shorter ones.
-        early_stopping: True ends a prompt's search as soon as `num_beams` hypotheses have ended; False when the best
-            open one, at its present length, can't beat the worst of them; 'never' when it can't at any length.
-        num_return_sequences: how many of a prompt's hypotheses come back.
-
-    Raises ValueError where a value is out of range.
-    """
-
-    num_beams: int
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    num_return_sequences: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1, not {self.num_beams}")
-        if not 1 <= self.num_return_sequences <= self.num_beams:
-            raise ValueError(f"num_return_sequences must be 1 to num_beams ({self.num_beams})")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
-
-
 @torch.inference_mode()
 def beam_search(
     model: Llama,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    beams: Beams,
-    max_new_tokens: int,
     stop_ids: Sequence[int],
-    sampling: Sampling | None = None,
     vocab_size: int | None = None,
 ) -> list[list[Completion]]:
     """Search the likeliest continuations of a batch of prompts, of any lengths; one does not depend on the others.
 
     Args:
+        decoding: has `beams`. Of its sampling, the constraints hold (repetition, n-grams, forbidden tokens);
+            temperature, top-k and top-p do not.
         stop_ids: a hypothesis ends with any of these.
-        sampling: its constraints hold (repetition, n-grams, forbidden tokens); temperature, top-k and top-p do not.
         vocab_size: ids from here on are never chosen.
 
     Returns: of each prompt its `num_return_sequences` best, best first, with their scores.
 
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
+    assert decoding.beams is not None
+    beams, max_new_tokens = decoding.beams, decoding.max_new_tokens
     check_prompts(prompts, max_new_tokens, model.config.max_seq_len)
     width, batch, device = beams.num_beams, len(prompts), model.device
     cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + max_new_tokens)
@@ -81,7 +54,7 @@ def beam_search(
     state = _State(batch, width, max_new_tokens, device)
     stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     for length in range(max_new_tokens):
-        scores = _next_scores(logits, state, prompts, sampling or Sampling(), length, vocab_size)
+        scores = _next_scores(logits, state, prompts, decoding.sampling, length, vocab_size)
         state.choose(scores, stop, length, last=length + 1 == max_new_tokens, beams=beams)
         if not bool((state.improvable & ~state.full(beams)).any()) or length + 1 == max_new_tokens:
             break

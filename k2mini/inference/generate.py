@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from k2mini.inference.sampling import Sampling, sample
+from k2mini.data.prompts import check_prompts
+from k2mini.inference.sampling import Beams, Sampling, sample
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
-PREFILL_CHUNK = 512  # tokens a row that run through the model at a time
-SHARED_AT_LEAST = 8  # tokens: a common prefix from here on is computed once
-StoppingCriteria = Callable[[int, int], bool]
+PREFILL_CHUNK = 512  # tokens of each row in one forward pass of a long prompt
+SHARED_AT_LEAST = 8  # tokens: a common prefix of at least this length is computed once
+StoppingCriteria = Callable[[int, int], bool]  # (row, its new token) -> whether the row ends here
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How prompts are answered.
+
+    Args:
+        max_new_tokens: of each answer.
+        seed: row i of a batch draws with seed + i.
+        stop: strings that end an answer and are not part of it. Callers that make text look for them.
+        beams: search for the likeliest answer instead of sampling one.
+        batch_size: prompts at a time.
+        top_logprobs: None, or of how many of the likeliest tokens each step gives the log-probabilities.
+
+    Raises ValueError where a value is out of range.
+    """
+
+    max_new_tokens: int = 256
+    sampling: Sampling = Sampling()  # noqa: RUF009 (it is frozen)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    beams: Beams | None = None
+    batch_size: int = 8
+    top_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if any(not text for text in self.stop):
+            raise ValueError("a stop string is empty")
 
 
 @dataclass
@@ -26,8 +58,8 @@ class Completion:
     Attributes:
         tokens: the new tokens, without the EOS that ended them.
         finish: 'eos'; 'stop' where the caller ended it; or 'length' where max_new_tokens were made.
-        logprobs: of each token that was chosen, in nats, before any transform of the logits; where asked for.
-        top: of each step the likeliest tokens and their log-probabilities; where asked for.
+        logprobs: each token's log-probability in nats, before any transform of the logits. Only with top_logprobs.
+        top: each step's likeliest tokens with their log-probabilities. Only with top_logprobs.
         score: of a beam, as `beam_search` ranks it.
     """
 
@@ -40,35 +72,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Step:
-    """One row's new token, with its log-probability and the likeliest tokens' where they were asked for."""
+    """One row's new token; with top_logprobs also its log-probability and those of the likeliest tokens."""
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-
-
-def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
-    """Raise ValueError, with the remedy, where prompt and answer do not fit the model's context together."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if prompt_tokens == 0:
-        raise ValueError("the prompt is empty")
-    over = prompt_tokens + max_new_tokens - max_seq_len
-    if over > 0:
-        room = max_seq_len - prompt_tokens
-        remedy = f"ask for at most {room} new ones or shorten it" if room > 0 else "shorten it"
-        raise ValueError(
-            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones are {over} more than the model's "
-            f"context of {max_seq_len}; {remedy}"
-        )
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Raise ValueError where there is no prompt, or one of them can't be answered."""
-    if not prompts:
-        raise ValueError("there is no prompt")
-    for prompt in prompts:
-        check_length(len(prompt), max_new_tokens, max_seq_len)
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -90,10 +98,10 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:
-    """Run further tokens of every row through the model into the cache, whose rows are of one length so far.
+    """Run more tokens of every row through the model into the cache, whose rows all have the same length so far.
 
     Args:
-        chunk: tokens a row at a time; it bounds the memory of a long prompt.
+        chunk: tokens of each row in one forward pass, which bounds the memory of a long prompt.
 
     Returns: the hidden state after each row's last token, (B, D).
     """
@@ -113,12 +121,12 @@ def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: i
 def prefill(
     model: Llama, prompts: Sequence[Sequence[int]], *, capacity: int, chunk: int = PREFILL_CHUNK
 ) -> tuple[KVCache, Tensor]:
-    """Run prompts through the model; what all of them begin with is computed once, and its keys and values shared out.
+    """Run prompts through the model. A prefix that all of them share is computed once and copied to every row.
 
     Args:
         capacity: positions to make room for.
 
-    Returns: the cache, and the logits after each prompt's end, (B, V).
+    Returns: the cache, and the logits after each prompt's last token, (B, V).
     """
     common = shared_prefix(prompts) if len(prompts) > 1 else 0
     fixed = model.model.decode_block is not None
@@ -137,39 +145,34 @@ def steps(
     logits: Tensor,
     cache: KVCache,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    sampling: Sampling,
-    seeds: Sequence[int],
     stop_ids: Sequence[int],
-    max_new_tokens: int,
     vocab_size: int | None = None,
     stopping_criteria: StoppingCriteria | None = None,
-    top_logprobs: int | None = None,
 ) -> Iterator[list[Step | None]]:
-    """Decode, one token a row at a time. Rows that have ended leave the batch, once they are half of it.
+    """Decode, one token of every row at a time. Rows that have ended leave the batch once they are half of it.
 
     Args:
         logits: (B, V), after the last token in the cache, as `prefill` returns them.
-        prompts: what the cache holds, for the transforms that look back.
-        seeds: one a row.
+        prompts: the tokens in the cache, which repetition penalty and n-gram ban look back at.
         stop_ids: a row ends with the first of these.
         vocab_size: ids from here on are never chosen (rows of the embedding that no token has).
-        stopping_criteria: called with a row's number and its new token; a row ends where it says so.
-        top_logprobs: None, or how many of the likeliest tokens come with each step's log-probabilities.
+        stopping_criteria: called with a row's number and its new token; the row ends where it returns True.
 
     Yields: a list of B entries: the row's step (a stop id too), or None where the row has ended. While no row has left
-    the cache holds every token yielded before, not the newest.
+    the batch, the cache holds every token yielded before the newest.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sampling = decoding.sampling
+    generators = [torch.Generator().manual_seed(decoding.seed + row) for row in range(len(prompts))]
     history = [list(prompt) for prompt in prompts] if sampling.looks_back else [[] for _ in prompts]
-    stops = frozenset(stop_ids)
-    rows = list(range(len(seeds)))  # of those still in the batch, their numbers
+    rows = list(range(len(prompts)))  # the numbers of the rows still in the batch
     ended: set[int] = set()
-    for step in range(max_new_tokens):
+    for step in range(decoding.max_new_tokens):
         logits = logits[:, :vocab_size]
         chosen = sample(logits, sampling, [generators[row] for row in rows], [history[row] for row in rows])  # (B,)
-        details = _details(logits, chosen, top_logprobs)
-        result: list[Step | None] = [None] * len(seeds)
+        details = _details(logits, chosen, decoding.top_logprobs)
+        result: list[Step | None] = [None] * len(prompts)
         for row, entry in zip(rows, details, strict=True):
             if row not in ended:
                 result[row] = entry
@@ -178,10 +181,10 @@ def steps(
         for row, entry in zip(rows, details, strict=True):
             if row in ended:
                 continue
-            if entry.token in stops or (stopping_criteria is not None and stopping_criteria(row, entry.token)):
+            if entry.token in stop_ids or (stopping_criteria is not None and stopping_criteria(row, entry.token)):
                 ended.add(row)
         open_rows = [place for place, row in enumerate(rows) if row not in ended]
-        if step + 1 == max_new_tokens or not open_rows:
+        if step + 1 == decoding.max_new_tokens or not open_rows:
             return
         if 2 * len(open_rows) <= len(rows):
             kept = torch.tensor(open_rows, device=model.device)
@@ -205,61 +208,59 @@ def _details(logits: Tensor, chosen: Tensor, top_logprobs: int | None) -> list[S
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
     stop_ids: Sequence[int],
-    sampling: Sampling | None = None,
-    seed: int = 0,
     vocab_size: int | None = None,
     stopping_criteria: StoppingCriteria | None = None,
-    top_logprobs: int | None = None,
 ) -> list[Completion]:
     """Continue a batch of prompts, of any lengths; a row's result does not depend on the others.
 
     Args:
         prompts: token ids, BOS included.
         stop_ids: a row ends with the first of these (usually EOS).
-        sampling: greedy where None.
-        seed: row i draws with seed + i.
-        stopping_criteria, top_logprobs: as in `steps`.
+        vocab_size, stopping_criteria: as in `steps`.
 
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
-    check_prompts(prompts, max_new_tokens, model.config.max_seq_len)
-    longest = max(len(prompt) for prompt in prompts)
-    cache, logits = prefill(model, prompts, capacity=longest + max_new_tokens)
+    check_prompts(prompts, decoding.max_new_tokens, model.config.max_seq_len)
+    cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + decoding.max_new_tokens)
     completions = [Completion() for _ in prompts]
     decoded = steps(
         model,
         logits,
         cache,
         prompts,
-        sampling=sampling or Sampling(),
-        seeds=range(seed, seed + len(prompts)),
+        decoding,
         stop_ids=stop_ids,
-        max_new_tokens=max_new_tokens,
         vocab_size=vocab_size,
         stopping_criteria=stopping_criteria,
-        top_logprobs=top_logprobs,
     )
-    last = max_new_tokens - 1
-    for number, row_steps in enumerate(decoded):
-        for completion, step in zip(completions, row_steps, strict=True):
-            if step is not None:
-                add_step(completion, step, stop_ids)
-                if number == last:
-                    completion.finish = completion.finish or "length"
-    for completion in completions:
-        completion.finish = completion.finish or "stop"  # ended before the last step, and by no stop id
+    for _ in collect(completions, decoded, decoding.max_new_tokens, stop_ids):
+        pass
     return completions
 
 
-def add_step(completion: Completion, step: Step, stop_ids: Sequence[int]) -> None:
-    """Take one more token into a completion; a stop id ends it and is not kept."""
-    if step.token in stop_ids:
-        completion.finish = "eos"
-        return
-    completion.tokens.append(step.token)
-    if step.logprob is not None:
-        completion.logprobs.append(step.logprob)
-        completion.top.append(list(step.top))
+def collect(
+    completions: Sequence[Completion],
+    decoded: Iterable[list[Step | None]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> Iterator[list[Step | None]]:
+    """Pass steps on, each added to its row's completion first; so an interruption leaves what was made before it."""
+    for number, row_steps in enumerate(decoded, start=1):
+        for completion, step in zip(completions, row_steps, strict=True):
+            if step is None:
+                continue
+            if step.token in stop_ids:
+                completion.finish = "eos"
+                continue
+            completion.tokens.append(step.token)
+            if step.logprob is not None:
+                completion.logprobs.append(step.logprob)
+                completion.top.append(list(step.top))
+            if number == max_new_tokens:
+                completion.finish = "length"
+        yield row_steps
+    for completion in completions:
+        completion.finish = completion.finish or "stop"  # ended before the last step, and by no stop id

@@ -53,8 +53,36 @@ class Sampling:
 
     @property
     def looks_back(self) -> bool:
-        """Whether the tokens so far matter."""
+        """Whether the choice depends on a row's tokens so far."""
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How many hypotheses a beam search keeps, and how it ranks them.
+
+    Args:
+        num_beams: hypotheses a prompt.
+        length_penalty: above 0, longer hypotheses gain; below, shorter ones.
+        early_stopping: True ends a prompt's search as soon as `num_beams` hypotheses have ended; False when the best
+            open one, at its present length, can't beat the worst of them; 'never' when it can't at any length.
+        num_return_sequences: hypotheses returned of each prompt.
+
+    Raises ValueError where a value is out of range.
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, not {self.num_beams}")
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(f"num_return_sequences must be 1 to num_beams ({self.num_beams})")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
 
 
 def penalize_repetition(logits: Tensor, history: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -66,7 +94,7 @@ def penalize_repetition(logits: Tensor, history: Sequence[Sequence[int]], penalt
 
 
 def repeated_ngram_ends(tokens: Sequence[int], size: int) -> list[int]:
-    """The tokens that would complete an n-gram of `size` which `tokens` hold already."""
+    """The tokens that, coming next, would repeat an n-gram of `size` that `tokens` contain."""
     if len(tokens) < size:
         return []
     start = tuple(tokens[len(tokens) - size + 1 :])
@@ -86,8 +114,7 @@ def ban_repeated_ngrams(logits: Tensor, history: Sequence[Sequence[int]], size: 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """All but each row's k largest logits become -inf; ties with the k-th stay. (B, V) -> (B, V)."""
-    threshold = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < threshold, -torch.inf)
+    return logits.masked_fill(logits < logits.topk(min(k, logits.shape[-1])).values[..., -1:], -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -101,11 +128,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def constrain(logits: Tensor, sampling: Sampling, history: Sequence[Sequence[int]]) -> Tensor:
-    """What holds whether tokens are drawn, searched or taken greedily: repetition, n-grams, forbidden tokens.
+    """Apply repetition penalty, n-gram ban and forbidden tokens to logits or log-probabilities. (B, V) -> (B, V).
 
     Args:
-        logits: (B, V), or log-probabilities.
-        history: each row's tokens so far, prompt included; not used where nothing looks back.
+        history: each row's tokens so far, prompt included; not used unless `sampling.looks_back`.
     """
     if sampling.repetition_penalty != 1:
         logits = penalize_repetition(logits, history, sampling.repetition_penalty)
@@ -137,9 +163,9 @@ def sample(
 
     Args:
         logits: (B, V).
-        generators: one a row, on the CPU (the same draws on every device), so that a row's tokens do not depend on
-            its neighbours. Not used when greedy.
-        history: each row's tokens so far, prompt included; not used where nothing looks back.
+        generators: one a row, so that a row's tokens do not depend on the others; on the CPU, so that draws are the
+            same on every device. Not used when greedy.
+        history: as in `constrain`.
 
     Returns: (B,) int64.
     """

@@ -1,101 +1,29 @@
-"""Answers in a terminal: streamed as they are made, and a conversation."""
+"""A conversation in a terminal, its answers printed as they are made."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TextIO
 
 import torch
 
-from k2mini.data.prompts import Template
-from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.generate import Completion, Step, add_step, check_length, extend, prefill, steps
-from k2mini.inference.sampling import Sampling
-from k2mini.inference.text import TextStream
+from k2mini.data.prompts import Template, check_length, encode_prompt
+from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.inference.generate import Completion, Decoding, collect, extend, steps
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
-
-
-def encode_prompt(tokenizer: Tokenizer, template: Template, prompt: str) -> list[int]:
-    """The token ids, with BOS, of an instruction in its template. Raises ValueError where it is empty."""
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    return tokenizer.encode(template.prompt(prompt), bos=True, eos=False)
-
-
-def collect(
-    tokens: Iterable[list[Step | None]], completion: Completion, text: TextStream, stop_ids: Sequence[int], out: TextIO
-) -> str:
-    """Print one row's answer to `out` as it is made, filling `completion` as it goes. Returns its text."""
-    for (step,) in tokens:
-        assert step is not None
-        add_step(completion, step, stop_ids)
-        if completion.finish:
-            break
-        out.write(text.push(step.token))
-        out.flush()
-        if text.stopped:
-            completion.finish = "stop"
-            break
-    completion.finish = completion.finish or "length"
-    out.write(text.flush())
-    return text.text
-
-
-@torch.inference_mode()
-def answer(
-    model: Llama,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    *,
-    sampling: Sampling,
-    seed: int,
-    max_new_tokens: int,
-    out: TextIO,
-    stop: Sequence[str] = (),
-) -> tuple[str, Completion]:
-    """Continue one prompt until EOS or one of the strings `stop`, streaming the text to `out`.
-
-    Raises ValueError where prompt and answer do not fit the model's context.
-    """
-    check_length(len(prompt), max_new_tokens, model.config.max_seq_len)
-    cache, logits = prefill(model, [prompt], capacity=len(prompt) + max_new_tokens)
-    completion = Completion()
-    tokens = steps(
-        model,
-        logits,
-        cache,
-        [prompt],
-        sampling=sampling,
-        seeds=[seed],
-        stop_ids=[tokenizer.eos_id],
-        max_new_tokens=max_new_tokens,
-        vocab_size=tokenizer.vocab_size,
-    )
-    return collect(tokens, completion, TextStream(tokenizer, stop), [tokenizer.eos_id], out), completion
 
 
 class Conversation:
     """A chat: each turn is the template's prompt, the answer and EOS, after all turns before it.
 
-    What earlier turns left in the KV cache is not computed again.
+    What the KV cache holds of earlier turns is not computed again. Turn i (from 0) draws with decoding.seed + i.
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        tokenizer: Tokenizer,
-        template: Template,
-        *,
-        sampling: Sampling,
-        seed: int,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-    ) -> None:
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.sampling, self.seed, self.max_new_tokens, self.stop = sampling, seed, max_new_tokens, stop
+    def __init__(self, model: Llama, tokenizer: Tokenizer, template: Template, decoding: Decoding) -> None:
+        self.model, self.tokenizer, self.template, self.decoding = model, tokenizer, template, decoding
         self.system = ""  # stands before the first turn
         self.interrupted = False  # the last answer was cut by Ctrl-C
         self.reset()
@@ -113,7 +41,7 @@ class Conversation:
 
     @torch.inference_mode()
     def turn(self, prompt: str, out: TextIO) -> Completion:
-        """Answer one prompt, streaming to `out`. Ctrl-C ends the answer; what was said of it stays in the history.
+        """Answer one prompt, streaming to `out`. Ctrl-C ends the answer; what was printed of it stays in the history.
 
         Raises ValueError where the prompt is empty or the context is full; the history is as before then.
         """
@@ -122,9 +50,11 @@ class Conversation:
         else:
             text = self.system + "\n\n" + self.template.prompt(prompt)
             history = self.tokenizer.encode(text, bos=True, eos=False)
-        check_length(len(history), self.max_new_tokens, self.model.config.max_seq_len)
-        known = self.cache.length
+        new = self.decoding.max_new_tokens
+        check_length(len(history), new, self.model.config.max_seq_len)
+        known, stop_ids = self.cache.length, [self.tokenizer.eos_id]
         completion, self.interrupted = Completion(), False
+        stream = TextStream(self.tokenizer, self.decoding.stop)
         try:
             hidden = extend(self.model, [history[known:]], self.cache)
             decoded = steps(
@@ -132,19 +62,21 @@ class Conversation:
                 self.model.logits(hidden),
                 self.cache,
                 [history],
-                sampling=self.sampling,
-                seeds=[self.seed],
-                stop_ids=[self.tokenizer.eos_id],
-                max_new_tokens=self.max_new_tokens,
+                self.decoding,
+                stop_ids=stop_ids,
                 vocab_size=self.tokenizer.vocab_size,
             )
-            collect(decoded, completion, TextStream(self.tokenizer, self.stop), [self.tokenizer.eos_id], out)
+            for (step,) in collect([completion], decoded, new, stop_ids):
+                if step is not None and stream.write(step.token, out):
+                    completion.finish = "stop"
+                    break
+            out.write(stream.flush())
         except KeyboardInterrupt:
             completion.finish, self.interrupted = "stop", True
             # The step that was cut may have reached some layers only.
             self.cache.truncate(known)
         self.history = [*history, *completion.tokens, self.tokenizer.eos_id]
-        self.seed += 1
+        self.decoding = replace(self.decoding, seed=self.decoding.seed + 1)
         return completion
 
 

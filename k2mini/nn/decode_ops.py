@@ -1,7 +1,7 @@
-"""What decoding on a CPU is compiled from: products and attention of few rows, in words that become fast loops.
+"""Products and attention of few rows, as operations that torch.compile turns into fast loops on a CPU.
 
-Where a library streams a weight at half of the memory's bandwidth for few rows, the compiler's multiply-and-add comes
-close to all of it, also over int8, which is widened on the way.
+Reading the weights bounds the speed of decoding. For few rows, libraries read at half of the memory's bandwidth; a
+compiled multiply-and-add comes close to all of it, also over int8 weights, which it converts as it reads them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FIRST_CACHE = 1 << 15  # bytes of a core's first cache, through which a weight streams beside the rows
-SUMS = 16  # what a loop may add up at once: AVX2's registers
-LONGEST_SUM = 4096  # numbers: the compiler turns longer sums into slow, compensated ones
+L1_CACHE = 1 << 15  # bytes of a core's first-level cache, which the rows share with the weight that is read
+SUMS = 16  # sums that one loop may add up at once: AVX2 has as many registers
+LONGEST_SUM = 4096  # terms: the compiler makes longer sums compensated, which is slow
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError where torch.compile will find no C++ compiler, which code for a CPU goes through."""
+    """Raise ValueError where torch.compile would find no C++ compiler, which it needs for code on a CPU."""
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler  # torch._inductor takes seconds to import
@@ -30,8 +30,8 @@ def check_compiler(device: torch.device) -> None:
 
 
 def writes_out(x: Tensor, weight: Tensor) -> bool:
-    """Whether compiled code takes `written_out`: x has few rows, is on a CPU and needs no gradient."""
-    most = 8 if weight.dtype == torch.int8 else 4  # a library would want int8 widened first, all of it
+    """Whether compiled code uses `written_out`: where x has few rows, is on a CPU and needs no gradient."""
+    most = 8 if weight.dtype == torch.int8 else 4  # a library needs the whole int8 weight converted first
     few = 0 < x.numel() <= most * x.shape[-1]
     return x.device.type == "cpu" and not torch.is_grad_enabled() and few
 
@@ -39,12 +39,12 @@ def writes_out(x: Tensor, weight: Tensor) -> bool:
 def written_out(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T of few rows, in float32 or finer. (…, in) and (out, in) -> (rows, out).
 
-    Sums over the same weight become one loop, which reads it once. The more of the first cache the rows take, the more
-    rows of the weight share what is read of them.
+    The sums over one weight become one loop, which reads the weight once. The more of the L1 cache the rows fill, the
+    more rows of the weight are multiplied with each part of them that is read.
     """
     precise = torch.promote_types(x.dtype, torch.float32)
     rows, weight = x.to(precise).reshape(-1, x.shape[-1]), weight.to(precise)
-    taken = rows.numel() * rows.element_size() / FIRST_CACHE
+    taken = rows.numel() * rows.element_size() / L1_CACHE
     groups = min(1 if taken <= 1 / 4 else 2 if taken <= 1 / 2 else 4, SUMS // len(rows))
     if len(weight) % groups:
         groups = 1
@@ -62,7 +62,7 @@ def _dot(row: Tensor, weight: Tensor) -> Tensor:
 
 
 def attends_once(q: Tensor, k: Tensor) -> bool:
-    """Whether compiled code takes `attend_once`: q (B, H, T, E) is one query a row, on a CPU, without a gradient."""
+    """Whether compiled code uses `attend_once`: q (B, H, T, E) is one query a row, on a CPU, without a gradient."""
     one = q.shape[2] == 1 and k.shape[2] <= LONGEST_SUM
     return q.device.type == "cpu" and not torch.is_grad_enabled() and one
 
@@ -78,3 +78,18 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     weights = scores.softmax(dim=-1).unsqueeze(-1)  # (B, K, H/K, S, 1)
     out = (weights * v.to(precise).unsqueeze(2)).sum(dim=-2)  # (B, K, H/K, E)
     return out.view(batch_size, num_heads, 1, head_dim).to(q.dtype)
+
+
+@torch.library.custom_op("k2mini::onednn_product", mutates_args=())
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in oneDNN, float32. (…, in) and (out, in) -> (…, out).
+
+    The compiler sees one operation it does not look into. It would want the weight packed and constant otherwise.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+@onednn_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, for every row of a batch: an argument of the model, never its state."""
+"""The KV cache: keys and values of the tokens so far. It is an argument of the model, never a part of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, and where those of the new tokens go.
+    """One layer's keys and values, and the slots of the new tokens.
 
     Attributes:
         keys, values: (B, K, capacity + 1, E).
-        slots: of the new tokens, the same in all rows, or (B, T) int64.
-        length: how many slots are looked at; None: all of them (the mask tells which).
+        slots: of the new tokens: a slice where they are the same in all rows, else (B, T) int64.
+        length: how many slots queries attend to; None: all of them, under the mask.
     """
 
     keys: Tensor
@@ -28,10 +28,7 @@ class LayerCache(NamedTuple):
     length: int | None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of the tokens announced to `KVCache.advance`.
-
-        Args:
-            key, value: (B, T, K, E).
+        """Store the keys and values, each (B, T, K, E), of the tokens announced to `KVCache.advance`.
 
         Returns: all keys and all values up to `length`, each (B, K, S, E).
         """
@@ -50,21 +47,20 @@ class LayerCache(NamedTuple):
 class KVCache:
     """A rotated key and a value for each row, layer and position.
 
-    Slot p of a row holds the token at position p. So a row's own length is all there is to know of it: rows may
-    differ in length, a query at position p attends to slots 0..p, and padding (position -1) lands in one spare slot
-    at the end that no query ever sees.
+    Slot p of a row holds the token at position p, and a query at position p attends to slots 0..p. So rows may differ
+    in length. Padding (position -1) is stored in one spare slot at the end, which no query attends to.
 
     Args:
         config: the model's shape.
         batch_size: B.
         dtype: the model's compute dtype.
         capacity: positions to make room for at once; the cache grows by itself past that.
-        fixed: single tokens are decoded over all slots under a mask, in shapes that stay until the cache grows:
-            for compiled blocks.
+        fixed: for compiled blocks: single tokens are decoded over all slots under a mask, so that shapes stay the
+            same until the cache grows.
 
     Attributes:
         lengths: (B,) int64, tokens held of each row.
-        length: an upper bound of `lengths`, known without asking the device.
+        length: an upper bound of `lengths`, kept on the CPU, so that reading it does not wait for a GPU.
     """
 
     def __init__(
@@ -96,11 +92,11 @@ class KVCache:
         return self.lengths.shape[0]
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions a row; what is held stays."""
+        """Make room for `length` positions a row, keeping what the cache holds."""
         if length <= self.capacity:
             return
         capacity = -(-length // GROWTH_STEP) * GROWTH_STEP
-        if self.fixed:  # few different sizes: blocks are compiled for each
+        if self.fixed:  # by doubling, since blocks are compiled anew for each capacity
             capacity = GROWTH_STEP << max(0, math.ceil(math.log2(length / GROWTH_STEP)))
 
         def grown(old: Tensor) -> Tensor:
@@ -115,34 +111,33 @@ class KVCache:
         self.capacity = capacity
 
     def advance(self, num_tokens: int, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Take `num_tokens` more tokens a row, whose keys and values `append` will bring layer by layer.
+        """Announce `num_tokens` more tokens a row; `LayerCache.append` then stores their keys and values by layer.
 
         Args:
             num_tokens: T.
-            positions: (B, T) int64, each row's next positions in order, -1 for padding; None: every row goes on
+            positions: (B, T) int64, each row's next positions in order, -1 for padding; None: every row continues
                 where it stopped.
 
         Returns:
-            The positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query may look; None
-            where plain causal attention (or none to mask, for T = 1) is right.
+            The positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query attends; None where
+            causal attention needs no mask.
 
         Raises:
             ValueError: the batch or the number of tokens does not fit, or the model's context is exceeded.
         """
         device = self.lengths.device
         start, end = self.length, self.length + num_tokens
-        if positions is None and self.fixed and num_tokens == 1:
-            if end > self.max_seq_len:
-                raise ValueError(f"{end} tokens are 1 more than the model's context of {self.max_seq_len}")
+        single = positions is None and self.fixed and num_tokens == 1
+        if end > self.max_seq_len and positions is None and (single or self._in_step):
+            over = end - self.max_seq_len
+            raise ValueError(f"{end} tokens are {over} more than the model's context of {self.max_seq_len}")
+        if single:
             self.reserve(end)
             self._slots, self.length = self.lengths[:, None].clone(), end  # (B, 1)
             self.lengths += 1
             slots = torch.arange(self.capacity + 1, device=device)
             return self._slots, (slots <= self._slots[..., None]).unsqueeze(1)
         if positions is None and self._in_step:
-            if end > self.max_seq_len:
-                over = end - self.max_seq_len
-                raise ValueError(f"{end} tokens are {over} more than the model's context of {self.max_seq_len}")
             positions = torch.arange(start, end, device=device).unsqueeze(0)  # (1, T)
             self._slots = slice(start, end)
             self.lengths += num_tokens
@@ -165,7 +160,7 @@ class KVCache:
         return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
 
     def layer(self, layer: int) -> LayerCache:
-        """One layer's part, for the tokens last announced to `advance`."""
+        """The cache of one layer, for the tokens last announced to `advance`."""
         whole = self.fixed and isinstance(self._slots, Tensor) and self._slots.shape[1] == 1
         return LayerCache(self.keys[layer], self.values[layer], self._slots, None if whole else self.length)
 
@@ -175,7 +170,7 @@ class KVCache:
         self.lengths = self.lengths.clamp(max=length)
 
     def select(self, rows: Tensor) -> KVCache:
-        """A cache of its own with the given rows, repeated as often as they are named. rows: (N,) int64."""
+        """A new cache with copies of the given rows, in their order. rows: (N,) int64, with repeats."""
         new = object.__new__(KVCache)
         new.__dict__.update(self.__dict__)
         new.lengths = self.lengths[rows]
@@ -184,7 +179,7 @@ class KVCache:
         return new
 
     def reorder(self, rows: Tensor, since: int) -> None:
-        """Let row i go on as row `rows[i]`. Only rows that change are copied, from slot `since` on.
+        """Replace row i by row `rows[i]`. Only rows that change are copied, from slot `since` on.
 
         Args:
             rows: (B,) int64.

@@ -1,12 +1,11 @@
 """The layers that a LLaMA is built of: matrix products, the norm, rotary positions, attention.
 
-Matrices have no start value: filling them is `init_weights`' or a checkpoint's business. PyTorch's own modules draw one
-on construction, which a model about to be loaded throws away; on the meta device that draw alone imports
-torch._dynamo, three seconds of nothing.
+New matrices hold no values: `init_weights` or a checkpoint fills them. PyTorch's own modules draw random values, which
+loading would throw away; on the meta device that draw alone imports torch._dynamo, which takes three seconds.
 
-Rotary embeddings (Su et al. 2021, arXiv 2104.09864) are in the rotate-half layout of Hugging Face. Their tables are a
-pure function of the positions, computed once per forward pass and shared by all layers: there is no buffer to refill
-after a meta build, and nothing that `model.to(bfloat16)` would round.
+Rotary embeddings (Su et al. 2021, arXiv 2104.09864) are in Hugging Face's rotate-half layout. Their tables are computed
+from the positions, once a forward pass, for all layers: no buffer has to be refilled after a build on the meta device,
+and `model.to(bfloat16)` rounds nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
-from k2mini.nn.decode_ops import attend_once, attends_once, writes_out, written_out
+from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
 from k2mini.nn.kv_cache import LayerCache
 
-# Who looks at whom. A tensor: (B or 1, 1, T, S) bool. A list: the lengths of the documents in all rows, row after row.
-# None: a row is one document.
+# Which positions a query attends to. A tensor: (B or 1, 1, T, S) bool, True where it does. A list: the lengths of the
+# documents in all rows, row after row. None: each row is one document.
 Mask = Tensor | list[int] | None
 
-
-# Who looks on, or edits (audit/hooks.py): called with a point's name and its tensor, it returns the one to go on with.
+# Reads or replaces an activation (audit/hooks.py): called with its name and value, returns the value to go on with.
 Hook = Callable[[str, Tensor], Tensor]
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -51,9 +49,9 @@ class Linear(nn.Linear):
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T. (…, in) and (out, in) -> (…, out).
 
-    On a CPU float32 goes to oneDNN, which PyTorch's own linear does not ask: MKL, which that takes, has no AVX-512 for
-    processors that aren't Intel's (measured there: 1.2 to 1.7 times the rate at 512 rows, twice at 1 to 8). Few rows in
-    compiled code are written out: what a compiler makes of that streams the weight faster still.
+    On a CPU, float32 products run in oneDNN. PyTorch's own linear calls MKL, which does not use AVX-512 on processors
+    other than Intel's; oneDNN was measured there at 1.2 to 1.7 times its rate for 512 rows and twice for 1 to 8.
+    Compiled code writes products of few rows out (`written_out`), which reads the weight faster still.
     """
     if torch.compiler.is_compiling() and writes_out(x, weight):
         return written_out(x, weight).to(x.dtype).view(*x.shape[:-1], -1)
@@ -68,21 +66,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        return _opaque(x, weight)
+        return onednn_product(x, weight)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
-
-
-@torch.library.custom_op("k2mini::onednn_product", mutates_args=())
-def _opaque(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, for a compiler, which would want the weight packed and constant."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
-
-
-@_opaque.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -142,10 +128,7 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Angular frequencies theta_i = rope_theta^(-2i/E), in radians per position.
-
-    Returns: (E/2,) in `dtype`. Source: Su et al., section 3.2.2.
-    """
+    """Angular frequencies theta_i = rope_theta^(-2i/E) in radians a position (Su et al., section 3.2.2). (E/2,)"""
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim  # (E/2,)
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is not None:
@@ -154,11 +137,11 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.d
 
 
 def _llama3_scaled(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Slow frequencies are divided by `factor`, fast ones kept, those between interpolated. (E/2,) -> (E/2,)."""
+    """Low frequencies divided by `factor`, high ones kept, those between interpolated. (E/2,) -> (E/2,)."""
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_seq_len / wavelengths  # full turns within the pretraining context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)  # 0: slow, divided; 1: fast, kept
+    smooth = smooth.clamp(0, 1)  # 0: low, divided; 1: high, kept
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
@@ -180,11 +163,7 @@ def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) ->
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+E/2}) by their position's angles, in the tables' precision.
 
-    Args:
-        x: (B, T, heads, E).
-        cos, sin: (B or 1, T, 1, E/2).
-
-    Returns: (B, T, heads, E) in x's dtype.
+    x: (B, T, heads, E); cos, sin: (B or 1, T, 1, E/2). Returns (B, T, heads, E) in x's dtype.
     """
     first, second = x.to(cos.dtype).chunk(2, dim=-1)  # each (B, T, heads, E/2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -194,9 +173,7 @@ class Attention(nn.Module):
     """Causal self-attention with rotary positions and, where K < H, grouped queries (Ainslie et al. 2023)."""
 
     hook: Hook | None = None
-    attention_override: Callable[[Hook, Tensor, Tensor, Tensor, Mask, Tensor], Tensor] | None = (
-        None  # set where patterns are asked for
-    )
+    attention_override: Callable[[Hook, Tensor, Tensor, Tensor, Mask, Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -239,7 +216,7 @@ class Attention(nn.Module):
         return self.hook("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
 
     def _by_document(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        """Causal attention within each document of packed rows: what a mask would hide is not computed.
+        """Causal attention within each document of packed rows; what a mask would hide is not computed.
 
         q: (B*T, H, E); k, v: (B*T, K, E); `lengths` add up to B*T. Returns (B*T, H, E).
         """

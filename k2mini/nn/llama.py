@@ -9,8 +9,8 @@ Switches, all off in a new model:
     gathered_dtype      Llama      the compute dtype of sharded weights; set by build.make_trainable
     quantized_head      Llama      an int8 vocabulary projection; set by build.load_model(quantize_head=True)
     decode_block        Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
-    hook                all parts  what looks on or edits; set by audit.hooks while it is in use
-    attention_override  Attention  the same, for attention patterns; set by audit.hooks while it is in use
+    hook                all parts  reads or replaces activations; set by audit.hooks while it is in use
+    attention_override  Attention  the same for attention patterns; set by audit.hooks while it is in use
 """
 
 from __future__ import annotations
@@ -70,20 +70,19 @@ class Block(nn.Module):
 
 
 def document_mask(positions: Tensor) -> Tensor:
-    """Who may look at whom in rows that hold several documents, each starting at position 0.
+    """The attention mask of rows that hold several documents, each starting at position 0: causal, within a document.
 
     Args:
         positions: (B, T) int64; -1 is padding.
 
-    Returns: (B, 1, T, T) bool: causal, and within one document.
+    Returns: (B, 1, T, T) bool.
     """
     document = (positions == 0).cumsum(dim=1)  # (B, T)
-    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
-    return same.tril().unsqueeze(1)
+    return (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
 
 
 def document_lengths(positions: Tensor) -> list[int]:
-    """The lengths of the documents in rows, one row after the other; a run of padding counts as one.
+    """The lengths of the documents in all rows, row after row; a run of padding counts as a document.
 
     Args:
         positions: (B, T) int64; 0 begins a document, -1 is padding.
@@ -153,7 +152,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        # A tied head has no parameter of its own, so nothing can untie it (loading, sharding, casting).
+        # A tied head has no parameter of its own, so that loading, sharding and casting can't untie it.
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.decode_logits: Callable[..., Tensor] | None = None  # `logits` for single tokens over a fixed cache
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
@@ -163,12 +162,12 @@ class Llama(nn.Module):
         """Logits of the token after each one given.
 
         Args:
-            tokens: (B, T) int64. What stands at a padding position is ignored, but must be a token id.
+            tokens: (B, T) int64. Tokens at padding positions are ignored, but must be valid ids.
             positions: (B, T) int64. Each row counts 0, 1, 2, … within a document; 0 starts a document that does not
-                see those before it; -1 marks padding, on either side. None: one document a row, no padding.
-            cache: tokens already seen. With it a row is one document, whose positions go on from the cache's.
+                attend to those before it; -1 marks padding, on either side. None: one document a row, no padding.
+            cache: holds the tokens before these. With it a row is one document, whose positions continue the cache's.
 
-        Returns: (B, T, V) in the compute dtype. Padding's logits are finite and mean nothing.
+        Returns: (B, T, V) in the compute dtype. Logits at padding are finite and meaningless.
         """
         hidden = self.model(tokens, positions, cache)
         if self.decode_logits is not None and cache is not None and cache.fixed and tokens.shape[1] == 1:
@@ -176,11 +175,11 @@ class Llama(nn.Module):
         return self.logits(hidden) if self.hook is None else self.hook("logits", self.logits(hidden))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """What `forward` makes logits of: the final norm's output, (B, T, D)."""
+        """The final norm's output, of which `forward` makes logits: (B, T, D)."""
         return self.model(tokens, positions, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The vocabulary projection: (…, D), of the final norm, -> (…, V)."""
+        """The vocabulary projection of the final norm's output: (…, D) -> (…, V)."""
         if self.quantized_head is not None:
             return self.quantized_head(hidden)
         return product(hidden, self.head_weight)
@@ -195,7 +194,7 @@ class Llama(nn.Module):
         return token_loss(self.model(tokens, positions), self.head_weight, labels)
 
     def units(self) -> list[nn.Module]:
-        """The parts whose weights are needed only while they are called: all but the last norm and the head."""
+        """The modules that FSDP gathers one at a time: all but the last norm and the head."""
         return [*self.model.layers, *([] if self.lm_head is None else [self.model.embed_tokens])]
 
     @property

@@ -94,7 +94,7 @@ def test_questions_have_one_right_answer_and_fair_wrong_ones():
 def test_layouts_are_geobenchs(tmp_path):
     import json
 
-    from k2mini.evaluation.geobench import load_geobench
+    from k2mini.evaluation.benchmarks import load_geobench
 
     asked = {fact.say(frame): fact.value for fact in read_facts("geoscience") for frame in HELD_OUT_QUESTIONS}
     for name, content in world_files(0, SIZES).items():

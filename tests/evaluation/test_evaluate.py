@@ -1,12 +1,18 @@
 """`k2mini eval` as a user runs it: killed and started again, compared, with open tasks."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+
+from k2mini.build import load_model
+from k2mini.data.prompts import get_template
+from k2mini.evaluation.benchmarks import load_subjective
 
 
 @pytest.fixture
@@ -77,6 +83,17 @@ def test_open_tasks_and_perplexity(tiny_directory, tmp_path, run, geobench):
     assert [row["task"] for row in report["tasks"]] == ["npee/tf"]
     (noun,) = report["subjective"]
     assert (noun["task"], noun["n"]) == ("npee/noun", 5)
+    model, tokenizer = load_model(tiny_directory)
+    total, tokens = 0.0, 0
+    for question, reference in load_subjective(geobench["npee"], "noun")[:5]:
+        context = get_template("alpaca").prompt(question)
+        ids = torch.tensor([tokenizer.encode(context + reference, bos=True, eos=False)])
+        start = len(tokenizer.encode(context, bos=True, eos=False))
+        with torch.inference_mode():
+            logprobs = model(ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).flatten()
+        total, tokens = total + logprobs[start - 1 :].sum().item(), tokens + ids.shape[1] - start
+    assert noun["likelihood"] == pytest.approx(total / tokens, abs=1e-5)  # of the references, a token
+    assert noun["perplexity"] == pytest.approx(math.exp(-noun["likelihood"]))
     assert report["perplexity"]["tokens"] > 50
     answers = json.loads((tmp_path / "out" / "answers_npee_noun.json").read_text())
     assert [set(entry) for entry in answers] == [{"question", "answer"}] * 5

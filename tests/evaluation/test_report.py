@@ -1,6 +1,6 @@
 import pytest
 
-from k2mini.evaluation.questions import Question
+from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.report import Result, summarise, table, wilson_interval
 
 

@@ -1,16 +1,19 @@
 """The scorer against a naive one: a full forward an option, no cache, no batch, nothing shared."""
 
+import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.geobench import load_geobench
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
-from k2mini.evaluation.questions import Question
-from k2mini.evaluation.score import Request, score, split_jointly
+from k2mini.evaluation.score import Request, score, split_jointly, tokens_to_run
+from k2mini.inference.generate import shared_prefix
 from tests.conftest import asset, tiny_config, tiny_llama
 
 
@@ -48,7 +51,7 @@ def test_what_is_scored_is_the_joint_tokenisation(llama_tokenizer, geobench, con
             if instance.request is None:
                 continue
             context = "".join(shot + "\n\n\n" for shot in builder._examples(question)) + config.prompt(question)
-            for place, ids in zip(instance.scored, instance.ids, strict=True):
+            for place, ids in zip(instance.places, instance.ids, strict=True):
                 end = config.scoring == "text" and not question.is_true_false and config.score_end
                 text = context + config.options(question)[place]
                 assert list(instance.request.prefix) + ids == llama_tokenizer.encode(text, bos=True, eos=end)
@@ -94,6 +97,26 @@ def test_equals_naive_scores(shape, batch_size, share):
             assert found[place] == pytest.approx(naive(model, request), abs=1e-4)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_progress_counts_the_tokens_that_run(monkeypatch, share):
+    """One request at a time little is padded: the model sees these tokens, and each group's shared prefix once."""
+    model, requests = tiny_llama(), random_requests()
+    ran = 0
+    forward = type(model.model).forward
+
+    def counting(self, tokens, positions=None, cache=None):
+        nonlocal ran
+        ran += tokens.numel() if positions is None else int((positions >= 0).sum())
+        return forward(self, tokens, positions, cache)
+
+    monkeypatch.setattr(type(model.model), "forward", counting)
+    assert sorted(place for place, _ in score(model, requests, batch_size=1, share=share)) == list(range(23))
+    groups = [[r.prefix for r in requests if r.group == group] for group in (0, 1)]
+    shared = sum(shared_prefix(prefixes) for prefixes in groups) if share else 0
+    assert sum(tokens_to_run(requests, share=share)) == ran - shared
+    assert min(tokens_to_run(requests, share=share)) > 0
+
+
 def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
     model, tokenizer = load_model(tiny_directory)
     words = ["granite", "basalt", "quartz", "crust", "mantle", "plates", "volcano"]
@@ -107,7 +130,7 @@ def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
         EvalConfig("text", score_end=True),
     ):
         results = [
-            evaluate(model, tokenizer, questions, config, batch_size=size, share=share)
+            evaluate(model, tokenizer, questions, replace(config, batch_size=size), share=share)
             for size in (1, 8, 32)
             for share in (True, False)
         ]
@@ -122,36 +145,75 @@ def llama_sized(llama_tokenizer):
     """A random model with LLaMA's vocabulary, and the same in transformers."""
     from tests.reference import to_transformers
 
-    model = tiny_llama(tiny_config(dim=32, vocab_size=32000, max_seq_len=4096, num_layers=2, head_dim=8))
+    # This seed answers B, C and E, and B where the four questions list A, C, B, D.
+    model = tiny_llama(tiny_config(dim=32, vocab_size=32000, max_seq_len=4096, num_layers=2, head_dim=8), seed=2)
     return model, to_transformers(model)
 
 
-@pytest.mark.parametrize("form", ["", "_wa"])
-def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, form):
-    """K2's evaluation/post_process.py written plainly over transformers: softmax at the last position, fixed ids."""
-    import re
+def k2_loop(reference, tokenizer, examples, questions, *, answer_mark):
+    """K2's evaluation/run_eval.py and post_process.py, for choice questions as published: (letter, probabilities)."""
+    head = "### Instruction:\nIdentify the choice that best completes the statement or answers the question.\n"
+    letters = {"A": 319, "B": 350, "C": 315, "D": 360, "E": 382, "F": 383, "G": 402, "H": 379}
+    for text in questions:
+        prompt = f"{examples}\n\n\n{head}{text}\n\n### Response:\n{answer_mark}"
+        with torch.inference_mode():
+            softmax = (
+                reference(torch.tensor([[1, *tokenizer.encode(prompt)]]), logits_to_keep=1)
+                .logits[0, -1]
+                .float()
+                .softmax(-1)
+            )
+        capitals = sorted({ord(i) - ord("A") for i in re.findall(r"(?<=[^\w\-])[A-Z](?=[^\w\-])", text)})
+        number = sum(capital == i for i, capital in enumerate(capitals))
+        found = [softmax[letters[chr(ord("A") + i)]].item() for i in range(number)]
+        yield chr(ord("A") + found.index(max(found))), found
+
+
+@pytest.mark.parametrize(("form", "answer_mark"), [("", ""), ("_wa", "The answer is:\n")])
+def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, form, answer_mark):
+    """All 182 choice questions, over transformers with the published texts and SentencePiece's own ids.
+
+    Four of them (38, 87, 159, 179) list their options as A, C, B, D: K2 answers with the letter, wherever it stands.
+    """
+    import sentencepiece
 
     model, reference = llama_sized
     shots = asset("data", "geobench", f"multiple_choice_samples{form}.txt")
-    config = EvalConfig("k2", f"k2{form}", fewshot_file=str(shots))
-    choice = [q for q in load_geobench(geobench["npee"]) if q.task == "npee/choice"]
-    questions = choice[::6] + load_geobench(geobench["ap"])[::60]
-    results = evaluate(model, llama_tokenizer, questions, config)
-    letters = [319, 350, 315, 360, 382, 383, 402, 379]
-    for question, result in zip(questions, results, strict=True):
-        text = question.listed()
-        prompt = shots.read_text().rstrip("\n") + "\n\n\n### Instruction:\n"
-        prompt += "Identify the choice that best completes the statement or answers the question.\n"
-        prompt += f"{text}\n\n### Response:\n" + ("The answer is:\n" if form else "")
-        ids = torch.tensor([llama_tokenizer.encode(prompt, bos=True, eos=False)])
-        with torch.inference_mode():
-            probabilities = reference(ids).logits[0, -1].float().softmax(-1)
-        capitals = sorted({ord(i) - 65 for i in re.findall(r"(?<=[^\w\-])[A-Z](?=[^\w\-])", text)})
-        number = sum(capital == i for i, capital in enumerate(capitals))
-        chosen = [probabilities[letters[i]].item() for i in range(number)]
-        assert result.prediction == chr(65 + max(range(number), key=chosen.__getitem__))
-        for mine, theirs in zip(result.logprobs, chosen, strict=False):
-            assert mine == pytest.approx(math.log(theirs), abs=1e-4)
+    questions = [q for q in load_geobench(geobench["npee"]) if q.task == "npee/choice"]
+    results = evaluate(model, llama_tokenizer, questions, EvalConfig("k2", f"k2{form}", fewshot_file=str(shots)))
+    published = json.loads(geobench["npee"].read_text())["choice"]["question"]
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer.path))
+    theirs = k2_loop(reference, tokenizer, shots.read_text().rstrip("\n"), published, answer_mark=answer_mark)
+    moved = []
+    for question, result, (letter, found) in zip(questions, results, theirs, strict=True):
+        assert (result.prediction, question.index) == (letter, question.index)
+        for number, probability in enumerate(found):
+            place = question.labels.index(chr(ord("A") + number))
+            assert result.logprobs[place] == pytest.approx(math.log(probability), abs=1e-4)
+            assert result.token_ids[place] == [(319, 350, 315, 360, 382, 383, 402, 379)[number]]
+            moved += [question.index] * (place != number)
+    assert {38, 87, 159, 179} <= set(moved)
+    assert {"B", "C"} & {results[index].prediction for index in moved}, "this model can't tell letter from place"
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+def test_a_label_is_the_option_that_bears_it_wherever_it_stands(tiny_directory, scoring):
+    """Options in another order, with their labels or with labels in order anew: each score stays with its option."""
+    model, tokenizer = load_model(tiny_directory)
+    texts = {"A": "granite quartz", "B": "crust", "C": "a volcano erodes slowly", "D": "basalt"}
+    order = ("C", "A", "D", "B")
+    shuffled = Question("rocks", 0, "Which is a rock?", order, tuple(texts[label] for label in order), "B")
+    config = EvalConfig(scoring, "alpaca_short", normalize="none")
+    (result,) = evaluate(model, tokenizer, [shuffled], config)
+    prompt = config.prompt(shuffled)
+    options = [texts[label] if scoring == "text" else label for label in order]
+    prefix, ids = split_jointly(tokenizer, prompt, options)
+    with torch.inference_mode():
+        expected = naive(model, Request(tuple(prefix), tuple(map(tuple, ids))))
+    assert result.logprobs == pytest.approx(expected, abs=1e-4)
+    assert result.token_ids == ids
+    assert result.prediction == order[expected.index(max(expected))]
+    assert result.prediction != "ABCD"[expected.index(max(expected))], "this model can't tell letter from place"
 
 
 def test_k2_scoring_wants_llamas_tokenizer(tiny_tokenizer):
@@ -212,6 +274,7 @@ def test_what_can_not_be_scored_is_refused(tiny_tokenizer):
     [
         ({"scoring": "best"}, "scoring must be one of letter, text, k2"),
         ({"normalize": "word"}, "normalize must be one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"num_fewshot": -1}, "num_fewshot must be 0 or more"),
         ({"num_fewshot": 2, "fewshot_file": "x"}, "can't be given together"),
         ({"fewshot_file": "/nowhere"}, "there is no file of examples"),

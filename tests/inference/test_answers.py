@@ -1,5 +1,7 @@
 """`k2mini generate` over lists, with beams, stop strings and int8; what a user can get wrong."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -7,10 +9,12 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.answers import Decoding, answers, read_questions
-from k2mini.inference.beam import Beams, beam_search
+from k2mini.data.prompts import get_template
+from k2mini.inference.answers import answers, read_questions
+from k2mini.inference.beam import beam_search
 from k2mini.inference.compile import compile_decoding
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.sampling import Beams
 from tests.conftest import asset
 from tests.helpers import fill_adapters
 
@@ -40,7 +44,7 @@ def test_a_list_of_questions_gives_a_list_of_answers(tiny_directory, tmp_path, r
 def test_k2s_own_list_of_questions():
     questions = read_questions(asset("data", "geobench", "generation_questions.json"))
     assert len(questions) > 20
-    assert questions[0].startswith("How did Earth")
+    assert questions[0][0].startswith("How did Earth")
 
 
 def test_beams_say_what_has_no_effect(tiny_directory, run):
@@ -69,9 +73,8 @@ def test_stop_strings_cut_what_beams_found(tiny_directory):
     prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
     beams = Beams(3)
     whole = list(answers(model, tokenizer, prompts, Decoding(12, beams=beams)))
-    searched = beam_search(
-        model, prompts, beams=beams, max_new_tokens=12, stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size
-    )
+    stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
+    searched = beam_search(model, prompts, Decoding(12, beams=beams), stop_ids=stop_ids, vocab_size=vocab_size)
     assert [completion for _, completion in whole] == [best for best, *_ in searched]
     stop = whole[1][0][4:7]
     cut = list(answers(model, tokenizer, prompts, Decoding(12, beams=beams, stop=(stop,))))
@@ -137,20 +140,31 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
     compile_decoding(compiled)
     prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
     for batch in (prompts[:1], prompts):
-        ours, theirs = (generate(m, batch, max_new_tokens=20, stop_ids=[]) for m in (compiled, eager))
+        ours, theirs = (generate(m, batch, Decoding(20), stop_ids=[]) for m in (compiled, eager))
         assert [c.tokens for c in ours] == [c.tokens for c in theirs]
 
 
 BAD = {
-    "no question": ("[]", ["--input", "FILE.json"], "holds no question"),
-    "no JSON": ("{", ["--input", "FILE.json"], "is not valid JSON"),
-    "no list": ('{"a": 1}', ["--input", "FILE.json"], "must hold a JSON list"),
-    "no text": ('["a", 1]', ["--input", "FILE.json"], "entry 2 is neither a question nor"),
+    "no question": ("[]", ["--input", "FILE.json"], "FILE.json is empty"),
+    "no JSON": ("{", ["--input", "FILE.json"], "FILE.json, line 1: not valid JSON"),
+    "no list": ('{"a": 1}', ["--input", "FILE.json"], "line 1 is neither a question nor an object"),
+    "no text": ('["a", 1]', ["--input", "FILE.json"], "record 1 is neither a question nor"),
     "no file": (None, ["--input", "FILE.json"], "No such file"),
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
     "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
+    "other input": (
+        '[{"question": "a", "input": 1}]',
+        ["--input", "FILE.json"],
+        "record 0: `input` must be text, not 1",
+    ),
+    "two questions": (
+        '["b", {"question": "a", "instruction": "b"}]',
+        ["--input", "FILE.json"],
+        "record 1 has both `question` and `instruction`",
+    ),
+    "context": ('["a"]', ["--input", "FILE.json", "--context", "b"], "--context goes with --prompt"),
     "empty stop": (None, ["--prompt", "a", "--stop", ""], "a stop string is empty"),
     "penalty": (None, ["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive"),
 }
@@ -164,3 +178,92 @@ def test_one_sentence(tiny_directory, tmp_path, run, content, options, said):
     status, out, err = run("generate", "--model", tiny_directory, *options)
     assert (status, out) == (2, "")
     assert said in err.strip().splitlines()[-1]
+
+
+RECORDS = [
+    {"instruction": "Name the rock.", "input": "It is made of quartz and feldspar."},
+    {"instruction": "Name the rock.", "input": "It cooled from lava."},
+    {"instruction": "Name the rock.", "input": None},
+    {"question": "Name the rock.", "input": "It foams."},
+]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "none"])
+def test_the_input_of_a_record_reaches_the_template(tiny_directory, tmp_path, run, template):
+    (tmp_path / "list.json").write_text(json.dumps(RECORDS))
+    common = ["generate", "--model", tiny_directory, "--max-new-tokens", 6, "--template", template]
+    status, out, err = run(*common, "--input", tmp_path / "list.json")
+    assert status == 0, err
+    entries = json.loads(out)
+    assert [entry.get("input") for entry in entries] == [record["input"] for record in RECORDS]
+    assert "input" not in entries[2]
+    assert entries[0]["tokens"] != entries[1]["tokens"] != entries[2]["tokens"]
+    for entry in entries:
+        context = ["--context", entry["input"]] if "input" in entry else []
+        (alone,) = json.loads(run(*common, "--prompt", "Name the rock.", *context, "--json")[1])
+        assert (alone["tokens"], alone.get("input")) == (entry["tokens"], entry.get("input"))
+    assert run(*common, "--prompt", "Name the rock.", *context)[1].strip() == alone["answer"].strip()
+
+
+def test_two_records_that_differ_in_their_input_are_two_prompts(tmp_path):
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    questions = read_questions(tmp_path / "list.jsonl")
+    assert len({get_template("alpaca").prompt(*question) for question in questions}) == 4
+
+
+NAMES = ["list.json", "list.jsonl", "list.jsonl.json", "LIST.JSON", "LIST.JSONL", "list.txt", "list"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_questions_are_read_by_what_the_file_holds(tmp_path, name):
+    path = tmp_path / name
+    expected = [(question, "") for question in QUESTIONS]
+    path.write_text(json.dumps(QUESTIONS, indent=1))
+    assert read_questions(path) == expected
+    path.write_text("\ufeff" + "".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    assert read_questions(path) == expected
+    path.write_text('[{"question": "What is granite?"}, "quartz"')
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+        read_questions(path)
+    path.write_text("[see figure 1] What is granite?\n\nquartz\n")
+    if "json" in name.lower():
+        with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+            read_questions(path)
+    else:
+        assert read_questions(path) == [("[see figure 1] What is granite?", ""), ("quartz", "")]
+
+
+def test_standard_input_too(tiny_directory, run, monkeypatch):
+    common = ["generate", "--model", tiny_directory, "--max-new-tokens", 2, "--input", "-"]
+    found = []
+    for content in ("\n".join(QUESTIONS), json.dumps(QUESTIONS)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        found.append(json.loads(run(*common)[1]))
+    assert found[0] == found[1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"question": "a"}\n{"question": ')))
+    status, _, err = run(*common)
+    assert (status, "standard input, line 2: not valid JSON" in err) == (2, True)
+
+
+def test_progress_counts_tokens(tiny_directory, monkeypatch):
+    """Of prompts of 2, 30 and 5 tokens, each answer moves the bar by what it may take at most."""
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total, label, unit, **_):
+            super().__init__(self)
+            self.total, self.moved, self.unit, self.said = total, [], unit, ""
+            bars.append(self)
+
+        def update(self, tokens):
+            self.moved.append(tokens)
+
+        def set_postfix_str(self, text, refresh):
+            self.said = text
+
+    monkeypatch.setattr("k2mini.inference.answers.progress_bar", Bar)
+    model, tokenizer = load_model(tiny_directory)
+    prompts = [[1] + [7] * (length - 1) for length in (2, 30, 5)]
+    list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering"))
+    (bar,) = bars
+    assert (bar.total, bar.moved, bar.unit, bar.said) == (49, [6, 34, 9], "tokens", "3/3 answers")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.beam import Beams, beam_search
-from k2mini.inference.sampling import Sampling
+from k2mini.inference.beam import beam_search
+from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.sampling import Beams, Sampling
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import to_transformers
 
@@ -55,7 +56,7 @@ def test_equals_transformers(eos, early_stopping, length_penalty):
     reference = to_transformers(model)
     beams = Beams(4, length_penalty, early_stopping, num_return_sequences=4)
     sampling = Sampling(no_repeat_ngram_size=2)
-    ours = beam_search(model, PROMPTS, beams=beams, max_new_tokens=32, stop_ids=eos, sampling=sampling)
+    ours = beam_search(model, PROMPTS, Decoding(32, sampling, beams=beams), stop_ids=eos)
     assert_same(ours, theirs(reference, PROMPTS, eos=eos or None, new=32, beams=beams, sampling=sampling))
     if len(eos) > 2:
         assert any(c.finish == "eos" for rows in ours for c in rows)
@@ -63,7 +64,7 @@ def test_equals_transformers(eos, early_stopping, length_penalty):
 
 def test_all_shapes(shape):
     model, beams = tiny_llama(shape), Beams(4, num_return_sequences=4)
-    ours = beam_search(model, PROMPTS, beams=beams, max_new_tokens=12, stop_ids=[7, 8, 9])
+    ours = beam_search(model, PROMPTS, Decoding(12, beams=beams), stop_ids=[7, 8, 9])
     assert_same(ours, theirs(to_transformers(model), PROMPTS, eos=[7, 8, 9], new=12, beams=beams, sampling=Sampling()))
 
 
@@ -72,7 +73,7 @@ def test_all_shapes(shape):
 def test_widths_and_constraints(width, sampling):
     model = tiny_llama(tiny_config(num_kv_heads=2))
     beams = Beams(width, num_return_sequences=width)
-    ours = beam_search(model, PROMPTS[2:3], beams=beams, max_new_tokens=20, stop_ids=[7], sampling=sampling)
+    ours = beam_search(model, PROMPTS[2:3], Decoding(20, sampling, beams=beams), stop_ids=[7])
     assert_same(ours, theirs(to_transformers(model), PROMPTS[2:3], eos=[7], new=20, beams=beams, sampling=sampling))
 
 
@@ -92,19 +93,18 @@ def test_one_beam_takes_the_likeliest_token_each_time(options):
     for _ in range(20):
         best = processors(tokens, model(tokens)[:, -1].log_softmax(-1))[0].max(-1)
         tokens, total = torch.cat([tokens, best.indices.view(1, 1)], 1), total + best.values.item()
-    ((mine,),) = beam_search(
-        model, PROMPTS[2:3], beams=Beams(1, 0.6), max_new_tokens=20, stop_ids=[], sampling=Sampling(**options)
-    )
+    decoding = Decoding(20, Sampling(**options), beams=Beams(1, 0.6))
+    ((mine,),) = beam_search(model, PROMPTS[2:3], decoding, stop_ids=[])
     assert mine.tokens == tokens[0, start:].tolist()
     assert mine.score == pytest.approx(total / 20**0.6, abs=2e-5)
 
 
 def test_a_prompt_does_not_depend_on_the_others():
     model = tiny_llama()
-    options = {"beams": Beams(3, num_return_sequences=3), "max_new_tokens": 16, "stop_ids": [5, 6, 7, 8]}
-    batch = beam_search(model, PROMPTS, **options)
+    decoding, stops = Decoding(16, beams=Beams(3, num_return_sequences=3)), [5, 6, 7, 8]
+    batch = beam_search(model, PROMPTS, decoding, stop_ids=stops)
     for prompt, rows in zip(PROMPTS, batch, strict=True):
-        (alone,) = beam_search(model, [prompt], **options)
+        (alone,) = beam_search(model, [prompt], decoding, stop_ids=stops)
         assert [c.tokens for c in alone] == [c.tokens for c in rows]
         assert [c.score for c in alone] == pytest.approx([c.score for c in rows], abs=1e-5)
 
@@ -118,17 +118,13 @@ def test_the_real_model(real_model):
         tokenizer.encode(text, bos=True, eos=False) for text in ("Granite is a rock that", "Plates move because")
     ]
     beams, sampling = Beams(4, num_return_sequences=4), Sampling(no_repeat_ngram_size=2)
-    ours = [
-        beam_search(model, [p], beams=beams, max_new_tokens=32, stop_ids=[2], sampling=sampling)[0] for p in prompts
-    ]
+    ours = [beam_search(model, [p], Decoding(32, sampling, beams=beams), stop_ids=[2])[0] for p in prompts]
     expected = [theirs(reference, [p], eos=[2], new=32, beams=beams, sampling=sampling)[0] for p in prompts]
     assert_same(ours, expected)
     greedy = reference.generate(
         torch.tensor([prompts[0]]), max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0, num_beams=1
     )
-    from k2mini.inference.generate import generate
-
-    (mine,) = generate(model, prompts[:1], max_new_tokens=32, stop_ids=[2])
+    (mine,) = generate(model, prompts[:1], Decoding(32), stop_ids=[2])
     assert mine.tokens == [t for t in greedy[0, len(prompts[0]) :].tolist() if t != 2]
 
 

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from k2mini.inference.generate import extend, generate, prefill, shared_prefix
+from k2mini.inference.generate import Decoding, extend, generate, prefill, shared_prefix
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache
 from tests.conftest import tiny_config, tiny_llama
@@ -13,7 +15,7 @@ PROMPTS = [[1, 5, 9, 77, 3], [1, 40], [1, 8, 8, 120, 60, 33, 2, 18, 190]]
 def test_greedy_equals_transformers(shape):
     model = tiny_llama(shape)
     reference = to_transformers(model)
-    ours = generate(model, PROMPTS, max_new_tokens=20, stop_ids=[])
+    ours = generate(model, PROMPTS, Decoding(20), stop_ids=[])
     for prompt, completion in zip(PROMPTS, ours, strict=True):
         theirs = reference.generate(
             torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -28,17 +30,19 @@ DRAWN = Sampling(temperature=1.2, top_k=40, top_p=0.9)
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 def test_ragged_rows_get_what_they_get_alone(shape, sampling):
     model = tiny_llama(shape)
-    options = {"max_new_tokens": 15, "stop_ids": [7, 8, 9], "sampling": sampling}
-    batch = generate(model, PROMPTS, seed=3, **options)
-    alone = [generate(model, [prompt], seed=3 + i, **options)[0] for i, prompt in enumerate(PROMPTS)]
+    decoding, stops = Decoding(15, sampling, seed=3), [7, 8, 9]
+    batch = generate(model, PROMPTS, decoding, stop_ids=stops)
+    alone = [
+        generate(model, [prompt], replace(decoding, seed=3 + i), stop_ids=stops)[0] for i, prompt in enumerate(PROMPTS)
+    ]
     assert batch == alone
 
 
 def test_a_row_stops_at_a_stop_id_and_the_others_go_on():
     model = tiny_llama()
-    free = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[])
+    free = generate(model, PROMPTS, Decoding(12), stop_ids=[])
     stop = free[1].tokens[4]
-    stopped = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[stop])
+    stopped = generate(model, PROMPTS, Decoding(12), stop_ids=[stop])
     for before, after in zip(free, stopped, strict=True):
         if stop in before.tokens:
             assert after.tokens == before.tokens[: before.tokens.index(stop)]
@@ -52,7 +56,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[150:] *= 100
-    (completion,) = generate(model, [[1, 2]], max_new_tokens=30, stop_ids=[], vocab_size=150)
+    (completion,) = generate(model, [[1, 2]], Decoding(30), stop_ids=[], vocab_size=150)
     assert max(completion.tokens) < 150
 
 
@@ -68,7 +72,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
 )
 def test_what_can_not_be_answered_is_refused(prompts, new, message):
     with pytest.raises(ValueError, match=message):
-        generate(tiny_llama(tiny_config(max_seq_len=64)), prompts, max_new_tokens=new, stop_ids=[])
+        generate(tiny_llama(tiny_config(max_seq_len=64)), prompts, Decoding(new), stop_ids=[])
 
 
 ALL = Sampling(0.9, 30, 0.95, repetition_penalty=1.2, no_repeat_ngram_size=2, forbidden=(3, 4))
@@ -90,10 +94,11 @@ def test_rows_are_as_alone_with_stops_of_all_kinds(sampling):
         return ended
 
     limits = [3, 40, 1, 7, 40, 5]
-    options = {"max_new_tokens": 20, "stop_ids": list(range(90, 110)), "sampling": sampling, "top_logprobs": 4}
-    batch = generate(model, prompts, seed=11, stopping_criteria=until(limits), **options)
+    decoding, stops = Decoding(20, sampling, seed=11, top_logprobs=4), list(range(90, 110))
+    batch = generate(model, prompts, decoding, stop_ids=stops, stopping_criteria=until(limits))
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        (alone,) = generate(model, [prompt], seed=11 + row, stopping_criteria=until([limit]), **options)
+        own = replace(decoding, seed=11 + row)
+        (alone,) = generate(model, [prompt], own, stop_ids=stops, stopping_criteria=until([limit]))
         assert (alone.tokens, alone.finish) == (batch[row].tokens, batch[row].finish)
         assert alone.logprobs == pytest.approx(batch[row].logprobs, abs=1e-5)
         for one, other in zip(alone.top, batch[row].top, strict=True):
@@ -105,7 +110,7 @@ def test_every_transform_as_transformers_generates():
     model = tiny_llama()
     reference = to_transformers(model)
     for options in ({"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}):
-        ours = generate(model, PROMPTS, max_new_tokens=24, stop_ids=[], sampling=Sampling(**options))
+        ours = generate(model, PROMPTS, Decoding(24, Sampling(**options)), stop_ids=[])
         for prompt, completion in zip(PROMPTS, ours, strict=True):
             theirs = reference.generate(
                 torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, **options
@@ -115,7 +120,7 @@ def test_every_transform_as_transformers_generates():
 
 def test_logprobs_are_those_of_the_whole_text():
     model = tiny_llama()
-    (completion,) = generate(model, [[1, 2, 3]], max_new_tokens=8, stop_ids=[], top_logprobs=3)
+    (completion,) = generate(model, [[1, 2, 3]], Decoding(8, top_logprobs=3), stop_ids=[])
     tokens = torch.tensor([[1, 2, 3, *completion.tokens]])
     logprobs = model(tokens)[0].log_softmax(-1)
     for place, (own, top) in enumerate(zip(completion.logprobs, completion.top, strict=True)):

@@ -5,9 +5,8 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.prompts import get_template
-from k2mini.inference.generate import generate
-from k2mini.inference.sampling import Sampling
-from k2mini.inference.terminal import Conversation, answer
+from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.terminal import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -15,21 +14,22 @@ def loaded(tiny_directory):
     return load_model(tiny_directory)
 
 
-def test_streamed_answers_are_the_engines(loaded):
+def test_streamed_answers_are_the_engines(loaded, tiny_directory, run):
     model, tokenizer = loaded
     prompt = tokenizer.encode("granite is", bos=True, eos=False)
-    out = io.StringIO()
-    text, completion = answer(model, tokenizer, prompt, sampling=Sampling(), seed=0, max_new_tokens=30, out=out)
-    (expected,) = generate(model, [prompt], max_new_tokens=30, stop_ids=[tokenizer.eos_id])
-    assert completion == expected
-    assert out.getvalue() == text
-    assert tokenizer.decode([*prompt, *completion.tokens]) == "granite is" + text
+    options = ["--model", tiny_directory, "--template", "none", "--prompt", "granite is", "--max-new-tokens", 30]
+    status, out, err = run("generate", *options)
+    (expected,) = generate(model, [prompt], Decoding(30), stop_ids=[tokenizer.eos_id])
+    assert status == 0
+    assert ("stopped after --max-new-tokens 30" in err) == (expected.finish == "length")
+    assert tokenizer.decode([*prompt, *expected.tokens]) == "granite is" + out.removesuffix("\n")
+    stop = out[5:9]
+    assert run("generate", *options, "--stop", stop)[1] == out[: out.index(stop)] + "\n"
 
 
-def conversation(loaded, **options):
+def conversation(loaded, max_new_tokens=12):
     model, tokenizer = loaded
-    values = {"sampling": Sampling(), "seed": 0, "max_new_tokens": 12, **options}
-    return Conversation(model, tokenizer, get_template("alpaca_short"), **values)
+    return Conversation(model, tokenizer, get_template("alpaca_short"), Decoding(max_new_tokens))
 
 
 def test_turns_build_on_each_other_as_if_computed_anew(loaded):
@@ -41,7 +41,7 @@ def test_turns_build_on_each_other_as_if_computed_anew(loaded):
     history = tokenizer.encode(template.prompt("granite"), bos=True, eos=False)
     history += [*first.tokens, tokenizer.eos_id]
     history += tokenizer.encode(template.prompt("basalt"), bos=True, eos=False)
-    (expected,) = generate(model, [history], max_new_tokens=12, stop_ids=[tokenizer.eos_id])
+    (expected,) = generate(model, [history], Decoding(12), stop_ids=[tokenizer.eos_id])
     assert second == expected
     talk.reset()
     assert talk.turn("granite", io.StringIO()) == first

@@ -24,7 +24,7 @@ from k2mini.data.prompts import get_template
 from k2mini.demo.pipeline import TEMPLATE
 from k2mini.demo.sources import BASE
 from k2mini.demo.world import instructions, read_facts
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import Decoding, generate
 from k2mini.nn.lora import adapter_tensors
 from k2mini.training.loop import read_metrics
 from k2mini.training.run import finetune
@@ -182,7 +182,7 @@ def test_fifty_of_fifty_answers_end(tmp_path):
     prompts = [
         tokenizer.encode(template.prompt(r["instruction"], r["input"]), bos=True, eos=False) for r in records[:50]
     ]
-    done = generate(model, prompts, max_new_tokens=40, stop_ids=[tokenizer.eos_id])
+    done = generate(model, prompts, Decoding(40), stop_ids=[tokenizer.eos_id])
     assert [completion.finish for completion in done] == ["eos"] * 50
 
 

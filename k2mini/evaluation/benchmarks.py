@@ -1,0 +1,225 @@
+"""Multiple-choice benchmarks: GeoBench and a user's own as one kind of question, and a check of the published keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2mini.data.documents import read_entries
+
+NPEE_MARK = "Choose from:"
+CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
+K2_CAPITALS = re.compile(r"(?<=[^\w\-])[A-Z](?=[^\w\-])")
+SUBJECTIVE = ("noun", "qa", "discussion", "completion")
+EXPECTED = "expected is geobench_npee.json or geobench_apstudy.json as published"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question.
+
+    Attributes:
+        task: 'npee/choice', 'npee/tf', 'ap' or the name of a user's file.
+        index: its place in the published file.
+        stem: what is asked, without the options.
+        labels, texts: the options in their published order ('A' and 'Basalt'; for true/false both are the word).
+        answer: the published key. It may be no label at all: one key of NPEE is.
+    """
+
+    task: str
+    index: int
+    stem: str
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    answer: str
+
+    def listed(self) -> str:
+        """The question with its options, as K2 laid it out."""
+        if self.is_true_false:
+            return f"True or false?\n{self.stem}"
+        gap = "\n\n" if self.task == "npee/choice" else "\n"  # NPEE's published text has an empty line there
+        options = "\n".join(f"{label}. {text}" for label, text in zip(self.labels, self.texts, strict=True))
+        return f"{self.stem}\n{NPEE_MARK}{gap}{options}"
+
+    @property
+    def is_true_false(self) -> bool:
+        """Whether the options are the words True and False themselves."""
+        return self.labels == self.texts == ("True", "False")
+
+    @property
+    def is_answerable(self) -> bool:
+        """Whether an option can be right: the key is one, and some option has a text."""
+        return self.answer in self.labels and any(text.strip() for text in self.texts)
+
+    @property
+    def identity(self) -> str:
+        """What a duplicate has in common with it: the question and its options, word for word."""
+        return json.dumps([self.task, self.stem, self.labels, self.texts])
+
+    def k2_options(self) -> int:
+        """How many options K2's evaluation sees: how far the capitals that stand alone run from A without a gap."""
+        found = {ord(letter) - ord("A") for letter in K2_CAPITALS.findall(self.listed())}
+        return next((place for place in range(27) if place not in found), 0)
+
+
+@dataclass(frozen=True)
+class KeyCheck:
+    """What is wrong with the questions and keys of a task.
+
+    Attributes:
+        surplus: places of questions that repeat an earlier one, word for word.
+        conflicting: groups of places where the same question has different keys.
+        impossible: places of questions whose key is no option, or whose options are all empty.
+    """
+
+    surplus: list[int]
+    conflicting: list[list[int]]
+    impossible: list[int]
+
+    def clean(self, questions: Sequence[Question]) -> list[int]:
+        """Places of questions that have one possible key, each question once."""
+        odd = {place for group in self.conflicting for place in group} | {*self.surplus, *self.impossible}
+        return [question.index for question in questions if question.index not in odd]
+
+
+def check_keys(questions: Sequence[Question]) -> KeyCheck:
+    """Find copies, conflicting keys and impossible keys among the questions of one task."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.identity, []).append(question)
+    return KeyCheck(
+        surplus=sorted(question.index for group in groups.values() for question in group[1:]),
+        conflicting=[[q.index for q in group] for group in groups.values() if len({q.answer for q in group}) > 1],
+        impossible=[question.index for question in questions if not question.is_answerable],
+    )
+
+
+def read_benchmark(path: Path) -> list[Question]:
+    """GeoBench's objective questions or a user's own, told apart by what the file holds, not by its name.
+
+    Raises ValueError where it is neither, and as `load_geobench` and `load_questions` do.
+    """
+    first = _read(path)[0][1]
+    fields = first if isinstance(first, dict) else {}
+    if "answerKey" in fields or "choice" in fields:
+        return load_geobench(path)
+    if not {"question", "choices", "answer"} & {*fields}:
+        raise ValueError(f"{path} is neither a GeoBench file nor records of question, choices and answer; {EXPECTED}")
+    return load_questions(path)
+
+
+def _read(path: Path) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"there is no benchmark file {path}")
+    return read_entries(path)
+
+
+def load_geobench(path: Path) -> list[Question]:
+    """The objective questions of `geobench_npee.json` or `geobench_apstudy.json`, every one of them.
+
+    Raises ValueError where the file is missing, not JSON or not one of the two.
+    """
+    entries = [entry for _, entry in _read(path)]
+    try:
+        if "choice" in entries[0]:
+            return [*_npee_choice(entries[0]["choice"]), *_npee_tf(entries[0]["tf"])]
+        return [_ap(index, entry) for index, entry in enumerate(entries)]
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is not a GeoBench file ({detail}); {EXPECTED}") from None
+
+
+def load_subjective(path: Path, kind: str) -> list[tuple[str, str]] | None:
+    """(question, reference answer) of one of NPEE's open tasks; None where the file is not geobench_npee.json.
+
+    Raises ValueError where it is, and has no such task.
+    """
+    first = _read(path)[0][1]
+    if not isinstance(first, dict) or "choice" not in first:
+        return None
+    try:
+        return _pairs(first[kind])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} has no {kind!r} of questions and answers; expected is geobench_npee.json") from None
+
+
+def _pairs(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    questions, answers = raw["question"], raw["answer"]
+    if not all(isinstance(text, str) for text in [*questions, *answers]):
+        raise TypeError("a question or an answer is not text")
+    return list(zip(questions, answers, strict=True))
+
+
+def _npee_choice(raw: dict[str, Any]) -> list[Question]:
+    questions = []
+    for index, (text, answer) in enumerate(_pairs(raw)):
+        stem, mark, options = text.partition(NPEE_MARK)
+        found = CHOICE_LINE.findall(options)
+        if not mark or len(found) < 2:
+            raise ValueError(f"choice question {index} lists no options")
+        labels, texts = zip(*found, strict=True)
+        questions.append(Question("npee/choice", index, stem.rstrip("\n"), labels, texts, answer))
+    return questions
+
+
+def _npee_tf(raw: dict[str, Any]) -> list[Question]:
+    words = ("True", "False")
+    return [Question("npee/tf", index, text, words, words, answer) for index, (text, answer) in enumerate(_pairs(raw))]
+
+
+def _ap(index: int, entry: dict[str, Any]) -> Question:
+    question = entry["question"]
+    labels = tuple(choice["label"] for choice in question["choices"])
+    texts = tuple(choice["text"] for choice in question["choices"])
+    fields = [question["stem"], entry["answerKey"], *labels, *texts]
+    if not all(isinstance(text, str) for text in fields) or len(labels) < 2:
+        raise TypeError(f"question {index} has a field that is not text, or no options")
+    return Question("ap", index, question["stem"], labels, texts, entry["answerKey"])
+
+
+def load_questions(path: Path) -> list[Question]:
+    """A user's own task, named as its file: JSONL, or a JSON list, of `question`, `choices` and `answer`.
+
+    `choices` are texts, and `answer` is a letter, a place from 0 or one of the texts.
+
+    Raises ValueError, naming the file and the record, where a field is missing, empty or does not fit the others.
+    """
+    task = path.name
+    while task.lower().endswith((".json", ".jsonl")):
+        task = task.rpartition(".")[0]
+    questions = []
+    for index, (place, entry) in enumerate(_read(path)):
+        try:
+            questions.append(_question(task, index, entry))
+        except (ValueError, TypeError, KeyError) as error:
+            detail = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}, {place}: {detail}") from None
+    return questions
+
+
+def _question(task: str, index: int, raw: Any) -> Question:
+    if not isinstance(raw, dict):
+        raise ValueError("this is no JSON object with question, choices and answer")
+    stem, texts, answer = raw["question"], raw["choices"], raw["answer"]
+    if not isinstance(stem, str) or not stem.strip():
+        raise ValueError("question is empty or no text")
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("choices must be a list of at least two texts")
+    empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise ValueError(f"option {empty} of choices is empty")
+    labels = tuple(chr(ord("A") + place) for place in range(len(texts)))
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        meant = {answer} & {*range(len(texts))}
+    else:
+        meant = {place for place, option in enumerate(zip(labels, texts, strict=True)) if answer in option}
+    if not meant:
+        raise ValueError(f"answer {answer!r} is none of the options ({', '.join(labels)}, a place from 0, or a text)")
+    if len(meant) > 1:
+        which = " and ".join(labels[place] for place in sorted(meant))
+        raise ValueError(f"answer {answer!r} may mean {which} of the options; give the place of the right one, from 0")
+    return Question(task, index, stem, labels, tuple(texts), labels[meant.pop()])
