@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from bench_inference import our_decode, pairs
@@ -36,7 +37,7 @@ def hooks(folder: Path, number: int) -> None:
     plain = lambda: our_decode(never)  # noqa: E731
     pairs("hooks off", lambda: our_decode(model), plain, number)
     for label, points in (("layers.*.residual_out kept", ["layers.*.residual_out"]), ("every point kept", ["*"])):
-        pairs(label, lambda points=points: _traced(model, points), plain, number)
+        pairs(label, partial(_traced, model, points), plain, number)
 
 
 def _traced(model: Llama, points: list[str]) -> float:
@@ -51,8 +52,16 @@ def diff(shape: str, where: Path | None) -> None:
     try:
         for name, seed in (("before", 0), ("after", 1)):
             save_model(RandomModel(config, seed), config, folder / name)
-        command = ("-m", "k2mini", "audit", "diff")
-        command = [sys.executable, *command, str(folder / "before"), str(folder / "after"), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "k2mini",
+            "audit",
+            "diff",
+            str(folder / "before"),
+            str(folder / "after"),
+            "--json",
+        ]
         seconds, kept, whole = run(command)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

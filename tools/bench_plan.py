@@ -6,6 +6,7 @@ the growth of the resident memory over what a process has before the model is ma
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -101,8 +102,11 @@ def launch(path: Path, ranks: int) -> Any:
 
 def main() -> None:
     """Predict, measure, compare."""
-    if len(sys.argv) > 1 and Path(sys.argv[1]).is_file():
-        measure(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=[""], metavar="CASE", help=f"how one begins: {', '.join(CASES)}")
+    options = parser.parse_args()
+    if Path(options.cases[0]).is_file():  # one of the processes that `launch` starts
+        measure(Path(options.cases[0]))
         return
     from k2mini.demo.pipeline import BASE
 
@@ -114,7 +118,7 @@ def main() -> None:
         del model
         stand_in(folder / "model", Tokenizer(BASE / "tokenizer.model"))
         for case, (ranks, data, train) in CASES.items():
-            if not case.startswith(tuple(sys.argv[1:]) or ""):
+            if not case.startswith(tuple(options.cases)):
                 continue
             path = folder / "case.yaml"
             settings = f"lr: 1.0e-4, max_steps: 3, global_batch_size: {2 * ranks}, micro_batch_size: 2{train}"
@@ -129,7 +133,9 @@ def main() -> None:
 
 def stand_in(directory: Path, tokenizer: Tokenizer) -> None:
     """Any tokenizer of the right size will do: no text is read."""
-    import sentencepiece.sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
 
     model = proto.ModelProto()
     model.ParseFromString(tokenizer.path.read_bytes())
