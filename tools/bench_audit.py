@@ -1,7 +1,7 @@
 """What the audit costs: hooks while decoding, and `k2mini audit diff` of two models of 7B.
 
     python tools/bench_audit.py hooks --model DIR [--pairs 7]
-    python tools/bench_audit.py diff [--shape llama-7b] [--folder DIR]
+    python tools/bench_audit.py diff [--shape llama-7b] [--layers N] [--folder DIR]
 
 `hooks` decodes with a model that was never hooked beside one whose hooks are off, one that keeps the residual stream
 and one that keeps every point. `diff` writes two random models of the shape (27 GB of disk for a 7B), measures time and
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from bench_inference import our_decode, pairs
-from bench_weights import RandomModel, run
+from bench_weights import RandomModel, cut, run
 
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
@@ -45,9 +45,9 @@ def _traced(model: Llama, points: list[str]) -> float:
         return our_decode(model)
 
 
-def diff(shape: str, where: Path | None) -> None:
+def diff(shape: str, layers: int | None, where: Path | None) -> None:
     """Time and memory of a comparison."""
-    config = PRESETS[shape]
+    config = cut(PRESETS[shape], layers)
     folder = Path(tempfile.mkdtemp(prefix="bench_audit", dir=where))
     try:
         for name, seed in (("before", 0), ("after", 1)):
@@ -78,12 +78,13 @@ def main() -> None:
     decoding.add_argument("--pairs", type=int, default=7)
     comparing = what.add_parser("diff")
     comparing.add_argument("--shape", choices=sorted(PRESETS), default="llama-7b")
+    comparing.add_argument("--layers", type=int, help="fewer layers than the shape has")
     comparing.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
     if options.what == "hooks":
         hooks(options.model, options.pairs)
     else:
-        diff(options.shape, options.folder)
+        diff(options.shape, options.layers, options.folder)
 
 
 if __name__ == "__main__":

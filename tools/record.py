@@ -1,7 +1,7 @@
 """Run a benchmark and keep what it prints: python tools/record.py NAME -- COMMAND …
 
-The output goes to the terminal and to tools/results/NAME.txt, there under a header with date, commit, processor and
-versions. Nothing is written where the command fails. Paths of this machine are shortened to their last part.
+The output goes to tools/results/NAME.txt, under a header with date, commit, processor and versions; nothing does where
+the command fails. Paths are shortened to their last part.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vn
 
 def header(command: list[str]) -> dict[str, str]:
     """What a figure depends on."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--short", "--", "k2mini", "tools/*.py"], capture_output=True).stdout
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = dict(re.findall(r"^(model name|model|flags)\s*: (.*)$", info, re.MULTILINE))
     has = ", ".join(label for flag, label in FLAGS.items() if flag in cpu.get("flags", "").split())
@@ -34,7 +33,7 @@ def header(command: list[str]) -> dict[str, str]:
     versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": (commit or "unknown") + (", with changes" if changed else ""),
+        "commit": commit or "unknown",
         "processor": f"{cpu.get('model name', platform.machine())}, model {cpu.get('model', '?')} ({has})",
         "threads": f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
@@ -43,7 +42,6 @@ def header(command: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run, show, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="of the file in tools/results/, without .txt")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
