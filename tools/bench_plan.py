@@ -101,7 +101,7 @@ def launch(path: Path, ranks: int) -> Any:
 
 
 def main() -> None:
-    """Predict, measure, compare."""
+    """Print, for each case, the peak that `plan` predicts and the peak that was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=[""], metavar="CASE", help=f"how one begins: {', '.join(CASES)}")
     options = parser.parse_args()
