@@ -1,7 +1,7 @@
 """What the audit costs: decoding speed under hooks, and time and memory of `k2mini audit diff` on two 7B models.
 
     python tools/bench_audit.py hooks --model DIR [--pairs 7]
-    python tools/bench_audit.py diff [--shape llama-7b] [--folder DIR]
+    python tools/bench_audit.py diff [--shape llama-7b] [--layers N] [--folder DIR]
 
 `hooks` compares decoding with a model that never had a hook to decoding with hooks removed, with the residual stream
 recorded and with every point recorded. `diff` writes two random models of the shape (27 GB of disk for a 7B), compares
@@ -14,10 +14,11 @@ import argparse
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from bench_inference import our_decode, pairs
-from bench_weights import RandomModel, run
+from bench_weights import RandomModel, cut, run
 
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
@@ -36,7 +37,7 @@ def hooks(folder: Path, number: int) -> None:
     plain = lambda: our_decode(never)  # noqa: E731
     pairs("hooks off", lambda: our_decode(model), plain, number)
     for label, points in (("layers.*.residual_out kept", ["layers.*.residual_out"]), ("every point kept", ["*"])):
-        pairs(label, lambda points=points: _traced(model, points), plain, number)
+        pairs(label, partial(_traced, model, points), plain, number)
 
 
 def _traced(model: Llama, points: list[str]) -> float:
@@ -44,15 +45,23 @@ def _traced(model: Llama, points: list[str]) -> float:
         return our_decode(model)
 
 
-def diff(shape: str, where: Path | None) -> None:
+def diff(shape: str, layers: int | None, where: Path | None) -> None:
     """Time and peak memory of comparing two random models of a preset's shape."""
-    config = PRESETS[shape]
+    config = cut(PRESETS[shape], layers)
     folder = Path(tempfile.mkdtemp(prefix="bench_audit", dir=where))
     try:
         for name, seed in (("before", 0), ("after", 1)):
             save_model(RandomModel(config, seed), config, folder / name)
-        command = ("-m", "k2mini", "audit", "diff")
-        command = [sys.executable, *command, str(folder / "before"), str(folder / "after"), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "k2mini",
+            "audit",
+            "diff",
+            str(folder / "before"),
+            str(folder / "after"),
+            "--json",
+        ]
         seconds, kept, whole = run(command)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,12 +78,13 @@ def main() -> None:
     decoding.add_argument("--pairs", type=int, default=7)
     comparing = what.add_parser("diff")
     comparing.add_argument("--shape", choices=sorted(PRESETS), default="llama-7b")
+    comparing.add_argument("--layers", type=int, help="fewer layers than the shape has")
     comparing.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
     if options.what == "hooks":
         hooks(options.model, options.pairs)
     else:
-        diff(options.shape, options.folder)
+        diff(options.shape, options.layers, options.folder)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def reference_of(model: Llama) -> Any:
     """The same tensors in transformers' LLaMA, with SDPA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    raw = LlamaConfig(**hf_config(model.config, "float32", 1, 2), attn_implementation="sdpa")
+    values: dict[str, Any] = {**hf_config(model.config, "float32", 1, 2), "attn_implementation": "sdpa"}
+    raw = LlamaConfig(**values)
     with torch.device("meta"):
         reference = LlamaForCausalLM(raw)
     rotary = type(reference.model.rotary_emb)(raw)
@@ -261,10 +263,9 @@ def run(folder: Path, scratch: Path, number: int, threads: int, *, small: bool) 
     pairs("decode, transformers", decode, lambda: their_decode(reference, config), number)
     if small:
         for label, model in (("eager", eager), ("compiled", compiled)):
-            ours, theirs = (lambda m=model: our_decode(m, 8)), (lambda: their_decode(reference, config, 8))
+            ours, theirs = partial(our_decode, model, 8), partial(their_decode, reference, config, 8)
             pairs(f"decode, 8 rows, {label}, transformers", ours, theirs, number)
-        ours, theirs = (lambda: our_beams(compiled)), (lambda: their_beams(reference, config))
-        pairs("4 beams, transformers", ours, theirs, number)
+        pairs("4 beams, transformers", lambda: our_beams(compiled), lambda: their_beams(reference, config), number)
         prefix_reuse(eager)
     pairs("decode, int8 / our float32", lambda: our_decode(int8), decode, number)
     pairs("decode, int8 with its head / our float32", lambda: our_decode(int8_head), decode, number)

@@ -6,6 +6,7 @@ the growth of the resident memory over what a process has before the model is ma
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -97,8 +98,11 @@ def launch(path: Path, ranks: int) -> Any:
 
 def main() -> None:
     """Print, for each case, the peak that `plan` predicts and the peak that was measured."""
-    if len(sys.argv) > 1 and Path(sys.argv[1]).is_file():
-        measure(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=[""], metavar="CASE", help=f"how one begins: {', '.join(CASES)}")
+    options = parser.parse_args()
+    if Path(options.cases[0]).is_file():  # one of the processes that `launch` starts
+        measure(Path(options.cases[0]))
         return
     from k2mini.demo.sources import BASE
 
@@ -110,7 +114,7 @@ def main() -> None:
         del model
         stand_in(folder / "model", Tokenizer(BASE / "tokenizer.model"))
         for case, (ranks, data, train) in CASES.items():
-            if not case.startswith(tuple(sys.argv[1:]) or ""):
+            if not case.startswith(tuple(options.cases)):
                 continue
             path = folder / "case.yaml"
             settings = f"lr: 1.0e-4, max_steps: 3, global_batch_size: {2 * ranks}, micro_batch_size: 2{train}"
@@ -125,7 +129,9 @@ def main() -> None:
 
 def stand_in(directory: Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer of the model's vocabulary size: loading checks the size, and no text is tokenised."""
-    import sentencepiece.sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
 
     model = proto.ModelProto()
     model.ParseFromString(tokenizer.path.read_bytes())

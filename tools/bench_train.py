@@ -165,7 +165,7 @@ def padded_steps(reference: Any, folder: Path) -> Callable[[list[list[int]]], fl
     """A function that takes one step of transformers' Trainer on texts and returns its supervised tokens a second."""
     from transformers import DataCollatorForSeq2Seq, LlamaTokenizer, Trainer, TrainingArguments
 
-    from k2mini.demo.pipeline import BASE
+    from k2mini.demo.sources import BASE
 
     collator = DataCollatorForSeq2Seq(LlamaTokenizer.from_pretrained(BASE), pad_to_multiple_of=8, padding=True)
     collator.tokenizer.pad_token_id = 0

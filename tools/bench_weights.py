@@ -5,7 +5,7 @@ turns `k2mini delta apply` and a plain program add the two: the plain one opens 
 tensor and saves file by file, without a check, a hash or a bound on memory. Both end with their output synced to disk.
 Everything is made in a folder of its own and removed at the end, whatever happens.
 
-    python tools/bench_weights.py [--shape llama-7b] [--pairs 2] [--folder DIR]
+    python tools/bench_weights.py [--shape llama-7b] [--layers N] [--pairs 2] [--folder DIR]
 
 The full size takes 55 GB of disk and some ten minutes.
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,14 +93,20 @@ def run(command: list[str]) -> tuple[float, int, int]:
     return time.perf_counter() - start, peak * 1024, whole * 1024
 
 
+def cut(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """The same shape with so many layers."""
+    return config if layers is None else replace(config, num_layers=layers)
+
+
 def main() -> None:
     """Make the models and the delta, apply it with k2mini and the plain program in turns, print, and remove all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(PRESETS), default="llama-7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, where disk or time are short")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
-    config = PRESETS[options.shape]
+    config = cut(PRESETS[options.shape], options.layers)
     folder = Path(tempfile.mkdtemp(prefix="bench_weights", dir=options.folder))
     base, tuned, delta, out = (folder / name for name in ("base", "tuned", "delta", "out"))
     k2mini = [sys.executable, "-m", "k2mini", "delta"]
