@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
 from k2mini.files import free_memory
-from k2mini.model_config import ModelConfig, tensor_shapes
+from k2mini.model_config import tensor_shapes
 from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
@@ -23,13 +24,9 @@ from k2mini.nn.lora import attach, init_adapters
 from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
 
+log = logging.getLogger(__name__)
+
 KINDS = {"int8": quant.Int8Linear, "w8a8": quant.DynamicLinear}
-
-
-def meta_model(config: ModelConfig) -> Llama:
-    """A model with shapes and no storage."""
-    with torch.device("meta"):
-        return Llama(config)
 
 
 def load_model(
@@ -88,11 +85,22 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def open_model(path: str, device: str | None, threads: int | None, **wanted: Any) -> tuple[Llama, ModelDirectory]:
+    """A model as a command's options name it, and its directory, which must have a tokenizer; the log says which."""
+    set_threads(threads)
+    directory = ModelDirectory(path)
+    model, _ = load_model(directory, device=pick_device(device), **wanted)
+    directory.require_tokenizer()
+    parameters = model.config.num_parameters() / 1e6
+    log.info("%s: %.1f M parameters, %s, on %s", path, parameters, NAMES[model.dtype], model.device)
+    return model, directory
+
+
 def set_threads(number: int | None) -> None:
     """`--threads`: how many CPU threads PyTorch uses; None leaves its choice."""
+    if number is not None and number < 1:
+        raise ValueError(f"--threads must be at least 1, not {number}")
     if number is not None:
-        if number < 1:
-            raise ValueError(f"--threads must be at least 1, not {number}")
         torch.set_num_threads(number)
 
 
@@ -214,12 +222,7 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
         weight, scale = (reader.rows(part, *rows).to(device) for part in (name, quant.scale_name(name)))
     else:
         weight, scale = quant.quantize_rows(reader.rows(name, *rows).to(device))
-    for attribute, values in (("weight", weight), ("scale", scale)):
-        parameter = getattr(module, attribute)
-        if isinstance(parameter, DTensor):
-            local_part(parameter).copy_(values)
-        else:
-            setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+    module.fill(weight, scale)
 
 
 def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
@@ -237,7 +240,8 @@ def _empty_model(directory: ModelDirectory) -> Llama:
     for name in expected:
         if name not in in_int8:
             reader.dtype(name)  # refuses integer and 8-bit types before anything is read
-    return meta_model(directory.config)
+    with torch.device("meta"):
+        return Llama(directory.config)
 
 
 @torch.no_grad()
@@ -250,8 +254,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
     for name, parameter in list(model.named_parameters()):
         if parameter.dtype == torch.int8:
             _fill_int8(model, name, reader, device)
-            continue
-        if name.endswith(".scale"):  # filled with its weight
+        if parameter.dtype == torch.int8 or name.endswith(".scale"):  # filled with its matrix
             continue
         if isinstance(parameter, DTensor):
             if name in reader.files:
@@ -272,9 +275,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: 
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         return DTYPES[dtype]
-    if dtype is not None:
-        return dtype
-    return stored if device.type != "cpu" or stored == torch.float64 else torch.float32
+    return dtype or (stored if device.type != "cpu" or stored == torch.float64 else torch.float32)
 
 
 def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:

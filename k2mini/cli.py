@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 from k2mini.commands import audit, demo, evaluation, inference, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET
-from k2mini.errors import StoppedBySignalError, is_main_process
+from k2mini.errors import StoppedBySignalError
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
-        if not is_main_process():
+        if not _is_main():
             time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
         print(f"k2mini: {_sentence(error)}", file=sys.stderr)
         status = 2
@@ -109,10 +110,15 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
+def _is_main() -> bool:
+    """`World.is_main`, known before the ranks that torchrun started have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("k2mini: %(message)s"))
     package = logging.getLogger("k2mini")
     package.handlers = [handler]
     # Of the ranks that torchrun starts, one speaks.
-    package.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    package.setLevel(logging.INFO if _is_main() else logging.ERROR)

@@ -1,8 +1,7 @@
-"""What ends a command, a signal or an extra that is not installed, and who says so where torchrun started several."""
+"""What ends a command: a signal, or an extra that is not installed."""
 
 from __future__ import annotations
 
-import os
 import signal
 
 # Each extra of pyproject.toml that a command may need, and what it is for.
@@ -27,8 +26,3 @@ def need_extra(name: str) -> ValueError:
     `except ImportError: raise need_extra("plot") from None`
     """
     return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for all that torchrun started; also before they have joined (`World.is_main`)."""
-    return os.environ.get("RANK", "0") == "0"

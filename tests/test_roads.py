@@ -25,8 +25,8 @@ LIMITS = {
     "eval": (18, None),
     "delta": (9, None),
 }
-# The functions that make a core: a batch, its learning rate and the step; a token's computation and its text.
-STEP, TOKEN = ["local_batches", "lr_at", "train_step"], ["steps", "push", "flush"]
+# The functions that make a core: a batch, its learning rate and the step; a token, from the logits before it to its id.
+STEP, TOKEN = ["local_batches", "lr_at", "train_step"], ["steps"]
 # The calls that programs outside build on; each parameter of theirs is an option of its own.
 PUBLIC = {"build.py: load_model", "inference/generate.py: generate", "inference/beam.py: beam_search"}
 

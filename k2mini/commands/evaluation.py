@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.inference import load
+from k2mini.commands.common import LOADED
 from k2mini.data.prompts import TEMPLATES
 
 if TYPE_CHECKING:
@@ -87,15 +87,20 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    from k2mini.build import open_model
     from k2mini.evaluation.evaluate import run_benchmark
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.files import make_writable, write_text
+    from k2mini.inference.compile import compile_decoding
     from k2mini.inference.generate import Decoding
 
     config, questions, pairs, texts = _read_inputs(options)
-    model, directory = load(options)
+    wanted = {name: getattr(options, name) for name in LOADED}
+    model, directory = open_model(options.model, options.device, options.threads, **wanted)
+    if options.compile:
+        compile_decoding(model)
     tokenizer = directory.require_tokenizer()
     report: dict[str, Any] = {"model": str(options.model), "tasks": []}
     if questions:

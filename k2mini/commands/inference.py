@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from k2mini.data.tokenizer import Tokenizer
     from k2mini.inference.generate import Decoding
     from k2mini.nn.llama import Llama
-    from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
@@ -70,26 +69,16 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
 
 
-def load(options: argparse.Namespace) -> tuple[Llama, ModelDirectory]:
-    """The model that the options name, as they want it, and its directory, which has a tokenizer.
-
-    Raises ValueError where it has none.
-    """
-    from k2mini.build import load_model, pick_device, set_threads
-    from k2mini.dtypes import NAMES
+def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
+    from k2mini.build import open_model
     from k2mini.inference.compile import compile_decoding
-    from k2mini.weights.model_directory import ModelDirectory
 
-    set_threads(options.threads)
-    directory = ModelDirectory(options.model)
     wanted = {name: getattr(options, name) for name in LOADED}
-    model, _ = load_model(directory, device=pick_device(options.device), **wanted)
+    model, directory = open_model(options.model, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
-    directory.require_tokenizer()
-    parameters = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", options.model, parameters, NAMES[model.dtype], model.device)
-    return model, directory
+    return model, directory.require_tokenizer()
 
 
 def _decoding(options: argparse.Namespace) -> Decoding:
@@ -131,8 +120,7 @@ def run_generate(options: argparse.Namespace) -> None:
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
     questions = _questions(options)
-    model, directory = load(options)
-    tokenizer = directory.require_tokenizer()
+    model, tokenizer = _load(options)
     prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
     for prompt in prompts:
         check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
@@ -192,5 +180,5 @@ def run_chat(options: argparse.Namespace) -> None:
     from k2mini.inference import terminal
 
     decoding, template = _decoding(options), get_template(options.template)
-    model, directory = load(options)
-    terminal.chat(terminal.Conversation(model, directory.require_tokenizer(), template, decoding))
+    model, tokenizer = _load(options)
+    terminal.chat(terminal.Conversation(model, tokenizer, template, decoding))

@@ -14,6 +14,7 @@ from k2mini.config import DTYPE_NAMES, FinetuneConfig, PretrainConfig
 from k2mini.sizes import parse_size, readable
 
 if TYPE_CHECKING:
+    from k2mini.config_file import Config
     from k2mini.data.tokenizer import Tokenizer
     from k2mini.distributed import World
     from k2mini.nn.llama import Llama
@@ -106,9 +107,9 @@ def run_pretrain(options: argparse.Namespace) -> None:
 
     set_threads(options.threads)
     device = pick_device(options.device)
-    config = _with_demo_files(load_config(PretrainConfig, options.config, _overrides(options)))
-    assert isinstance(config, PretrainConfig)
+    config = load_config(PretrainConfig, options.config, _overrides(options))
     with ranks(device, config.parallel, alone_too=is_sharded(config.model, None, 1)) as world:
+        config = _with_demo_files(config, is_main=world.is_main)
         out = run.pretrain(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
         print(out)
@@ -128,9 +129,9 @@ def run_finetune(options: argparse.Namespace) -> None:
 
     set_threads(options.threads)
     device = pick_device(options.device)
-    config = _with_demo_files(load_config(FinetuneConfig, options.config, _overrides(options)))
-    assert isinstance(config, FinetuneConfig)
+    config = load_config(FinetuneConfig, options.config, _overrides(options))
     with ranks(device, config.parallel, alone_too=is_sharded(config.model, config.lora, 1)) as world:
+        config = _with_demo_files(config, is_main=world.is_main)
         out = run.finetune(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
         print(out)
@@ -165,13 +166,13 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return common + options.overrides
 
 
-def _with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
     from k2mini.demo.sources import PREFIX, with_demo_files
 
     paths = (config.model.path, config.data.path, config.data.val_path)
     named = any(path is not None and path.startswith(PREFIX) for path in paths)
-    return with_demo_files(config) if named else config
+    return with_demo_files(config, is_main=is_main) if named else config
 
 
 def _either_config(options: argparse.Namespace) -> PretrainConfig | FinetuneConfig:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.config_file import Config
 from k2mini.demo.world import world_files
-from k2mini.errors import is_main_process
 from k2mini.files import new_directory
 
 PREFIX = "demo:"
@@ -56,8 +55,11 @@ def copy_base(folder: Path) -> None:
             shutil.copyfile(file, beside / file.name)
 
 
-def with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """Replace `demo:base` by the packaged base model, and `demo:FILE` by that file of the world, made on first use.
+
+    Args:
+        is_main: write the files where they are missing; other ranks leave that to the first.
 
     Raises ValueError where the world has no such file.
     """
@@ -69,9 +71,9 @@ def with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig |
         name = path.removeprefix(PREFIX)
         if name == "base":
             return str(BASE)
-        if is_main_process() and not folder.exists():  # other ranks wait for the first
+        if is_main and not folder.exists():  # other ranks wait for it when they read the base
             write_world(folder, 0, FULL)
-        if is_main_process() and not (folder / name).exists():
+        if is_main and not (folder / name).exists():
             names = ", ".join(sorted(file.name for file in folder.iterdir()))
             raise ValueError(f"{path}: the demo has base, {names}")
         return str(folder / name)
@@ -82,5 +84,5 @@ def with_demo_files(config: PretrainConfig | FinetuneConfig) -> PretrainConfig |
     return replace(
         config,
         model=replace(config.model, path=model),
-        data=replace(config.data, path=data, val_path=resolved(config.data.val_path)),  # type: ignore[arg-type]
+        data=replace(config.data, path=data, val_path=resolved(config.data.val_path)),
     )

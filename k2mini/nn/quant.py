@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from k2mini.distributed import local_part
 from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.layers import Linear, product
 
@@ -50,6 +52,15 @@ class Int8Linear(Linear):
         self.scale = nn.Parameter(
             torch.empty(base.out_features, dtype=torch.float32, device=device), requires_grad=False
         )
+
+    def fill(self, weight: Tensor, scale: Tensor) -> None:
+        """Take the values of matrix and scales, which stay where they are; of a sharded layer, this rank's rows."""
+        for name, values in (("weight", weight), ("scale", scale)):
+            parameter = getattr(self, name)
+            if isinstance(parameter, DTensor):
+                local_part(parameter).copy_(values)
+            else:
+                setattr(self, name, nn.Parameter(values, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
