@@ -222,7 +222,7 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
         weight, scale = (reader.rows(part, *rows).to(device) for part in (name, quant.scale_name(name)))
     else:
         weight, scale = quant.quantize_rows(reader.rows(name, *rows).to(device))
-    module.fill(weight, scale)
+    quant.fill_int8(module, weight, scale)
 
 
 def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:

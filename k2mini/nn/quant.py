@@ -53,18 +53,19 @@ class Int8Linear(Linear):
             torch.empty(base.out_features, dtype=torch.float32, device=device), requires_grad=False
         )
 
-    def fill(self, weight: Tensor, scale: Tensor) -> None:
-        """Take the values of matrix and scales, which stay where they are; of a sharded layer, this rank's rows."""
-        for name, values in (("weight", weight), ("scale", scale)):
-            parameter = getattr(self, name)
-            if isinstance(parameter, DTensor):
-                local_part(parameter).copy_(values)
-            else:
-                setattr(self, name, nn.Parameter(values, requires_grad=False))
-
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
         return int8_product(x, self.weight, self.scale)
+
+
+def fill_int8(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
+    """Give a layer, adapted or not, its int8 matrix and scales; a sharded one takes this rank's rows."""
+    for name, values in (("weight", weight), ("scale", scale)):
+        parameter = getattr(module, name)
+        if isinstance(parameter, DTensor):
+            local_part(parameter).copy_(values)
+        else:
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
 
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
