@@ -89,8 +89,8 @@ def open_model(path: str, device: str | None, threads: int | None, **wanted: Any
     """A model as a command's options name it, and its directory, which must have a tokenizer; the log says which."""
     set_threads(threads)
     directory = ModelDirectory(path)
+    directory.require_tokenizer()  # before the weights, which take longer
     model, _ = load_model(directory, device=pick_device(device), **wanted)
-    directory.require_tokenizer()
     parameters = model.config.num_parameters() / 1e6
     log.info("%s: %.1f M parameters, %s, on %s", path, parameters, NAMES[model.dtype], model.device)
     return model, directory
@@ -227,8 +227,7 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
 
 def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
     opened = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
-    if (opened.manifest or {}).get("kind") == "delta":
-        raise ValueError(f"{opened.path} is a delta, not a model; k2mini delta apply puts it on its base")
+    opened.require_model()
     return opened
 
 

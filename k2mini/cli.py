@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from k2mini.commands import audit, demo, evaluation, inference, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET
-from k2mini.errors import StoppedBySignalError
+from k2mini.errors import StoppedBySignalError, sentence
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run the command line and exit: 0; 2 for what the user can mend; 128 + the number of a signal, SIGPIPE too."""
     options = build_parser().parse_args(arguments)
     _log_to_stderr()
     try:
@@ -98,16 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         if not _is_main():
             time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
-        print(f"k2mini: {_sentence(error)}", file=sys.stderr)
+        print(f"k2mini: {sentence(error)}", file=sys.stderr)
         status = 2
     sys.exit(status)
-
-
-def _sentence(error: Exception) -> str:
-    """What is said of an error; the system's own without its number."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 def _is_main() -> bool:

@@ -211,3 +211,6 @@ class FinetuneConfig:
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
     eval: EvalSection = field(default_factory=EvalSection)
+
+
+RunConfig = PretrainConfig | FinetuneConfig

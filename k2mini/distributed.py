@@ -91,16 +91,17 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    made = not dist.is_initialized()
+    if made:
         arguments: dict[str, Any] = {} if launched else {"store": HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=section.timeout_minutes),
             **arguments,
         )
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
+    yield World(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an error: leaving waits for ranks that may still be in a collective, and the process ends anyway.
+    if made:
         dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What ends a command: a signal, or an extra that is not installed."""
+"""What ends a command, a signal or an extra that is not installed, and how an error is said."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def need_extra(name: str) -> ValueError:
     `except ImportError: raise need_extra("plot") from None`
     """
     return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
+
+
+def sentence(error: Exception) -> str:
+    """What a user reads of an error; the system's own errors without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -70,7 +70,7 @@ def diff(shape: str, layers: int | None, where: Path | None) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_subparsers(dest="what", required=True)
     decoding = what.add_parser("hooks")

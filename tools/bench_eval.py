@@ -69,7 +69,7 @@ def compare(
     peer: Callable[[list[Any]], Answers],
     number: int,
 ) -> None:
-    """Both in turns."""
+    """Measure ours and the peer in turns, and print the ratio of their rates."""
     builder = PromptBuilder(questions, config, tokenizer, model.config.max_seq_len)
     requests = [builder.build(question) for question in questions]
     ratios, same = [], True
@@ -89,7 +89,7 @@ def compare(
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both forms of K2's examples against every peer that is installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--geobench", type=Path, required=True)
@@ -113,8 +113,8 @@ def main() -> None:
         backend = None
         print("lm-eval is not installed, so its backend was not measured")
     for form, what in (("", "without"), ("_wa", "with")):
-        shots = options.geobench / f"multiple_choice_samples{form}.txt"
-        config = EvalConfig("letter", f"k2{form}", fewshot_file=str(shots))
+        file = options.geobench / f"multiple_choice_samples{form}.txt"
+        config = EvalConfig("letter", f"k2{form}", fewshot_file=str(file))
         label = f"four examples, {what} 'The answer is'"
         compare(
             f"{label}: K2's loop", model, tokenizer, questions, config, lambda r: k2_loop(reference, r), options.pairs

@@ -130,7 +130,7 @@ def reference_of(model: Llama) -> Any:
 
 @torch.inference_mode()
 def their_prefill(reference: Any, config: ModelConfig) -> float:
-    """As `our_prefill`."""
+    """Tokens a second of the peer, on the prompt of `our_prefill`."""
     tokens = prompt(config)
     start = time.perf_counter()
     reference(tokens, use_cache=True, logits_to_keep=1).logits.argmax(-1)
@@ -139,7 +139,7 @@ def their_prefill(reference: Any, config: ModelConfig) -> float:
 
 @torch.inference_mode()
 def their_decode(reference: Any, config: ModelConfig, batch: int = 1) -> float:
-    """As `our_decode`."""
+    """Tokens a second of the peer, after the prompt of `our_decode`."""
     out = reference(prompt(config, batch), use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1)
     start = time.perf_counter()
@@ -150,7 +150,7 @@ def their_decode(reference: Any, config: ModelConfig, batch: int = 1) -> float:
 
 
 def their_beams(reference: Any, config: ModelConfig) -> float:
-    """As `our_beams`."""
+    """Tokens a second of the peer, with the beams of `our_beams`."""
     start = time.perf_counter()
     reference.generate(
         prompt(config)[:, :64],
@@ -177,14 +177,14 @@ class LlamaCpp:
         )
 
     def prefill(self) -> float:
-        """As `our_prefill`."""
+        """Tokens a second of the peer, on the prompt of `our_prefill`."""
         self._model.reset()
         start = time.perf_counter()
         self._model.eval(prompt(self._config)[0].tolist())
         return PROMPT / (time.perf_counter() - start)
 
     def decode(self) -> float:
-        """As `our_decode`."""
+        """Tokens a second of the peer, after the prompt of `our_decode`."""
         self.prefill()
         start = time.perf_counter()
         for _ in range(NEW):
@@ -228,7 +228,7 @@ def build_random(folder: Path, tokenizer: Path) -> Path:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the model that the command line names against every peer that is installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path)

@@ -1,7 +1,7 @@
 """Run a benchmark and keep what it prints: python tools/record.py NAME -- COMMAND …
 
-The output goes to tools/results/NAME.txt, under a header with date, commit, processor and versions; nothing does where
-the command fails. Paths are shortened to their last part.
+The output goes to tools/results/NAME.txt, under a header with date, commit, processor and versions. Where the command
+fails, nothing is written. Paths are shortened to their last part.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def header(command: list[str]) -> dict[str, str]:
     found = {each.metadata["Name"].replace("-", "_"): each.version for each in distributions()}
     versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit or "unknown",
         "processor": f"{cpu.get('model name', platform.machine())}, model {cpu.get('model', '?')} ({has})",
         "threads": f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}",
@@ -52,7 +52,7 @@ def main() -> None:
             text += line
     if process.returncode:
         sys.exit(f"{options.command[0]} ended with {process.returncode}; nothing was recorded")
-    shown = re.sub(r"(?<![\w.…])/(?:[\w.+-]+/)+", "", text)
+    shown = re.sub(r"(?<![\w.…:/])/(?:[\w.+-]+/)+", "", text)
     (ROOT / "tools" / "results" / f"{options.name}.txt").write_text(shown, encoding="utf-8")
 
 

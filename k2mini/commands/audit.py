@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import COMPUTE
+from k2mini.commands.common import COMPUTE, DEBUG
 
 if TYPE_CHECKING:
     from k2mini.audit.reports import Report
@@ -45,7 +45,7 @@ def audit_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         kinds.add_parser(name, declare=declare, parents=[output, asked, COMPUTE], help=what)
     kinds.add_parser(
-        "diff", declare=_diff_arguments, parents=[output, COMPUTE], help="what training changed in the weights"
+        "diff", declare=_diff_arguments, parents=[output, DEBUG], help="what training changed in the weights"
     )
 
 
@@ -67,8 +67,9 @@ def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer
     for place, path in enumerate(options.model):
         adapter = options.adapter if place == len(options.model) - 1 else None
         directory = ModelDirectory(path)
+        tokenizer = directory.require_tokenizer()
         model, _ = load_model(directory, adapter, options.dtype, pick_device(options.device))
-        found.append(report(model, directory.require_tokenizer(), path + (f" + {adapter}" if adapter else "")))
+        found.append(report(model, tokenizer, path + (f" + {adapter}" if adapter else "")))
     return found
 
 
@@ -201,19 +202,17 @@ def run_diff(options: argparse.Namespace) -> None:
     """Print what training changed in the weights, for each model or adapter."""
     from k2mini.audit.diff_report import diff_report
     from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
-    from k2mini.data.tokenizer import Tokenizer
-    from k2mini.weights.model_directory import model_directory
+    from k2mini.weights.adapter import CONFIG
+    from k2mini.weights.model_directory import ModelDirectory, model_directory
 
-    base = model_directory(options.base)
+    base = ModelDirectory(options.base)
     found = []
     for other in options.others:
         path = Path(other)
-        file = base / "tokenizer.model"
-        tokenizer = Tokenizer(file) if file.is_file() else None
-        if (path / "adapter_config.json").is_file():
-            changes, moved = diff_adapter(base, path), []
+        if (path / CONFIG).is_file():
+            changes, moved = diff_adapter(base.path, path), []
         else:
-            changes = diff_checkpoints(base, model_directory(path), subspace=options.subspace)
-            moved = moved_rows(base, path)
-        found.append(diff_report(f"{options.base} → {other}", changes, moved, tokenizer))
+            changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
+            moved = moved_rows(base.path, path)
+        found.append(diff_report(f"{options.base} → {other}", changes, moved, base.tokenizer))
     _finish(options, "What training changed", f"Against {options.base}.", found)

@@ -22,9 +22,15 @@ TARGET.add_argument("--force", action="store_true", help="replace DIR, once what
 COMPUTE = argparse.ArgumentParser(add_help=False, parents=[DEBUG])
 _group = COMPUTE.add_argument_group("common options")
 _group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-_group.add_argument("--dtype", choices=DTYPE_NAMES, help="precision (default: as stored on a GPU, float32 on a CPU)")
+_group.add_argument(
+    "--dtype",
+    choices=DTYPE_NAMES,
+    help="precision (default: as stored on a GPU, float32 on a CPU; of a run: its model.dtype)",
+)
 _group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-_group.add_argument("--seed", type=int, metavar="N", help="seed of all that is drawn (default: 0)")
+_group.add_argument(
+    "--seed", type=int, metavar="N", help="seed of all that is drawn (default: 0; of a run: its run.seed)"
+)
 
 # The model that a command loads. LOADED are the parameters of `load_model` that options name as it does.
 MODEL = argparse.ArgumentParser(add_help=False)

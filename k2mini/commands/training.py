@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.config import DTYPE_NAMES, FinetuneConfig, PretrainConfig
+from k2mini.config import DTYPE_NAMES, FinetuneConfig, PretrainConfig, RunConfig
 from k2mini.sizes import parse_size, readable
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     from k2mini.data.prepare import prepare
 
     default = {name: parameter.default for name, parameter in signature(prepare).parameters.items()}
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .txt, .md (or .gz), or folders")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .json, .txt, .md (or .gz), or folders"
+    )
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument(
@@ -99,7 +101,7 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pretrain(options: argparse.Namespace) -> None:
-    """Further pretraining."""
+    """Train all parameters as the configuration says, and print where the model is."""
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import load_config
     from k2mini.distributed import ranks
@@ -121,7 +123,7 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_finetune(options: argparse.Namespace) -> None:
-    """Instruction tuning."""
+    """Train an adapter as the configuration says, and print where it is."""
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import load_config
     from k2mini.distributed import ranks
@@ -137,7 +139,7 @@ def run_finetune(options: argparse.Namespace) -> None:
         print(out)
 
 
-def _benchmark(config: PretrainConfig | FinetuneConfig, world: World) -> Benchmark | None:
+def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     """What `eval` asks for, its questions read before the long run begins."""
     section = config.eval
     if not section.every:
@@ -175,7 +177,7 @@ def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     return with_demo_files(config, is_main=is_main) if named else config
 
 
-def _either_config(options: argparse.Namespace) -> PretrainConfig | FinetuneConfig:
+def _either_config(options: argparse.Namespace) -> RunConfig:
     from k2mini.config_file import config_kind, load_config
 
     if config_kind(options.config) is PretrainConfig:

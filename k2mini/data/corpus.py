@@ -40,7 +40,7 @@ class Documents:
         self.num_tokens = len(self._tokens)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """See TokenSource."""
+        """Tokens start, …, stop - 1 and their places within their documents, as `TokenSource` says."""
         return self._tokens[start:stop], self._offsets[start:stop]
 
 
@@ -63,7 +63,7 @@ class Corpus:
         self._firsts = np.cumsum([0] + [len(tokens) for tokens in self._tokens])  # where each shard begins
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """See TokenSource."""
+        """Tokens start, …, stop - 1 and their places within their documents, as `TokenSource` says."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         tokens, offsets = [], []

@@ -1,6 +1,7 @@
 """Documents in files: plain text, Markdown, or JSON with a `text` field, each also compressed with gzip.
 
-JSON files are told apart by what they hold and not by their names: a list, or JSONL, one object a line.
+JSON files are told apart by what they hold and not by their names: a list, JSONL, or one object. In folders `.json` is
+passed over, for there it is seldom a document.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import IO, Any
 
 from k2mini.data.tokenizer import Tokenizer
 
-JSON_SUFFIXES = (".jsonl", ".json")
-SUFFIXES = (*JSON_SUFFIXES, ".txt", ".md")
+SUFFIXES = (".jsonl", ".json", ".txt", ".md")
 
 OnError = Callable[[str], None]  # gets one sentence; it raises, or returns to have what is wrong left out
 
@@ -35,7 +35,7 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if _suffix(file) and file.is_file())
+            files += sorted(f for f in path.rglob("*") if _suffix(f) not in (None, ".json") and f.is_file())
         elif not path.is_file():
             raise ValueError(f"there is no file or folder {path}")
         elif not _suffix(path):
@@ -58,7 +58,7 @@ def _suffix(path: Path) -> str | None:
 
 
 def read_texts(path: Path, on_error: OnError) -> Iterator[str]:
-    """The documents of one file. JSONL is read line by line, so a file may be larger than memory; a list is not.
+    """The documents of one file. A `.jsonl` is read line by line, so it may be larger than memory.
 
     Args:
         on_error: called with one sentence, naming file and line, for each line that is not a document (which is then
@@ -68,7 +68,7 @@ def read_texts(path: Path, on_error: OnError) -> Iterator[str]:
     """
     try:
         with _open(path) as file:
-            if _suffix(path) not in JSON_SUFFIXES:
+            if _suffix(path) in (".txt", ".md"):
                 try:
                     text = file.read().decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -77,7 +77,9 @@ def read_texts(path: Path, on_error: OnError) -> Iterator[str]:
                 if text.strip():
                     yield text
                 return
-            for place, entry in _entries(path, file, on_error):
+            by_line = _suffix(path) == ".jsonl"
+            entries = _entries(path, file, on_error) if by_line else read_entries(path, file.read(), on_error)
+            for place, entry in entries:
                 try:
                     text = _text_of(entry)
                 except ValueError as error:

@@ -17,6 +17,7 @@ from k2mini.config import (
     LoraSection,
     ModelSection,
     PretrainConfig,
+    RunConfig,
     RunSection,
     TrainSection,
 )
@@ -173,7 +174,7 @@ def _finetune_config(
     )
 
 
-def _train(out: Path, name: str, config: PretrainConfig | FinetuneConfig) -> Path:
+def _train(out: Path, name: str, config: RunConfig) -> Path:
     """Train a stage unless it is complete, and keep its configuration where report.md's commands name it."""
     make_writable(out / "configs")
     write_text(out / "configs" / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")

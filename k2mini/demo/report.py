@@ -86,6 +86,6 @@ def write_report(
     write_text(out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     try:
         plot_losses(runs, out / "loss.png", chain=True)
-    except ValueError as error:  # the extra is not installed
+    except ValueError as error:
         log.info("no loss.png, the stages' loss curves: %s", error)
     return report

@@ -71,7 +71,7 @@ def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
         name = path.removeprefix(PREFIX)
         if name == "base":
             return str(BASE)
-        if is_main and not folder.exists():  # other ranks wait for it when they read the base
+        if is_main and not folder.exists():  # other ranks meet the first in `run.pretrain`
             write_world(folder, 0, FULL)
         if is_main and not (folder / name).exists():
             names = ", ".join(sorted(file.name for file in folder.iterdir()))

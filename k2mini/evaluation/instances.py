@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2mini.config import EvalSection
 from k2mini.data.batches import shuffled
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
@@ -41,9 +42,9 @@ class EvalConfig:
     Raises ValueError where a value is not one of these.
     """
 
-    scoring: str = "letter"
-    template: str = "alpaca"
-    answer_prefix: str = ""
+    scoring: str = EvalSection.scoring
+    template: str = EvalSection.template
+    answer_prefix: str = EvalSection.answer_prefix
     normalize: str = "byte"
     score_end: bool = False
     num_fewshot: int = 0
@@ -59,9 +60,9 @@ class EvalConfig:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot must be 0 or more, not {self.num_fewshot}")
+            raise ValueError(f"num_fewshot (--shots) must be 0 or more, not {self.num_fewshot}")
         if self.num_fewshot and self.fewshot_file is not None:
-            raise ValueError("num_fewshot and fewshot_file can't be given together")
+            raise ValueError("num_fewshot (--shots) and fewshot_file (--shots-file) can't be given together")
         if self.fewshot_file is not None and not Path(self.fewshot_file).is_file():
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 

@@ -22,7 +22,10 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 over the longest common subsequence of words (Lin 2004, "ROUGE", section 3)."""
+    """F1, from 0 to 1, over the longest common subsequence of words (Lin 2004, "ROUGE", section 3).
+
+    Returns: 0 where one of the two has no words.
+    """
     ours, theirs = words(answer), words(reference)
     if not ours or not theirs:
         return 0.0

@@ -1,4 +1,4 @@
-"""Products and attention of few rows, as operations that torch.compile turns into fast loops on a CPU.
+"""Products and attention of few rows, written so that torch.compile makes them stream the weights on a CPU.
 
 Reading the weights bounds the speed of decoding. For few rows, libraries read at half of the memory's bandwidth; a
 compiled multiply-and-add comes close to all of it, also over int8 weights, which it converts as it reads them.

@@ -88,7 +88,7 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """How many rows the cache has."""
         return self.lengths.shape[0]
 
     def reserve(self, length: int) -> None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.build import is_sharded, kept_dtype, make_trainable
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh
 from k2mini.dtypes import DTYPES
@@ -32,8 +32,6 @@ from k2mini.sizes import readable
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.step import build_optimizer, rank_share
 from k2mini.weights.model_directory import model_directory
-
-Config = PretrainConfig | FinetuneConfig
 
 BUDGET = 0.9  # of a device's memory; the rest is for what is not counted
 
@@ -69,7 +67,7 @@ class _Planned(Llama):
         return projected_loss(hidden, self.head_weight, labels.flatten())
 
 
-def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
+def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     """Plan a run on so many ranks.
 
     Args:
@@ -102,7 +100,7 @@ def plan_run(config: Config, world_size: int, *, exact: bool = True) -> Plan:
         kinds=kinds,
         received=_received(config, world_size, parameters, trained),
         # Weights and AdamW's two moments, in float32 or float64.
-        checkpoint=3 * trained * _kept(config).itemsize,
+        checkpoint=3 * trained * kept_dtype(config.model, None).itemsize,
         step_tokens=config.train.global_batch_size * row,
         epoch_tokens=epoch_tokens,
         epoch_steps=epoch_steps,
@@ -127,17 +125,12 @@ def planned_shape(path: str) -> ModelConfig:
     return read_model_config(directory)
 
 
-def _kept(config: Config) -> torch.dtype:
-    """The dtype of the parameters that train, of their gradients and of AdamW's moments."""
-    return torch.promote_types(DTYPES[config.model.dtype], torch.float32)
-
-
-def _lora(config: Config) -> LoraSection | None:
+def _lora(config: RunConfig) -> LoraSection | None:
     return config.lora if isinstance(config, FinetuneConfig) else None
 
 
 @contextmanager
-def _ranks(config: Config, world_size: int) -> Iterator[DeviceMesh | None]:
+def _ranks(config: RunConfig, world_size: int) -> Iterator[DeviceMesh | None]:
     """The mesh of a process group of which only this rank exists; None where the run is not sharded."""
     if not is_sharded(config.model, _lora(config), world_size):
         yield None
@@ -153,7 +146,7 @@ def _ranks(config: Config, world_size: int) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def _track(config: Config, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple[int, int, int, dict[str, int]]:
+def _track(config: RunConfig, shape: ModelConfig, mesh: DeviceMesh | None) -> tuple[int, int, int, dict[str, int]]:
     """The peak of a step, the number of parameters and of those that train, and what the peak consists of."""
     lora = _lora(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -191,7 +184,7 @@ def _of_dtype(shape: ModelConfig, dtype: torch.dtype) -> _Planned:
         torch.set_default_dtype(before)
 
 
-def _fake_batch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
+def _fake_batch(config: RunConfig) -> tuple[Tensor, Tensor | None, Tensor]:
     rows = config.train.micro_batch_size
     data: Any = config.data
     length = data.seq_len if isinstance(config, PretrainConfig) else data.max_seq_len
@@ -200,7 +193,7 @@ def _fake_batch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
     return tokens, torch.zeros_like(tokens) if masked else None, torch.zeros_like(tokens)
 
 
-def _received(config: Config, world_size: int, parameters: int, trained: int) -> int:
+def _received(config: RunConfig, world_size: int, parameters: int, trained: int) -> int:
     """Bytes that a rank receives in a step.
 
     For each micro-batch parameters are gathered (with ZeRO-3 again for the backward pass) and gradients reduced. Of n
@@ -211,7 +204,7 @@ def _received(config: Config, world_size: int, parameters: int, trained: int) ->
     group = world_size // config.parallel.replicate
     full = isinstance(config, PretrainConfig)
     gathered = parameters * DTYPES[config.model.dtype].itemsize * (1 + config.parallel.reshard_after_forward)
-    reduced = trained * (4 if full else _kept(config).itemsize)
+    reduced = trained * (4 if full else kept_dtype(config.model, None).itemsize)
     between = 2 * (config.parallel.replicate - 1) / config.parallel.replicate * reduced / group
     return int(micro_steps * ((gathered + reduced) * (group - 1) / group + between))
 
@@ -231,7 +224,7 @@ def describe(plan: Plan, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def smallest_change(config: Config, world_size: int, memory: int, budget: float) -> str | None:
+def smallest_change(config: RunConfig, world_size: int, memory: int, budget: float) -> str | None:
     """The cheapest of a few changes with which the run would fit, as overrides and its peak; None where none is enough.
 
     Args:
@@ -256,11 +249,11 @@ def smallest_change(config: Config, world_size: int, memory: int, budget: float)
     return None
 
 
-def _section(config: Config, key: str) -> str:
+def _section(config: RunConfig, key: str) -> str:
     return next(name for name in ("train", "parallel", "model") if hasattr(getattr(config, name), key))
 
 
-def _changes(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], int]]:
+def _changes(config: RunConfig, world_size: int) -> Iterator[tuple[dict[str, Any], int]]:
     """(overrides, ranks) to try, the cheapest first: each setting with those before it; then more ranks, too."""
     overrides: dict[str, Any] = {}
     if not config.parallel.reshard_after_forward:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig
+from k2mini.config import IGNORE_INDEX, FinetuneConfig, RunConfig
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Corpus, Documents, is_prepared
 from k2mini.data.documents import list_files, read_documents
@@ -16,7 +16,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.weights.model_directory import ModelDirectory
 
 
-def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[str]:
+def preview(config: RunConfig, number: int) -> Iterator[str]:
     """The first `number` samples of a run, in the order in which it takes them, as lines of text.
 
     Raises ValueError where the data or the tokenizer can't be read.
@@ -30,7 +30,7 @@ def preview(config: PretrainConfig | FinetuneConfig, number: int) -> Iterator[st
         yield from _table(samples.batch(index, 1), tokenizer)
 
 
-def _samples(config: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer) -> Blocks | Examples:
+def _samples(config: RunConfig, tokenizer: Tokenizer) -> Blocks | Examples:
     data, seed = config.data, config.run.seed
     if isinstance(config, FinetuneConfig):
         section = config.data

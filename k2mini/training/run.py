@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from k2mini.build import training_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig
 from k2mini.data.batches import Blocks, shuffled
 from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import list_files
@@ -130,7 +130,7 @@ def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Exampl
     return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]
 
 
-def _start(config: PretrainConfig | FinetuneConfig, result: str, world: World) -> Path:
+def _start(config: RunConfig, result: str, world: World) -> Path:
     """Make the run's directory with the configuration in it. Returns where the result goes; it may exist already."""
     run_dir = Path(config.run.dir)
     out = run_dir / result
@@ -186,7 +186,7 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
 _FREE = ("micro_batch_size", "val_every", "activation_checkpointing", "compile", "tf32", "on_error")
 
 
-def _identity(config: PretrainConfig | FinetuneConfig, content: str, tokenizer: Path) -> dict[str, Any]:
+def _identity(config: RunConfig, content: str, tokenizer: Path) -> dict[str, Any]:
     """What a checkpoint must agree on to be resumed; `content` is a hash of the training data."""
     raw = asdict(config)
     data = {key: value for key, value in raw["data"].items() if key not in _FREE and not key.endswith("path")}

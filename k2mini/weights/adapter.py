@@ -159,6 +159,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) 
     Raises ValueError where the two do not belong together, or the result is not finite.
     """
     directory = ModelDirectory(base)
+    directory.require_model()
     source, tokenizer = merged_reader(directory, adapter), find_tokenizer(base)
     save_model(source, directory.config, out, tokenizer=tokenizer, force=force, inputs=(base, adapter))
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("hf", "bin", "meta", "gguf")
 
 
-def open_model(directory: ModelDirectory) -> tuple[Source, ModelConfig]:
+def open_layout(directory: ModelDirectory) -> tuple[Source, ModelConfig]:
     """A model's tensors, under Hugging Face's names, and its shape, from any layout that k2mini reads.
 
     Raises ValueError, naming the file, where the directory holds no model, or a part of one.
@@ -56,9 +56,10 @@ def convert(
     if quantize is not None and (kind, quantize) != ("hf", "int8"):
         raise ValueError(f"--quantize {quantize} --to {kind} is not possible: weights are stored in int8, with --to hf")
     directory = ModelDirectory(path)
+    directory.require_model()
     if directory.is_int8:
         raise ValueError(f"{path} is quantised; convert the full-precision model that it was made of")
-    source, config = open_model(directory)
+    source, config = open_layout(directory)
     check_tensors(source, tensor_shapes(config), path)
     tokenizer = _tokenizer(path)
     source = _WithoutHead(source) if config.tie_embeddings else source

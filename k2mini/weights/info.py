@@ -12,7 +12,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.model_config import ModelConfig
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
-from k2mini.weights.convert import open_model
+from k2mini.weights.convert import open_layout
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 
 WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -33,7 +33,7 @@ def inspect_directory(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"directory": str(path), "files": _files(path), "manifest": manifest is not None}
     if (path / "adapter_config.json").is_file():
         return found | _adapter(path)
-    source, config = open_model(directory)
+    source, config = open_layout(directory)
     sizes: Counter[str] = Counter()
     for name in source.names():
         stored = source.stored_dtype(name) if isinstance(source, CheckpointReader) else source.dtype(name)

@@ -69,6 +69,11 @@ class ModelDirectory:
         """The tensors, by name."""
         return CheckpointReader(self.path)
 
+    def require_model(self) -> None:
+        """Raise ValueError where the directory is a delta that k2mini made: its tensors are those of no model."""
+        if (self.manifest or {}).get("kind") == "delta":
+            raise ValueError(f"{self.path} is a delta, not a model; k2mini delta apply puts it on its base")
+
     def require_tokenizer_file(self) -> Path:
         """The path of tokenizer.model, which is not opened. Raises ValueError where there is none."""
         path = self.path / "tokenizer.model"
@@ -213,8 +218,7 @@ class CheckpointReader:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start, …, stop - 1 of one tensor, and nothing else of it."""
-        rows: Tensor = self._stored(name)[start:stop]
-        return rows
+        return self._stored(name)[start:stop]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """One tensor's shape, from the header."""
@@ -249,10 +253,8 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
             return _indexed(directory / f"{single}.index.json")
         if (directory / single).is_file():
             return {directory / single: None}
-    raise ValueError(
-        f"{directory} has no weights: no model.safetensors or pytorch_model.bin, alone or with an index "
-        "(.index.json) of shards"
-    )
+    names = "no model.safetensors or pytorch_model.bin, alone or with an index (.index.json) of shards"
+    raise ValueError(f"{directory} has no weights: {names}")
 
 
 def _indexed(index: Path) -> dict[Path, list[str] | None]:
@@ -285,10 +287,8 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], direc
         pair = ("lm_head.weight", "model.embed_tokens.weight")
         whole = (source.rows(name, 0, source.shape(name)[0]) for name in pair)
         if pair[1] not in found or source.shape(pair[0]) != source.shape(pair[1]) or not torch.equal(*whole):
-            raise ValueError(
-                f"{directory}: config.json ties lm_head to the embedding, yet lm_head.weight is stored and "
-                "differs; set tie_word_embeddings to false if the stored one is meant"
-            )
+            said = "config.json ties lm_head to the embedding, yet lm_head.weight is stored and differs"
+            raise ValueError(f"{directory}: {said}; set tie_word_embeddings to false if the stored one is meant")
         extra.remove("lm_head.weight")
     if missing:
         hint = "; is tie_word_embeddings meant to be true?" if missing == ["lm_head.weight"] else ""

@@ -56,11 +56,11 @@ class Tensors:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape."""
+        """The shape of the tensor of that name."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """One tensor's dtype."""
+        """The dtype of the tensor of that name."""
         return self._tensors[name].dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

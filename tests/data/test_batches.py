@@ -150,6 +150,14 @@ def test_json_is_read_by_what_it_holds(tiny_tokenizer, tmp_path, name, listed):
     assert read_documents(tmp_path / name, tiny_tokenizer, eos=False) == expected
 
 
+def test_one_object_is_one_document_and_folders_pass_json_over(tiny_tokenizer, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "granite"}, indent=1))
+    expected = [tiny_tokenizer.encode("granite", bos=True, eos=False)]
+    assert read_documents(tmp_path / "a.json", tiny_tokenizer, eos=False) == expected
+    (tmp_path / "b.txt").write_text("basalt")
+    assert list_files([tmp_path]) == [tmp_path / "b.txt"]
+
+
 def test_suffixes_in_capitals(tiny_tokenizer, tmp_path):
     (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"granite"))
     (tmp_path / "B.Md").write_text("basalt")

@@ -178,12 +178,12 @@ def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, for
     import sentencepiece
 
     model, reference = llama_sized
-    shots = asset("data", "geobench", f"multiple_choice_samples{form}.txt")
+    file = asset("data", "geobench", f"multiple_choice_samples{form}.txt")
     questions = [q for q in load_geobench(geobench["npee"]) if q.task == "npee/choice"]
-    results = evaluate(model, llama_tokenizer, questions, EvalConfig("k2", f"k2{form}", fewshot_file=str(shots)))
+    results = evaluate(model, llama_tokenizer, questions, EvalConfig("k2", f"k2{form}", fewshot_file=str(file)))
     published = json.loads(geobench["npee"].read_text())["choice"]["question"]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer.path))
-    theirs = k2_loop(reference, tokenizer, shots.read_text().rstrip("\n"), published, answer_mark=answer_mark)
+    theirs = k2_loop(reference, tokenizer, file.read_text().rstrip("\n"), published, answer_mark=answer_mark)
     moved = []
     for question, result, (letter, found) in zip(questions, results, theirs, strict=True):
         assert (result.prediction, question.index) == (letter, question.index)
@@ -250,9 +250,9 @@ def test_examples_are_never_the_question_or_a_copy_of_it(tiny_tokenizer):
     questions = [*rocks(5), *[Question("rocks", 5 + i, *q[2:]) for i, q in enumerate(map(fields, rocks(5)))]]
     builder = PromptBuilder(questions, EvalConfig(num_fewshot=4), tiny_tokenizer, 10**6)
     for question in questions:
-        shots = builder._examples(question)
-        assert len(set(shots)) == 4
-        assert all(question.stem not in shot.split("\n") for shot in shots)
+        examples = builder._examples(question)
+        assert len(set(examples)) == 4
+        assert all(question.stem not in example.split("\n") for example in examples)
     with pytest.raises(ValueError, match=r"--shots 5: rocks has 5 distinct questions to draw from"):
         PromptBuilder(questions, EvalConfig(num_fewshot=5), tiny_tokenizer, 100)
 
@@ -275,7 +275,7 @@ def test_what_can_not_be_scored_is_refused(tiny_tokenizer):
         ({"scoring": "best"}, "scoring must be one of letter, text, k2"),
         ({"normalize": "word"}, "normalize must be one of"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"num_fewshot": -1}, "num_fewshot must be 0 or more"),
+        ({"num_fewshot": -1}, "must be 0 or more"),
         ({"num_fewshot": 2, "fewshot_file": "x"}, "can't be given together"),
         ({"fewshot_file": "/nowhere"}, "there is no file of examples"),
     ],

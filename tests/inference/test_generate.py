@@ -84,7 +84,7 @@ def test_rows_are_as_alone_with_stops_of_all_kinds(sampling):
     model = tiny_llama()
     prompts = [[1, 2 + i, *range(20, 20 + 3 * i)] for i in range(6)]
 
-    def until(limits):
+    def ends_after(limits):
         made = dict.fromkeys(range(6), 0)
 
         def ended(row, _token):
@@ -95,10 +95,10 @@ def test_rows_are_as_alone_with_stops_of_all_kinds(sampling):
 
     limits = [3, 40, 1, 7, 40, 5]
     decoding, stops = Decoding(20, sampling, seed=11, top_logprobs=4), list(range(90, 110))
-    batch = generate(model, prompts, decoding, stop_ids=stops, stopping_criteria=until(limits))
+    batch = generate(model, prompts, decoding, stop_ids=stops, stopping_criteria=ends_after(limits))
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         own = replace(decoding, seed=11 + row)
-        (alone,) = generate(model, [prompt], own, stop_ids=stops, stopping_criteria=until([limit]))
+        (alone,) = generate(model, [prompt], own, stop_ids=stops, stopping_criteria=ends_after([limit]))
         assert (alone.tokens, alone.finish) == (batch[row].tokens, batch[row].finish)
         assert alone.logprobs == pytest.approx(batch[row].logprobs, abs=1e-5)
         for one, other in zip(alone.top, batch[row].top, strict=True):

@@ -104,8 +104,9 @@ def test_commands_convert_verify_and_info(trio, capfd):
         (
             ["convert", trio / "delta", "--to", "hf", "--out", trio / "x"],
             2,
-            "torch.int32, as in a delta or in quantised",
+            "is a delta, not a model; k2mini delta apply puts it on its base",
         ),
+        (["merge", "--base", trio / "delta", "--adapter", trio / "base", "--out", trio / "x"], 2, "is a delta, not a"),
         (["convert", trio / "base", "--to", "hf", "--quantize", "int8", "--out", trio / "int8"], 0, "int8"),
         (
             ["merge", "--base", trio / "int8", "--adapter", trio / "base", "--out", trio / "x"],

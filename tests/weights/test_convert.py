@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from k2mini.build import load_model
 from k2mini.model_config import Llama3RopeScaling, tensor_shapes
-from k2mini.weights.convert import convert, open_model
+from k2mini.weights.convert import convert, open_layout
 from k2mini.weights.info import inspect_directory, memory
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
@@ -28,7 +28,7 @@ def saved(folder, tokenizer, shape, dtype=torch.float16):
 
 def assert_equal(one, other):
     """Bit for bit, whatever the order in the files."""
-    a, b = (hash_tensors(open_model(ModelDirectory(directory))[0]) for directory in (one, other))
+    a, b = (hash_tensors(open_layout(ModelDirectory(directory))[0]) for directory in (one, other))
     assert a == b
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
