@@ -202,6 +202,7 @@ def training_model(
     elif section.quantize is None:
         check_memory(model.config.num_parameters(), kept, kept, world.device)
     _materialise(model, directory.reader, world.device)
+    del directory.reader  # it would keep the files mapped all the while; asked for again, it opens them again
     if lora is not None:
         init_adapters(model, seed)
     return model, directory

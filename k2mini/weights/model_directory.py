@@ -100,10 +100,10 @@ class ModelDirectory:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         # Where config.json disagrees on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the tokenizer is right.
-        tokenizer = Tokenizer(self.require_tokenizer_file())
+        config, tokenizer = self._raw_config, Tokenizer(self.require_tokenizer_file())
         self.check_vocab_size(tokenizer.vocab_size)
         for key, right in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-            said, file = self._raw_config.get(key), self.path / "config.json"
+            said, file = config.get(key), self.path / "config.json"
             if said is not None and said != right and not (isinstance(said, list) and right in said):
                 log.warning("%s says %s %s, tokenizer.model says %s; using the tokenizer's", file, key, said, right)
         return tokenizer
