@@ -68,8 +68,21 @@ def write_text(path: Path, text: str) -> None:
     sync_path(path.parent)
 
 
+def check_file(path: Path) -> None:
+    """Raise ValueError where `path` is a folder or lies in none: before the long work whose result it is to hold."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+
+
 def make_writable(directory: Path) -> None:
-    """Make `directory` if it is missing. Raises OSError, naming it, where files can't be written there."""
+    """Make `directory` if it is missing.
+
+    Raises OSError, naming it, where files can't be written there, ValueError where it is a file.
+    """
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; name a folder")
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f".{os.getpid()}.tmp"
     probe.touch()

@@ -212,7 +212,7 @@ def test_bad_input_of_eval_writes_nothing(run, tiny_directory, tmp_path, geobenc
         assert not out_dir.exists()
     status, _, err = run("eval", "--model", tiny_directory, "--benchmark", geobench["npee"], "--out", tmp_path / "file")
     assert status == 2
-    assert "File exists" in err
+    assert "file is a file; name a folder" in err
 
 
 def test_debug_shows_the_traceback():

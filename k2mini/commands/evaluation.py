@@ -166,6 +166,7 @@ def _read_inputs(
         options.batch_size,
     )
     questions = [question for path in options.benchmark for question in read_benchmark(path)]
+    tasks = list(dict.fromkeys(question.task for question in questions))
     wanted = set(options.tasks or [])
     if wanted:
         questions = [question for question in questions if question.task in wanted]
@@ -176,7 +177,9 @@ def _read_inputs(
     open_tasks = {f"npee/{kind}": kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted}
     unknown = wanted - {question.task for question in questions} - {*open_tasks}
     if unknown:
-        raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task")
+        raise ValueError(
+            f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {', '.join(tasks)}"
+        )
     texts = [path.read_text(encoding="utf-8") for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
@@ -203,7 +206,10 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_compare(options: argparse.Namespace) -> None:
     """Runs of `eval` side by side."""
     from k2mini.evaluation.compare import compare, comparison_table, draw
+    from k2mini.files import check_file
 
+    if options.chart is not None:
+        check_file(options.chart)
     found = compare(options.runs)
     if options.chart is not None:
         draw(found, options.chart)

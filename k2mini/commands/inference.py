@@ -96,12 +96,14 @@ def _decoding(options: argparse.Namespace) -> Decoding:
         no_repeat_ngram_size=options.no_repeat_ngram_size,
     )
     beams = None
+    idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if getattr(options, name) != off]
+    names = ", ".join("--" + name.replace("_", "-") for name in idle)
     if options.num_beams != 1:
         beams = Beams(options.num_beams, options.length_penalty, options.early_stopping)
-        idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if getattr(options, name) != off]
         if idle:
-            names = ", ".join("--" + name.replace("_", "-") for name in idle)
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
+    elif idle and options.temperature == 0:
+        log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
     return Decoding(
         options.max_new_tokens,
         sampling,
@@ -114,12 +116,14 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
-    from k2mini.files import write_text
+    from k2mini.files import check_file, write_text
     from k2mini.inference.answers import answers
 
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
     questions = _questions(options)
+    if options.out is not None:
+        check_file(options.out)
     model, tokenizer = _load(options)
     prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
     for prompt in prompts:

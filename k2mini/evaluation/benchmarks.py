@@ -113,8 +113,10 @@ def read_benchmark(path: Path) -> list[Question]:
 
 
 def _read(path: Path) -> list[tuple[str, Any]]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the files in it: {EXPECTED}")
     if not path.is_file():
-        raise ValueError(f"there is no benchmark file {path}")
+        raise ValueError(f"there is no benchmark file {path}; {EXPECTED}")
     return read_entries(path)
 
 

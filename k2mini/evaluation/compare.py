@@ -53,7 +53,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
             entries.append(entry)
         found.append({"task": task, "n": len(keys), "runs": entries})
     if not found:
-        raise ValueError("the runs have no task of the same questions in common")
+        raise ValueError("the runs have no task of the same questions in common; were --limit and --tasks the same?")
     return found
 
 

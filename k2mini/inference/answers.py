@@ -53,7 +53,8 @@ def _question(entry: Any, place: str) -> tuple[str, str]:
         raise ValueError(f"{place} has both `{asked[0]}` and `{asked[1]}`; leave the one that is to be asked")
     question, context = record.get(asked[0]) if asked else None, record.get("input")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{place} is neither a question nor an object with a {FIELDS[0]!r}")
+        fields = " or ".join(f"`{field}`" for field in FIELDS)
+        raise ValueError(f"{place} is neither a question nor an object whose {fields} is text")
     if context is not None and not isinstance(context, str):
         raise ValueError(f"{place}: `input` must be text, not {context!r}")
     return question, context or ""

@@ -77,6 +77,8 @@ def check_base(directory: Path, base: ModelDirectory) -> None:
 def read_adapter_config(directory: Path) -> LoraSection:
     """The shape of an adapter. Raises ValueError where `directory` is not one, or uses what k2mini does not have."""
     path = directory / "adapter_config.json"
+    if not directory.exists():
+        raise ValueError(f"there is no directory {directory}")
     if not path.is_file():
         raise ValueError(f"{directory} has no adapter_config.json, so it is not an adapter")
     raw = read_json(path)

@@ -54,6 +54,7 @@ def test_beams_say_what_has_no_effect(tiny_directory, run):
     assert status == 0
     assert "--temperature, --top-k, --top-p: no effect with --num-beams 4" in err
     assert run(*common, *k2[:4])[1] == out
+    assert "--top-k: no effect without --temperature" in run(*common, "--top-k", 40)[2]
 
 
 def test_stop_strings_in_a_batch(tiny_directory):
@@ -145,6 +146,10 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
 
 
 BAD = {
+    "folder to write": (None, ["--prompt", "a", "--out", "."], ". is a folder; name a file"),
+    "no folder to write in": (None, ["--prompt", "a", "--out", "no/a.json"], "no/a.json: there is no folder no"),
+    "number": ('[{"instruction": 3}]', ["--input", "FILE.json"], "`question` or `prompt` or `instruction` is text"),
+    "no adapter": (None, ["--prompt", "a", "--adapter", "nowhere"], "there is no directory nowhere"),
     "no question": ("[]", ["--input", "FILE.json"], "FILE.json is empty"),
     "no JSON": ("{", ["--input", "FILE.json"], "FILE.json, line 1: not valid JSON"),
     "no list": ('{"a": 1}', ["--input", "FILE.json"], "line 1 is neither a question nor an object"),
