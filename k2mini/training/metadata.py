@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 _ALLOWED = {
     ("torch", "Size"),
@@ -32,9 +32,18 @@ _ALLOWED = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """What `getattr` is let do: name a memory format, as early releases of Python 3.11 pickle members of an enum."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"it names {name} of {kind}")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Look up a name in the pickle: torch's dtypes and the few classes of metadata, and nothing else."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")

@@ -3,10 +3,12 @@
 import pickle
 import resource
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from k2mini.distributed import World
 from k2mini.files import sha256
@@ -19,7 +21,7 @@ from k2mini.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from k2mini.training.metadata import SafeReader
+from k2mini.training.metadata import SafeReader, _Unpickler
 from k2mini.training.step import build_optimizer
 from tests.conftest import tiny_llama
 from tests.helpers import section
@@ -89,6 +91,23 @@ def test_code_planted_in_the_metadata_does_not_run(tmp_path):
         (path / ".metadata").write_bytes(harmful)
         with pytest.raises(ValueError, match="is not a checkpoint's metadata"):
             SafeReader(path).read_metadata()
+
+
+def test_metadata_of_early_python_3_11_is_read_and_getattr_reaches_nothing_else():
+    """There, a member of an enum is pickled as a call of getattr."""
+
+    class Call:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return getattr, self.arguments
+
+    for member in _MEM_FORMAT_ENCODING:
+        assert _Unpickler(BytesIO(pickle.dumps(Call(_MEM_FORMAT_ENCODING, member.name)))).load() is member
+    for arguments in ((_MEM_FORMAT_ENCODING, "__class__"), (torch.Size, "__class__")):
+        with pytest.raises(pickle.UnpicklingError, match="it names __class__ of"):
+            _Unpickler(BytesIO(pickle.dumps(Call(*arguments)))).load()
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path):
