@@ -88,6 +88,15 @@ def test_plot_without_its_extra(training, run, without):
     assert not (training / "loss.png").exists()
 
 
+def test_a_picture_is_a_file(training, run):
+    """matplotlib would write FOLDER.png beside a folder, and a picture needs a folder that is there."""
+    for out, said in [(training, "is a folder; name a file"), (training / "no" / "loss.png", "there is no folder")]:
+        status, _, err = run("plot", training / "one", "--out", out)
+        assert status == 2
+        assert said in err
+    assert not training.with_name(f"{training.name}.png").exists()
+
+
 def test_compare_without_its_extra(evaluated, run, without):
     without("plot")
     done = run("compare", evaluated / "one", evaluated / "two", "--chart", evaluated / "chart.png")
