@@ -109,7 +109,7 @@ def test_another_seed_needs_another_folder(demo, tmp_path):
     with pytest.raises(ValueError, match=r"holds a quick demo, not a full one; remove .*, or name another folder"):
         run_demo(out)
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
         run_demo(tmp_path / "file", quick=True)
 
 
