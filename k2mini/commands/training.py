@@ -14,6 +14,8 @@ from k2mini.config import DTYPE_NAMES, FinetuneConfig, PretrainConfig, RunConfig
 from k2mini.sizes import parse_size, readable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from k2mini.config_file import Config
     from k2mini.data.tokenizer import Tokenizer
     from k2mini.distributed import World
@@ -104,19 +106,9 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_pretrain(options: argparse.Namespace) -> None:
     """Train all parameters as the configuration says, and print where the model is."""
-    from k2mini.build import is_sharded, pick_device, set_threads
-    from k2mini.config_file import load_config
-    from k2mini.distributed import ranks
-    from k2mini.training import run
+    from k2mini.training.run import pretrain
 
-    set_threads(options.threads)
-    device = pick_device(options.device)
-    config = load_config(PretrainConfig, options.config, _overrides(options))
-    with ranks(device, config.parallel, alone_too=is_sharded(config.model, None, 1)) as world:
-        config = _with_demo_files(config, is_main=world.is_main)
-        out = run.pretrain(config, world, benchmark=_benchmark(config, world))
-    if world.is_main:
-        print(out)
+    _train(options, PretrainConfig, pretrain)
 
 
 def finetune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,17 +118,24 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_finetune(options: argparse.Namespace) -> None:
     """Train an adapter as the configuration says, and print where it is."""
+    from k2mini.training.run import finetune
+
+    _train(options, FinetuneConfig, finetune)
+
+
+def _train(options: argparse.Namespace, kind: type[Config], start: Callable[..., Path]) -> None:
+    """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 prints where its result is."""
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import load_config
     from k2mini.distributed import ranks
-    from k2mini.training import run
 
     set_threads(options.threads)
     device = pick_device(options.device)
-    config = load_config(FinetuneConfig, options.config, _overrides(options))
-    with ranks(device, config.parallel, alone_too=is_sharded(config.model, config.lora, 1)) as world:
+    config = load_config(kind, options.config, _overrides(options))
+    lora = config.lora if isinstance(config, FinetuneConfig) else None
+    with ranks(device, config.parallel, alone_too=is_sharded(config.model, lora, 1)) as world:
         config = _with_demo_files(config, is_main=world.is_main)
-        out = run.finetune(config, world, benchmark=_benchmark(config, world))
+        out = start(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
         print(out)
 
