@@ -50,7 +50,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     scale, spent = (QUICK if quick else FULL), _settings(out, seed, quick)
     if (out / "report.json").exists():
         log.info("what is finished in %s is not run again; to run it anew, remove it or name another --out", out)
-    base, steps = out / "base", _Steps(8 + 3 * control)
+    base, steps = out / "base", _Steps(8 + 3 * control, quick)
 
     steps.begin("the miniature world: facts, corpus, instructions, questions", 1)
     _write_inputs(out, seed, scale)
@@ -106,15 +106,16 @@ def _control(out: Path, seed: int, scale: Scale, steps: _Steps) -> Stage:
 
 
 class _Steps:
-    """The steps as the user reads them on stderr: a number, what is done, and about how long it takes."""
+    """The steps as the user reads them: a number, what is done and, in a full demo, about how long it takes."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.number = total, 0
+    def __init__(self, total: int, quick: bool) -> None:
+        self.total, self.quick, self.number = total, quick, 0
 
     def begin(self, what: str, seconds: int) -> None:
         """Announce the next step."""
         self.number += 1
-        log.info("[%d/%d] %s (about %d s on two cores)", self.number, self.total, what, seconds)
+        time_needed = "" if self.quick else f" (about {seconds} s on two cores)"
+        log.info("[%d/%d] %s%s", self.number, self.total, what, time_needed)
 
 
 def _write_inputs(out: Path, seed: int, scale: Scale) -> None:
