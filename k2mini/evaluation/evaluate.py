@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.errors import StoppedBySignalError
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.report import Result, markdown, summarise
@@ -60,7 +62,7 @@ def evaluate(
     try:
         # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
         tokens = tokens_to_run(requests, share=share)
-        with progress_bar(sum(tokens), label, "tokens", shown=shown) as progress:
+        with progress_bar(sum(tokens), label, "tokens", shown=shown and bool(pending)) as progress:
             for place, logprobs in score(model, requests, batch_size=config.batch_size, share=share):
                 result = _result(pending[place], logprobs, config)
                 done[result.task, result.index] = result
@@ -138,7 +140,12 @@ def run_benchmark(
         make_writable(out)
         journal = out / RESULTS
         _check_settings(out, {"model": fingerprint or name, **config.settings()})
-    results = evaluate(model, tokenizer, questions, config, label, journal=journal)
+    try:
+        results = evaluate(model, tokenizer, questions, config, label, journal=journal)
+    except KeyboardInterrupt:
+        if journal is None:
+            raise
+        raise StoppedBySignalError(signal.SIGINT, f"the results so far are in {journal}") from None
     report = {
         "model": name,
         "fingerprint": fingerprint,

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import k2mini.evaluation.evaluate
 from k2mini.build import load_model
 from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import load_subjective
@@ -47,6 +48,26 @@ def test_killed_half_way_it_goes_on(tiny_directory, task, tmp_path, run):
     status, _, err = run(*common[:-1], 4, "--out", out)
     assert status == 2
     assert "holds results with seed 3, not 4; name another --out" in err
+
+
+def test_interrupted_it_says_where_the_results_are(tiny_directory, task, tmp_path, run, monkeypatch):
+    common = ["eval", "--model", tiny_directory, "--benchmark", task]
+    whole = k2mini.evaluation.evaluate.score
+
+    def interrupted(*arguments, **options):
+        yield next(whole(*arguments, **options))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(k2mini.evaluation.evaluate, "score", interrupted)
+        status, out, err = run(*common, "--out", tmp_path / "out")
+        assert (status, out) == (130, "")
+        assert f"the results so far are in {tmp_path / 'out/results.jsonl'}, start again to go on" in err
+        status, out, err = run(*common)
+        assert (status, out) == (130, "")
+        assert err.endswith("k2mini: interrupted\n")
+    assert run(*common, "--out", tmp_path / "out")[0] == 0
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 42
 
 
 def test_compare(tiny_directory, task, tmp_path, run):
