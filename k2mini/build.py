@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
-from k2mini.files import free_memory
 from k2mini.model_config import tensor_shapes
 from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
@@ -60,8 +60,7 @@ def load_model(
     """
     device = torch.device(device)
     opened = _open(directory)
-    tokenizer = opened.tokenizer
-    model, reader = _empty_model(opened), opened.reader
+    tokenizer, model, reader = opened.tokenizer, _empty_model(opened), opened.reader
     quantize = quantize or ("int8" if opened.is_int8 else None)
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
@@ -91,8 +90,8 @@ def open_model(path: str, device: str | None, threads: int | None, **wanted: Any
     directory = ModelDirectory(path)
     directory.require_tokenizer()  # before the weights, which take longer
     model, _ = load_model(directory, device=pick_device(device), **wanted)
-    parameters = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", path, parameters, NAMES[model.dtype], model.device)
+    millions = model.config.num_parameters() / 1e6
+    log.info("%s: %.1f M parameters, %s, on %s", path, millions, NAMES[model.dtype], model.device)
     return model, directory
 
 
@@ -100,8 +99,7 @@ def set_threads(number: int | None) -> None:
     """`--threads`: how many CPU threads PyTorch uses; None leaves its choice."""
     if number is not None and number < 1:
         raise ValueError(f"--threads must be at least 1, not {number}")
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(number or torch.get_num_threads())
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -281,7 +279,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: 
 def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:
     """Raise ValueError, saying what would fit, where the weights alone are larger than the memory that is free."""
     free, needed = _free_memory(device), num_parameters * dtype.itemsize
-    if free is None or needed <= free:
+    if needed <= free:
         return
     remedy = "use a device with more memory"
     if device.type == "cpu" and stored.itemsize < dtype.itemsize:
@@ -292,8 +290,11 @@ def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, d
     raise ValueError(f"{num_parameters:,} weights in {NAMES[dtype]} {sizes}; {remedy}")
 
 
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated, or None where the system does not tell."""
+def _free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return free_memory() if device.type == "cpu" else None
+    with suppress(OSError, ValueError):  # elsewhere than on Linux
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    return float("inf")

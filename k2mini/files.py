@@ -1,11 +1,10 @@
-"""Files and directories that appear whole or not at all, whether they fit, and the line that shows their progress.
+"""Reading files that nobody vouches for, and writing files and directories that appear whole or not at all.
 
-A file is written beside its place, synced, then renamed; so is a directory. Meanwhile there may be, beside NAME:
-    .NAME.PID.tmp   being filled; its process holds a lock on it, so one that nobody holds was left by a killed process
-    .NAME.new       complete, and about to take the name of a directory that exists
-    .NAME.old       the directory that had the name until now
-A directory cannot be renamed over another: with `force` the old one is renamed aside, then the new one renamed in, then
-the old one removed. So at every moment a complete directory stands under one of these names.
+What is written stands beside its place until it is complete, is synced, then renamed. Beside NAME there may be:
+    .NAME.tmp    a file or directory that is being filled
+    .NAME.old    the directory that had the name, while another takes it (none can be renamed over another)
+    .NAME.lock   whose process writes NAME; in a directory that is gone on with (a run's, eval's) it is `.lock`
+The process holds a lock on the lock file, which ends when it does. So whoever gets the lock may remove the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,13 +26,58 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+MOST = 2**28  # bytes of a file that describes others: config.json, an index, a manifest
+_held: set[Path] = set()  # the lock files that this process holds
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """JSON that is to be trusted: UTF-8, no key twice in an object, no half of a surrogate pair in a text.
+
+    Raises ValueError beginning with `where` for anything else, and where it is nested too deeply.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text, object_pairs_hook=_once)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: it is not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not valid JSON: a text in it has half of a surrogate pair (\\ud…)") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return fields
+
+
+def read_text(path: Path, most: int | None = None) -> str:
+    """A file's text, without a byte order mark.
+
+    Args:
+        most: bytes that it may have; it must be a regular file then.
+
+    Raises ValueError naming the file where it is not UTF-8 or larger, OSError where it can't be read.
+    """
+    if most is not None and path.exists() and not (path.is_file() and path.stat().st_size <= most):
+        raise ValueError(f"{path} is no regular file of at most {most:,} bytes")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
+
 
 def read_json(path: Path) -> Any:
-    """The parsed file. Raises ValueError naming the file where it is not JSON, OSError where it can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """The parsed file, which describes other files. Raises as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path, MOST), str(path))
 
 
 def sync_path(path: Path) -> None:
@@ -53,52 +98,30 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file; a reader sees the old one or the new one, never a part.
-
-    Raises OSError where the folder is missing or not writable; nothing is left behind then.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        sync_path(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_path(path.parent)
-
-
-def check_file(path: Path) -> None:
-    """Raise ValueError where `path` is a folder or lies in none: before the long work whose result it is to hold."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
-
-
-def make_writable(directory: Path) -> None:
-    """Make `directory` if it is missing.
-
-    Raises OSError, naming it, where files can't be written there, ValueError where it is a file.
-    """
-    if directory.is_file():
-        raise ValueError(f"{directory} is a file; name a folder")
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f".{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
-
-
-def check_new(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:
-    """Raise ValueError unless `path` can be filled by `new_directory`.
+def check_output(
+    path: Path,
+    *,
+    file: bool = False,
+    force: bool = False,
+    mark: str | None = None,
+    inputs: Sequence[str | Path] = (),
+    size: int = 0,
+) -> None:
+    """Decide whether `path` may be written. Every command asks this, before its work, and nothing else.
 
     Args:
-        force: a directory that exists may be replaced.
-        inputs: directories that are read meanwhile; the target may be none of them, nor in one, nor around one.
+        file: it is to be a file; else a directory.
+        force: replace a file, or a directory with something in it.
+        mark: go on with a directory that has an entry of this name.
+        inputs: what is read meanwhile; the output is none of them, lies in none and around none.
+        size: bytes that it will take.
+
+    Raises ValueError saying why not.
     """
-    for source in inputs:
-        ours, theirs = path.resolve(), source.resolve()
-        if ours == theirs:
+    ours = path.resolve()
+    for source in map(Path, inputs):
+        theirs = source.resolve()
+        if ours == theirs or (path.exists() and source.exists() and path.samefile(source)):
             raise ValueError(f"{path} is itself an input; name another place for the output")
         if theirs in ours.parents:
             raise ValueError(f"{path} is inside {source}, which is an input; name a place outside it")
@@ -107,151 +130,158 @@ def check_new(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{above} is a file, so nothing can be written below it")
+    if file and not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
     if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link; name the directory itself")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} exists already and is a file; name a directory")
-    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ValueError(f"{path} is a symbolic link; name what it stands for")
+    if path.exists() and not (path.is_file() if file else path.is_dir()):
+        raise ValueError(f"{path} is a {'folder; name a file' if path.is_dir() else 'file; name a folder'}")
+    if size > (free := shutil.disk_usage(above).free):
+        raise ValueError(f"{path} would take {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
+    place = path if mark is not None and path.is_dir() else above
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: there is no permission to write in {place}")
+    entries = [path] if file and path.exists() else [*path.iterdir()] if path.is_dir() else []
+    if mark is not None and any(not entry.name.startswith(".") for entry in entries) and not (path / mark).exists():
+        raise ValueError(f"{path} holds something else (it has no {mark}); name another folder")
+    if mark is None and entries and not force:
         raise ValueError(f"{path} exists already; name another place, remove it, or replace it with --force")
 
 
-def check_space(path: Path, needed: int) -> None:
-    """Raise ValueError where the disk of `path`, which may not exist yet, has less than `needed` bytes free."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{path} would take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
+@contextmanager
+def output(path: Path | None, *, force: bool = False, mark: str | None = None, **wanted: Any) -> Iterator[None]:
+    """Keep an output for this process until the block ends, once `check_output` allows it, which takes the same.
 
+    What a killed process left beside it is removed first. With `mark` the directory is made. None: no output.
 
-def free_memory() -> int | None:
-    """Bytes of main memory that are free (elsewhere than on Linux: all), or None where the system does not tell."""
-    try:
-        fields = Path("/proc/meminfo").read_text().split()
-        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # neither Linux nor another Unix
-        return None
+    Raises ValueError as `check_output` does, and where another process writes it.
+    """
+    if path is None:
+        yield
+        return
+    check_output(path, force=True, mark=mark, **wanted)
+    path = path.absolute()
+    (path.parent if mark is None else path).mkdir(parents=True, exist_ok=True)
+    with _lock(path, path.with_name(f".{path.name}.lock") if mark is None else path / ".lock"):
+        _clean(path)
+        check_output(path, force=force, mark=mark, **wanted)
+        yield
 
 
 @contextmanager
-def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+def _lock(path: Path, file: Path) -> Iterator[None]:
+    if file in _held:
+        yield
+        return
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ValueError(f"{path} is being written by {owner}; wait for its end or name another place") from None
+        except OSError:
+            log.warning("%s: its file system has no locks, so another process could write there unnoticed", path)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                break
+        os.close(descriptor)  # its holder has removed it meanwhile
+    _held.add(file)
+    try:
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        _held.remove(file)
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _clean(path: Path) -> None:
+    """Undo what a killed process left beside an output that is locked, and say so."""
+    old, partial = path.with_name(f".{path.name}.old"), path.with_name(f".{path.name}.tmp")
+    if old.is_dir() and not path.exists():
+        old.rename(path)
+        log.warning("%s was about to be replaced when a process was killed; it is the old one again", path)
+    for left in (old, partial):
+        if left.exists():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            log.warning("removed %s, which a killed process left", left)
+
+
+def recover(path: Path) -> None:
+    """Put right a directory that a killed process was replacing. Raises ValueError where a process is replacing it."""
+    path = path.absolute()
+    if path.with_name(f".{path.name}.old").is_dir() and not path.exists():
+        with _lock(path, path.with_name(f".{path.name}.lock")):
+            _clean(path)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which takes the name `path` once the block is through.
+
+    Raises OSError where the folder is missing or not writable; nothing is left behind then.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        yield beside
+        sync_path(beside)
+        beside.replace(path)
+    except OSError as error:
+        _name(error, path)
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_path(path.absolute().parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file; a reader sees the old one or the new one, never a part. Raises as `new_file` does."""
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_directory(path: Path, **wanted: Any) -> Iterator[Path]:
     """Yield a fresh directory beside `path` that takes its name once the block is through.
 
     Files get the modes that the umask gives (safetensors writes 0600). After an exception nothing is left, and what
     stood at `path` still stands.
 
-    Args:
-        force: replace a directory that exists.
-
-    Raises ValueError as `check_new` does.
+    Raises ValueError as `output` does, which takes the same.
     """
     path = path.absolute()
-    recover(path)
-    check_new(path, force=force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.mkdir()
-    lock = os.open(beside, os.O_RDONLY)
-    try:
-        _lock(lock)
-        yield beside
-        mode = 0o666 & ~_umask()
-        for file in beside.iterdir():
-            file.chmod(mode)
-            sync_path(file)
-        sync_path(beside)
-        if path.is_dir() and any(path.iterdir()):
-            _swap(beside, path)
-        else:
+    beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    with output(path, **wanted):
+        try:
+            beside.mkdir()
+            os.umask(mask := os.umask(0))  # it can only be read by setting it
+            yield beside
+            for file in beside.iterdir():
+                file.chmod(0o666 & ~mask)
+                sync_path(file)
+            sync_path(beside)
+            if path.exists():
+                path.rename(old)
             beside.rename(path)
-    except OSError as error:
-        if error.filename is None:  # a full disk does not say whose it is
-            error.filename = str(path)
-        raise
-    finally:
-        os.close(lock)
-        shutil.rmtree(beside, ignore_errors=True)
-    sync_path(path.parent)
+            sync_path(path.parent)
+        except OSError as error:
+            _name(error, path)
+            raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _swap(complete: Path, path: Path) -> None:
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    complete.rename(new)
-    sync_path(path.parent)
-    path.rename(old)
-    new.rename(path)
-    sync_path(path.parent)
-    shutil.rmtree(old)
-
-
-def recover(path: Path) -> None:
-    """Finish or undo what a killed process left beside `path`, and say so. What a living process fills is left alone.
-
-    Raises OSError where the leftovers can't be renamed.
-    """
-    path = path.absolute()
-    if not path.parent.is_dir():
-        return
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    if not path.exists() and new.is_dir() and old.is_dir():
-        _rename(new, path)
-        log.warning("%s was about to be replaced when a process was killed; it is the new one now", path)
-    elif not path.exists() and old.is_dir():
-        _rename(old, path)
-        log.warning("%s was about to be replaced when a process was killed; it is the old one again", path)
-    if path.exists() and new.is_dir():
-        shutil.rmtree(new, ignore_errors=True)
-        log.warning("%s was about to be replaced when a process was killed; it is still the old one", path)
-    if path.exists() and old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-        log.warning("%s was replaced by a process that was then killed; removed what it replaced", path)
-    for partial in path.parent.glob(f".{_literal(path.name)}.*.tmp"):
-        if partial.is_dir() and _abandoned(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            log.warning("removed %s, which a killed process left unfinished", partial)
-
-
-def _rename(source: Path, target: Path) -> None:
-    with suppress(FileNotFoundError):  # of several processes that start at once, one is the first
-        source.rename(target)
-
-
-def _literal(name: str) -> str:
-    """`name` as a glob pattern that matches itself alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a directory until it is closed. Where a file system knows no locks, a partial one is never cleaned up."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        log.info("this file system has no locks; an output that is killed half way must be removed by hand")
-
-
-def _abandoned(partial: Path) -> bool:
-    try:
-        descriptor = os.open(partial, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:  # somebody holds it, or there are no locks here
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask
+def _name(error: OSError, path: Path) -> None:
+    """A full disk does not say whose it is."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def progress_bar(total: int, label: str, unit: str, initial: int = 0, *, shown: bool = True) -> Any:

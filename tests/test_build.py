@@ -76,17 +76,17 @@ def test_special_tokens_come_from_the_tokenizer(tiny_directory, tmp_path, caplog
 
 
 def test_each_file_of_a_directory_is_opened_once(tiny_directory, monkeypatch):
-    opened, read_text, read_weights = Counter(), Path.read_text, CheckpointReader._open
+    opened, read_bytes, read_weights = Counter(), Path.read_bytes, CheckpointReader._open
 
-    def count_text(path, *arguments, **options):
+    def count_bytes(path):
         opened[path.name] += path.parent == tiny_directory
-        return read_text(path, *arguments, **options)
+        return read_bytes(path)
 
     def count_weights(reader, path):
         opened[path.name] += 1
         return read_weights(reader, path)
 
-    monkeypatch.setattr(Path, "read_text", count_text)
+    monkeypatch.setattr(Path, "read_bytes", count_bytes)
     monkeypatch.setattr(CheckpointReader, "_open", count_weights)
     directory = ModelDirectory(tiny_directory)
     _, tokenizer = load_model(directory)

@@ -92,7 +92,7 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
-    from k2mini.files import make_writable, write_text
+    from k2mini.files import write_text
     from k2mini.inference.compile import compile_decoding
     from k2mini.inference.generate import Decoding
 
@@ -114,7 +114,7 @@ def run_eval(options: argparse.Namespace) -> None:
             fingerprint=directory.fingerprint(),
         )
     if options.out is not None:
-        make_writable(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
     if pairs:
         decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
         report["subjective"] = [
@@ -206,10 +206,10 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_compare(options: argparse.Namespace) -> None:
     """Runs of `eval` side by side."""
     from k2mini.evaluation.compare import compare, comparison_table, draw
-    from k2mini.files import check_file
+    from k2mini.files import check_output
 
     if options.chart is not None:
-        check_file(options.chart)
+        check_output(options.chart, file=True)
     found = compare(options.runs)
     if options.chart is not None:
         draw(found, options.chart)

@@ -116,14 +116,14 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
-    from k2mini.files import check_file, write_text
+    from k2mini.files import check_output, write_text
     from k2mini.inference.answers import answers
 
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
     questions = _questions(options)
     if options.out is not None:
-        check_file(options.out)
+        check_output(options.out, file=True)
     model, tokenizer = _load(options)
     prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
     for prompt in prompts:

@@ -90,11 +90,11 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plot(options: argparse.Namespace) -> None:
     """Draw the losses of runs."""
-    from k2mini.files import check_file
+    from k2mini.files import check_output
     from k2mini.training import loop
     from k2mini.training.plot import plot_losses
 
-    check_file(options.out)
+    check_output(options.out, file=True)
     plot_losses({str(folder): folder / loop.FILE for folder in options.runs}, options.out, chain=options.chain)
     print(options.out)
 

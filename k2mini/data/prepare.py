@@ -29,7 +29,7 @@ import numpy as np
 from k2mini.data.corpus import FORMAT, MANIFEST
 from k2mini.data.documents import list_files, read_texts
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import check_new, new_directory, progress_bar, read_json, write_text
+from k2mini.files import check_output, new_directory, progress_bar, read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def prepare(
         raise ValueError(f"--val-percent must be at least 0 and below 100, not {val_percent}")
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, not {workers}")
-    check_new(out)
+    check_output(out)
     files = list_files(inputs)
     content = tokenizer.read_bytes() if tokenizer.is_file() else b""
     settings = Settings(

@@ -25,7 +25,7 @@ from k2mini.demo.phrases import TEMPLATE
 from k2mini.demo.report import write_report
 from k2mini.demo.sources import FULL, QUICK, Scale, copy_base, write_world
 from k2mini.demo.stages import Stage, answers, judge, summary
-from k2mini.files import make_writable, read_json, write_text
+from k2mini.files import check_output, read_json, write_text
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
@@ -46,7 +46,8 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
     Raises ValueError where `out` holds a demo of another seed or size.
     """
     start = time.perf_counter()
-    make_writable(out)
+    check_output(out, mark="demo.json")
+    out.mkdir(parents=True, exist_ok=True)
     scale, spent = (QUICK if quick else FULL), _settings(out, seed, quick)
     if (out / "report.json").exists():
         log.info("what is finished in %s is not run again; to run it anew, remove it or name another --out", out)
@@ -177,7 +178,7 @@ def _finetune_config(
 
 def _train(out: Path, name: str, config: RunConfig) -> Path:
     """Train a stage unless it is complete, and keep its configuration where report.md's commands name it."""
-    make_writable(out / "configs")
+    (out / "configs").mkdir(exist_ok=True)
     write_text(out / "configs" / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")
     result = out / name / ("model" if isinstance(config, PretrainConfig) else "adapter")
     if result.exists():

@@ -17,7 +17,7 @@ from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.report import Result, markdown, summarise
 from k2mini.evaluation.score import score, tokens_to_run
-from k2mini.files import make_writable, progress_bar, read_json, write_text
+from k2mini.files import check_output, progress_bar, read_json, write_text
 from k2mini.nn.llama import Llama
 
 RESULTS, SETTINGS = "results.jsonl", "asking.json"
@@ -137,7 +137,8 @@ def run_benchmark(
     """
     journal = None
     if out is not None:
-        make_writable(out)
+        check_output(out, mark=SETTINGS)
+        out.mkdir(parents=True, exist_ok=True)
         journal = out / RESULTS
         _check_settings(out, {"model": fingerprint or name, **config.settings()})
     try:

@@ -24,7 +24,7 @@ from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
 from k2mini.dtypes import DTYPES
-from k2mini.files import make_writable, sha256, write_text
+from k2mini.files import check_output, sha256, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
 from k2mini.training.loop import Task, train
@@ -135,7 +135,8 @@ def _start(config: RunConfig, result: str, world: World) -> Path:
     run_dir = Path(config.run.dir)
     out = run_dir / result
     if world.is_main:
-        make_writable(run_dir)
+        check_output(run_dir, mark="config.yaml")
+        run_dir.mkdir(parents=True, exist_ok=True)
         if out.exists():
             log.info("%s is complete; to train anew, set run.dir to another folder or remove %s", out, run_dir)
         else:

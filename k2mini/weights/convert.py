@@ -66,7 +66,7 @@ def convert(
     stored = source.dtype("model.embed_tokens.weight")
     if kind == "gguf":
         default = torch.float16 if stored.itemsize == 2 else torch.float32
-        write_gguf(source, config, out, tokenizer, dtype or default, force=force)
+        write_gguf(source, config, out, tokenizer, dtype or default, force=force, inputs=(path,))
         return
     if dtype is not None:
         source = Cast(source, dtype)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from k2mini.dtypes import DTYPES, INTEGERS, NAMES
-from k2mini.files import check_new, check_space, new_directory
+from k2mini.files import new_directory
 from k2mini.model_config import ModelConfig
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, some
 from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest, write_side_files
@@ -62,10 +62,8 @@ def make_delta(
     _check_shapes(before, after)
     _check_tensors(before.reader, after.reader, grow=True)
     source = (_BitsDifference if kind == "bits" else _Float16Difference)(before.reader, after.reader)
-    check_new(out, force=force, inputs=(base, tuned))
-    check_space(out, total_bytes(source))
-    tokenizer = find_tokenizer(tuned, base)
-    with new_directory(out, force=force) as beside, ThreadPoolExecutor(1) as pool:
+    tokenizer, wanted = find_tokenizer(tuned, base), {"force": force, "inputs": (base, tuned)}
+    with new_directory(out, **wanted, size=total_bytes(source)) as beside, ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(hash_tensors, after.reader) if kind == "bits" else None
         written = write_weights(source, beside, shard_bytes)
         write_side_files(beside, after.config, tokenizer, after.reader if kind == "bits" else source)

@@ -5,7 +5,7 @@ Names, metadata and the order of q's and k's rows are those of llama.cpp's conve
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import need_extra
-from k2mini.files import check_space, progress_bar, sync_path
+from k2mini.files import new_file, output, progress_bar
 from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import inverse_frequencies
 from k2mini.weights.meta import interleave, is_rotary
@@ -45,12 +45,21 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(
-    source: Source, config: ModelConfig, out: Path, tokenizer: Tokenizer | None, dtype: torch.dtype, *, force: bool
+    source: Source,
+    config: ModelConfig,
+    out: Path,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype,
+    *,
+    force: bool,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Write a file that llama.cpp runs; it appears whole or not at all.
 
     Args:
         dtype: float32, or float16 for the matrices (vectors stay float32, as llama.cpp wants them).
+        force: replace a file that exists.
+        inputs: what is read, which the output must not touch.
 
     Raises ValueError where the extra is not installed, there is no tokenizer, `dtype` is another, a value is too large
     for it, `out` exists and is not to be replaced, or the disk is too small.
@@ -64,39 +73,39 @@ def write_gguf(
         raise ValueError(f"GGUF is written in float32 or float16, not {short}; name one with --dtype")
     if tokenizer is None:
         raise ValueError("GGUF holds the vocabulary too, and there is no tokenizer.model; put it beside the weights")
-    if out.is_dir() or (out.exists() and not force):
-        raise ValueError(f"{out} exists already; name another file, remove it, or replace it with --force")
-    out.parent.mkdir(parents=True, exist_ok=True)
     dtypes = {name: dtype if len(source.shape(name)) > 1 else torch.float32 for name in source.names()}
     sizes = {name: num_bytes(source.shape(name), kind) for name, kind in dtypes.items()}
-    check_space(out, sum(sizes.values()))
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    writer = gguf.GGUFWriter(beside, "llama")
-    _add_fields(writer, config, dtype, gguf)
-    _add_vocabulary(writer, config, tokenizer, gguf)
+    total = sum(sizes.values())
+    with output(out, file=True, force=force, inputs=inputs, size=total), new_file(out) as beside:
+        writer = gguf.GGUFWriter(beside, "llama")
+        try:
+            _add_fields(writer, config, dtype, gguf)
+            _add_vocabulary(writer, config, tokenizer, gguf)
+            _write_tensors(writer, source, config, dtypes, total)
+        finally:
+            writer.close()
+
+
+def _write_tensors(
+    writer: Any, source: Source, config: ModelConfig, dtypes: dict[str, torch.dtype], total: int
+) -> None:
+    """Write the header and all tensors, one after the other."""
     if config.rope_scaling is not None:
         writer.add_tensor_info(SCALED, (config.head_dim // 2,), torch.empty(0).numpy().dtype, config.head_dim * 2)
     for name, kind in dtypes.items():
         array = torch.empty(0, dtype=kind).numpy()
-        writer.add_tensor_info(gguf_name(name), source.shape(name), array.dtype, sizes[name])
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if config.rope_scaling is not None:
-            writer.write_tensor_data(_divisors(config).numpy())
-        total = sum(sizes.values())
-        with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
-            for name, kind in dtypes.items():
-                writer.write_tensor_data(_tensor(source, name, kind, config.head_dim).numpy())
-                progress.update(sizes[name])
-        writer.close()
-        sync_path(beside)
-        beside.replace(out)
-    finally:
-        writer.close()
-        beside.unlink(missing_ok=True)
-    sync_path(out.parent)
+        shape = source.shape(name)
+        writer.add_tensor_info(gguf_name(name), shape, array.dtype, num_bytes(shape, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if config.rope_scaling is not None:
+        writer.write_tensor_data(_divisors(config).numpy())
+    with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
+        for name, kind in dtypes.items():
+            written = _tensor(source, name, kind, config.head_dim).numpy()
+            writer.write_tensor_data(written)
+            progress.update(written.nbytes)
 
 
 def _tensor(source: Source, name: str, dtype: torch.dtype, head_dim: int) -> Tensor:

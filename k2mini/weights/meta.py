@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import check_new, check_space, new_directory, progress_bar, read_json
+from k2mini.files import new_directory, progress_bar, read_json
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import write_manifest
@@ -229,9 +229,7 @@ def write_meta(
     params = _params(config)
     renamed, written = _InMetaLayout(source, config), Written()
     total = total_bytes(renamed)
-    check_new(out, force=force, inputs=inputs)
-    check_space(out, total)
-    with new_directory(out, force=force) as beside:
+    with new_directory(out, force=force, inputs=inputs, size=total) as beside:
         with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
             write_torch(renamed, renamed.names(), beside / "consolidated.00.pth", written, None, progress.update)
         (beside / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
-from k2mini.files import read_json, recover
+from k2mini.files import MOST, parse_json, read_json, read_text, recover
 from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
 from k2mini.weights.torch_file import read_bin
@@ -157,10 +157,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST
     if not path.is_file():
         return None
-    content = read_json(path)
+    content = parse_json(text := read_text(path, MOST), str(path))
     if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
         return None
-    if path.read_bytes() != manifest_text({k: v for k, v in content.items() if k != "sha256"}).encode():
+    if text != manifest_text({k: v for k, v in content.items() if k != "sha256"}):
         raise ValueError(f"{path} is damaged: it does not match its own hash; copy the directory again")
     return content
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
-from k2mini.files import check_new, check_space, new_directory, sha256
+from k2mini.files import new_directory, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
 from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, manifest_text
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
@@ -48,9 +48,7 @@ def save_model(
     Raises ValueError where `directory` exists and is not to be replaced, or the disk is too small.
     """
     source: Source = Tensors(tensors) if isinstance(tensors, Mapping) else tensors
-    check_new(directory, force=force, inputs=inputs)
-    check_space(directory, total_bytes(source))
-    with new_directory(directory, force=force) as beside:
+    with new_directory(directory, force=force, inputs=inputs, size=total_bytes(source)) as beside:
         written = write(source, beside, shard_bytes)
         write_side_files(beside, config, tokenizer, source)
         write_manifest(beside, "model", written)
