@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,23 @@ def load_geobench(path: Path) -> list[Question]:
 
 
 def _geobench(path: Path, entries: list[tuple[str, Any]]) -> list[Question]:
-    place, first = entries[0]
+    first = entries[0][1]
     try:
         if isinstance(first, dict) and "choice" in first:
             return [*_npee_choice(_field(first, "choice", dict)), *_npee_tf(_field(first, "tf", dict))]
-        questions = []
-        for place, entry in entries:
-            questions.append(_ap(len(questions), entry))
-        return questions
+        return _each(entries, _ap)
     except ValueError as error:
-        raise ValueError(f"{path} is not a GeoBench file ({place}: {error}); {EXPECTED}") from None
+        raise ValueError(f"{path} is not a GeoBench file ({error}); {EXPECTED}") from None
+
+
+def _each(entries: list[tuple[str, Any]], make: Callable[[int, Any], Question]) -> list[Question]:
+    questions: list[Question] = []
+    for place, entry in entries:
+        try:
+            questions.append(make(len(questions), entry))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return questions
 
 
 def _field(record: Any, name: str, kind: type) -> Any:
@@ -231,13 +239,10 @@ def _users(path: Path, entries: list[tuple[str, Any]]) -> list[Question]:
     task = path.name
     while task.lower().endswith((".json", ".jsonl")):
         task = task.rpartition(".")[0]
-    questions = []
-    for index, (place, entry) in enumerate(entries):
-        try:
-            questions.append(_question(task, index, entry))
-        except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
-    return questions
+    try:
+        return _each(entries, partial(_question, task))
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
 
 
 def _question(task: str, index: int, raw: Any) -> Question:
