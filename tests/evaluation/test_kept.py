@@ -245,7 +245,7 @@ def test_compare_draws_over_nothing(tiny_directory, task, tmp_path, run):
         ("results.jsonl", sealed({"task": "rocks"}) + "\n", "results.jsonl, line 1 is no result of a question"),
         ("index", '"4"', "results.jsonl, line 1 is not as it was written"),
         ("logprobs", "[0, 0, 0]", "results.jsonl, line 1 is not as it was written"),
-        ("prediction", '"B"', "results.jsonl, line 1 is not as it was written"),
+        ("prediction", '"Z"', "results.jsonl, line 1 is not as it was written"),
     ],
 )
 def test_damaged_results_are_named(tiny_directory, task, tmp_path, run, file, content, said):
