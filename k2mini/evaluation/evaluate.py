@@ -97,17 +97,8 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
     if scores:
         normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
         prediction = instance.answers[normalised.index(max(normalised))]
-    return Result(
-        question.task,
-        question.index,
-        question.answer,
-        prediction,
-        logprobs,
-        token_ids,
-        instance.dropped,
-        instance.cut,
-        question.digest,
-    )
+    asked = (question.task, question.index, question.answer)
+    return Result(*asked, prediction, logprobs, token_ids, instance.dropped, instance.cut, question.digest)
 
 
 def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
