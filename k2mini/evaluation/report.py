@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from k2mini.evaluation.benchmarks import Question, check_keys
+from k2mini.files import parse_json, read_text
 
 
 @dataclass(frozen=True)
 class Result:
-    """One scored question. An option that was not scored (its text is empty, say) has log-probability None."""
+    """One scored question. An option that was not scored (its text is empty, say) has log-probability None.
+
+    Attributes:
+        digest: of the question that was asked (`Question.digest`).
+    """
 
     task: str
     index: int
@@ -24,10 +31,11 @@ class Result:
     token_ids: list[list[int]]
     dropped: int = 0
     cut: int = 0
+    digest: str = ""
 
     def line(self) -> str:
         """As one line of results.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return sealed(asdict(self))
 
     @property
     def is_right(self) -> bool:
@@ -38,6 +46,38 @@ class Result:
     def mass(self) -> float:
         """The probability that all options get together."""
         return sum(math.exp(logprob) for logprob in self.logprobs if logprob is not None)
+
+
+def sealed(fields: Mapping[str, Any]) -> str:
+    """A line of JSON, without its end, whose last field is the SHA-256 of the others."""
+    own = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps({**fields, "sha256": own}, ensure_ascii=False)
+
+
+def read_sealed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, fields) of all lines that `sealed` made; a last one that a kill cut short is left out.
+
+    Raises ValueError naming file and line where one is not as it was written.
+    """
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        raw = parse_json(line, where)
+        if not isinstance(raw, dict) or "sha256" not in raw:
+            raise ValueError(f"{where} has no sha256, as an older k2mini's; evaluate anew, with another --out")
+        del raw["sha256"]
+        if sealed(raw) != line:
+            raise ValueError(f"{where} is not as it was written (its sha256 says so); evaluate anew, in another --out")
+        yield where, raw
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results in a results.jsonl. Raises ValueError as `read_sealed` does, and where a question has two."""
+    found: dict[tuple[str, int], Result] = {}
+    for where, raw in read_sealed(path):
+        if raw.keys() != Result.__dataclass_fields__.keys() or (raw["task"], raw["index"]) in found:
+            raise ValueError(f"{where} is no result of a question, or one that has another already")
+        found[raw["task"], raw["index"]] = Result(**raw)
+    return [*found.values()]
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -74,7 +114,7 @@ def summarise(
             {
                 "task": task,
                 "n": n,
-                **_accuracy([result.is_right for result in of_task]),
+                **accuracy([result.is_right for result in of_task]),
                 "chance": sum(1 / len(set(question.labels)) for question in asked) / n,
                 "majority": Counter(question.answer for question in asked).most_common(1)[0][1] / n,
                 **settings,
@@ -85,7 +125,7 @@ def summarise(
                 ],
                 "distinct": {
                     "n": len(clean),
-                    **_accuracy([result.is_right for result in of_task if result.index in clean]),
+                    **accuracy([result.is_right for result in of_task if result.index in clean]),
                 },
                 "surplus": checked.surplus,
                 "conflicting": checked.conflicting,
@@ -101,7 +141,8 @@ def summarise(
     return summaries
 
 
-def _accuracy(right: Sequence[bool]) -> dict[str, float | None]:
+def accuracy(right: Sequence[bool]) -> dict[str, float | None]:
+    """`accuracy`, and `low` and `high`, the ends of its interval; None where there is no question."""
     if not right:
         return {"accuracy": None, "low": None, "high": None}
     low, high = wilson_interval(sum(right), len(right))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
+from k2mini.evaluation.perplexity import from_loss
+from k2mini.evaluation.report import read_sealed, sealed
 from k2mini.evaluation.score import Request, score, split_jointly
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
@@ -32,7 +34,8 @@ def run_subjective(
 
     Args:
         pairs: (question, reference answer).
-        out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`.
+        out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`. Each is added to
+            a .jsonl beside as it comes, and those that stand there from an earlier start are not made again.
 
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
@@ -40,7 +43,7 @@ def run_subjective(
     reference are empty or too long for the context. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where
     another model scores the answer.
 
-    Raises ValueError where no question is left.
+    Raises ValueError where no question is left, or `out` holds answers to others.
     """
     kept, requests, prompts = _prepare(model, tokenizer, pairs, template, decoding.max_new_tokens)
     if not kept:
@@ -48,11 +51,14 @@ def run_subjective(
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
     lengths = [len(request.options[0]) for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
-    texts = [text for text, _ in answers(model, tokenizer, prompts, decoding, label=task)]
+    asked, path = [question for question, _ in kept], None
     if out is not None:
-        entries = [{"question": question, "answer": text} for (question, _), text in zip(kept, texts, strict=True)]
-        path = out / f"answers_{task.replace('/', '_')}.json"
-        write_text(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+        path = out / f"answers_{task.replace('/', '_')}.jsonl"
+    with kept_in(path):
+        texts = _answers(model, tokenizer, asked, prompts, decoding, label=task, journal=path)
+    if path is not None:
+        entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
+        write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
     number = len(kept)
     return {
         "task": task,
@@ -63,9 +69,49 @@ def run_subjective(
         "words": sum(len(words(text)) for text in texts) / number,
         "reference_words": sum(len(words(reference)) for _, reference in kept) / number,
         "likelihood": likelihood,
-        "perplexity": math.exp(-likelihood),
+        "perplexity": from_loss(-likelihood),
         "template": template,
     }
+
+
+def _answers(
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: list[str],
+    prompts: list[list[int]],
+    decoding: Decoding,
+    *,
+    label: str,
+    journal: Path | None,
+) -> list[str]:
+    """The answers, of which the journal keeps each. Batches are made whole: a row's numbers vary with its batch's."""
+    if journal is None:
+        return [text for text, _ in answers(model, tokenizer, prompts, decoding, label=label)]
+    texts = _read_journal(journal, questions)
+    if len(texts) < len(questions):
+        del texts[len(texts) - len(texts) % decoding.batch_size :]
+
+    def line(question: str, text: str) -> str:
+        return sealed({"question": question, "answer": text}) + "\n"
+
+    write_text(journal, "".join(map(line, questions, texts)))
+    if new := prompts[len(texts) :]:
+        with journal.open("a", encoding="utf-8") as file:
+            for text, _ in answers(model, tokenizer, new, decoding, label=label):
+                file.write(line(questions[len(texts)], text))
+                file.flush()
+                texts.append(text)
+    return texts
+
+
+def _read_journal(path: Path, questions: list[str]) -> list[str]:
+    """The answers that an earlier start wrote, to the first of the questions; a last line that was cut is left out."""
+    texts: list[str] = []
+    for where, raw in read_sealed(path) if path.is_file() else ():
+        if raw.get("question") != next(iter(questions[len(texts) :]), None):
+            raise ValueError(f"{where} answers another question than is asked now; name another --out")
+        texts.append(raw["answer"])
+    return texts
 
 
 def _prepare(
