@@ -28,6 +28,12 @@ def need_extra(name: str) -> ValueError:
     return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
 
 
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def sentence(error: Exception) -> str:
     """What a user reads of an error; the system's own errors without their number."""
     if isinstance(error, OSError) and error.strerror:

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from k2mini.dtypes import DTYPES, INTEGERS, NAMES
+from k2mini.errors import some
 from k2mini.files import new_directory
 from k2mini.model_config import ModelConfig
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, some
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest, write_side_files
 from k2mini.weights.stream import SHARD_BYTES, Tensors, hash_tensors, total_bytes, write_weights
 
