@@ -220,7 +220,10 @@ class _Combined:
         other = self.other.rows(name, start, stop)
         known, new = other[: end - start], other[end - start :]
         combined = self.combine(self.base.rows(name, start, end), known, name)
-        return torch.cat([combined, self.new(new)]) if len(new) else combined
+        rows = torch.cat([combined, self.new(new)]) if len(new) else combined
+        if rows.dtype == torch.float16 and not rows.isfinite().all():
+            raise ValueError(f"{name}: values of the result are not finite in float16, in which format add computes")
+        return rows
 
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Rows of the result from those of both sides."""
