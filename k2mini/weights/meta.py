@@ -173,6 +173,8 @@ def _read_config(directory: ModelDirectory, reader: MetaReader) -> ModelConfig:
         dim, num_heads = number(raw, "dim", int), number(raw, "n_heads", int)
         num_layers, norm_eps = number(raw, "n_layers", int, most=MOST_LAYERS), number(raw, "norm_eps", float)
         num_kv_heads, rope_theta = number(raw, "n_kv_heads", int, num_heads), number(raw, "rope_theta", float, 10000.0)
+        if dim % (2 * num_heads) or num_heads % num_kv_heads:
+            raise ValueError(f"heads of {dim} / {num_heads} numbers, in groups of {num_heads} / {num_kv_heads}")
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{path}: a field is missing or no number ({error})") from None
     # params.json does not say how long the context is. LLaMA 3 is known by its rotary base; the rest may be LLaMA 1 or
