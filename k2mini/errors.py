@@ -37,6 +37,12 @@ def need_extra(name: str) -> ValueError:
     return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
 
 
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def end(error: BaseException) -> int | None:
     """Say on standard error what ended a command. Returns its exit status; None for a fault of the program's own."""
     if isinstance(error, BrokenPipeError):
