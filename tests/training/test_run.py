@@ -96,9 +96,10 @@ def test_sighup_saves_and_under_nohup_it_is_ignored(settings, tmp_path):
     assert process.returncode == 128 + signal.SIGHUP, err
     assert "stopped by SIGHUP; saved" in err
     assert len(checkpoints(tmp_path / "run/checkpoints")) == 1
-    before = len(read_metrics(tmp_path / "run/metrics.jsonl"))
+    shutil.rmtree(tmp_path / "run")
     process = start(settings, "checkpoint.every=100000", prefix=["nohup"])
     process.send_signal(signal.SIGHUP)
+    before = len(read_metrics(tmp_path / "run/metrics.jsonl"))
     while len(read_metrics(tmp_path / "run/metrics.jsonl")) < before + 10:
         assert process.poll() is None
         time.sleep(0.01)
