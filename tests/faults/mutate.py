@@ -20,6 +20,7 @@ from typing import Any
 from tests.faults import world
 from tests.faults.server import End, Forks, Request
 
+WORDS = re.compile(r"[ =/]")  # a command line's, of which those that name something are copied
 GOOD = {"refused", "same", "differs"}  # 'differs': from the unchanged file's result, where the new content is valid
 # Values in JSON's own spelling; those that no parser of JSON writes are what a careless one lets through.
 VALUES = [
@@ -188,14 +189,10 @@ def prepare_case(seed: int, template: Path, folder: Path) -> Case:
     name = draw.choice(world.TARGETS[target].split())
     top = target.split("/")[0]
     line = world.COMMANDS[name.strip("!")].format(m=top)
-    world.copy(template, folder, {*_words(line), top})
+    world.copy(template, folder, {*WORDS.split(line), top})
     others = sorted(path for path in folder.rglob("*") if path.suffix == Path(target).suffix)
     what = mutate(folder / target, [*others, template / "x_docs.txt"], draw)
     return Case(seed, target, what, line, name.endswith("!"), folder)
-
-
-def _words(line: str) -> list[str]:
-    return re.split(r"[ =/]", line)
 
 
 def outcome(end: End, folder: Path) -> tuple[str, dict[str, bytes]]:
@@ -214,7 +211,11 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
     if end.status == 2:
         if not end.is_sentence:
             return "traceback"
-        names = {case.target, Path(case.target).name, case.target.split("/")[0]}
+        names = {
+            Path(case.target).name,
+            case.target.split("/")[0],
+            "npee/noun" if "npee" in case.target else case.target,
+        }
         if not any(name in end.last for name in names) and not case.target.endswith(".yaml"):
             return "unnamed"
         half = (case.folder / "out").exists() and "run.dir=out" not in case.line
@@ -228,9 +229,9 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
     texts = out + "".join(content.decode(errors="replace") for name, content in files.items() if "json" in name)
     if re.search(r"[ \[](NaN|-?Infinity)\b", texts):
         return "not finite"
-    nans = case.what.startswith("ones") and case.target.endswith((".safetensors", ".bin", ".pth"))
-    asks = case.line.split()[0] in ("generate", "eval", "merge", "finetune")
-    ambiguous = case.what.startswith("twice")  # a key that stands twice
+    nans = re.match("ones.*, (?!1$|2$)", case.what) and case.target.endswith((".safetensors", ".bin", ".pth"))
+    asks = case.line.split()[0] in ("generate", "eval", "merge")
+    ambiguous = case.what.startswith("twice") and "skip" not in case.line  # a key that stands twice
     return "silent" if case.strict or ambiguous or (nans and asks) else "differs"
 
 
@@ -241,7 +242,7 @@ def campaign(seeds: Sequence[int], forks: Forks, template: Path, scratch: Path, 
     for name in {name.strip("!") for names in world.TARGETS.values() for name in names.split()}:
         for top in {t.split("/")[0] for t, names in world.TARGETS.items() if name in names.replace("!", "").split()}:
             line, folder = world.COMMANDS[name].format(m=top), scratch / "right"
-            world.copy(template, folder, {*_words(line), top})
+            world.copy(template, folder, {*WORDS.split(line), top})
             end = forks.one(folder, line)
             assert end.status == 0, (line, end)
             wanted[line] = outcome(end, folder)

@@ -55,7 +55,7 @@ class Request:
 
 @dataclass
 class End:
-    """How a child ended: its status (negative: a signal; None: it was still running after `limit`), and what it said."""
+    """How a child ended: its status (negative: a signal; None: running after `limit`), and what it said."""
 
     status: int | None
     out: str
@@ -209,7 +209,7 @@ def _streams(request: Request, scratch: Path) -> None:
         os.dup2(descriptor, place)
         os.close(descriptor)
         errors = "backslashreplace" if name == "stderr" else "strict"
-        stream = io.TextIOWrapper(open(place, "wb" if place else "rb", closefd=False), request.encoding, errors)  # noqa: PTH123, SIM115
+        stream = io.TextIOWrapper(open(place, "wb" if place else "rb", closefd=False), request.encoding, errors)  # noqa: SIM115
         setattr(sys, name, stream)
     for name in request.closed:
         os.close(("stdin", "stdout", "stderr").index(name))

@@ -202,15 +202,17 @@ def tree(folder: Path, *names: str) -> dict[str, bytes]:
         path = folder / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and "checkpoints" not in file.parts and file.name != ".lock":
-                content = re.sub(rb', "tokens_per_second": [^,}]*', b"", file.read_bytes())
-                found[str(file.relative_to(folder))] = content
+                found[_name(file, folder)] = re.sub(rb', "tokens_per_second": [^,}]*', b"", file.read_bytes())
     return found
 
 
-def leftovers(folder: Path) -> list[str]:
-    """Files and folders that only a process that is still running may have."""
-    endings = (".tmp", ".old", ".lock", ".parts")
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name.endswith(endings))
+def listing(folder: Path) -> set[str]:
+    """The names of all that is in a folder, hidden or not."""
+    return {_name(path, folder) for path in folder.rglob("*")}
+
+
+def _name(path: Path, folder: Path) -> str:
+    return re.sub(r"-[0-9a-f]{12}\b", "", str(path.relative_to(folder)))  # a run's corpus, after its file's time
 
 
 def said(end: End) -> str:
