@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import local_part
 from k2mini.model_config import ModelConfig
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
@@ -104,6 +106,17 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "modules": len(pairs),
         "tokenizer": None,
     }
+
+
+def nonfinite_tensor(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer that holds a NaN or an infinity; None: all are finite.
+
+    Reads all weights, so ask it once something is known to be wrong. Of a sharded model each rank sees its own part.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(local_part(tensor.detach()).isfinite().all()):
+            return name
+    return None
 
 
 def describe_directory(found: dict[str, Any]) -> str:

@@ -7,12 +7,13 @@ storage (torch/serialization.py, `_save` and `persistent_id`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,51 @@ ALIGNMENT = 64  # of each storage in the file, so that it can be mapped
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """A state dict that `torch.save` wrote, memory-mapped. Raises ValueError where it is none, or holds code."""
+    """A state dict that `torch.save` wrote, memory-mapped.
+
+    Raises ValueError where it is none, holds code or is damaged; errors of the system (files, memory) as they are.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors; code in it is never run, so it was not loaded") from None
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # what a damaged pickle makes its reader do can't be foreseen
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: sought before the start
+            error.filename = str(path)
+            raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is truncated, damaged or in PyTorch's format of before 1.6 ({reason})") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(_is_plain(*entry) for entry in content.items()):
         raise ValueError(f"{path} is not a state dict (a mapping of names to tensors)")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{path} is compressed, which PyTorch's files never are; load it and torch.save it again")
+    if not _fits(content, entries):
+        raise ValueError(f"{path} is damaged: its tensors are not what its entries hold; copy or download it again")
     return content
+
+
+def _is_plain(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _fits(content: dict[str, Tensor], entries: list[zipfile.ZipInfo]) -> bool:
+    """Whether each storage is one whole entry, and no two share a name or bytes.
+
+    PyTorch maps as many bytes as the pickle says, from where the entry begins, whatever the entry is.
+    """
+    for entry, following in pairwise(entries):
+        if entry.header_offset + 30 + len(entry.orig_filename) + entry.file_size > following.header_offset:
+            return False
+    storages = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, content.values())}
+    mapped = [size for _, size in sorted(storages.items()) if size]
+    stored = [entry.file_size for entry in entries if "/data/" in entry.filename and entry.file_size]
+    return mapped == stored and len({entry.filename for entry in entries}) == len(entries)
 
 
 def write_bin(source: Source, directory: Path, shard_bytes: int = SHARD_BYTES, check: Check | None = None) -> Written:
