@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")  # torch's own; dtypes.py has the dtypes
@@ -14,6 +16,30 @@ def _check_positive(section: Any, name: str, *keys: str) -> None:
     for key in keys:
         if not getattr(section, key) > 0:
             raise ValueError(f"{name}.{key} must be positive, not {getattr(section, key)}")
+
+
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
+
+
+def check_fields(content: Any, kinds: Mapping[str, type], where: str) -> None:
+    """Raise ValueError beginning with `where`, naming field and value, unless `content` is an object with these fields.
+
+    The content is JSON that nobody vouches for; a whole number is a number too, and is not negative.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be an object, not {content!r:.60}")
+    for name, kind in kinds.items():
+        value: Any = content.get(name)
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not right or (kind is int and value < 0):
+            raise ValueError(f"{where}: {name} must be {_WORDS[kind]}, not {value!r:.60}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,7 @@ class CorpusSection:
     seq_len: int = 1024  # tokens a block
     eos: bool = True  # EOS after each document (BOS stands before it in any case)
     document_mask: bool = True  # False: attention runs across the documents of a block, K2's scheme
+    exceed_context: bool = False  # let seq_len be above the context that the model was trained for
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,7 @@ class InstructionSection:
     train_on_inputs: bool = False  # True: the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
     on_error: Literal["raise", "skip"] = "raise"  # at a record of another form; skipped ones are counted
+    exceed_context: bool = False  # let max_seq_len be above the context that the model was trained for
 
     def __post_init__(self) -> None:
         _check_positive(self, "data", "max_seq_len")
@@ -214,3 +242,37 @@ class FinetuneConfig:
 
 
 RunConfig = PretrainConfig | FinetuneConfig
+
+
+def check_context(config: RunConfig, max_seq_len: int) -> None:
+    """Raise ValueError where samples may be longer than the model's `max_seq_len`, unless that is asked for."""
+    data = config.data
+    name, length = ("seq_len", data.seq_len) if isinstance(data, CorpusSection) else ("max_seq_len", data.max_seq_len)
+    if length > max_seq_len and not data.exceed_context:
+        raise ValueError(
+            f"data.{name} is {length:,}, the context of {config.model.path} {max_seq_len:,} tokens by its config.json; "
+            "shorten it, or set data.exceed_context to true"
+        )
+
+
+# Settings of how a step is computed, or of what is done with data that can't be used. None of them changes what a step
+# computes, so they may change when a run is resumed.
+_FREE = (
+    "micro_batch_size",
+    "val_every",
+    "activation_checkpointing",
+    "compile",
+    "tf32",
+    "on_error",
+    "exceed_context",
+)
+
+
+def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What a run's result depends on, section by section, with whole paths to its files."""
+    found = {"run": {"seed": config.run.seed}}
+    for name in ("model", "data", "train", "lora"):
+        section = asdict(getattr(config, name)) if hasattr(config, name) else {}
+        paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
+        found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
+    return found

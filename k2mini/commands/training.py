@@ -85,17 +85,19 @@ def plot_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the runs are stages: draw each where the one before ends (default: all from step 0)",
     )
+    parser.add_argument("--force", action="store_true", help="replace a picture that exists")
     parser.set_defaults(run=run_plot)
 
 
 def run_plot(options: argparse.Namespace) -> None:
     """Draw the losses of runs."""
-    from k2mini.files import check_output
+    from k2mini.files import output
     from k2mini.training import loop
     from k2mini.training.plot import plot_losses
 
-    check_output(options.out, file=True)
-    plot_losses({str(folder): folder / loop.FILE for folder in options.runs}, options.out, chain=options.chain)
+    runs = {str(folder): folder / loop.FILE for folder in options.runs}
+    with output(options.out, file=True, force=options.force, inputs=list(runs.values())):
+        plot_losses(runs, options.out, chain=options.chain)
     print(options.out)
 
 
@@ -126,14 +128,19 @@ def run_finetune(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace, kind: type[Config], start: Callable[..., Path]) -> None:
     """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 prints where its result is."""
     from k2mini.build import is_sharded, pick_device, set_threads
-    from k2mini.config_file import load_config
+    from k2mini.config_file import config_kind, load_config
     from k2mini.distributed import ranks
+    from k2mini.training.run import run_directory
 
     set_threads(options.threads)
     device = pick_device(options.device)
+    if kind is PretrainConfig and config_kind(options.config) is FinetuneConfig:
+        keys = "lora, data.template or data.max_seq_len"
+        raise ValueError(f"{options.config} is a file for k2mini finetune, not for pretrain (it has {keys})")
     config = load_config(kind, options.config, _overrides(options))
     lora = config.lora if isinstance(config, FinetuneConfig) else None
-    with ranks(device, config.parallel, alone_too=is_sharded(config.model, lora, 1)) as world:
+    alone_too = is_sharded(config.model, lora, 1)
+    with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
         config = _with_demo_files(config, is_main=world.is_main)
         out = start(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
@@ -240,7 +247,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write a checkpoint as a model's directory."""
-    from k2mini.training import run
+    from k2mini.training.export import export
 
-    run.export(options.checkpoint, options.out, options.dtype, force=options.force)
+    export(options.checkpoint, options.out, options.dtype, force=options.force)
     print(options.out)

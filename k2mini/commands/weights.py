@@ -152,11 +152,24 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> None:
-    """Compare a directory's files with its manifest; ValueError names the one that differs."""
+    """Compare a directory's files with its manifest, a checkpoint's with its state; ValueError names what differs."""
     from k2mini.weights.model_directory import model_directory
-    from k2mini.weights.verify import verify
+    from k2mini.weights.verify import verify, verify_files
 
-    number, unknown = verify(model_directory(options.directory))
+    parts = [model_directory(options.directory)]
+    if (parts[0] / "checkpoints").is_dir():  # a run: its corpora, its checkpoints and its result
+        made = sorted(path for folder in ("checkpoints", "data") for path in (parts[0] / folder).glob("[!.]*"))
+        parts = [*made, *(parts[0] / name for name in ("model", "adapter") if (parts[0] / name).is_dir())]
+    number, unknown = 0, []
+    for part in parts:
+        if (part / "state.json").is_file():
+            from k2mini.training.checkpoint import STATE, read_state
+
+            found = verify_files(part, read_state(part)["files"], STATE)
+        else:
+            found = verify(part)
+        number += found[0]
+        unknown += [name if len(parts) == 1 else f"{part.name}/{name}" for name in found[1]]
     if unknown:
         log.warning("not in the manifest, so not checked: %s", ", ".join(unknown))
     print(f"{options.directory}: {number} files are as they were written")

@@ -20,16 +20,17 @@ from k2mini.config import (
     RunConfig,
     RunSection,
     TrainSection,
+    check_fields,
 )
 from k2mini.demo.phrases import TEMPLATE
 from k2mini.demo.report import write_report
 from k2mini.demo.sources import FULL, QUICK, Scale, copy_base, write_world
 from k2mini.demo.stages import Stage, answers, judge, summary
-from k2mini.files import check_output, read_json, write_text
+from k2mini.files import output, read_json, write_text
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.adapter import merge_adapter
 from k2mini.weights.delta import apply_delta, make_delta
-from k2mini.weights.model_directory import CheckpointReader
+from k2mini.weights.model_directory import CheckpointReader, read_manifest
 from k2mini.weights.stream import hash_tensors
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,12 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
 
     Raises ValueError where `out` holds a demo of another seed or size.
     """
+    with output(out, mark="demo.json"):
+        return _run(out, seed, quick=quick, control=control)
+
+
+def _run(out: Path, seed: int, *, quick: bool, control: bool) -> dict[str, Any]:
     start = time.perf_counter()
-    check_output(out, mark="demo.json")
-    out.mkdir(parents=True, exist_ok=True)
     scale, spent = (QUICK if quick else FULL), _settings(out, seed, quick)
     if (out / "report.json").exists():
         log.info("what is finished in %s is not run again; to run it anew, remove it or name another --out", out)
@@ -134,6 +138,7 @@ def _settings(out: Path, seed: int, quick: bool) -> float:
         write_text(path, json.dumps({"seed": seed, "quick": quick, "seconds": 0.0}) + "\n")
         return 0.0
     settings = read_json(path)
+    check_fields(settings, {"seed": float, "quick": bool, "seconds": float}, str(path))
     remedy = f"remove {out} to run it anew, or name another folder with --out"
     if settings["seed"] != seed:
         raise ValueError(f"{out} holds a demo with seed {settings['seed']}, not {seed}; {remedy}")
@@ -181,7 +186,7 @@ def _train(out: Path, name: str, config: RunConfig) -> Path:
     (out / "configs").mkdir(exist_ok=True)
     write_text(out / "configs" / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")
     result = out / name / ("model" if isinstance(config, PretrainConfig) else "adapter")
-    if result.exists():
+    if read_manifest(result) is not None:
         return result
     return pretrain(config) if isinstance(config, PretrainConfig) else finetune(config)
 

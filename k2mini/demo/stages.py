@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
+from k2mini.config import check_fields
 from k2mini.data.documents import read_documents
 from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER, TEMPLATE
@@ -69,7 +70,13 @@ def judge(out: Path, stage: Stage) -> None:
 
 def summary(out: Path, stage: Stage) -> dict[str, Any]:
     """A judged stage's entry in report.json."""
-    raw = read_json(out / "eval" / stage.name / "summary.json")
+    path = out / "eval" / stage.name / "summary.json"
+    raw = read_json(path)
+    kinds: dict[str, type] = {"perplexity_documents": float, "perplexity_phrasings": float}
+    parts = [f"{kind}_{part}" for kind in EVAL_CONFIGS for part in ("seen", "unseen")]
+    check_fields(raw, kinds | dict.fromkeys(parts, dict), f"{path}; remove it to have the stage judged again")
+    for part in parts:
+        check_fields(raw[part], {"n": int, "correct": int}, f"{path}, {part}")
     n = raw["text_seen"]["n"] + raw["text_unseen"]["n"]
     correct = raw["text_seen"]["correct"] + raw["text_unseen"]["correct"]
     low, high = wilson_interval(correct, n)

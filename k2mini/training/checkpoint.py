@@ -12,25 +12,21 @@ import logging
 import math
 import re
 import shutil
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from k2mini.config import CheckpointSection
-from k2mini.distributed import World
+from k2mini.config import CheckpointSection, check_fields
+from k2mini.distributed import World, local_part
 from k2mini.files import read_json, sha256, sync_path
-from k2mini.training.metadata import SafeReader
+from k2mini.training.metadata import SafeReader, quiet
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +55,7 @@ def save_checkpoint(
             tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
     error: BaseException | None = None
     try:
-        with _quiet():
+        with quiet():
             save(tensors, storage_writer=FileSystemWriter(beside), no_dist=not dist.is_initialized())
     except CheckpointException as failure:
         error = next(iter(failure.failures.values()))[0]
@@ -106,32 +102,46 @@ def resume(
 ) -> tuple[int, int]:
     """Load the checkpoint that `checkpoint.resume` names, if any. Returns its step and the tokens seen until then.
 
-    Args:
-        folder: of the run's own checkpoints.
-        identity: what the checkpoint must have been made with.
-
-    Raises ValueError where it is not a checkpoint, is damaged, or was made with another identity.
+    Raises ValueError as `find_checkpoint` does, and where it is damaged or of another model.
     """
-    existing = world.broadcast(checkpoints(folder))
-    if section.resume == "none" and existing:
-        raise ValueError(f"checkpoint.resume is none, but {folder} holds a run; remove it or set another run.dir")
-    if section.resume == "none" or (section.resume == "auto" and not existing):
+    path = find_checkpoint(folder, section, identity, world)
+    if path is None:
         return 0, 0
-    path = existing[-1] if section.resume == "auto" else Path(section.resume)
     state = read_state(path)
-    changes = _changes(state["identity"], identity)
-    if changes and not section.ignore_changes:
-        raise ValueError(
-            f"{path} was made with {', '.join(changes)}; set run.dir to a new folder "
-            "to start anew, restore what changed, or set checkpoint.ignore_changes to true"
-        )
+    if "base" in identity.keys() - state["identity"].keys() and world.is_main:
+        log.warning("%s does not say what its base was made of, so that is not compared", path)
     load_checkpoint(path, model, optimizer, world)
     if world.is_main:
         log.info("resuming from %s", path)
     return state["step"], state["tokens"]
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def find_checkpoint(folder: Path, section: CheckpointSection, identity: dict[str, Any], world: World) -> Path | None:
+    """The checkpoint to go on from, which `checkpoint.resume` names; None: from the start.
+
+    Args:
+        folder: of the run's own checkpoints.
+        identity: what the checkpoint must have been made with. One of an earlier release may lack `base`.
+
+    Raises ValueError where it is not a checkpoint, or was made with another identity.
+    """
+    existing = world.broadcast(checkpoints(folder))
+    if section.resume == "none" and existing:
+        raise ValueError(f"checkpoint.resume is none, but {folder} holds a run; remove it or set another run.dir")
+    if section.resume == "none" or (section.resume == "auto" and not existing):
+        return None
+    path = existing[-1] if section.resume == "auto" else Path(section.resume)
+    was = read_state(path)["identity"]
+    differing = changes({"base": identity.get("base"), **was}, identity)
+    if differing and not section.ignore_changes:
+        raise ValueError(
+            f"{path} was made with {', '.join(differing)}; set run.dir to a new folder "
+            "to start anew, restore what changed, or set checkpoint.ignore_changes to true"
+        )
+    return path
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs, with both values where they are short: 'another schedule.lr (0.001, now 0.01)'."""
     pairs = []
     for key in new:
@@ -154,7 +164,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     model.
     """
     state = read_state(path)
-    check_files(path, state, world)
+    check_files(path, state["files"], world, "resume from another checkpoint (checkpoint.resume)")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     reader = SafeReader(path)
     entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -172,37 +182,42 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         tensors[f"model.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
     try:
-        with _quiet():
+        with quiet():
             load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as failure:
-        raise ValueError(f"{path} is damaged ({failure}); resume from another checkpoint") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that the process has no process group: a run alone has none on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        error = next(iter(failure.failures.values()))[0]
+        if isinstance(error, OSError):
+            raise error from None
+        raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint") from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state. Raises ValueError where `path` is not a checkpoint."""
-    if not (path / STATE).is_file():
-        raise ValueError(f"{path} is not a checkpoint (it has no {STATE})")
-    state = read_json(path / STATE)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path / STATE} is not of the format {FORMAT!r}")
+    """A checkpoint's state. Raises ValueError where `path` is not a checkpoint, or its state can't be right."""
+    where = path / STATE
+    if not where.is_file():
+        of_run = ", ".join(map(str, checkpoints(path / "checkpoints")))
+        hint = f"; it is a run, whose checkpoints are {of_run}" if of_run else ""
+        raise ValueError(f"{path} is not a checkpoint (it has no {STATE}){hint}")
+    try:
+        state = read_json(where)
+        check_fields(state, {"format": str, "step": int, "tokens": int, "identity": dict, "files": dict}, str(where))
+        check_fields(state["files"], {".metadata": str, **dict.fromkeys(state["files"], str)}, f"{where}, files")
+        if state.get("val_loss") is not None:
+            check_fields(state, {"val_loss": float}, str(where))
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {path}, or name another checkpoint") from None
+    if state["format"] != FORMAT or any(Path(name).name != name for name in state["files"]):
+        raise ValueError(f"{where} is not of the format {FORMAT!r}")
     return state
 
 
-def check_files(path: Path, state: dict[str, Any], world: World) -> None:
-    """Compare every file with its hash; each rank checks some of the files.
+def check_files(path: Path, hashes: dict[str, str], world: World, remedy: str) -> None:
+    """Compare files of a directory with their hashes; each rank checks some of them.
 
-    Raises ValueError on all ranks, naming a file that is missing or changed.
+    Raises ValueError on all ranks, naming a file that is missing or changed, and saying what to do.
     """
     problems = []
-    for name, digest in list(state["files"].items())[world.rank :: world.size]:
+    for name, digest in list(hashes.items())[world.rank :: world.size]:
         file = path / name
         if not file.is_file():
             problems.append(f"{file} is missing")
@@ -210,14 +225,28 @@ def check_files(path: Path, state: dict[str, Any], world: World) -> None:
             problems.append(f"{file} is not what was saved (its SHA-256 differs)")
     found = [problem for part in world.all_gather(problems) for problem in part]
     if found:
-        raise ValueError(f"{found[0]}; resume from another checkpoint (checkpoint.resume)")
+        raise ValueError(f"{found[0]}; {remedy}")
+
+
+def check_finite(model: nn.Module, step: int, world: World) -> None:
+    """Raise ValueError on all ranks, naming a parameter, where one that trains is not finite after `step`."""
+    parts = {name: local_part(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    # The largest magnitude is NaN where a value is, and needs no memory.
+    largest = {n: torch.linalg.vector_norm(part, torch.inf) for n, part in parts.items() if part.numel()}
+    finite = torch.stack(list(largest.values())).isfinite().tolist() if largest else []
+    bad = [name for name, good in zip(largest, finite, strict=True) if not good]
+    if found := [name for part in world.all_gather(bad[:1]) for name in part]:
+        raise ValueError(
+            f"step {step} has made {found[0]} infinite or NaN, so nothing is saved of it; go on from the checkpoint "
+            "before it with a lower train.lr, or in a wider model.dtype"
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d+", path.name))
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d+", path.name) and path.is_dir())
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -243,50 +272,11 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool) -> None:
             # Renamed first: a checkpoint that is half removed must not look complete.
             gone = path.rename(path.with_name(f".{path.name}.old"))
             shutil.rmtree(gone)
-    for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
 
 
-class StoredModel:
-    """A checkpoint's parameters as a `Source` of `weights/stream.py`, on the CPU, in one process.
-
-    A parameter is read whole when it is first asked for. The last one read is kept, since its rows are asked for in
-    several calls.
-    """
-
-    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        self._reader, self._dtype = SafeReader(path), dtype
-        entries = self._reader.read_metadata().state_dict_metadata
-        self._entries: dict[str, Any] = {
-            name[6:]: entry for name, entry in entries.items() if name.startswith("model.")
-        }
-        self._lock = threading.Lock()  # rows are asked for from several threads
-        self._last: tuple[str, Tensor] | None = None
-
-    def names(self) -> list[str]:
-        """The names of all parameters."""
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one parameter."""
-        return tuple(self._entries[name].size)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which `tensor` and `rows` return a parameter: the constructor's, or as stored."""
-        stored: torch.dtype = self._entries[name].properties.dtype
-        return self._dtype or stored
-
-    def tensor(self, name: str) -> Tensor:
-        """One whole parameter."""
-        tensor = torch.empty(self.shape(name), dtype=self._entries[name].properties.dtype)
-        with _quiet():
-            load({f"model.{name}": tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor.to(self.dtype(name))
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start, …, stop - 1 of one parameter."""
-        with self._lock:
-            if self._last is None or self._last[0] != name:
-                self._last = None
-                self._last = name, self.tensor(name)
-            return self._last[1][start:stop]
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left of checkpoints that it was saving or removing, and say so."""
+    for leftover in sorted((*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old"))):
+        shutil.rmtree(leftover)
+        log.warning("removed %s, which a killed process left", leftover)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from k2mini.config import CheckpointSection, EvalSection, RunSection, TrainSection
+from k2mini.config import CheckpointSection, EvalSection, RunSection, TrainSection, check_fields
 from k2mini.data.batches import Prefetcher, Samples
 from k2mini.distributed import ALONE, World, reshard
 from k2mini.errors import StoppedBySignalError, need_extra
-from k2mini.files import progress_bar, write_text
+from k2mini.files import parse_json, progress_bar, read_text, write_text
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import best_loss, prune, resume, save_checkpoint
+from k2mini.training.checkpoint import best_loss, check_finite, prune, resume, save_checkpoint
 from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step, validation_loss
 
 FILE = "metrics.jsonl"
@@ -64,20 +64,18 @@ def train(
 ) -> Path:
     """Train what `requires_grad`, from the checkpoint that `checkpoint.resume` names, if any. Returns the last one.
 
-    Metrics and checkpoints go into `run.dir`. Every random draw follows from (run.seed, step, rank), so a run that was
-    killed and resumed has the losses of one that was not.
+    Metrics and checkpoints go into `run.dir`. Random draws follow from (run.seed, step, rank), after a kill as well.
 
     Args:
         evaluate: called every `evaluation.every` steps and at the end; the scores it returns go into the metrics.
 
-    Raises ValueError where the ranks can't share a global batch evenly, a checkpoint does not fit, or a loss or
-    gradient is not finite; StoppedBySignalError after SIGINT or SIGTERM, once a checkpoint is saved.
+    Raises ValueError where the ranks can't share a global batch evenly, a checkpoint does not fit, or a loss,
+    gradient or weight is not finite; StoppedBySignalError after a signal (see `_signals`), once a checkpoint is saved.
     """
     if task.samples.even:
         rank_share(section, world.size)
-    optimizer = build_optimizer(model, section)
-    folder, batch_size = Path(run.dir) / "checkpoints", section.global_batch_size
-    steps = total_steps(section, task.samples.num_samples)
+    optimizer, folder = build_optimizer(model, section), Path(run.dir) / "checkpoints"
+    batch_size, steps = section.global_batch_size, total_steps(section, task.samples.num_samples)
     with _signals() as received, ExitStack() as stack:
         step, tokens = resume(folder, checkpoint, model, optimizer, task.identity, world)
         metrics, throughput = Metrics(run, step, world), Throughput(model, world)
@@ -95,6 +93,8 @@ def train(
             metrics.write(step, **figures, tokens=tokens, tokens_per_second=round(rate, 1))
             progress.set_postfix_str(throughput.line(figures, rate), refresh=False)
             progress.update()
+            if _due(step, steps, checkpoint.every) or _due(step, steps, section.val_every) or stop:
+                check_finite(model, step, world)
             val_loss = None
             if task.val is not None and _due(step, steps, section.val_every):
                 val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
@@ -133,9 +133,14 @@ def _scores(model: Llama, evaluate: Evaluate) -> dict[str, float]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Catch SIGINT and SIGTERM: the first is noted in the list that is yielded; a second acts as it would without."""
+    """Catch SIGINT, SIGTERM and SIGHUP: the first is noted in the list that is yielded; a second acts as without.
+
+    Under nohup SIGHUP stays ignored.
+    """
     received: list[int] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if previous[signal.SIGHUP] == signal.SIG_IGN:
+        del previous[signal.SIGHUP]
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
@@ -190,9 +195,14 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, parsed."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """All whole lines of a metrics file, parsed. Raises ValueError, naming the line, where one is not of metrics."""
+    entries = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        entry = parse_json(line, where)
+        check_fields(entry, {"step": int, **{key: float for key in ("loss", "val_loss") if key in entry}}, where)
+        entries.append(entry)
+    return entries
 
 
 class Throughput:

@@ -1,13 +1,20 @@
-"""Reading the `.metadata` of torch.distributed.checkpoint, which is a pickle, without running code planted in it."""
+"""Reading what torch.distributed.checkpoint wrote: its `.metadata`, a pickle, without running code planted in it."""
 
 from __future__ import annotations
 
 import pickle
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load
 
 _ALLOWED = {
     ("torch", "Size"),
@@ -58,7 +65,9 @@ class SafeReader(FileSystemReader):
         try:
             with self.fs.create_stream(path, "rb") as file:
                 metadata = _Unpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # damaged pickles raise almost anything
             raise ValueError(f"{path} is not a checkpoint's metadata ({error}); nothing in it was run") from None
         if not isinstance(metadata, Metadata):
             raise ValueError(f"{path} is not a checkpoint's metadata")
@@ -66,3 +75,56 @@ class SafeReader(FileSystemReader):
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's warning that the process has no process group: a run alone has none on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class StoredModel:
+    """A checkpoint's parameters as a `Source` of `weights/stream.py`, on the CPU, in one process.
+
+    A parameter is read whole when it is first asked for. The last one read is kept, since its rows are asked for in
+    several calls.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        self._reader, self._dtype = SafeReader(path), dtype
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._entries: dict[str, Any] = {
+            name[6:]: entry for name, entry in entries.items() if name.startswith("model.")
+        }
+        self._lock = threading.Lock()  # rows are asked for from several threads
+        self._last: tuple[str, Tensor] | None = None
+
+    def names(self) -> list[str]:
+        """The names of all parameters."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one parameter."""
+        return tuple(self._entries[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which `tensor` and `rows` return a parameter: the constructor's, or as stored."""
+        stored: torch.dtype = self._entries[name].properties.dtype
+        return self._dtype or stored
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole parameter."""
+        tensor = torch.empty(self.shape(name), dtype=self._entries[name].properties.dtype)
+        with quiet():
+            load({f"model.{name}": tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor.to(self.dtype(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start, …, stop - 1 of one parameter."""
+        with self._lock:
+            if self._last is None or self._last[0] != name:
+                self._last = None
+                self._last = name, self.tensor(name)
+            return self._last[1][start:stop]

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.build import is_sharded, kept_dtype, make_trainable
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh
 from k2mini.dtypes import DTYPES
@@ -73,12 +73,14 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     Args:
         exact: False: run models of 4 and of 8 blocks and extrapolate linearly, which takes seconds; `kinds` is empty.
 
-    Raises ValueError where the configuration does not fit the number of ranks, or there is no model at `model.path`.
+    Raises ValueError where the configuration does not fit the number of ranks or the model's context, or there is no
+    model at `model.path`.
     """
     if world_size < 1:
         raise ValueError(f"--world-size must be at least 1, not {world_size}")
     rank_share(config.train, world_size)
     shape = planned_shape(config.model.path)
+    check_context(config, shape.max_seq_len)
     with _ranks(config, world_size) as mesh:
         if exact or shape.num_layers <= 8:
             peak, parameters, trained, kinds = _track(config, shape, mesh)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from k2mini.errors import need_extra
+from k2mini.files import new_file
 from k2mini.training.loop import read_metrics
 
 
@@ -16,7 +17,8 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
         runs: label -> metrics.jsonl.
         chain: the runs are stages: each begins at the step at which the one before it ended. Otherwise all begin at 0.
 
-    Raises ValueError where the extra `plot` is not installed, or a run has no metrics yet.
+    Raises ValueError where the extra `plot` is not installed, a run has no metrics yet, or `out` does not end as a
+    picture does.
     """
     try:
         from matplotlib.figure import Figure
@@ -24,6 +26,8 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
     except ImportError:
         raise need_extra("plot") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
+    if (kind := out.suffix[1:].lower()) not in (known := figure.canvas.get_supported_filetypes()):
+        raise ValueError(f"{out} does not end as a picture does: .{', .'.join(known)}")
     axes = figure.add_subplot()
     start = 0
     for label, path in runs.items():
@@ -42,4 +46,5 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(out, dpi=150)
+    with new_file(out) as beside:
+        figure.savefig(beside, dpi=150, format=kind)

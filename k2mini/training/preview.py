@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2mini.config import IGNORE_INDEX, FinetuneConfig, RunConfig
+from k2mini.config import IGNORE_INDEX, FinetuneConfig, RunConfig, check_context
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Corpus, Documents, is_prepared
-from k2mini.data.documents import list_files, read_documents
+from k2mini.data.documents import read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Examples
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.training.run import document_files
 from k2mini.weights.model_directory import ModelDirectory
 
 
@@ -21,7 +22,9 @@ def preview(config: RunConfig, number: int) -> Iterator[str]:
 
     Raises ValueError where the data or the tokenizer can't be read.
     """
-    tokenizer = ModelDirectory(config.model.path).require_tokenizer()
+    base = ModelDirectory(config.model.path)
+    tokenizer = base.require_tokenizer()
+    check_context(config, base.config.max_seq_len)
     if number < 1:
         raise ValueError(f"--number must be at least 1, not {number}")
     samples = _samples(config, tokenizer)
@@ -39,7 +42,9 @@ def _samples(config: RunConfig, tokenizer: Tokenizer) -> Blocks | Examples:
     corpus, source = config.data, Path(data.path)
     if is_prepared(source):
         return Blocks(Corpus(source), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
-    documents = [ids for file in list_files([source]) for ids in read_documents(file, tokenizer, eos=corpus.eos)]
+    documents = [
+        ids for file in document_files(source, config) for ids in read_documents(file, tokenizer, eos=corpus.eos)
+    ]
     return Blocks(Documents(documents), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
 
 

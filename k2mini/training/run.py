@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from typing import Any
 import torch
 
 from k2mini.build import training_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig
+from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context, settings_of
+from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks, shuffled
-from k2mini.data.corpus import Corpus, fingerprint, is_prepared, read_corpus_manifest
+from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import list_files
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Example, Examples, PackedExamples
@@ -23,16 +26,17 @@ from k2mini.data.prepare import prepare
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
-from k2mini.dtypes import DTYPES
-from k2mini.files import check_output, sha256, write_text
+from k2mini.files import output, sha256, write_text
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import StoredModel, best_checkpoint, read_state
+from k2mini.training.checkpoint import changes, check_files, find_checkpoint, remove_leftovers
+from k2mini.training.export import export, export_adapter
 from k2mini.training.loop import Task, train
-from k2mini.weights.adapter import load_adapter, read_adapter_config, save_adapter
-from k2mini.weights.model_directory import ModelDirectory
-from k2mini.weights.model_files import save_model
+from k2mini.weights.adapter import load_adapter, read_adapter_config
+from k2mini.weights.model_directory import ModelDirectory, read_manifest
 
 log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"  # in run.dir: the configuration that the run was last accepted with
 
 # What `eval.benchmark` is scored with: scores by name. All ranks call it, since each has a part of the model.
 Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
@@ -52,11 +56,18 @@ def pretrain(
         label: of the progress line.
         benchmark: run every `eval.every` steps; its scores go into the metrics.
     """
-    out = _start(config, "model", world)
-    if out.exists():
-        return out
-    model, base = training_model(config.model, config.train, config.parallel, world)
-    data, seed = config.data, config.run.seed
+    out = Path(config.run.dir) / "model"
+    with run_directory(config, world):
+        if not _is_complete(config, out, world):
+            last = _pretrain(config, world, label, benchmark)
+            if world.is_main:
+                export(last, out, config.model.dtype)
+            world.barrier()
+    return out
+
+
+def _pretrain(config: PretrainConfig, world: World, label: str, benchmark: Benchmark | None) -> Path:
+    data, seed, base = config.data, config.run.seed, _base(config)
 
     def blocks(corpus: Corpus, seed: int | None) -> Blocks:
         return Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=seed)
@@ -67,14 +78,12 @@ def pretrain(
         val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
     elif "val" in read_corpus_manifest(directory)["splits"]:
         val = blocks(Corpus(directory, "val"), None)
-    identity = _identity(config, fingerprint(directory), base.require_tokenizer_file())
+    identity = _identity(config, fingerprint(directory), base, world)
     task = Task(blocks(Corpus(directory), seed), val, identity, label)
+    _accept(config, identity, world)
+    model, _ = training_model(config.model, config.train, config.parallel, world)
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
-    last = train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
-    if world.is_main:
-        export(last, out, config.model.dtype)
-    world.barrier()
-    return out
+    return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
 
 
 def finetune(
@@ -92,32 +101,34 @@ def finetune(
         label: of the progress line.
         benchmark: run every `eval.every` steps; its scores go into the metrics.
     """
-    out = _start(config, "adapter", world)
-    if out.exists():
-        return out
+    out = Path(config.run.dir) / "adapter"
+    with run_directory(config, world):
+        if not _is_complete(config, out, world):
+            last = _finetune(config, world, label, benchmark)
+            if world.is_main:
+                export_adapter(last, out, config.lora, config.model.path)
+            world.barrier()
+    return out
+
+
+def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Benchmark | None) -> Path:
     template, data, section, seed = get_template(config.data.template), config.data, config.lora, config.run.seed
-    model, base = training_model(config.model, config.train, config.parallel, world, section, seed)
+    base = _base(config)
     tokenizer = base.require_tokenizer()
-    if section.init_adapter is not None:
-        _start_from(model, section, Path(section.init_adapter))
     examples, held_out = _split(read_examples(Path(data.path), tokenizer, template, data), config)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
     pack = data.packing
     samples = PackedExamples(examples, data.max_seq_len, seed=seed) if pack else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    task = Task(samples, val, _identity(config, sha256(Path(data.path)), tokenizer.path), label, save_best=True)
+    identity = _identity(config, sha256(Path(data.path)), base, world)
+    task = Task(samples, val, identity, label, save_best=True)
+    _accept(config, identity, world)
+    model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
+    if section.init_adapter is not None:
+        _start_from(model, section, Path(section.init_adapter))
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, tokenizer)
-    last = train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
-    if world.is_main:
-        kept = best_checkpoint(last.parent) or last
-        if kept != last:
-            log.info("the adapter of the lowest validation loss is kept: %s", kept)
-        stored = StoredModel(kept)
-        adapters = {name: stored.tensor(name) for name in stored.names()}
-        save_adapter(adapters, section, out, base=config.model.path)
-    world.barrier()
-    return out
+    return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
 
 
 def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
@@ -130,21 +141,87 @@ def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Exampl
     return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]
 
 
-def _start(config: RunConfig, result: str, world: World) -> Path:
-    """Make the run's directory with the configuration in it. Returns where the result goes; it may exist already."""
-    run_dir = Path(config.run.dir)
-    out = run_dir / result
+@contextmanager
+def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
+    """Keep `run.dir` for this run until the block ends, on ranks that are all started with the same configuration.
+
+    It gets the configuration, and what a killed process left of checkpoints is removed. Where the block fails before
+    there is more in a new directory, that is removed, too.
+
+    Raises ValueError where ranks differ, it holds something else, or another process writes it.
+    """
+    fields = {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in part.items()}
+    _agree(fields, world)
+    run_dir, inputs = Path(config.run.dir), [config.model.path]
+    if isinstance(config, FinetuneConfig) and config.lora.init_adapter is not None:
+        inputs.append(config.lora.init_adapter)
+    is_new = not run_dir.exists()
+    with output(run_dir if world.is_main else None, mark=CONFIG, inputs=inputs):
+        try:
+            if world.is_main:
+                remove_leftovers(run_dir / "checkpoints")
+                if not (run_dir / CONFIG).exists():
+                    _write_config(config)
+            world.barrier()
+            torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+            yield
+        except BaseException:
+            nothing_yet = {CONFIG, "demo", ".lock"}
+            if world.is_main and is_new and {entry.name for entry in run_dir.glob("*")} <= nothing_yet:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+
+def _write_config(config: RunConfig) -> None:
+    # JSON is YAML, so this file can be given back to the command.
+    write_text(Path(config.run.dir) / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
+
+
+def _agree(values: dict[str, Any], world: World) -> None:
+    """Raise ValueError on all ranks, naming what differs, unless all of them have the same values."""
+    first, *others = world.all_gather(values)
+    for rank, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                found = f"{first[name]} on rank 0, {other.get(name)} on rank {rank}"
+                raise ValueError(f"{name} is {found}; start all ranks with the same configuration and files")
+
+
+def _is_complete(config: RunConfig, out: Path, world: World) -> bool:
+    """Whether the run's result is there. Raises ValueError where it is damaged, or the configuration has changed."""
+    if not out.exists():
+        return False
+    remedy = f"remove {out}, and the next start writes it again from the last checkpoint"
+    try:
+        manifest = read_manifest(out)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {remedy}") from None
+    if manifest is None or not all((out / name).is_file() for name in manifest["files"]):
+        raise ValueError(f"{out} is not complete (by its manifest.json); {remedy}")
+    noted = load_config(type(config), Path(config.run.dir) / CONFIG)  # type: ignore[type-var]
+    if changed := changes(settings_of(noted), settings_of(config)):
+        raise ValueError(
+            f"{out} was made with {', '.join(changed)}; set run.dir to a new folder, or restore what changed"
+        )
+    log.info("%s is complete; to train anew, set run.dir to another folder or remove %s", out, config.run.dir)
+    return True
+
+
+def _base(config: RunConfig) -> ModelDirectory:
+    """The base, whose context has room for the samples. Raises ValueError where it is missing or has not."""
+    try:
+        base = ModelDirectory(config.model.path)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
+    check_context(config, base.config.max_seq_len)
+    return base
+
+
+def _accept(config: RunConfig, identity: dict[str, Any], world: World) -> None:
+    """Note the configuration in the run's directory, once it is known that the run may go on with it."""
+    find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, identity, world)
     if world.is_main:
-        check_output(run_dir, mark="config.yaml")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            log.info("%s is complete; to train anew, set run.dir to another folder or remove %s", out, run_dir)
-        else:
-            # JSON is YAML, so this file can be given back to the command.
-            write_text(run_dir / "config.yaml", json.dumps(asdict(config), indent=2) + "\n")
-    world.barrier()
-    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    return out
+        _write_config(config)
 
 
 def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:
@@ -154,11 +231,12 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     """
     tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
     if not is_prepared(path):
-        sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in list_files([path])]
+        files = document_files(path, config)
+        sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
         made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
         if world.is_main and not is_prepared(made):
-            prepare([path], tokenizer, made, eos=config.data.eos)
+            prepare(files, tokenizer, made, eos=config.data.eos)
         world.barrier()
         path = made
     manifest = read_corpus_manifest(path)
@@ -167,7 +245,16 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     base.check_vocab_size(manifest["vocab_size"])
     if manifest["eos"] != config.data.eos:
         raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
+    check_files(path, corpus_hashes(path), world, "prepare it again")
     return path
+
+
+def document_files(path: Path, config: RunConfig) -> list[Path]:
+    """The files of documents at `path`, but for those that the run itself writes, where `run.dir` is in it."""
+    files, run_dir = list_files([path]), Path(config.run.dir).resolve()
+    if path.resolve() not in (run_dir, *run_dir.parents):
+        return files
+    return [file for file in files if run_dir not in file.resolve().parents]
 
 
 def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
@@ -182,41 +269,25 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     load_adapter(model, directory, given)
 
 
-# Settings of how a step is computed, or of what is done with data that can't be used. None of them changes what a step
-# computes, so they may change when a run is resumed.
-_FREE = ("micro_batch_size", "val_every", "activation_checkpointing", "compile", "tf32", "on_error")
+def _identity(config: RunConfig, content: str, base: ModelDirectory, world: World) -> dict[str, Any]:
+    """What a checkpoint must agree on to be resumed; `content` is a hash of the training data.
 
-
-def _identity(config: RunConfig, content: str, tokenizer: Path) -> dict[str, Any]:
-    """What a checkpoint must agree on to be resumed; `content` is a hash of the training data."""
-    raw = asdict(config)
-    data = {key: value for key, value in raw["data"].items() if key not in _FREE and not key.endswith("path")}
+    Raises ValueError on all ranks where they have other files than one another.
+    """
+    settings = settings_of(config)
+    # The directory is opened anew, since files that have been read stay mapped.
+    fingerprint, tokenizer = ModelDirectory(base.path).fingerprint(), sha256(base.require_tokenizer_file())
+    files = {"model.path": fingerprint, "data.path": content, "tokenizer.model": tokenizer}
+    _agree({f"the hash of {name}": digest for name, digest in files.items()}, world)
+    data = {key: value for key, value in settings["data"].items() if not key.endswith("path")}
     return {
-        "schedule": {key: value for key, value in raw["train"].items() if key not in _FREE},
+        "schedule": settings["train"],
         "data": {**data, "content": content},
-        "tokenizer": sha256(tokenizer),
+        "tokenizer": tokenizer,
         "seed": config.run.seed,
-        "lora": raw.get("lora"),
+        "lora": settings["lora"] or None,
         "model": str(config.model.path),
+        "base": fingerprint,
         "dtype": config.model.dtype,
         "quantize": config.model.quantize,
     }
-
-
-def export(checkpoint: Path, out: Path, dtype: str | None = None, *, force: bool = False) -> None:
-    """Write a checkpoint of `pretrain` as a Hugging Face directory, tensor by tensor.
-
-    Args:
-        dtype: of the tensors written; None: that of the run's `model.dtype`.
-        force: replace a directory that exists.
-
-    Raises ValueError where it is no such checkpoint, or `out` exists and is not empty.
-    """
-    state = read_state(checkpoint)
-    identity = state["identity"]
-    if identity["lora"] is not None:
-        raise ValueError(f"{checkpoint} holds an adapter, not a model; the run's end writes it to run.dir/adapter")
-    base = ModelDirectory(identity["model"])
-    tensors = StoredModel(checkpoint, DTYPES[dtype or identity["dtype"]])
-    tokenizer = Tokenizer(base.require_tokenizer_file())
-    save_model(tensors, base.config, out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base.path))

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from k2mini.data.corpus import corpus_hashes, is_prepared
 from k2mini.files import sha256
 from k2mini.weights.model_directory import MANIFEST, read_manifest
 from k2mini.weights.stream import raw
@@ -25,6 +26,8 @@ def verify(directory: Path) -> tuple[int, list[str]]:
     and the tensors in it that differ.
     """
     manifest = read_manifest(directory)
+    if manifest is None and is_prepared(directory):
+        return verify_files(directory, corpus_hashes(directory), MANIFEST)
     if manifest is None:
         raise ValueError(f"{directory} has no {MANIFEST} of k2mini's weights, so there is nothing to check it against")
     problems = []
@@ -41,6 +44,19 @@ def verify(directory: Path) -> tuple[int, list[str]]:
         raise ValueError("; ".join(problems))
     known = {*manifest["files"], MANIFEST}
     return len(manifest["files"]), sorted(path.name for path in directory.iterdir() if path.name not in known)
+
+
+def verify_files(directory: Path, hashes: Mapping[str, str], described_by: str) -> tuple[int, list[str]]:
+    """As `verify`, of a corpus or a checkpoint, with the SHA-256 of each file, from the file `described_by`."""
+    problems = []
+    for path, digest in ((directory / name, digest) for name, digest in hashes.items()):
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif sha256(path) != digest:
+            problems.append(f"{path} differs: its SHA-256 is not that of {described_by}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return len(hashes), sorted(path.name for path in directory.iterdir() if path.name not in {*hashes, described_by})
 
 
 def _difference(path: Path, tensors: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from k2mini.distributed import World
 from k2mini.files import sha256
 from k2mini.training.checkpoint import (
-    StoredModel,
     best_checkpoint,
     checkpoints,
     load_checkpoint,
@@ -21,7 +20,7 @@ from k2mini.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from k2mini.training.metadata import SafeReader, _Unpickler
+from k2mini.training.metadata import SafeReader, StoredModel, _Unpickler
 from k2mini.training.step import build_optimizer
 from tests.conftest import tiny_llama
 from tests.helpers import section

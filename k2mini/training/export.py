@@ -1,0 +1,60 @@
+"""From a checkpoint to what a run is for: a model's directory, or an adapter's."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from k2mini.config import LoraSection, check_fields
+from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ALONE
+from k2mini.dtypes import DTYPES
+from k2mini.files import output
+from k2mini.model_config import tensor_shapes
+from k2mini.training.checkpoint import STATE, best_checkpoint, check_files, read_state
+from k2mini.training.metadata import StoredModel
+from k2mini.weights.adapter import save_adapter
+from k2mini.weights.model_directory import ModelDirectory, check_tensors
+from k2mini.weights.model_files import save_model
+
+log = logging.getLogger(__name__)
+
+
+def export(checkpoint: Path, out: Path, dtype: str | None = None, *, force: bool = False) -> None:
+    """Write a checkpoint of `pretrain` as a Hugging Face directory, tensor by tensor.
+
+    Args:
+        dtype: of the tensors written; None: that of the run's `model.dtype`.
+        force: replace a directory that exists.
+
+    Raises ValueError where it is no such checkpoint, or is damaged, the base is another one than it was trained from,
+    or `out` exists and is not to be replaced.
+    """
+    state, where = read_state(checkpoint), checkpoint / STATE
+    identity = state["identity"]
+    if identity.get("lora") is not None:
+        raise ValueError(f"{checkpoint} holds an adapter, not a model; the run's end writes it to run.dir/adapter")
+    check_fields(identity, {"model": str, "dtype": str}, f"{where}, identity")
+    base = ModelDirectory(identity["model"])
+    with output(out, force=force, inputs=(checkpoint, base.path)):
+        check_files(checkpoint, state["files"], ALONE, "export another checkpoint")
+        if identity.get("base", fingerprint := base.fingerprint()) != fingerprint:
+            raise ValueError(f"{base.path} is no longer the base that {checkpoint} was trained from; put that back")
+        tensors = StoredModel(checkpoint, DTYPES[dtype or identity["dtype"]])
+        check_tensors(tensors, tensor_shapes(base.config), checkpoint)
+        tokenizer = Tokenizer(base.require_tokenizer_file())
+        save_model(tensors, base.config, out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base.path))
+
+
+def export_adapter(last: Path, out: Path, section: LoraSection, base: str) -> None:
+    """Write the adapter of `finetune`'s checkpoint of the lowest validation loss, or of the last where none validates.
+
+    Raises ValueError where the checkpoint is damaged.
+    """
+    kept = best_checkpoint(last.parent) or last
+    if kept != last:
+        log.info("the adapter of the lowest validation loss is kept: %s", kept)
+    check_files(kept, read_state(kept)["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
+    stored = StoredModel(kept)
+    adapters = {name: stored.tensor(name) for name in stored.names()}
+    save_adapter(adapters, section, out, base=base)
