@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from k2mini.audit.hooks import trace
+from k2mini.inference.generate import check_finite
 from k2mini.nn.llama import Llama
 
 
@@ -13,7 +14,7 @@ from k2mini.nn.llama import Llama
 def attention_patterns(model: Llama, tokens: list[int]) -> Tensor:
     """The attention pattern of every head over a prompt. (L, H, T, T), rows look at columns; on the CPU."""
     with trace(model, ["layers.*.attention.pattern"], device="cpu") as cache:
-        model(torch.tensor([tokens], device=model.device))
+        check_finite(model, model(torch.tensor([tokens], device=model.device)))
     return torch.stack([cache[f"layers.{layer}.attention.pattern"][0] for layer in range(model.config.num_layers)])
 
 

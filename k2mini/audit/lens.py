@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from k2mini.audit.hooks import trace
+from k2mini.inference.generate import check_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
@@ -40,6 +41,7 @@ def logit_lens(model: Llama, tokens: list[int], target: int | None = None) -> Le
     """
     with trace(model, ["layers.*.residual_out"]) as cache:
         logits = model(torch.tensor([tokens], device=model.device))[0]  # (T, V)
+    check_finite(model, logits)
     final = log_softmax(logits)
     rows: dict[str, list[Tensor]] = {key: [] for key in ("top", "p", "entropy", "kl", "target", "rank")}
     for layer in range(model.config.num_layers):
@@ -86,6 +88,7 @@ def direct_logit_attribution(model: Llama, tokens: list[int], target: int, foil:
     points = ["embed", "layers.*.attention.head_out", "layers.*.mlp.out", "layers.*.residual_out"]
     with trace(model, points, positions=[-1]) as cache:
         logits = model(torch.tensor([tokens], device=model.device))[0, -1]
+    check_finite(model, logits)
     precise = torch.promote_types(model.dtype, torch.float32)
     last = cache[f"layers.{model.config.num_layers - 1}.residual_out"][0, 0].to(precise)
     scale = torch.rsqrt(last.square().mean() + model.config.norm_eps)

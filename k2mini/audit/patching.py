@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from k2mini.audit.hooks import find_points, intervene, trace
+from k2mini.inference.generate import check_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
@@ -26,8 +27,10 @@ def log_probability(target: int) -> Metric:
 
 @torch.inference_mode()
 def final_logits(model: Llama, tokens: Sequence[int]) -> Tensor:
-    """The logits at a prompt's last position. (V,)"""
-    return model(torch.tensor([list(tokens)], device=model.device))[0, -1]
+    """The logits at a prompt's last position, (V,). Raises ValueError where they are not finite."""
+    logits = model(torch.tensor([list(tokens)], device=model.device))[0, -1]
+    check_finite(model, logits)
+    return logits
 
 
 @torch.inference_mode()

@@ -54,13 +54,9 @@ def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> li
     Args:
         subspace: compute `in_top` as well, which costs a singular value decomposition of every matrix of `before`.
 
-    Raises ValueError where the two are models of different shapes.
+    Raises ValueError where the two are models of different shapes, or a tensor is not finite.
     """
-    one, other = CheckpointReader(before), CheckpointReader(after)
-    odd = sorted(set(one.names()) ^ set(other.names()))
-    odd += [name for name in one.names() if name in other.files and one.shape(name) != other.shape(name)]
-    if odd:
-        raise ValueError(f"{before} and {after} are models of different shapes: {some(odd)}")
+    one, other = check_shapes(before, after)
     names, found = one.names(), []
     size = sum(prod(one.shape(name)) for name in names)
     with progress_bar(len(names), "comparing", "tensors", shown=size > SHOWN) as progress:
@@ -68,6 +64,16 @@ def diff_checkpoints(before: Path, after: Path, *, subspace: bool = False) -> li
             found.append(_change(one, other, name, subspace=subspace))
             progress.update()
     return found
+
+
+def check_shapes(before: Path, after: Path) -> tuple[CheckpointReader, CheckpointReader]:
+    """Open two checkpoints. Raises ValueError where they are models of different shapes."""
+    one, other = CheckpointReader(before), CheckpointReader(after)
+    odd = sorted(set(one.names()) ^ set(other.names()))
+    odd += [name for name in one.names() if name in other.files and one.shape(name) != other.shape(name)]
+    if odd:
+        raise ValueError(f"{before} and {after} are models of different shapes: {some(odd)}")
+    return one, other
 
 
 def diff_adapter(base: Path, adapter: Path) -> list[Change]:
@@ -113,6 +119,9 @@ def _change(one: CheckpointReader, other: CheckpointReader, name: str, *, subspa
         before, after = (reader.rows(name, start, start + ROWS).float() for reader in (one, other))
         squares += torch.stack([(before * before).sum(), (after * after).sum(), (before * after).sum()]).double()
         torch.sub(after, before, out=delta[start : start + ROWS])
+    if not bool(squares.isfinite().all()):
+        odd = after if bool(squares[0].isfinite()) else before
+        raise ValueError(f"{odd}: {name} holds NaN or infinity")
     size, (length, after_length, product) = delta.norm(), squares.tolist()
     relative = size.item() / length**0.5 if length else float("inf")
     cosine = product / (length * after_length) ** 0.5 if length and after_length else 0.0

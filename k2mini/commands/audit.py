@@ -6,10 +6,12 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import COMPUTE, DEBUG
+from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
     from k2mini.audit.reports import Report
@@ -23,12 +25,13 @@ def audit_arguments(parser: argparse.ArgumentParser) -> None:
 
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser shows")
+    output.add_argument("--force", action="store_true", help="replace FILE")
     output.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
     asked = argparse.ArgumentParser(add_help=False)
     asked.add_argument("--model", required=True, nargs="+", metavar="DIR", help="one, or several side by side")
     asked.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the last model")
     prompt = asked.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt", type=utf8, metavar="TEXT")
     prompt.add_argument(
         "--question",
         nargs=3,
@@ -50,11 +53,13 @@ def audit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", metavar="TEXT", help="the answer, with its leading space (of --question: the key)")
+    parser.add_argument(
+        "--target", type=utf8, metavar="TEXT", help="the answer, with its leading space (of --question: the key)"
+    )
 
 
 def _foil(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--foil", metavar="TEXT", help="another answer, to compare the target with")
+    parser.add_argument("--foil", type=utf8, metavar="TEXT", help="another answer, to compare the target with")
 
 
 def _over_models(options: argparse.Namespace, report: Callable[[Llama, Tokenizer, str], Report]) -> list[Report]:
@@ -103,18 +108,32 @@ def _read_prompt(options: argparse.Namespace) -> None:
         options.corrupted = options.prompt.replace(old, new)
 
 
+def _page(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Keep the page's place, which is checked before the work."""
+    from k2mini.files import output
+
+    if options.html is not None and options.html.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--html {options.html}: a page's name ends in .html")
+    if options.kind == "diff":
+        read = [options.base, *options.others]
+    else:
+        read = [*options.model, options.adapter, *(options.question or [])[:1]]
+    inputs = [path for path in read if path is not None]
+    return output(options.html, file=True, force=options.force, inputs=inputs)
+
+
 def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
     from k2mini.audit.page import html_page
     from k2mini.files import write_text
 
-    if options.html is not None:
-        write_text(options.html, html_page(title, lead, [part for report in reports for part in report.sections]))
     if options.json:
         print(json.dumps([report.values for report in reports], ensure_ascii=False))
-        return
-    print("\n\n".join("\n".join(report.lines) for report in reports))
+    else:
+        print("\n\n".join("\n".join(report.lines) for report in reports))
     if options.html is not None:
-        print(options.html)
+        write_text(options.html, html_page(title, lead, [part for report in reports for part in report.sections]))
+        if not options.json:
+            print(options.html)
 
 
 def _lens_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,8 +146,9 @@ def run_lens(options: argparse.Namespace) -> None:
     from k2mini.audit.reports import lens_report
 
     _read_prompt(options)
-    found = _over_models(options, lambda m, t, n: lens_report(m, t, n, options.prompt, options.target))
-    _finish(options, "Logit lens", options.prompt, found)
+    with _page(options):
+        found = _over_models(options, lambda m, t, n: lens_report(m, t, n, options.prompt, options.target))
+        _finish(options, "Logit lens", options.prompt, found)
 
 
 def _attention_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,10 +162,11 @@ def run_attention(options: argparse.Namespace) -> None:
     from k2mini.audit.reports import attention_report
 
     _read_prompt(options)
-    found = _over_models(
-        options, lambda m, t, n: attention_report(m, t, n, options.prompt, options.layer, options.head)
-    )
-    _finish(options, "Attention", options.prompt, found)
+    with _page(options):
+        found = _over_models(
+            options, lambda m, t, n: attention_report(m, t, n, options.prompt, options.layer, options.head)
+        )
+        _finish(options, "Attention", options.prompt, found)
 
 
 def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,19 +180,20 @@ def run_attribute(options: argparse.Namespace) -> None:
     from k2mini.audit.reports import attribution_report
 
     _read_prompt(options)
-    found = _over_models(
-        options, lambda m, t, n: attribution_report(m, t, n, options.prompt, options.target, options.foil)
-    )
-    _finish(options, "Direct logit attribution", options.prompt, found)
+    with _page(options):
+        found = _over_models(
+            options, lambda m, t, n: attribution_report(m, t, n, options.prompt, options.target, options.foil)
+        )
+        _finish(options, "Direct logit attribution", options.prompt, found)
 
 
 def _patch_arguments(parser: argparse.ArgumentParser) -> None:
     _target(parser)
     _foil(parser)
     corrupted = parser.add_mutually_exclusive_group(required=True)
-    corrupted.add_argument("--corrupted", metavar="TEXT", help="another prompt, of as many tokens")
+    corrupted.add_argument("--corrupted", type=utf8, metavar="TEXT", help="another prompt, of as many tokens")
     corrupted.add_argument(
-        "--replace", nargs=2, metavar=("OLD", "NEW"), help="the same prompt with other words in one place"
+        "--replace", nargs=2, type=utf8, metavar=("OLD", "NEW"), help="the same prompt with other words in one place"
     )
     parser.add_argument("--point", default="residual_out", metavar="POINT", help="default: residual_out")
     parser.set_defaults(run=run_patch)
@@ -182,13 +204,14 @@ def run_patch(options: argparse.Namespace) -> None:
     from k2mini.audit.reports import patch_report
 
     _read_prompt(options)
-    found = _over_models(
-        options,
-        lambda m, t, n: patch_report(
-            m, t, n, options.prompt, options.corrupted, options.target, options.foil, options.point
-        ),
-    )
-    _finish(options, "Activation patching", f"{options.prompt} / {options.corrupted}", found)
+    with _page(options):
+        found = _over_models(
+            options,
+            lambda m, t, n: patch_report(
+                m, t, n, options.prompt, options.corrupted, options.target, options.foil, options.point
+            ),
+        )
+        _finish(options, "Activation patching", f"{options.prompt} / {options.corrupted}", found)
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,18 +224,25 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 def run_diff(options: argparse.Namespace) -> None:
     """Print what training changed in the weights, for each model or adapter."""
     from k2mini.audit.diff_report import diff_report
-    from k2mini.audit.weight_diff import diff_adapter, diff_checkpoints, moved_rows
-    from k2mini.weights.adapter import CONFIG
+    from k2mini.audit.weight_diff import check_shapes, diff_adapter, diff_checkpoints, moved_rows
+    from k2mini.weights.adapter import CONFIG, check_base, read_adapter, read_adapter_config
     from k2mini.weights.model_directory import ModelDirectory, model_directory
 
-    base = ModelDirectory(options.base)
-    found = []
-    for other in options.others:
-        path = Path(other)
-        if (path / CONFIG).is_file():
-            changes, moved = diff_adapter(base.path, path), []
-        else:
-            changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
-            moved = moved_rows(base.path, path)
-        found.append(diff_report(f"{options.base} → {other}", changes, moved, base.tokenizer))
-    _finish(options, "What training changed", f"Against {options.base}.", found)
+    with _page(options):
+        base = ModelDirectory(options.base)
+        for path in map(Path, options.others):  # all of them before the first takes its minutes
+            if (path / CONFIG).is_file():
+                check_base(path, base)
+                read_adapter(path, read_adapter_config(path))
+            else:
+                check_shapes(base.path, model_directory(path))
+        found = []
+        for other in options.others:
+            path = Path(other)
+            if (path / CONFIG).is_file():
+                changes, moved = diff_adapter(base.path, path), []
+            else:
+                changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
+                moved = moved_rows(base.path, path)
+            found.append(diff_report(f"{options.base} → {other}", changes, moved, base.tokenizer))
+        _finish(options, "What training changed", f"Against {options.base}.", found)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LOADED
-from k2mini.data.prompts import TEMPLATES
+from k2mini.data.prompts import TEMPLATES, utf8
 
 if TYPE_CHECKING:
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
+    from k2mini.inference.generate import Decoding
 
 log = logging.getLogger("k2mini.commands")
 
@@ -56,6 +58,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--answer-prefix",
+        type=utf8,
         default=EvalConfig.answer_prefix,
         metavar="TEXT",
         help=r"begin the answer so (\n: a new line)",
@@ -87,6 +90,33 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    from k2mini.evaluation.evaluate import SETTINGS
+    from k2mini.files import output
+    from k2mini.inference.generate import Decoding
+    from k2mini.weights.model_directory import ModelDirectory
+
+    config, questions, pairs, texts = _read_inputs(options)
+    decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
+    ModelDirectory(options.model).require_tokenizer_file()
+    read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
+    created = options.out is not None and not options.out.exists()
+    try:
+        with output(options.out, mark=SETTINGS, inputs=[path for path in read if path is not None]):
+            _evaluate(options, config, questions, pairs, texts, decoding)
+    finally:
+        if created:
+            with suppress(OSError):  # it has something in it, unless nothing came of it
+                options.out.rmdir()
+
+
+def _evaluate(
+    options: argparse.Namespace,
+    config: EvalConfig,
+    questions: list[Question],
+    pairs: dict[str, list[tuple[str, str]]],
+    texts: list[str],
+    decoding: Decoding,
+) -> None:
     from k2mini.build import open_model
     from k2mini.evaluation.evaluate import run_benchmark
     from k2mini.evaluation.perplexity import text_perplexity
@@ -94,49 +124,54 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.files import write_text
     from k2mini.inference.compile import compile_decoding
-    from k2mini.inference.generate import Decoding
 
-    config, questions, pairs, texts = _read_inputs(options)
     wanted = {name: getattr(options, name) for name in LOADED}
     model, directory = open_model(options.model, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
-    tokenizer = directory.require_tokenizer()
-    report: dict[str, Any] = {"model": str(options.model), "tasks": []}
-    if questions:
-        report = run_benchmark(
-            model,
-            tokenizer,
-            questions,
-            config,
-            name=str(options.model) + (f" + {options.adapter}" if options.adapter else ""),
-            out=options.out,
-            fingerprint=directory.fingerprint(),
-        )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer, out = directory.require_tokenizer(), options.out
+    name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
+    made_by = _made_by(options, directory.fingerprint(), pairs, texts)
+    report = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
     if pairs:
-        decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
         report["subjective"] = [
-            run_subjective(
-                model, tokenizer, pairs[task], decoding, task=task, template=options.template, out=options.out
-            )
+            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=options.template, out=out)
             for task in pairs
         ]
     if texts:
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
         report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
-    if options.out is not None and (pairs or texts):
-        write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
-        return
-    if questions:
-        print(table(report["tasks"]))
+    else:
+        if questions:
+            print(table(report["tasks"]))
+        if pairs:
+            print(subjective_table(report["subjective"]))
+        if texts:
+            measured = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
+            print(f"{measured}, over {found.tokens:,} tokens")
+    if out is not None and (pairs or texts):
+        write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _made_by(
+    options: argparse.Namespace, fingerprint: str, pairs: dict[str, list[tuple[str, str]]], texts: list[str]
+) -> dict[str, Any]:
+    """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
+    from k2mini.evaluation.evaluate import digest
+    from k2mini.files import sha256
+
+    made_by: dict[str, Any] = {"model": fingerprint, "adapter": None}
+    made_by |= {name: getattr(options, name) for name in ("merge", "quantize", "quantize_head")}
+    if options.adapter is not None:
+        files = sorted(Path(options.adapter).glob("adapter_*"))
+        made_by["adapter"] = digest([(file.name, sha256(file)) for file in files])
     if pairs:
-        print(subjective_table(report["subjective"]))
+        made_by |= {"open_tasks": list(pairs), "max_new_tokens": options.max_new_tokens}
     if texts:
-        print(f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte, over {found.tokens:,} tokens")
+        made_by |= {"perplexity": digest(texts), "window": options.window, "stride": options.stride}
+    return made_by
 
 
 def _read_inputs(
@@ -149,6 +184,7 @@ def _read_inputs(
     """
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
+    from k2mini.files import MOST, read_text
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -180,7 +216,7 @@ def _read_inputs(
         raise ValueError(
             f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {', '.join(tasks)}"
         )
-    texts = [path.read_text(encoding="utf-8") for path in options.perplexity]
+    texts = [read_text(path, MOST) for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
 
@@ -199,18 +235,20 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `compare`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
+    parser.add_argument("--force", action="store_true", help="replace FILE.png")
     parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
     parser.set_defaults(run=run_compare)
 
 
 def run_compare(options: argparse.Namespace) -> None:
     """Runs of `eval` side by side."""
-    from k2mini.evaluation.compare import compare, comparison_table, draw
-    from k2mini.files import check_output
+    from k2mini.evaluation.compare import check_picture, compare, comparison_table, draw
+    from k2mini.files import output
 
     if options.chart is not None:
-        check_output(options.chart, file=True)
-    found = compare(options.runs)
-    if options.chart is not None:
-        draw(found, options.chart)
-    print(json.dumps(found) if options.json else comparison_table(found))
+        check_picture(options.chart)
+    with output(options.chart, file=True, force=options.force, inputs=options.runs):
+        found = compare(options.runs)
+        print(json.dumps(found) if options.json else comparison_table(found))
+        if options.chart is not None:
+            draw(found, options.chart)

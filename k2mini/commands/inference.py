@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LOADED
 from k2mini.config import InstructionSection
-from k2mini.data.prompts import TEMPLATES, check_length, encode_prompt, get_template
+from k2mini.data.prompts import TEMPLATES, check_length, encode_prompt, get_template, utf8
 
 if TYPE_CHECKING:
     from k2mini.data.tokenizer import Tokenizer
@@ -27,14 +27,17 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     _decoding_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="the instruction; '-' reads standard input")
+    source.add_argument("--prompt", type=utf8, metavar="TEXT", help="the instruction; '-' reads standard input")
     source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
-    parser.add_argument("--context", metavar="TEXT", help="the instruction's input, which templates put after it")
+    parser.add_argument(
+        "--context", type=utf8, metavar="TEXT", help="the instruction's input, which templates put after it"
+    )
     batch_size = Decoding.batch_size
     parser.add_argument(
         "--batch-size", type=int, default=batch_size, metavar="N", help=f"prompts at a time (default: {batch_size})"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
+    parser.add_argument("--force", action="store_true", help="replace FILE of --out")
     parser.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
     parser.set_defaults(run=run_generate)
 
@@ -63,7 +66,9 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     number("--top-p", float, Sampling.top_p, "P", "sample within probability P; 1: all")
     number("--repetition-penalty", float, Sampling.repetition_penalty, "R", "above 1: less of the same")
     number("--no-repeat-ngram-size", int, Sampling.no_repeat_ngram_size, "N", "no N tokens twice; 0: off")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", type=utf8, default=[], metavar="TEXT", help="end before TEXT; may be repeated"
+    )
     number("--num-beams", int, 1, "N", "beam search with N beams; 1: none")
     number("--length-penalty", float, Beams.length_penalty, "X", "of beams: above 0, longer answers gain")
     parser.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
@@ -116,21 +121,35 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
-    from k2mini.files import check_output, write_text
-    from k2mini.inference.answers import answers
+    from k2mini.files import output
 
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
     questions = _questions(options)
-    if options.out is not None:
-        check_output(options.out, file=True)
-    model, tokenizer = _load(options)
-    prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
-    for prompt in prompts:
-        check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
-    if options.input is None and decoding.beams is None and not options.json and options.out is None:
-        _print_answer(model, tokenizer, prompts[0], decoding)
-        return
+    read = [path for path in (options.model, options.adapter, options.input) if path not in (None, "-")]
+    with output(options.out, file=True, force=options.force, inputs=read):
+        model, tokenizer = _load(options)
+        prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
+        for prompt in prompts:
+            check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
+        if options.input is None and decoding.beams is None and not options.json and options.out is None:
+            _print_answer(model, tokenizer, prompts[0], decoding)
+        else:
+            _answer_all(options, model, tokenizer, questions, prompts, decoding)
+
+
+def _answer_all(
+    options: argparse.Namespace,
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: list[tuple[str, str]],
+    prompts: list[list[int]],
+    decoding: Decoding,
+) -> None:
+    """Answer, then print or write the answers; where they can't be written, they are printed before that is said."""
+    from k2mini.files import write_text
+    from k2mini.inference.answers import answers
+
     field = "prompt" if options.input is None else "question"
     entries: list[dict[str, Any]] = []
     found = answers(model, tokenizer, prompts, decoding, "answering" if len(prompts) > 1 else None)
@@ -138,7 +157,11 @@ def run_generate(options: argparse.Namespace) -> None:
         asked = {field: question, **({"input": context} if context else {})}
         entries.append({**asked, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
     if options.out is not None:
-        write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+        try:
+            write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+        except OSError:
+            print(json.dumps(entries, ensure_ascii=False))
+            raise
         print(options.out)
     elif options.input is not None or options.json:
         print(json.dumps(entries, ensure_ascii=False))

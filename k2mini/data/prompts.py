@@ -71,6 +71,12 @@ TEMPLATES = {
 }
 
 
+def utf8(value: str) -> str:
+    """The `type` of an option whose text a model reads. Raises ValueError where its bytes are not UTF-8."""
+    value.encode()
+    return value
+
+
 def get_template(name: str) -> Template:
     """The template of that name. Raises ValueError with the names there are."""
     if name not in TEMPLATES:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,11 @@ class Question:
         """What a duplicate has in common with it: the question and its options, word for word."""
         return json.dumps([self.task, self.stem, self.labels, self.texts])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `identity`, by which a result is known to be one of this question."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()
+
     def k2_options(self) -> int:
         """How many options K2's evaluation sees: how far the capitals that stand alone run from A without a gap."""
         found = {ord(letter) - ord("A") for letter in K2_CAPITALS.findall(self.listed())}
@@ -103,13 +110,13 @@ def read_benchmark(path: Path) -> list[Question]:
 
     Raises ValueError where it is neither, and as `load_geobench` and `load_questions` do.
     """
-    first = _read(path)[0][1]
-    fields = first if isinstance(first, dict) else {}
+    entries = _read(path)
+    fields = entries[0][1] if isinstance(entries[0][1], dict) else {}
     if "answerKey" in fields or "choice" in fields:
-        return load_geobench(path)
+        return _geobench(path, entries)
     if not {"question", "choices", "answer"} & {*fields}:
         raise ValueError(f"{path} is neither a GeoBench file nor records of question, choices and answer; {EXPECTED}")
-    return load_questions(path)
+    return _users(path, entries)
 
 
 def _read(path: Path) -> list[tuple[str, Any]]:
@@ -125,14 +132,44 @@ def load_geobench(path: Path) -> list[Question]:
 
     Raises ValueError where the file is missing, not JSON or not one of the two.
     """
-    entries = [entry for _, entry in _read(path)]
+    return _geobench(path, _read(path))
+
+
+def _geobench(path: Path, entries: list[tuple[str, Any]]) -> list[Question]:
+    first = entries[0][1]
     try:
-        if "choice" in entries[0]:
-            return [*_npee_choice(entries[0]["choice"]), *_npee_tf(entries[0]["tf"])]
-        return [_ap(index, entry) for index, entry in enumerate(entries)]
-    except (KeyError, TypeError, ValueError) as error:
-        detail = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is not a GeoBench file ({detail}); {EXPECTED}") from None
+        if isinstance(first, dict) and "choice" in first:
+            return [*_npee_choice(_field(first, "choice", dict)), *_npee_tf(_field(first, "tf", dict))]
+        return _each(entries, _ap)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a GeoBench file ({error}); {EXPECTED}") from None
+
+
+def _each(entries: list[tuple[str, Any]], make: Callable[[int, Any], Question]) -> list[Question]:
+    questions: list[Question] = []
+    for place, entry in entries:
+        try:
+            questions.append(make(len(questions), entry))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return questions
+
+
+def _field(record: Any, name: str, kind: type) -> Any:
+    """A field of a record. Raises ValueError saying what stands there instead of a `kind`."""
+    if not isinstance(record, dict):
+        raise ValueError(f"this is no JSON object with {name}, but {_short(record)}")
+    if name not in record:
+        raise ValueError(f"there is no {name!r}")
+    if not isinstance(record[name], kind):
+        wanted = {"str": "text", "list": "a list", "dict": "an object"}
+        raise ValueError(f"{name} is {_short(record[name])}, not {wanted[kind.__name__]}")
+    return record[name]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def load_subjective(path: Path, kind: str) -> list[tuple[str, str]] | None:
@@ -144,15 +181,21 @@ def load_subjective(path: Path, kind: str) -> list[tuple[str, str]] | None:
     if not isinstance(first, dict) or "choice" not in first:
         return None
     try:
-        return _pairs(first[kind])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} has no {kind!r} of questions and answers; expected is geobench_npee.json") from None
+        return _pairs(_field(first, kind, dict))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has no {kind!r} of questions and answers ({error}); expected is geobench_npee.json"
+        ) from None
 
 
 def _pairs(raw: dict[str, Any]) -> list[tuple[str, str]]:
-    questions, answers = raw["question"], raw["answer"]
-    if not all(isinstance(text, str) for text in [*questions, *answers]):
-        raise TypeError("a question or an answer is not text")
+    questions, answers = _field(raw, "question", list), _field(raw, "answer", list)
+    if len(questions) != len(answers):
+        raise ValueError(f"there are {len(questions)} questions and {len(answers)} answers")
+    for number, text in enumerate([*questions, *answers]):
+        if not isinstance(text, str):
+            name = "question" if number < len(questions) else "answer"
+            raise ValueError(f"{name} {number % len(questions)} is {_short(text)}, not text")
     return list(zip(questions, answers, strict=True))
 
 
@@ -173,14 +216,13 @@ def _npee_tf(raw: dict[str, Any]) -> list[Question]:
     return [Question("npee/tf", index, text, words, words, answer) for index, (text, answer) in enumerate(_pairs(raw))]
 
 
-def _ap(index: int, entry: dict[str, Any]) -> Question:
-    question = entry["question"]
-    labels = tuple(choice["label"] for choice in question["choices"])
-    texts = tuple(choice["text"] for choice in question["choices"])
-    fields = [question["stem"], entry["answerKey"], *labels, *texts]
-    if not all(isinstance(text, str) for text in fields) or len(labels) < 2:
-        raise TypeError(f"question {index} has a field that is not text, or no options")
-    return Question("ap", index, question["stem"], labels, texts, entry["answerKey"])
+def _ap(index: int, entry: Any) -> Question:
+    question = _field(entry, "question", dict)
+    choices = _field(question, "choices", list)
+    if len(choices) < 2:
+        raise ValueError(f"choices has {len(choices)} options")
+    labels, texts = (tuple(_field(choice, name, str) for choice in choices) for name in ("label", "text"))
+    return Question("ap", index, _field(question, "stem", str), labels, texts, _field(entry, "answerKey", str))
 
 
 def load_questions(path: Path) -> list[Question]:
@@ -190,27 +232,26 @@ def load_questions(path: Path) -> list[Question]:
 
     Raises ValueError, naming the file and the record, where a field is missing, empty or does not fit the others.
     """
+    return _users(path, _read(path))
+
+
+def _users(path: Path, entries: list[tuple[str, Any]]) -> list[Question]:
     task = path.name
     while task.lower().endswith((".json", ".jsonl")):
         task = task.rpartition(".")[0]
-    questions = []
-    for index, (place, entry) in enumerate(_read(path)):
-        try:
-            questions.append(_question(task, index, entry))
-        except (ValueError, TypeError, KeyError) as error:
-            detail = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path}, {place}: {detail}") from None
-    return questions
+    try:
+        return _each(entries, partial(_question, task))
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
 
 
 def _question(task: str, index: int, raw: Any) -> Question:
-    if not isinstance(raw, dict):
-        raise ValueError("this is no JSON object with question, choices and answer")
-    stem, texts, answer = raw["question"], raw["choices"], raw["answer"]
-    if not isinstance(stem, str) or not stem.strip():
-        raise ValueError("question is empty or no text")
-    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-        raise ValueError("choices must be a list of at least two texts")
+    stem, texts = _field(raw, "question", str), _field(raw, "choices", list)
+    answer = _field(raw, "answer", object)
+    if not stem.strip():
+        raise ValueError("question is empty")
+    if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"choices must be a list of at least two texts, not {_short(texts)}")
     empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
         raise ValueError(f"option {empty} of choices is empty")
@@ -220,7 +261,9 @@ def _question(task: str, index: int, raw: Any) -> Question:
     else:
         meant = {place for place, option in enumerate(zip(labels, texts, strict=True)) if answer in option}
     if not meant:
-        raise ValueError(f"answer {answer!r} is none of the options ({', '.join(labels)}, a place from 0, or a text)")
+        raise ValueError(
+            f"answer {_short(answer)} is none of the options ({', '.join(labels)}, a place from 0, or a text)"
+        )
     if len(meant) > 1:
         which = " and ".join(labels[place] for place in sorted(meant))
         raise ValueError(f"answer {answer!r} may mean {which} of the options; give the place of the right one, from 0")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from k2mini.errors import need_extra
-from k2mini.files import read_json
+from k2mini.evaluation.report import accuracy, read_results
+from k2mini.files import new_file, read_json
+
+log = logging.getLogger(__name__)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -26,26 +30,28 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Each task's accuracies, and of every run but the first a paired test against the first.
 
-    Returns: dicts of `task`, `n` and `runs`: a list of `run`, `model`, `accuracy`, `low`, `high` and, but of the first,
-    `better` and `worse` (questions) and `p`.
+    Questions are paired by their text and key, wherever they stand; what some run does not have is left out.
 
-    Raises ValueError where a directory is no run of `eval`, or the runs have no task of the same questions in common.
+    Returns: dicts of `task`, `n` (questions that all runs have) and `runs`: a list of `run`, `model`, `accuracy`,
+    `low`, `high`, `left_out` (its questions that another run lacks) and, but of the first, `better` and `worse`
+    (questions) and `p`.
+
+    Raises ValueError where a directory is no run of `eval`, or the runs have no question in common.
     """
     if len(runs) < 2:
         raise ValueError("compare needs at least two runs")
-    reports = [_report(run) for run in runs]
+    models = [_model(run) for run in runs]
     rights = [_rights(run) for run in runs]
-    tasks = [row["task"] for row in reports[0]["tasks"]]
     found = []
-    for task in tasks:
-        rows = [next((row for row in report["tasks"] if row["task"] == task), None) for report in reports]
-        keys = {key for key in rights[0] if key[0] == task}
-        if any(row is None for row in rows) or any({k for k in right if k[0] == task} != keys for right in rights):
+    for task in dict.fromkeys(key[0] for right in rights for key in right):
+        keys = [key for key in rights[0] if key[0] == task and all(key in right for right in rights)]
+        if not keys:
+            log.warning("%s is left out: no question of it, with the same key, is in all runs", task)
             continue
         entries = []
-        for run, report, row, right in zip(runs, reports, rows, rights, strict=True):
-            assert row is not None
-            entry = {"run": str(run), "model": report["model"], **{k: row[k] for k in ("accuracy", "low", "high")}}
+        for run, model, right in zip(runs, models, rights, strict=True):
+            left_out = sum(key[0] == task for key in right) - len(keys)
+            entry = {"run": str(run), "model": model, **accuracy([right[key] for key in keys]), "left_out": left_out}
             if run is not runs[0]:
                 better = sum(right[key] and not rights[0][key] for key in keys)
                 worse = sum(rights[0][key] and not right[key] for key in keys)
@@ -53,24 +59,31 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
             entries.append(entry)
         found.append({"task": task, "n": len(keys), "runs": entries})
     if not found:
-        raise ValueError("the runs have no task of the same questions in common; were --limit and --tasks the same?")
+        raise ValueError("the runs have no question in common; were --benchmark, --limit and --tasks the same?")
     return found
 
 
-def _report(run: Path) -> dict[str, Any]:
+def _model(run: Path) -> str:
     path = run / "report.json"
-    report = read_json(path) if path.is_file() else None
-    if not isinstance(report, dict) or "tasks" not in report:
+    if not path.is_file():
         raise ValueError(f"{run} is no run of k2mini eval --out (it has no report.json)")
-    return report
+    report = read_json(path)
+    if not isinstance(report, dict) or not isinstance(report.get("model"), str):
+        raise ValueError(f"{path} is no report of k2mini eval: it has no text `model`")
+    return str(report["model"])
 
 
-def _rights(run: Path) -> dict[tuple[str, int], bool]:
-    path = run / "results.jsonl"
+def _rights(run: Path) -> dict[tuple[str, str, str, int], bool]:
+    """(task, question's digest, key, how many of the same stand before it) -> whether the answer is right."""
+    path, copies = run / "results.jsonl", Counter[tuple[str, str, str]]()
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {(line["task"], line["index"]): line["prediction"] == line["answer"] for line in lines}
+    rights = {}
+    for result in read_results(path):
+        same = (result.task, result.digest, result.answer)
+        rights[*same, copies[same]] = result.is_right
+        copies[same] += 1
+    return rights
 
 
 def comparison_table(found: Sequence[dict[str, Any]]) -> str:
@@ -83,16 +96,27 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
             line += entry["run"]
             if "p" in entry:
                 line += f": {entry['better']} better, {entry['worse']} worse than the first, p = {entry['p']:.3g}"
+            if entry["left_out"]:
+                line += f" ({entry['left_out']} questions are left out: not all runs have them, with the same key)"
             lines.append(line)
     return "\n".join(lines)
 
 
-def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """A bar chart with 95 % intervals. Raises ValueError where the extra is not installed."""
+def check_picture(path: Path) -> None:
+    """Raise ValueError where no picture of this name can be drawn, or the extra is not installed."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise need_extra("plot") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"{path}: a picture's name ends in one of {', '.join(f'.{name}' for name in known)}")
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar chart with 95 % intervals, in a file that `check_picture` allows."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(5.0, 1.5 + 1.8 * len(found)), 4), layout="constrained")
     axes = figure.add_subplot()
     number = len(found[0]["runs"])
@@ -108,4 +132,5 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(range(len(found)), [task["task"] for task in found])
     axes.set_ylabel("accuracy, %")
     figure.legend(loc="outside upper left", frameon=False)  # above the bars: runs have long paths
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with new_file(path) as beside:
+        figure.savefig(beside, dpi=150, bbox_inches="tight", format=path.suffix[1:].lower())

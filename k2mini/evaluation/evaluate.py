@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,13 @@ from typing import Any
 import torch
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
-from k2mini.evaluation.report import Result, markdown, summarise
+from k2mini.evaluation.report import Result, markdown, read_results, summarise
 from k2mini.evaluation.score import score, tokens_to_run
-from k2mini.files import check_output, progress_bar, read_json, write_text
+from k2mini.files import output, progress_bar, read_json, sha256, write_text
 from k2mini.nn.llama import Llama
 
 RESULTS, SETTINGS = "results.jsonl", "asking.json"
@@ -43,9 +47,9 @@ def evaluate(
             again.
         shown: show the progress bar.
 
-    Raises ValueError naming the question that can't be asked.
+    Raises ValueError naming the question that can't be asked, or the line of the journal that is no result of one.
     """
-    done = _read_journal(journal) if journal is not None else {}
+    done = _read_journal(journal, questions) if journal is not None else {}
     tasks = dict.fromkeys(question.task for question in questions)
     builders = {
         task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
@@ -58,7 +62,7 @@ def evaluate(
             result = _result(entry, [], config)
             done[result.task, result.index] = result
     requests = [entry.request for entry in pending if entry.request is not None]
-    file = journal.open("a", encoding="utf-8") if journal is not None else None
+    file = journal.open("a", encoding="utf-8") if journal is not None and pending else None
     try:
         # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
         tokens = tokens_to_run(requests, share=share)
@@ -94,23 +98,31 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
         normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
         prediction = instance.answers[normalised.index(max(normalised))]
     return Result(
-        question.task, question.index, question.answer, prediction, logprobs, token_ids, instance.dropped, instance.cut
+        question.task,
+        question.index,
+        question.answer,
+        prediction,
+        logprobs,
+        token_ids,
+        instance.dropped,
+        instance.cut,
+        question.digest,
     )
 
 
-def _read_journal(path: Path) -> dict[tuple[str, int], Result]:
-    """The results that an earlier start wrote. A last line that was cut is removed from the file."""
+def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
+    """The results that an earlier start wrote, each compared with the question that is asked now."""
     if not path.is_file():
         return {}
-    whole, done = [], {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            result = Result(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):
-            break
-        done[result.task, result.index] = result
-        whole.append(line)
-    write_text(path, "".join(line + "\n" for line in whole))
+    asked = {(question.task, question.index): (question.digest, question.answer) for question in questions}
+    done = {(result.task, result.index): result for result in read_results(path)}
+    for key, result in done.items():
+        what = f"{path} has a result of question {key[1]} of {key[0]}"
+        if key not in asked:
+            raise ValueError(f"{what}, which is not asked now and would be lost (--limit, --tasks); name another --out")
+        if asked[key] != (result.digest, result.answer):
+            raise ValueError(f"{what}, which has another text or key now; name another --out")
+    write_text(path, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
     return done
 
 
@@ -123,55 +135,89 @@ def run_benchmark(
     name: str,
     out: Path | None = None,
     label: str = "eval",
-    fingerprint: str | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate and report. The directory `out`, where given, gets results.jsonl, report.json and report.md.
 
     Args:
         name: of the model, for the report.
         label: of the progress bar.
-        fingerprint: of the model's weights, by which results in `out` are known to be this model's.
+        made_by: what else results in `out` are known by: `model`, the fingerprint of its weights, `adapter` and so on.
 
-    Returns: the report. Raises OSError before the long run where `out` can't be written, ValueError where it holds
-    results of another model or of questions asked in another way.
+    Returns: the report. Raises ValueError before the long run where `out` can't be written, or holds results of another
+    model, of other questions, or of questions asked in another way.
     """
-    journal = None
-    if out is not None:
-        check_output(out, mark=SETTINGS)
-        out.mkdir(parents=True, exist_ok=True)
-        journal = out / RESULTS
-        _check_settings(out, {"model": fingerprint or name, **config.settings()})
+    journal, made_by = None, made_by or {}
+    with output(out, mark=SETTINGS):
+        if out is not None:
+            journal = out / RESULTS
+            _check_settings(out, {"model": name, **made_by, **_asking(model, tokenizer, questions, config)})
+        with kept_in(journal):
+            results = evaluate(model, tokenizer, questions, config, label, journal=journal)
+        report = {
+            "model": name,
+            "fingerprint": made_by.get("model"),
+            "seed": config.seed,
+            "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
+            "tasks": summarise(questions, results, config.settings()),
+        }
+        if out is not None and questions:
+            write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
+            write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            write_text(out / "report.md", markdown(report))
+    return report
+
+
+@contextmanager
+def kept_in(journal: Path | None) -> Iterator[None]:
+    """Let Ctrl-C inside say where the results so far are."""
     try:
-        results = evaluate(model, tokenizer, questions, config, label, journal=journal)
+        yield
     except KeyboardInterrupt:
         if journal is None:
             raise
         raise StoppedBySignalError(signal.SIGINT, f"the results so far are in {journal}") from None
-    report = {
-        "model": name,
-        "fingerprint": fingerprint,
-        "seed": config.seed,
-        "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
-        "tasks": summarise(questions, results, config.settings()),
+
+
+def _asking(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
+    """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
+    asking = {
+        "config": digest(asdict(model.config)),
+        "dtype": NAMES[model.dtype],
+        "tokenizer": sha256(tokenizer.path),
+        **config.settings(),
     }
-    if out is not None:
-        write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
-        write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        write_text(out / "report.md", markdown(report))
-    return report
+    if config.fewshot_file is not None:
+        asking["examples"] = sha256(Path(config.fewshot_file))
+    if config.num_fewshot:  # examples are drawn from all questions
+        asking["questions"] = digest([(question.index, question.digest, question.answer) for question in questions])
+    return asking
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a plain value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / SETTINGS
-    if path.is_file():
-        known = read_json(path)
-        odd = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
-        if odd:
-            raise ValueError(
-                f"{out} holds results with {odd[0]} {known.get(odd[0])!r}, not {settings.get(odd[0])!r}; "
-                "name another --out"
-            )
-    elif (out / RESULTS).is_file():
-        raise ValueError(f"{out} holds results, but no {SETTINGS} that says how they were made; name another --out")
-    else:
+    if not path.is_file():
+        if (out / RESULTS).is_file():
+            raise ValueError(f"{out} holds results, but no {SETTINGS} that says how they were made; name another --out")
         write_text(path, json.dumps(settings, ensure_ascii=False) + "\n")
+        return
+    known = read_json(path)
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} is no JSON object, so how the results were made is unknown; name another --out")
+    missing = [key for key in ("model", "config", "dtype", "tokenizer") if key not in known]
+    if missing:
+        raise ValueError(
+            f"{path}, which an older k2mini wrote, does not say with which {', '.join(missing)} the results were made; "
+            "name another --out"
+        )
+    for key in {**known, **settings}:
+        before, now = known.get(key), settings.get(key)
+        if before != now:
+            hashed = any(isinstance(value, str) and len(value) == 64 for value in (before, now))
+            odd = f"of another {key}" if hashed else f"with {key} {before!r:.80}, not {now!r:.80}"
+            raise ValueError(f"{out} holds results {odd}; name another --out")

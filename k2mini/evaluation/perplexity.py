@@ -10,6 +10,7 @@ import torch
 
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.inference.generate import check_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 from k2mini.training.step import validation_loss
@@ -47,10 +48,10 @@ def text_perplexity(
         window: tokens that a prediction may rest on, BOS among them; None: the model's context.
         stride: tokens by which the window moves; a token then sees at least window - stride before it. None: half.
 
-    Raises ValueError where there is no text, or window and stride do not fit.
+    Raises ValueError where there is no text, window and stride do not fit, or the logits are not finite.
     """
-    window = min(window or model.config.max_seq_len, model.config.max_seq_len)
-    stride = stride or max(1, window // 2)
+    window = model.config.max_seq_len if window is None else min(window, model.config.max_seq_len)
+    stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride < window:
         raise ValueError(f"stride must be at least 1 and below the window of {window} tokens, not {stride}")
     total, tokens, num_bytes = 0.0, 0, 0
@@ -65,7 +66,9 @@ def text_perplexity(
             new = slice(max(0, scored - start - 1), len(row) - 1)
             hidden = model.model(row[None, :-1])[0, new]  # (T, D)
             logprobs = log_softmax(model.logits(hidden))
-            total -= logprobs.gather(-1, row[1:][new, None]).sum().item()
+            own = logprobs.gather(-1, row[1:][new, None])  # (T, 1)
+            check_finite(model, own)
+            total -= own.sum().item()
             tokens += len(hidden)
             scored = start + len(row)
     if not tokens:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from k2mini.evaluation.benchmarks import Question, check_keys
+from k2mini.files import parse_json, read_text
 
 
 @dataclass(frozen=True)
 class Result:
-    """One scored question. An option that was not scored (its text is empty, say) has log-probability None."""
+    """One scored question. An option that was not scored (its text is empty, say) has log-probability None.
+
+    Attributes:
+        digest: of the question that was asked (`Question.digest`).
+    """
 
     task: str
     index: int
@@ -24,6 +30,7 @@ class Result:
     token_ids: list[list[int]]
     dropped: int = 0
     cut: int = 0
+    digest: str = ""
 
     def line(self) -> str:
         """As one line of results.jsonl."""
@@ -38,6 +45,58 @@ class Result:
     def mass(self) -> float:
         """The probability that all options get together."""
         return sum(math.exp(logprob) for logprob in self.logprobs if logprob is not None)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_logprob(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and -math.inf < value < 1)  # 1: rounding
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+# The fields of a line of results.jsonl -> what may stand there, and how that is called.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "task": (lambda value: isinstance(value, str), "text"),
+    "index": (_is_count, "a whole number"),
+    "answer": (lambda value: isinstance(value, str), "text"),
+    "prediction": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "logprobs": (lambda value: _is_list(value, _is_logprob), "a list of finite log-probabilities"),
+    "token_ids": (lambda value: _is_list(value, lambda ids: _is_list(ids, _is_count)), "lists of token ids"),
+    "dropped": (_is_count, "a whole number"),
+    "cut": (_is_count, "a whole number"),
+    "digest": (lambda value: isinstance(value, str), "text"),
+}
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results in a results.jsonl; a last line that a kill cut short is left out.
+
+    Raises ValueError naming file, line and field where a line is no result of a question, or repeats one.
+    """
+    found: dict[tuple[str, int], Result] = {}
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        raw = parse_json(line, where)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where} is no JSON object")
+        if "digest" not in raw:
+            raise ValueError(
+                f"{where}: an older k2mini wrote it, without `digest`, which says what was asked; eval anew"
+            )
+        for name, (fits, wanted) in _FIELDS.items():
+            if name not in raw or not fits(raw[name]):
+                raise ValueError(f"{where}: {name} is {raw.get(name)!r:.80}, not {wanted}")
+        if odd := raw.keys() - _FIELDS.keys():
+            raise ValueError(f"{where}: there is no field {min(odd)!r} in a result")
+        if (raw["task"], raw["index"]) in found:
+            raise ValueError(f"{where}: question {raw['index']} of {raw['task']} has a result already")
+        found[raw["task"], raw["index"]] = Result(**raw)
+    return [*found.values()]
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -74,7 +133,7 @@ def summarise(
             {
                 "task": task,
                 "n": n,
-                **_accuracy([result.is_right for result in of_task]),
+                **accuracy([result.is_right for result in of_task]),
                 "chance": sum(1 / len(set(question.labels)) for question in asked) / n,
                 "majority": Counter(question.answer for question in asked).most_common(1)[0][1] / n,
                 **settings,
@@ -85,7 +144,7 @@ def summarise(
                 ],
                 "distinct": {
                     "n": len(clean),
-                    **_accuracy([result.is_right for result in of_task if result.index in clean]),
+                    **accuracy([result.is_right for result in of_task if result.index in clean]),
                 },
                 "surplus": checked.surplus,
                 "conflicting": checked.conflicting,
@@ -101,7 +160,8 @@ def summarise(
     return summaries
 
 
-def _accuracy(right: Sequence[bool]) -> dict[str, float | None]:
+def accuracy(right: Sequence[bool]) -> dict[str, float | None]:
+    """`accuracy`, and `low` and `high`, the ends of its interval; None where there is no question."""
     if not right:
         return {"accuracy": None, "low": None, "high": None}
     low, high = wilson_interval(sum(right), len(right))

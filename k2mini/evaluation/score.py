@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.generate import extend, pad_right, shared_prefix
+from k2mini.inference.generate import check_finite, extend, pad_right, shared_prefix
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -77,7 +77,7 @@ def score(
 
     Yields: a request's place, and the summed log-probability of each of its options, in nats.
 
-    Raises ValueError where context and option do not fit the model's context.
+    Raises ValueError where context and option do not fit the model's context, or the logits are not finite.
     """
     for place, request in enumerate(requests):
         over = len(request.prefix) + max(map(len, request.options)) - 1 - model.config.max_seq_len
@@ -159,6 +159,7 @@ def _options(model: Llama, cache: KVCache, after: Tensor, requests: Sequence[Req
     if long:
         rest = _rest(model, cache, torch.tensor([rows[n] for n in long]), [options[n] for n in long])
         total[torch.tensor(long, device=after.device)] += rest
+    check_finite(model, total[:, None])  # one NaN or infinite logit makes all log-probabilities of its row NaN
     flat = iter(total.tolist())
     return [[next(flat) for _ in request.options] for request in requests]
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.score import Request, score, split_jointly
-from k2mini.files import write_text
+from k2mini.files import parse_json, read_text, write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.generate import Decoding
 from k2mini.nn.llama import Llama
@@ -32,7 +33,8 @@ def run_subjective(
 
     Args:
         pairs: (question, reference answer).
-        out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`.
+        out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`. Each is added to
+            a .jsonl beside as it comes, and those that stand there from an earlier start are not made again.
 
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
@@ -40,7 +42,7 @@ def run_subjective(
     reference are empty or too long for the context. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where
     another model scores the answer.
 
-    Raises ValueError where no question is left.
+    Raises ValueError where no question is left, or `out` holds answers to others.
     """
     kept, requests, prompts = _prepare(model, tokenizer, pairs, template, decoding.max_new_tokens)
     if not kept:
@@ -48,11 +50,14 @@ def run_subjective(
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
     lengths = [len(request.options[0]) for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
-    texts = [text for text, _ in answers(model, tokenizer, prompts, decoding, label=task)]
+    asked, path = [question for question, _ in kept], None
     if out is not None:
-        entries = [{"question": question, "answer": text} for (question, _), text in zip(kept, texts, strict=True)]
-        path = out / f"answers_{task.replace('/', '_')}.json"
-        write_text(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+        path = out / f"answers_{task.replace('/', '_')}.jsonl"
+    with kept_in(path):
+        texts = _answers(model, tokenizer, asked, prompts, decoding, label=task, journal=path)
+    if path is not None:
+        entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
+        write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
     number = len(kept)
     return {
         "task": task,
@@ -66,6 +71,53 @@ def run_subjective(
         "perplexity": math.exp(-likelihood),
         "template": template,
     }
+
+
+def _answers(
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: list[str],
+    prompts: list[list[int]],
+    decoding: Decoding,
+    *,
+    label: str,
+    journal: Path | None,
+) -> list[str]:
+    """The answers, of which the journal keeps each. Batches are made whole: a row's numbers vary with its batch's."""
+    if journal is None:
+        return [text for text, _ in answers(model, tokenizer, prompts, decoding, label=label)]
+    done = _read_journal(journal, questions)
+    del done[len(done) - len(done) % decoding.batch_size if len(done) < len(prompts) else len(done) :]
+    write_text(journal, "".join(_line(*pair) for pair in zip(questions, done, strict=False)))
+    with journal.open("a", encoding="utf-8") as file:
+        asked = questions[len(done) :]
+        for question, (text, _) in zip(
+            asked,
+            answers(model, tokenizer, prompts[len(done) :], decoding, label=label if asked else None),
+            strict=True,
+        ):
+            done.append(text)
+            file.write(_line(question, text))
+            file.flush()
+    return done
+
+
+def _line(question: str, text: str) -> str:
+    return json.dumps({"question": question, "answer": text}, ensure_ascii=False) + "\n"
+
+
+def _read_journal(path: Path, questions: list[str]) -> list[str]:
+    """The answers to the first of the questions that an earlier start wrote, but for a last line that was cut."""
+    texts: list[str] = []
+    for line in read_text(path).split("\n")[:-1] if path.is_file() else []:
+        where = f"{path}, line {len(texts) + 1}"
+        raw = parse_json(line, where)
+        if not isinstance(raw, dict) or not isinstance(raw.get("answer"), str):
+            raise ValueError(f"{where} is no JSON object with an answer that is text")
+        if len(texts) == len(questions) or raw.get("question") != questions[len(texts)]:
+            raise ValueError(f"{where} answers another question than is asked now; name another --out")
+        texts.append(raw["answer"])
+    return texts
 
 
 def _prepare(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from k2mini.data.prompts import check_prompts
-from k2mini.inference.generate import Completion, Decoding, prefill
+from k2mini.inference.generate import Completion, Decoding, check_finite, prefill
 from k2mini.inference.sampling import Beams, Sampling, constrain
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -54,6 +54,7 @@ def beam_search(
     state = _State(batch, width, max_new_tokens, device)
     stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     for length in range(max_new_tokens):
+        check_finite(model, logits)
         scores = _next_scores(logits, state, prompts, decoding.sampling, length, vocab_size)
         state.choose(scores, stop, length, last=length + 1 == max_new_tokens, beams=beams)
         if not bool((state.improvable & ~state.full(beams)).any()) or length + 1 == max_new_tokens:

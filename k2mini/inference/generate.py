@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from k2mini.data.prompts import check_prompts
 from k2mini.inference.sampling import Beams, Sampling, sample
@@ -81,12 +82,8 @@ class Step:
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as one batch: tokens (B, T) and positions (B, T), -1 where padded."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    positions = torch.full((len(rows), longest), -1, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row)
-        positions[index, : len(row)] = torch.arange(len(row))
+    tokens = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+    positions = pad_sequence([torch.arange(len(row)) for row in rows], batch_first=True, padding_value=-1)
     return tokens.to(device), positions.to(device)
 
 
@@ -116,6 +113,16 @@ def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: i
         here = ((ends >= begin) & (ends < begin + hidden.shape[1])).nonzero().flatten()
         last[here] = hidden[here, ends[here] - begin]
     return last
+
+
+def check_finite(model: Llama, logits: Tensor) -> None:
+    """Raise ValueError, naming the cause, where a row's largest of logits (…, V) is not finite."""
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        from k2mini.weights.info import nonfinite_tensor  # takes time to import
+
+        name = nonfinite_tensor(model)
+        overflow = f"all weights are finite, so activations overflow in {model.dtype}; try --dtype float32 or bfloat16"
+        raise ValueError(f"the logits are not finite; {f'{name} holds NaN or infinity' if name else overflow}")
 
 
 def prefill(
@@ -170,6 +177,7 @@ def steps(
     ended: set[int] = set()
     for step in range(decoding.max_new_tokens):
         logits = logits[:, :vocab_size]
+        check_finite(model, logits)
         chosen = sample(logits, sampling, [generators[row] for row in rows], [history[row] for row in rows])  # (B,)
         details = _details(logits, chosen, decoding.top_logprobs)
         result: list[Step | None] = [None] * len(prompts)
@@ -226,16 +234,8 @@ def generate(
     check_prompts(prompts, decoding.max_new_tokens, model.config.max_seq_len)
     cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + decoding.max_new_tokens)
     completions = [Completion() for _ in prompts]
-    decoded = steps(
-        model,
-        logits,
-        cache,
-        prompts,
-        decoding,
-        stop_ids=stop_ids,
-        vocab_size=vocab_size,
-        stopping_criteria=stopping_criteria,
-    )
+    decode = partial(steps, model, logits, cache, prompts, decoding, stop_ids=stop_ids, vocab_size=vocab_size)
+    decoded = decode(stopping_criteria=stopping_criteria)
     for _ in collect(completions, decoded, decoding.max_new_tokens, stop_ids):
         pass
     return completions
