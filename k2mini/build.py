@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,9 @@ def pick_device(name: str | None) -> torch.device:
     """`--device`; None or 'auto' is CUDA where there is one. Raises ValueError where there is no such device."""
     if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is not a device; try cpu, cuda or cuda:1") from None
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,2})?", name):
+        raise ValueError(f"--device {name} is not a device that is supported; cpu, cuda and cuda:1, … are")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

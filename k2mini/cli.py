@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from k2mini.commands import audit, demo, evaluation, inference, training, weights
-from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET
-from k2mini.errors import StoppedBySignalError, sentence
+from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
+from k2mini.errors import ESCAPE, STOPPED, end
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -29,17 +29,10 @@ class CommandParser(argparse.ArgumentParser):
         declare, self._declare = self._declare, None
         if declare is not None:
             declare(self)
-        return super().parse_known_args(args, namespace)
-
-
-class PrintVersion(argparse.Action):
-    """`--version`, which asks for the version only when it is wanted: that takes time."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"k2mini {version('k2mini')}")
-        parser.exit()
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said with this command's own usage
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("demo", demo.demo_arguments, "the whole pipeline in miniature, in minutes: start here", DEBUG)
     add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, COMPUTE)
     add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
-    add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", DEBUG)
+    add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)
     add("finetune", training.finetune_arguments, "instruction tuning with LoRA", CONFIG, COMPUTE)
     add("preview", training.preview_arguments, "what a run would be fed, token by token", CONFIG, DEBUG)
@@ -78,29 +71,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0; 2 for what the user can mend; 128 + the number of a signal, SIGPIPE too."""
-    options = build_parser().parse_args(arguments)
-    _log_to_stderr()
+    _open_streams()
+    options = argparse.Namespace(debug=False)
     try:
+        options = build_parser().parse_args(arguments)
+        _log_to_stderr()
         options.run(options)
         sys.stdout.flush()
-        status = 0
-    except KeyboardInterrupt:
-        print("\nk2mini: interrupted", file=sys.stderr)
-        status = 130
-    except StoppedBySignalError as stopped:
-        print(f"k2mini: {stopped}", file=sys.stderr)
-        status = 128 + stopped.number
-    except BrokenPipeError:  # the reader of our output has gone, as in `k2mini … | head`
-        sys.stdout = None  # or the interpreter complains once more when it flushes
-        status = 141
-    except (ValueError, OSError) as error:
-        if options.debug:
+        status: int | None = 0
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, STOPPED):
+            if options.debug:
+                raise
+            if not _is_main():
+                time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
+        status = end(error)
+        if status is None:
             raise
-        if not _is_main():
-            time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
-        print(f"k2mini: {sentence(error)}", file=sys.stderr)
-        status = 2
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Make a standard stream that is closed the null device, and let none fail on a character."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would take its number, and get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors=ESCAPE if number else "surrogateescape")
 
 
 def _is_main() -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -15,6 +19,22 @@ import yaml
 from k2mini.config import FinetuneConfig, PretrainConfig
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+
+MOST = 2**17  # bytes of a file
+
+# What PyYAML raises: for the tags of numbers, dates and the like it is whatever their conversion does.
+_INVALID = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice in a section, and `<<` merges nothing: a small file could make a huge one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{short(key)} stands twice", node.start_mark)
 
 
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -27,7 +47,10 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     errors: list[str] = []
     for override in overrides:
         _override(raw, override, errors)
-    config = _fill(kind, raw, "", errors)
+    try:
+        config = _fill(kind, raw, "", errors)
+    except ValueError as error:  # of a number of thousands of digits, which can't be printed
+        raise ValueError(f"{path}: {error}") from None
     if errors:
         raise ValueError(f"{path}: " + "; ".join(errors))
     assert isinstance(config, kind)
@@ -44,10 +67,17 @@ def config_kind(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MOST + 1)
     except FileNotFoundError:
         raise ValueError(f"there is no configuration file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    if len(content) > MOST:
+        raise ValueError(f"{path} is no configuration: it has more than {MOST:,} bytes")
+    try:
+        raw = yaml.load(content.decode("utf-8-sig"), _Loader)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except _INVALID as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold sections such as run, model, data and train")
@@ -61,8 +91,8 @@ def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
         errors.append(f"override {override!r} is not section.key=value")
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (*_INVALID, RecursionError):
         errors.append(f"override {override!r}: the value is not valid YAML")
         return
     content = raw.setdefault(section, {})
@@ -73,15 +103,16 @@ def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
 def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
     """`raw` as the dataclass `kind`; None where it has mistakes, each of which is added to `errors`."""
     if not isinstance(raw, dict):
-        errors.append(f"{prefix.rstrip('.')} must be a section with keys, not {raw!r}")
+        errors.append(f"{prefix.rstrip('.')} must be a section with keys, not {short(raw)}")
         return None
     known = {f.name: f for f in fields(kind)}
     before = len(errors)
     for key in raw:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            key = key if isinstance(key, str) else short(key)
+            near = difflib.get_close_matches(key[:99], known, n=1, cutoff=0.5)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(known)}"
-            errors.append(f"unknown key {prefix}{key}{hint}")
+            errors.append(f"unknown key {prefix}{key[:99]}{hint}")
     hints = typing.get_type_hints(kind)
     values = {}
     for name, spec in known.items():
@@ -108,23 +139,28 @@ def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
     if value is None and type(None) in options:
         return None
     (plain,) = [option for option in options if option is not type(None)]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        errors.append(f"{name} must be below 2**63")
+        return None
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        errors.append(f"{name} has a character that no text or path may have: {short(value)}")
     if typing.get_origin(plain) is Literal:
         choices = typing.get_args(plain)
         if value not in choices:
-            errors.append(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+            errors.append(f"{name} must be one of {', '.join(map(str, choices))}, not {short(value)}")
         return value
     if typing.get_origin(plain) is list:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            errors.append(f"{name} must be a list of words, not {value!r}")
+            errors.append(f"{name} must be a list of words, not {short(value)}")
         return value
     if plain is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-5 as text
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
+            value = float(value)
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value) and name != "train.max_grad_norm":
+        errors.append(f"{name} must be finite, not {value}")
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         word = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[plain]
-        errors.append(f"{name} must be {word}, not {value!r}")
+        errors.append(f"{name} must be {word}, not {short(value)}")
     return value

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import json
+import re
 import signal
+import sys
+from contextlib import suppress
 
 # Each extra of pyproject.toml that a command may need, and what it is for.
 EXTRAS = {
@@ -20,6 +25,10 @@ class StoppedBySignalError(Exception):
         self.number = number
 
 
+# What ends a command although nothing is wrong. Broken pipe: the reader of our output has gone, as with `| head`.
+STOPPED = (KeyboardInterrupt, StoppedBySignalError, BrokenPipeError)
+
+
 def need_extra(name: str) -> ValueError:
     """The error to raise where the extra `name` is not installed; it says what the extra is for and how to install it.
 
@@ -28,8 +37,45 @@ def need_extra(name: str) -> ValueError:
     return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
 
 
-def sentence(error: Exception) -> str:
-    """What a user reads of an error; the system's own errors without their number."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+def end(error: BaseException) -> int | None:
+    """Say on standard error what ended a command. Returns its exit status; None for a fault of the program's own."""
+    if isinstance(error, BrokenPipeError):
+        said, status = "", 141
+    elif isinstance(error, KeyboardInterrupt):
+        said, status = "\nk2mini: interrupted\n", 130
+    elif isinstance(error, StoppedBySignalError):
+        said, status = f"k2mini: {error}\n", 128 + error.number
+    elif isinstance(error, Exception) and (words := sentence(error)) is not None:
+        said, status = f"k2mini: {words}\n", 2
+    else:
+        return None
+    with suppress(OSError):
+        sys.stderr.write(said)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = None  # or the interpreter complains once more when it flushes
+    return status
+
+
+def sentence(error: Exception) -> str | None:
+    """What a user reads of an error that can be mended, the system's own without their number; None for any other."""
+    if isinstance(error, OSError):
+        words = error.strerror or " ".join(map(str, error.args)) or type(error).__name__
+        return f"{error.filename}: {words}" if error.filename else words
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        words = next(iter(str(error).splitlines()), "")
+        return f"not enough memory{words and f' ({words})'}; use a smaller batch, less context or a smaller model"
+    if isinstance(error, RecursionError):
+        return "something that was read is nested too deeply"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error})"
+    return str(error) if isinstance(error, ValueError) else None
+
+
+# What PyTorch, which has no type for all of them, says on a CPU, on a GPU, and of a size that is beyond 64 bits.
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|(calculation|multiplication) overflow")
+
+# How standard output writes what its encoding lacks: as JSON does, so that JSON stays JSON.
+ESCAPE = "k2mini.escape"
+codecs.register_error(ESCAPE, lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))  # type: ignore[attr-defined]

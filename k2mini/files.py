@@ -30,15 +30,15 @@ MOST = 2**28  # bytes of a file that describes others: config.json, an index, a 
 _held: set[Path] = set()  # the lock files that this process holds
 
 
-def parse_json(content: bytes | str, where: str) -> Any:
-    """JSON that is to be trusted: UTF-8, no key twice in an object, no half of a surrogate pair in a text.
+def parse_json(content: bytes | str, where: str, *, halves: bool = False) -> Any:
+    """JSON that is to be trusted: UTF-8, no key twice in an object, no half of a surrogate pair (or `halves`).
 
     Raises ValueError beginning with `where` for anything else, and where it is nested too deeply.
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=_once)
-        if "\\ud" in text.lower():
+        if not halves and "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None

@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_dataclasses():
     for name in ("scoring", "template", "answer_prefix", "normalize", "score_end"):
         assert values[name] == getattr(EvalConfig, name)
     assert (values["shots"], values["batch_size"]) == (EvalConfig.num_fewshot, 16)
-    assert found["prepare",].parse_args(["x", "--tokenizer", "t", "--out", "o"]).on_error == "fail"
+    assert found["prepare",].parse_args(["x", "--tokenizer", "t", "--out", "o"]).on_error == "raise"
     assert tuple(KINDS) == QUANTIZE_NAMES
 
 
@@ -180,7 +180,7 @@ def test_bad_models(run, tiny_directory, tmp_path, fault, message):
         (("--max-new-tokens", "0"), "--max-new-tokens must be at least 1, not 0"),
         (("--max-new-tokens", "2000"), "more than the model's context of 1024"),
         (("--template", "alpacca"), "there is no template 'alpacca'"),
-        (("--device", "tpu9"), "--device tpu9 is not a device"),
+        (("--device", "tpu9"), "--device tpu9 is not a device that is supported; cpu, cuda and cuda:1, … are"),
         (("--device", "cuda:99"), "this machine has"),
         (("--threads", "0"), "--threads must be at least 1, not 0"),
     ],

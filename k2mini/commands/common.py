@@ -7,8 +7,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any, NoReturn
 
 from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
+
+
+class PrintVersion(argparse.Action):
+    """`--version`, which asks for the version only when it is wanted: that takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"k2mini {version('k2mini')}")
+        parser.exit()
+
 
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -34,7 +34,6 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .json, .txt, .md (or .gz), or folders"
     )
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument(
         "--val-percent",
         type=float,
@@ -52,7 +51,7 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after each document")
     parser.add_argument(
         "--on-error",
-        choices=("fail", "skip"),
+        choices=("raise", "skip"),
         default=default["on_error"],
         help=f"at a malformed line: stop, or leave it out and count (default: {default['on_error']})",
     )
@@ -72,6 +71,7 @@ def run_prepare(options: argparse.Namespace) -> None:
         val_percent=options.val_percent,
         on_error=options.on_error,
         workers=options.workers,
+        force=options.force,
     )
     print(describe(manifest))
 

@@ -10,14 +10,19 @@ import codecs
 import gzip
 import io
 import json
+import os
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.files import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md")
+MOST = 2**29  # bytes of a document, of a line of JSONL, or of a list: a small .gz may hold any number of them
 
 OnError = Callable[[str], None]  # gets one sentence; it raises, or returns to have what is wrong left out
 
@@ -27,15 +32,23 @@ def raise_error(message: str) -> None:
     raise ValueError(message)
 
 
-def list_files(inputs: Sequence[Path]) -> list[Path]:
+def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) -> list[Path]:
     """The files that hold documents: the inputs in their order, folders searched through and their files sorted.
 
-    Raises ValueError where an input is missing or of another kind, where a file comes twice, or where there is none.
+    Args:
+        passed_over: counts the other files of the folders, by suffix.
+
+    Raises ValueError where an input is missing or of another kind, where a file comes twice, or where there is none;
+    OSError where a folder can't be read.
     """
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(f for f in path.rglob("*") if _suffix(f) not in (None, ".json") and f.is_file())
+            found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names]
+            taken = [file for file in found if _suffix(file) not in (None, ".json") and file.is_file()]
+            files += sorted(taken)
+            if passed_over is not None:
+                passed_over.update(file.suffix.lower() or "no suffix" for file in set(found).difference(taken))
         elif not path.is_file():
             raise ValueError(f"there is no file or folder {path}")
         elif not _suffix(path):
@@ -44,11 +57,16 @@ def list_files(inputs: Sequence[Path]) -> list[Path]:
             files.append(path)
     if not files:
         raise ValueError(f"no {', '.join(SUFFIXES)} (or .gz of these) in {', '.join(map(str, inputs))}")
-    resolved = [file.resolve() for file in files]
-    for file, real in zip(files, resolved, strict=True):
-        if resolved.count(real) > 1:
+    seen: set[Path] = set()
+    for file in files:
+        if (real := file.resolve()) in seen:
             raise ValueError(f"{file} is named twice")
+        seen.add(real)
     return files
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _suffix(path: Path) -> str | None:
@@ -64,13 +82,14 @@ def read_texts(path: Path, on_error: OnError) -> Iterator[str]:
         on_error: called with one sentence, naming file and line, for each line that is not a document (which is then
             left out); it may raise.
 
-    Raises ValueError where the file is damaged, or a list that is not valid JSON.
+    Raises ValueError where the file is damaged, a list that is not valid JSON, or has more than `MOST` bytes in one
+    piece.
     """
     try:
         with _open(path) as file:
             if _suffix(path) in (".txt", ".md"):
                 try:
-                    text = file.read().decode("utf-8")
+                    text = _whole(path, file).decode("utf-8-sig")
                 except UnicodeDecodeError as error:
                     on_error(f"{path} is not UTF-8 (byte {error.start})")
                     return
@@ -78,7 +97,7 @@ def read_texts(path: Path, on_error: OnError) -> Iterator[str]:
                     yield text
                 return
             by_line = _suffix(path) == ".jsonl"
-            entries = _entries(path, file, on_error) if by_line else read_entries(path, file.read(), on_error)
+            entries = _entries(path, file, on_error) if by_line else read_entries(path, _whole(path, file), on_error)
             for place, entry in entries:
                 try:
                     text = _text_of(entry)
@@ -94,30 +113,55 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
+def _whole(path: Path, file: IO[bytes], start: bytes = b"") -> bytes:
+    """`start` and what is left of an open file."""
+    content = start + file.read(MOST + 1)
+    if len(content) > MOST:
+        raise ValueError(f"{path} has more than {MOST:,} bytes in one piece; split it, or make it JSONL")
+    return content
+
+
 def _entries(path: Path, file: IO[bytes], on_error: OnError) -> Iterator[tuple[str, Any]]:
     """(place, entry) of an open JSON list, or of JSONL, where the place is 'record 0', … or 'line 1', …"""
     first = True
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MOST + 1), b""), start=1):
+        if len(line) > MOST:
+            raise ValueError(f"{path}, line {number} is longer than {MOST:,} bytes")
         if not line.strip():
             continue
         if first and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            yield from ((f"record {n}", entry) for n, entry in enumerate(_list(path, line + file.read())))
+            yield from _parsed(path, _whole(path, file, line), on_error)
             return
         first = False
         try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            on_error(f"{path}, line {number}: not valid JSON: {error}")
+            entry = parse_json(line, f"{path}, line {number}")
+        except ValueError as error:
+            on_error(str(error))
         else:
             yield f"line {number}", entry
 
 
-def _list(path: Path, content: bytes) -> list[Any]:
-    try:
-        entries: list[Any] = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    return entries
+def _parsed(path: Path, content: bytes, on_error: OnError) -> list[tuple[str, Any]]:
+    """(place, entry) of a JSON list, or the one of anything else. Raises ValueError where it is not valid JSON.
+
+    An entry with text that is not UTF-8, or with half of a surrogate pair, is told to `on_error`.
+    """
+    text = content.decode("utf-8-sig", "surrogateescape")
+    whole = parse_json(text, str(path), halves=True)
+    entries = (
+        [(f"record {n}", entry) for n, entry in enumerate(whole)] if isinstance(whole, list) else [("line 1", whole)]
+    )
+    if not re.search(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]", text):
+        return entries
+    kept = []
+    for place, entry in entries:
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            on_error(f"{path}, {place}: a text in it is not UTF-8, or has half of a surrogate pair (\\ud…)")
+        else:
+            kept.append((place, entry))
+    return kept
 
 
 def _text_of(entry: Any) -> str:
@@ -158,12 +202,9 @@ def read_entries(path: Path, content: bytes | None = None, on_error: OnError = r
         if not path.is_file():
             raise ValueError(f"there is no data file {path}")
         content = path.read_bytes()
-    if not content.strip():
+    if content.strip() in (b"", b"[]"):
         raise ValueError(f"{path} is empty")
     try:
-        whole = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return _parsed(path, content, on_error)
+    except ValueError:  # JSONL, or it is said what is wrong
         return list(_entries(path, io.BytesIO(content), on_error))
-    if whole == []:
-        raise ValueError(f"{path} is empty")
-    return [(f"record {n}", entry) for n, entry in enumerate(whole)] if isinstance(whole, list) else [("line 1", whole)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from k2mini.config import InstructionSection
@@ -41,7 +42,7 @@ def _record(entry: Any, place: str) -> dict[str, str]:
         if key not in record:
             raise ValueError(f"{place} has no `{key}`")
         if not isinstance(record[key], str):
-            raise ValueError(f"{place}: `{key}` must be text, not {record[key]!r}")
+            raise ValueError(f"{place}: `{key}` must be text, not {short(record[key])}")
     if not record["output"].strip():
         raise ValueError(f"{place}: `output` is empty, so there is nothing to learn")
     return record

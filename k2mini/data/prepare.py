@@ -1,8 +1,8 @@
 """`k2mini prepare`: documents in files become a prepared corpus (see corpus.py), in two passes.
 
-The first pass tokenises each input file into a part of its own, in parallel; parts stay on disk when the run is killed,
-so a second start goes on from them. The second pass walks over the parts in the order of the input, drops repeated
-documents and writes the shards, so the bytes do not depend on the number of workers.
+The first pass tokenises each input file into a part of its own, in parallel (see parts.py). The second walks over the
+parts in the order of the input, drops repeated documents and writes the shards, so the bytes do not depend on the
+number of workers.
 """
 
 from __future__ import annotations
@@ -10,49 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from k2mini.data.corpus import FORMAT, MANIFEST
-from k2mini.data.documents import list_files, read_texts
+from k2mini.data.corpus import FORMAT, MANIFEST, is_prepared
+from k2mini.data.documents import list_files
+from k2mini.data.parts import RECORD, Settings, encode_all, keep_parts, part_of, printable
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import check_output, new_directory, progress_bar, read_json, write_text
+from k2mini.files import check_output, new_directory, output, progress_bar, read_json, sha256
 
 log = logging.getLogger(__name__)
 
-SHARD_TOKENS = 2**28  # 512 MiB of uint16
-DIGEST_BYTES = 16
-# What the first pass notes of each document: a hash of its text, and how many tokens it has.
-RECORD = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("tokens", "<u4")])
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that the bytes of a prepared corpus depend on, beside the documents; it stands in the manifest."""
-
-    tokenizer: str  # SHA-256 of the SentencePiece model
-    vocab_size: int
-    eos: bool = True
-    val_percent: float = 0.0
-    on_error: str = "fail"  # or 'skip'
-
-    @property
-    def dtype(self) -> str:
-        """The type of a token on disk."""
-        return "uint16" if self.vocab_size <= 2**16 else "uint32"
+SHARD_TOKENS = 2**28  # at most, 512 MiB of uint16; a longer document has a shard of its own
 
 
 def prepare(
@@ -62,9 +37,9 @@ def prepare(
     *,
     eos: bool = True,
     val_percent: float = 0.0,
-    on_error: str = "fail",
+    on_error: str = "raise",
     workers: int = 1,
-    shard_tokens: int = SHARD_TOKENS,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Tokenise documents into the directory `out`, going on from where a killed run was. Returns the manifest.
 
@@ -74,120 +49,40 @@ def prepare(
         eos: EOS after each document. BOS stands before it in any case, K2's scheme.
         val_percent: about so many documents in a hundred go into the split `val`. A document's split follows from its
             text alone, so it does not change when the corpus grows.
-        on_error: at a line that is not a document: 'fail', or 'skip' it and count it.
-        shard_tokens: tokens of a shard, at most (a longer document has a shard of its own).
+        on_error: at a line that is not a document: 'raise', or 'skip' it and count it.
+        force: replace what stands at `out`.
 
-    Raises ValueError where an input is missing or malformed, nothing is left, or `out` exists and is not empty.
+    Raises ValueError where an input is missing or malformed, nothing is left, or `output` refuses `out`.
     """
     if not 0 <= val_percent < 100:
         raise ValueError(f"--val-percent must be at least 0 and below 100, not {val_percent}")
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, not {workers}")
-    check_output(out)
-    files = list_files(inputs)
-    content = tokenizer.read_bytes() if tokenizer.is_file() else b""
-    settings = Settings(
-        hashlib.sha256(content).hexdigest(), Tokenizer(tokenizer).vocab_size, eos, float(val_percent), on_error
-    )
-    parts = out.with_name(f".{out.name}.parts")
-    _keep_parts_of(parts, settings)
-    _encode_all(files, tokenizer, settings, parts, workers)
-    manifest = _write(files, settings, parts, out, shard_tokens)
-    shutil.rmtree(parts)
+    passed_over: Counter[str] = Counter()
+    files = list_files(inputs, passed_over)
+    if passed_over:
+        counts = ", ".join(f"{number:,} of {suffix}" for suffix, number in sorted(passed_over.items()))
+        log.info("passed over, since documents in folders are .jsonl, .txt, .md or .gz of these: %s", counts)
+    vocab_size = Tokenizer(tokenizer).vocab_size
+    settings = Settings(sha256(tokenizer), vocab_size, eos, float(val_percent), on_error)
+    folder = out.absolute().with_name(f".{out.absolute().name}.parts")
+    with output(out, force=True, inputs=[*files, tokenizer]):
+        if is_prepared(out) and folder.exists() and not force:
+            log.warning("removed %s, which a process left that was killed when %s was complete", folder, out)
+            shutil.rmtree(folder)
+        check_output(out, force=force)
+        parts = {file: part_of(folder, file, settings) for file in files}
+        encode_all(parts, keep_parts(folder, set(parts.values())), tokenizer, settings, workers)
+        manifest = _write(parts, settings, out, force=force)
+        shutil.rmtree(folder)
     return manifest
-
-
-def _keep_parts_of(parts: Path, settings: Settings) -> None:
-    """Keep the parts of an earlier start where they were made with the same settings; else remove them."""
-    noted = parts / "settings.json"
-    if noted.is_file() and read_json(noted) == asdict(settings):
-        log.info("going on with what an earlier start left in %s", parts)
-        return
-    if parts.exists():
-        shutil.rmtree(parts)
-    parts.mkdir(parents=True)
-    write_text(noted, json.dumps(asdict(settings)) + "\n")
-
-
-def _part(parts: Path, file: Path) -> Path:
-    """The path of a file's part. It depends on size and time of the file, so a file that changed gets a new part."""
-    status = file.stat()
-    key = f"{file.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()
-    return parts / hashlib.sha256(key).hexdigest()[:24]
-
-
-def _encode_all(files: list[Path], tokenizer: Path, settings: Settings, parts: Path, workers: int) -> None:
-    tasks = [(file, part) for file in files if not (part := _part(parts, file)).with_suffix(".json").exists()]
-    total = sum(file.stat().st_size for file in files)
-    done = total - sum(file.stat().st_size for file, _ in tasks)
-    with progress_bar(total, "encoding", "B", initial=done) as progress:
-        if workers == 1 or len(tasks) < 2:
-            for file, part in tasks:
-                _encode(file, tokenizer, settings, part)
-                progress.update(file.stat().st_size)
-            return
-        with _pool(min(workers, len(tasks))) as pool:
-            running: dict[Future[None], Path] = {
-                pool.submit(_encode, file, tokenizer, settings, part): file for file, part in tasks
-            }
-            try:
-                for future in as_completed(running):
-                    future.result()
-                    progress.update(running[future].stat().st_size)
-            except BrokenProcessPool:
-                raise ValueError(
-                    "a worker was killed (out of memory?); start again with fewer --workers to go on from here"
-                ) from None
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _encode(file: Path, tokenizer_path: Path, settings: Settings, part: Path) -> None:
-    """Encode one file into `part`.tokens, .records and, last of all, .json with what was skipped."""
-    tokenizer = Tokenizer(tokenizer_path)
-    skipped: list[str] = []
-
-    def on_error(message: str) -> None:
-        if settings.on_error == "fail":
-            raise ValueError(f"{message}; --on-error skip leaves such lines out and counts them")
-        skipped.append(message)
-
-    records = []
-    with part.with_suffix(".tokens").open("wb") as out:
-        for text in read_texts(file, on_error):
-            ids = tokenizer.encode(text, bos=True, eos=settings.eos)
-            np.array(ids, dtype=settings.dtype).tofile(out)
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-            records.append((digest, len(ids)))
-    np.array(records, dtype=RECORD).tofile(part.with_suffix(".records"))
-    write_text(part.with_suffix(".json"), json.dumps({"skipped": len(skipped), "first": skipped[:3]}) + "\n")
 
 
 class _Split:
     """Writes the shards of one split, document by document."""
 
-    def __init__(self, name: str, folder: Path, dtype: str, shard_tokens: int) -> None:
-        self.name, self.folder, self.dtype, self.shard_tokens = name, folder, dtype, shard_tokens
+    def __init__(self, name: str, folder: Path, dtype: str) -> None:
+        self.name, self.folder, self.dtype = name, folder, dtype
         self.shards: list[dict[str, Any]] = []
         self._file: Any = None
         self._starts: list[int] = []
@@ -195,7 +90,7 @@ class _Split:
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document, to the open shard if it fits there and else to a new one."""
-        if self._file is not None and self._length + len(tokens) > self.shard_tokens:
+        if self._file is not None and self._length + len(tokens) > SHARD_TOKENS:
             self.close()
         if self._file is None:
             self._file = (self.folder / f"{self.name}-{len(self.shards):05}.tokens").open("wb")
@@ -230,13 +125,12 @@ class _Split:
         return {**totals, "shards": self.shards}
 
 
-def _write(files: list[Path], settings: Settings, parts: Path, out: Path, shard_tokens: int) -> dict[str, Any]:
+def _write(parts: dict[Path, Path], settings: Settings, out: Path, *, force: bool) -> dict[str, Any]:
     seen: set[bytes] = set()
     duplicates, skipped, sources = 0, 0, []
-    with new_directory(out) as beside, progress_bar(len(files), "writing", "files") as progress:
-        train, val = (_Split(name, beside, settings.dtype, shard_tokens) for name in ("train", "val"))
-        for file in files:
-            part = _part(parts, file)
+    with new_directory(out, force=force) as beside, progress_bar(len(parts), "writing", "files") as progress:
+        train, val = (_Split(name, beside, settings.dtype) for name in ("train", "val"))
+        for file, part in parts.items():
             note = read_json(part.with_suffix(".json"))
             records = np.fromfile(part.with_suffix(".records"), dtype=RECORD)
             tokens = _mapped(part.with_suffix(".tokens"), settings.dtype)
@@ -252,12 +146,12 @@ def _write(files: list[Path], settings: Settings, parts: Path, out: Path, shard_
             skipped += note["skipped"]
             for message in note["first"]:
                 log.warning("skipped: %s", message)
-            sources.append({"file": str(file), "documents": len(records), "skipped": note["skipped"]})
+            sources.append({"file": printable(str(file)), "documents": len(records), "skipped": note["skipped"]})
             progress.update()
         train.close()
         val.close()
         if not train.shards:
-            raise ValueError(f"{', '.join(map(str, files[:3]))}: there are 0 documents to train on")
+            raise ValueError(f"{', '.join(map(str, [*parts][:3]))}: there are 0 documents to train on")
         manifest = {
             "format": FORMAT,
             **asdict(settings),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import sentencepiece
+
+from k2mini.files import MOST
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -35,22 +38,33 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"there is no tokenizer file {path}")
+        if self.path.stat().st_size > MOST:
+            raise ValueError(f"{path} is not a SentencePiece model: it has more than {MOST:,} bytes")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError):
-            raise ValueError(f"{path} is not a SentencePiece model") from None
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model, or is damaged") from None
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{path} has no BOS or no EOS token (ids {self.bos_id} and {self.eos_id})")
+        special = (self.bos_id, self.eos_id, self.unk_id)
+        if not all(0 <= token < self.vocab_size for token in special):
+            raise ValueError(f"{path} has no BOS, no EOS or no unknown token (ids {special})")
         # LLaMA's model puts a space before the text; SmolLM2's, for one, does not.
-        first = self._model.encode("a", out_type=str)[0]
-        self.adds_space: bool = first.startswith("▁")
+        self.adds_space: bool = "".join(self._model.encode("a", out_type=str)).startswith("▁")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
-        """Token ids. Control symbols written out in the text ('<s>') are plain text, never control tokens."""
-        ids: list[int] = self._model.encode(text, out_type=int)
+        """Token ids. Control symbols written out in the text ('<s>') are plain text, never control tokens.
+
+        Raises ValueError where the text has half of a surrogate pair, as bytes that are not UTF-8 become.
+        """
+        try:
+            ids: list[int] = self._model.encode(text, out_type=int)
+        except (RuntimeError, UnicodeError):
+            if half := re.search("[\ud800-\udfff]", text):
+                shown = text[max(0, half.start() - 20) : half.end()]
+                raise ValueError(f"the text is not UTF-8 (at the end of {shown!r})") from None
+            raise
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -70,7 +84,10 @@ class Tokenizer:
         """The piece as it stands in the vocabulary: '▁rock', '<0x0A>', '<s>'."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token {token} is outside the tokenizer's vocabulary of {self.vocab_size}")
-        return self._model.id_to_piece(token)
+        try:
+            return self._model.id_to_piece(token)
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path} is damaged: its token {token} is not UTF-8") from None
 
     def piece_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a multi-byte character may be spread over several tokens."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from k2mini.data.documents import read_entries
@@ -37,7 +38,7 @@ def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, 
     if named_json or JSON_START.match(content):
         return [_question(entry, f"{path}, {place}") for place, entry in read_entries(path, content)]
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = re.split("\r?\n", content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
     questions = [(line, "") for line in lines if line.strip()]
@@ -56,7 +57,7 @@ def _question(entry: Any, place: str) -> tuple[str, str]:
         fields = " or ".join(f"`{field}`" for field in FIELDS)
         raise ValueError(f"{place} is neither a question nor an object whose {fields} is text")
     if context is not None and not isinstance(context, str):
-        raise ValueError(f"{place}: `input` must be text, not {context!r}")
+        raise ValueError(f"{place}: `input` must be text, not {short(context)}")
     return question, context or ""
 
 

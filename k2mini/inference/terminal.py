@@ -111,6 +111,6 @@ def chat(conversation: Conversation) -> None:
             try:
                 conversation.turn(command, sys.stdout)
             except ValueError as error:
-                print(f"k2mini: {error}; /reset starts anew", file=sys.stderr)
+                print(f"k2mini: {error}{'; /reset starts anew' if conversation.history else ''}", file=sys.stderr)
                 continue
             print(" [stopped]" if conversation.interrupted else "", flush=True)

@@ -100,13 +100,13 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
     ("name", "content", "message"),
     [
         ("a.json", "[]", "a.json is empty"),
-        ("a.json", "{", "line 1: not valid JSON"),
+        ("a.json", "{", "line 1 is not valid JSON"),
         ("a.json", '[{"instruction": "x"}]', "record 0 has no `output`"),
         ("a.json", '[{"instruction": "x", "output": 3}]', "record 0: `output` must be text, not 3"),
         ("a.json", '[{"instruction": "x", "output": " "}]', "record 0: `output` is empty"),
         ("a.json", "[3]", "record 0 must be a JSON object, not int"),
         ("a.jsonl", "", "is empty"),
-        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"x"', "line 2: not valid JSON"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"x"', "line 2 is not valid JSON"),
         ("a.jsonl", '{"output": "y"}\n', "line 1 has no `instruction`"),
         ("a.jsonl.json", '{"instruction": "x", "output": "y"}\n{"output": "y"}\n', "line 2 has no `instruction`"),
         ("a.JSONL", '[{"output": "y"}]', "record 0 has no `instruction`"),
@@ -127,7 +127,7 @@ def test_instruction_files_of_another_form_are_refused(tmp_path, name, content, 
         ("3\n", "line 1: must be a JSON object, not int"),
         ("[1]\n", "record 0: must be a JSON object, not int"),
         ('[{"text": "x"}', "corpus.jsonl is not valid JSON"),
-        ("plain text\n", "line 1: not valid JSON"),
+        ("plain text\n", "line 1 is not valid JSON"),
     ],
 )
 def test_corpora_of_another_form_are_refused(tiny_tokenizer, tmp_path, content, message):
@@ -169,7 +169,7 @@ BAD = [
     ('{"instruction": "x", "output": ""}', "line 2: `output` is empty, so there is nothing to learn"),
     ('{"instruction": "x"}', "line 2 has no `output`"),
     ("3", "line 2 must be a JSON object, not int"),
-    ('{"instr', "line 2: not valid JSON"),
+    ('{"instr', "line 2 is not valid JSON"),
 ]
 
 

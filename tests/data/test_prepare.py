@@ -42,8 +42,9 @@ def digests(out):
     return {path.name: sha256(path) for path in out.iterdir()}
 
 
-def test_what_is_prepared_is_what_was_there(folder, tiny_tokenizer, tmp_path):
-    manifest = prepare([folder], tiny_tokenizer.path, tmp_path / "out", shard_tokens=500)
+def test_what_is_prepared_is_what_was_there(folder, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("k2mini.data.prepare.SHARD_TOKENS", 500)
+    manifest = prepare([folder], tiny_tokenizer.path, tmp_path / "out")
     assert [file.name for file in list_files([folder])] == ["a.jsonl", "b.jsonl.gz", "c.txt", "d.md", "empty.txt"]
     texts = [*(text(n) for n in range(260)), "A whole file.\nIs one document.", "# Rocks\n\nand minerals"]
     expected = Documents([tiny_tokenizer.encode(t, bos=True, eos=True) for t in texts])

@@ -126,7 +126,7 @@ def test_options_that_are_letters_themselves(tmp_path):
         ('{"question": "", "choices": ["a", "b"], "answer": "A"}', "question is empty"),
         ('{"question": "x", "choices": ["a", "b"]}', "there is no 'answer'"),
         ("[1]", "this is no JSON object"),
-        ("{", "line 1: "),
+        ("{", "line 1 is not valid JSON"),
         ("", "mine.jsonl is empty"),
     ],
 )
@@ -162,5 +162,5 @@ def test_no_file_and_no_json(tmp_path):
     with pytest.raises(ValueError, match="there is no benchmark file"):
         load_geobench(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match=r"bad.json, line 1: not valid JSON"):
+    with pytest.raises(ValueError, match=r"bad.json, line 1 is not valid JSON"):
         load_geobench(tmp_path / "bad.json")

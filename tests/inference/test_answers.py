@@ -151,7 +151,7 @@ BAD = {
     "number": ('[{"instruction": 3}]', ["--input", "FILE.json"], "`question` or `prompt` or `instruction` is text"),
     "no adapter": (None, ["--prompt", "a", "--adapter", "nowhere"], "there is no directory nowhere"),
     "no question": ("[]", ["--input", "FILE.json"], "FILE.json is empty"),
-    "no JSON": ("{", ["--input", "FILE.json"], "FILE.json, line 1: not valid JSON"),
+    "no JSON": ("{", ["--input", "FILE.json"], "FILE.json, line 1 is not valid JSON"),
     "no list": ('{"a": 1}', ["--input", "FILE.json"], "line 1 is neither a question nor an object"),
     "no text": ('["a", 1]', ["--input", "FILE.json"], "record 1 is neither a question nor"),
     "no file": (None, ["--input", "FILE.json"], "No such file"),
@@ -247,7 +247,7 @@ def test_standard_input_too(tiny_directory, run, monkeypatch):
     assert found[0] == found[1]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"question": "a"}\n{"question": ')))
     status, _, err = run(*common)
-    assert (status, "standard input, line 2: not valid JSON" in err) == (2, True)
+    assert (status, "standard input, line 2 is not valid JSON" in err) == (2, True)
 
 
 def test_progress_counts_tokens(tiny_directory, monkeypatch):
