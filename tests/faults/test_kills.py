@@ -1,4 +1,4 @@
-"""Every command that writes, killed at its n-th file event: old outputs stay whole, a restart ends as if undisturbed."""
+"""Every command that writes, killed at its n-th file event: old outputs stay whole, a restart ends as it should."""
 
 import random
 import shutil
@@ -74,7 +74,7 @@ def test_killed_at_a_file_event(forks, template, tmp_path, name, number):
             yield Request([line.split() for line in lines], str(tmp_path / str(place)), kill=n)
 
     killed, wrong = dict(forks.run(kills())), {}
-    for place, (n, old) in enumerate(cases):
+    for place, (_, old) in enumerate(cases):
         problem = "" if killed[place].status == -9 else f"it was not killed: {said(killed[place])}"
         for output in outputs if old is not None else ():
             there = output if (tmp_path / str(place) / output).exists() else f".{output}.old"

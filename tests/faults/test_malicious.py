@@ -50,6 +50,10 @@ def _manifest(folder, name):
     return json.dumps(raw).encode()
 
 
+def _changed(path, key, value):
+    return json.dumps({**json.loads(path.read_text()), key: value}).encode()
+
+
 def _compressed(folder):
     """A file of torch.save, its entries compressed, which a memory map would read as they stand."""
     with zipfile.ZipFile(folder / "x_bin/pytorch_model-00001-of-00002.bin") as file:
@@ -63,6 +67,7 @@ BIN, PTH, STEP = (
     "x_meta/consolidated.00.pth",
     "x_run/checkpoints/step_0000001",
 )
+LORA = "x_adapter/adapter_config.json"
 ASK, CONVERT = f"generate --model {{}} {GENERATE}", "convert {} --to hf --out out"
 HUGE = {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 2**60]}}
 BOMB = gzip.compress(b'{"text": "' + b"\0" * 2**28 + b'"}\n', 9)
@@ -81,23 +86,24 @@ FILES = {
     "metadata on resuming": (f"{STEP}/.metadata", lambda _: EVIL, "pretrain x_pre.yaml run.dir=x_run"),
     "index to above": ("x_index/model.safetensors.index.json", lambda _: _index("../x_model/model.safetensors"),
                        ASK.format("x_index")),
-    "index to the root": ("x_index/model.safetensors.index.json", lambda _: _index("/etc/passwd"), ASK.format("x_index")),
+    "index to the root": ("x_index/model.safetensors.index.json", lambda _: _index("/etc/passwd"),
+                          ASK.format("x_index")),
     "manifest to above": ("x_model/manifest.json", lambda f: _manifest(f, "../x_user.jsonl"), "verify x_model"),
     "manifest to the root": ("x_model/manifest.json", lambda f: _manifest(f, "/etc/passwd"), "verify x_model"),
     "header of 8 EB": ("x_model/model.safetensors", lambda _: struct.pack("<Q", 2**63) + b"{}", ASK.format("x_model")),
     "header of brackets": ("x_model/model.safetensors", lambda _: _header(b"[" * 10**6), ASK.format("x_model")),
     "tensor of 2**80": ("x_model/model.safetensors", lambda _: _header(json.dumps(HUGE).encode()), "info x_model"),
     "tokenizer of nothing": ("x_model/tokenizer.model", lambda _: b"\x0a\xff\xff\xff\xff\x0f", ASK.format("x_model")),
-    "tokenizer of text": ("x_model/tokenizer.model", lambda _: b"granite" * 10**5, "prepare x_docs.txt --tokenizer x_model --out out"),
-    "tag in YAML": ("x_pre.yaml", lambda _: b"run: !!python/object/apply:builtins.open [ran, w]\n", "pretrain x_pre.yaml"),
+    "tokenizer of text": ("x_model/tokenizer.model", lambda _: b"granite" * 10**5, PREPARE.format("x_docs.txt")),
+    "tag in YAML": ("x_pre.yaml", lambda _: b"run: !!python/object/apply:builtins.open [ran, w]\n",
+                    "pretrain x_pre.yaml"),
     "gzip of 256 MB": ("x_docs.jsonl.gz", lambda _: BOMB, PREPARE.format("x_docs.jsonl.gz")),
-    "rank of 10**12": ("x_adapter/adapter_config.json", lambda f: json.dumps(
-        {**json.loads((f / "x_adapter/adapter_config.json").read_text()), "r": 10**12}).encode(),
-        f"generate --model x_model --adapter x_adapter {GENERATE}"),
-    "10**9 layers": ("x_model/config.json", lambda f: json.dumps(
-        {**json.loads((f / "x_model/config.json").read_text()), "num_hidden_layers": 10**9}).encode(), ASK.format("x_model")),
-    "vocabulary of 10**15": ("x_model/config.json", lambda f: json.dumps(
-        {**json.loads((f / "x_model/config.json").read_text()), "vocab_size": 10**15}).encode(), ASK.format("x_model")),
+    "rank of 10**12": (LORA, lambda f: _changed(f / LORA, "r", 10**12),
+                       f"generate --model x_model --adapter x_adapter {GENERATE}"),
+    "10**9 layers": ("x_model/config.json", lambda f: _changed(f / "x_model/config.json", "num_hidden_layers", 10**9),
+                     ASK.format("x_model")),
+    "vocabulary of 10**15": ("x_model/config.json", lambda f: _changed(f / "x_model/config.json", "vocab_size", 10**15),
+                             ASK.format("x_model")),
 }  # fmt: skip
 
 

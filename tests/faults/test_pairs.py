@@ -34,7 +34,7 @@ def test_two_at_once(forks, template, tmp_path, number):
             assert end.status == 0, said(end)
             whole[line] = tree(tmp_path / f"whole{case}", "out"), listing(tmp_path / f"whole{case}"), end.seconds
         right, names, seconds = whole[line]
-        folder, offset = tmp_path / str(case), draw.random() * whole[line][2] if case >= len(LINES) else 0.0
+        folder, offset = tmp_path / str(case), draw.random() * seconds if case >= len(LINES) else 0.0
         copy(template, folder, WORDS.split(line))
         pair = [Request([line.split()], str(folder), after=after) for after in (0.1, 0.1 + offset)]
         ends = [end for _, end in forks.run(pair)]
