@@ -188,22 +188,31 @@ class Case:
         return f"seed {self.seed}: {self.target}: {self.what}: k2mini {self.line}"
 
 
+def line(name: str, target: str) -> str:
+    """The command of a name, over a target."""
+    return world.COMMANDS[name.strip("!")].format(m=target.split("/")[0])
+
+
 def prepare_case(seed: int, template: Path, folder: Path) -> Case:
     """Copy what the case needs into `folder`, and change the file."""
     draw = random.Random(seed)
     target = draw.choice([*world.TARGETS])
     name = draw.choice(world.TARGETS[target].split())
-    top = target.split("/")[0]
-    line = world.COMMANDS[name.strip("!")].format(m=top)
-    world.copy(template, folder, {*WORDS.split(line), top})
+    world.copy(template, folder, WORDS.split(line(name, target)))
     others = sorted(path for path in folder.rglob("*") if path.suffix == Path(target).suffix)
     what = mutate(folder / target, [*others, template / "x_docs.txt"], draw)
-    return Case(seed, target, what, line, name.endswith("!"), folder)
+    return Case(seed, target, what, line(name, target), name.endswith("!"), folder)
 
 
 def outcome(end: End, folder: Path) -> tuple[str, dict[str, bytes]]:
     """What a command printed and wrote."""
-    return end.out, world.tree(folder, "out", "out.gguf", "out.png", "x_run", "x_tune", "x_eval")
+    files = world.tree(folder, "out", "out.gguf", "out.png", "x_run", "x_tune")
+    files |= {name: _rounded(content) for name, content in world.tree(folder, "x_eval").items()}
+    return _rounded(end.out.encode()).decode(), files
+
+
+def _rounded(content: bytes) -> bytes:
+    return re.sub(rb"(\.\d{5})\d+", rb"\1", content)  # which questions share a batch shows in the last digits
 
 
 def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str:
@@ -217,11 +226,9 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
     if end.status == 2:
         if not end.is_sentence:
             return "traceback"
-        names = {
-            Path(case.target).name,
-            case.target.split("/")[0],
-            "npee/noun" if "npee" in case.target else case.target,
-        }
+        names = {Path(case.target).name, case.target.split("/")[0], "npee/noun" if "npee" in case.target else case.line}
+        if case.target.endswith((".safetensors", ".bin", ".pth")):
+            names |= {"not finite", "holds NaN or infinity", "its loss is nan"}  # with the tensor's name, or the step's
         if not any(name in end.last for name in names) and not case.target.endswith(".yaml"):
             return "unnamed"
         half = (case.folder / "out").exists() and "run.dir=out" not in case.line
@@ -246,15 +253,18 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
 def campaign(seeds: Sequence[int], forks: Forks, template: Path, scratch: Path, limit: float = 20.0):
     """Yield (case, verdict, end) of every seed, in the order in which they end."""
     cases: dict[int, Case] = {}
-    wanted: dict[str, tuple[str, dict[str, bytes]]] = {}
-    for name in {name.strip("!") for names in world.TARGETS.values() for name in names.split()}:
-        for top in {t.split("/")[0] for t, names in world.TARGETS.items() if name in names.replace("!", "").split()}:
-            line, folder = world.COMMANDS[name].format(m=top), scratch / "right"
-            world.copy(template, folder, {*WORDS.split(line), top})
-            end = forks.one(folder, line)
-            assert end.status == 0, (line, end)
-            wanted[line] = outcome(end, folder)
-            shutil.rmtree(folder)
+    lines = sorted({line(name, target) for target, names in world.TARGETS.items() for name in names.split()})
+    wanted = {}
+
+    def rights() -> Iterator[Request]:
+        for place, one in enumerate(lines):
+            world.copy(template, scratch / f"right{place}", WORDS.split(one))
+            yield Request([one.split()], str(scratch / f"right{place}"))
+
+    for place, end in forks.run(rights()):
+        assert end.status == 0, (lines[place], end)
+        wanted[lines[place]] = outcome(end, scratch / f"right{place}")
+        shutil.rmtree(scratch / f"right{place}")
 
     def requests() -> Iterator[Request]:
         for place, seed in enumerate(seeds):
