@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,25 @@ from k2mini.files import read_json
 
 INT8 = {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"}
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second is how checkpoints of March 2023 spell it
+MOST_LAYERS = 1000  # more are a damaged file's: their names alone would fill the memory
+
+
+def number(raw: Mapping[str, Any], key: str, kind: type, default: Any = None, *, most: float = 1e15) -> Any:
+    """The positive number `raw[key]`, as an int or a float. Raises ValueError where it is none, or above `most`."""
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"{key} is missing")
+    if kind is int:
+        most = min(most, 2**31 - 1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (0 < value <= most and kind(value) != value):
+        raise ValueError(f"{key} must be {'a whole number' if kind is int else 'a number'}, not {value!r:.80}")
+    if not value > 0:
+        raise ValueError(f"{key} must be positive, not {value!r:.80}")
+    if value > most:
+        raise ValueError(f"{key} must be at most {most:,}, not {value!r:.80}")
+    return kind(value)
 
 
 @dataclass(frozen=True)
@@ -60,21 +80,11 @@ class ModelConfig:
     tie_embeddings: bool = False  # lm_head shares the embedding's weight
 
     def __post_init__(self) -> None:
-        positive = (
-            "dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "intermediate_dim",
-            "vocab_size",
-            "max_seq_len",
-            "rope_theta",
-            "norm_eps",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("dim", "num_heads", "num_kv_heads", "head_dim", "intermediate_dim", "vocab_size", "max_seq_len"):
+            number(vars(self), name, int)
+        number(vars(self), "num_layers", int, most=MOST_LAYERS)
+        for name in ("rope_theta", "norm_eps"):
+            number(vars(self), name, float)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
@@ -146,23 +156,14 @@ def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
 
 
-def _number(raw: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
-        raise ValueError(f"{key} must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
-    return kind(value)
-
-
 def _translate(raw: dict[str, Any]) -> ModelConfig:
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures must be a list, not {architectures!r:.80}")
     if raw.get("model_type") != "llama" or any(name not in ARCHITECTURES for name in architectures):
         name = ", ".join(map(str, architectures)) or "not named"
         raise ValueError(
-            f"model_type is {raw.get('model_type')!r}, architecture {name}; "
+            f"model_type is {raw.get('model_type')!r:.80}, architecture {name:.80}; "
             "k2mini runs LLaMA causal language models only (model_type 'llama', LlamaForCausalLM)"
         )
     unsupported = {
@@ -172,30 +173,33 @@ def _translate(raw: dict[str, Any]) -> ModelConfig:
     }
     quantization = raw.get("quantization_config")
     if quantization not in (None, INT8):
-        raise ValueError(f"quantization_config is {quantization!r}; k2mini reads its own int8 weights only")
+        raise ValueError(f"quantization_config is {quantization!r:.80}; k2mini reads its own int8 weights only")
     for key, supported in unsupported.items():
         if raw.get(key, supported) != supported:
-            raise ValueError(f"{key} is {raw[key]!r}; k2mini's LLaMA supports {supported!r} only")
+            raise ValueError(f"{key} is {raw[key]!r:.80}; k2mini's LLaMA supports {supported!r} only")
 
-    dim = _number(raw, "hidden_size", int)
-    num_heads = _number(raw, "num_attention_heads", int)
+    dim = number(raw, "hidden_size", int)
+    num_heads = number(raw, "num_attention_heads", int)
     if num_heads < 1 or (raw.get("head_dim") is None and dim % num_heads):
         raise ValueError(f"hidden_size ({dim}) must be a multiple of num_attention_heads ({num_heads})")
+    tied = raw.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings must be true or false, not {tied!r:.80}")
     rope_theta, rope_scaling = _rope(raw)
     return ModelConfig(
         dim=dim,
-        num_layers=_number(raw, "num_hidden_layers", int),
+        num_layers=number(raw, "num_hidden_layers", int, most=MOST_LAYERS),
         num_heads=num_heads,
-        num_kv_heads=_number(raw, "num_key_value_heads", int, num_heads),
-        head_dim=_number(raw, "head_dim", int, dim // num_heads),
-        intermediate_dim=_number(raw, "intermediate_size", int),
-        vocab_size=_number(raw, "vocab_size", int),
+        num_kv_heads=number(raw, "num_key_value_heads", int, num_heads),
+        head_dim=number(raw, "head_dim", int, dim // num_heads),
+        intermediate_dim=number(raw, "intermediate_size", int),
+        vocab_size=number(raw, "vocab_size", int),
         # The conversions of March 2023 say max_sequence_length.
-        max_seq_len=_number(raw, "max_position_embeddings", int, raw.get("max_sequence_length", 2048)),
+        max_seq_len=number(raw, "max_position_embeddings", int, raw.get("max_sequence_length", 2048)),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        norm_eps=_number(raw, "rms_norm_eps", float, 1e-6),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        norm_eps=number(raw, "rms_norm_eps", float, 1e-6),
+        tie_embeddings=tied,
     )
 
 
@@ -203,21 +207,21 @@ def _rope(raw: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     """rope_theta and scaling: `rope_theta` + `rope_scaling` up to transformers 4, `rope_parameters` since 5."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
-        raise ValueError(f"rope_scaling must be an object, not {parameters!r}")
-    theta = _number({**raw, **parameters}, "rope_theta", float, 10000.0)
+        raise ValueError(f"rope_scaling must be an object, not {parameters!r:.80}")
+    theta = number({**raw, **parameters}, "rope_theta", float, 10000.0)
     for holder in (raw, parameters):
         if holder.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"partial_rotary_factor {holder['partial_rotary_factor']!r} is not supported")
+            raise ValueError(f"partial_rotary_factor {holder['partial_rotary_factor']!r:.80} is not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported; k2mini knows 'default' and 'llama3'")
+        raise ValueError(f"rope_scaling of type {kind!r:.80} is not supported; k2mini knows 'default' and 'llama3'")
     return theta, Llama3RopeScaling(
-        factor=_number(parameters, "factor", float),
-        low_freq_factor=_number(parameters, "low_freq_factor", float),
-        high_freq_factor=_number(parameters, "high_freq_factor", float),
-        original_max_seq_len=_number(
+        factor=number(parameters, "factor", float),
+        low_freq_factor=number(parameters, "low_freq_factor", float),
+        high_freq_factor=number(parameters, "high_freq_factor", float),
+        original_max_seq_len=number(
             parameters, "original_max_position_embeddings", int, raw.get("max_position_embeddings")
         ),
     )

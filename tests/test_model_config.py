@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -86,3 +87,39 @@ def test_files_that_are_no_config(tmp_path):
     (tmp_path / "config.json").write_text("{'a': 1}")
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_model_config(tmp_path)
+
+
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+           "vocab_size", "max_position_embeddings", "head_dim", "rms_norm_eps", "rope_theta")  # fmt: skip
+ODD = ("64", [64], {}, True, -1, 0, "NaN", "Infinity", "1e999", "-1e999", 10**30, "10" * 2000)
+NO_NUMBERS = {
+    "architectures": (5, "LlamaForCausalLM", {"a": 1}, [7]),
+    "model_type": (None, 5, ["llama"], {}),
+    "tie_word_embeddings": ("false", 1, [True], {"a": 1}),
+    "hidden_act": (None, 5, ["silu"]),
+    "rope_scaling": (5, "x", [1], {"type": 5}, {"type": ["llama3"]}, {"type": "llama3", "factor": "8"}),
+    "quantization_config": (5, "int8", [1]),
+    "attention_bias": ("no", [0], 2),
+}
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, *NO_NUMBERS])
+def test_wrong_types_and_absurd_values_are_refused_quickly(field, tmp_path):
+    """File, field and value in one short sentence, before anything of that size is built."""
+    begun = time.perf_counter()
+    for value in NO_NUMBERS.get(field, ODD):
+        raw = json.dumps({**LLAMA_1, field: value})
+        if isinstance(value, str) and field in NUMBERS and value != "64":
+            raw = raw.replace(f'"{value}"', value)  # what JSON's readers take for numbers
+        (tmp_path / "config.json").write_text(raw)
+        with pytest.raises(
+            ValueError, match=rf"config\.json: {field}(\.\w+)? |model_type|config.json: factor"
+        ) as caught:
+            read_model_config(tmp_path)
+        assert len(str(caught.value)) < 400
+    assert time.perf_counter() - begun < 1
+
+
+def test_layers_without_end(tmp_path):
+    with pytest.raises(ValueError, match="num_hidden_layers must be at most 1,000, not 1000000000"):
+        read(tmp_path, {**LLAMA_1, "num_hidden_layers": 10**9})
