@@ -212,7 +212,8 @@ def _base(config: RunConfig) -> ModelDirectory:
     try:
         base = ModelDirectory(config.model.path)
     except ValueError as error:
-        raise ValueError(f"model.path: {error}") from None
+        hint = "set model.path to a Hugging Face directory (k2mini convert makes one of Meta's files)"
+        raise ValueError(f"model.path: {error}; {hint}") from None
     check_context(config, base.config.max_seq_len)
     return base
 

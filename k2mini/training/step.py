@@ -144,7 +144,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 
 @torch.no_grad()
 def validation_loss(model: Llama, samples: Samples, batch_size: int, world: World = ALONE) -> float:
-    """The mean loss (nats a token) over all supervised tokens of one epoch, without dropout."""
+    """The mean loss (nats a token) over an epoch's supervised tokens, without dropout. ValueError: it is not finite."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0.0
@@ -158,6 +158,8 @@ def validation_loss(model: Llama, samples: Samples, batch_size: int, world: Worl
     model.train(was_training)
     reshard(model)
     total, count = world.all_reduce(total, count)
+    if not math.isfinite(total):
+        raise ValueError(f"the validation loss is {total}; go on from the last checkpoint with a lower train.lr")
     return total / max(1, count)
 
 
