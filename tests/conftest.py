@@ -127,6 +127,23 @@ def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Models whose head, or whose last layer, holds a NaN; and one whose activations overflow in float16."""
+    from k2mini.weights.model_files import save_model
+
+    folder = tmp_path_factory.mktemp("broken")
+    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    for name, tensor in (("head", "lm_head.weight"), ("layer", "model.layers.2.mlp.up_proj.weight")):
+        state = tiny_llama(config).state_dict()
+        state[tensor][-1, 3] = torch.nan
+        save_model(state, config, folder / name, tokenizer=tiny_tokenizer)
+    state = tiny_llama(config).state_dict()
+    state["model.norm.weight"] *= 60000
+    save_model(state, config, folder / "large", tokenizer=tiny_tokenizer)
+    return folder
+
+
 @pytest.fixture
 def run(capfd):
     """Run a command line; returns (status, stdout, stderr)."""

@@ -120,7 +120,7 @@ def _change(one: CheckpointReader, other: CheckpointReader, name: str, *, subspa
         squares += torch.stack([(before * before).sum(), (after * after).sum(), (before * after).sum()]).double()
         torch.sub(after, before, out=delta[start : start + ROWS])
     if not bool(squares.isfinite().all()):
-        odd = after if bool(squares[0].isfinite()) else before
+        odd = (other if bool(squares[0].isfinite()) else one).directory
         raise ValueError(f"{odd}: {name} holds NaN or infinity")
     size, (length, after_length, product) = delta.norm(), squares.tolist()
     relative = size.item() / length**0.5 if length else float("inf")

@@ -32,10 +32,17 @@ class Perplexity:
     num_bytes: int
 
 
+def from_loss(loss: float) -> float:
+    """The perplexity of a mean loss in nats. Raises ValueError where no number is large enough for it."""
+    if loss > 700:
+        raise ValueError(f"the mean loss is {loss:.3g} nats a token, which no model in order has; k2mini verify it")
+    return math.exp(loss)
+
+
 def perplexity(model: Llama, documents: Sequence[Sequence[int]], batch_size: int = 16) -> float:
     """exp of the mean loss over all tokens but each document's first (BOS). Documents see nothing of each other."""
     examples = Examples([Example(document, unsupervised=1) for document in documents], seed=None)
-    return math.exp(validation_loss(model, examples, batch_size))
+    return from_loss(validation_loss(model, examples, batch_size))
 
 
 @torch.inference_mode()
@@ -73,4 +80,4 @@ def text_perplexity(
             scored = start + len(row)
     if not tokens:
         raise ValueError("there is no text to predict")
-    return Perplexity(math.exp(total / tokens), total / math.log(2) / num_bytes, tokens, num_bytes)
+    return Perplexity(from_loss(total / tokens), total / math.log(2) / num_bytes, tokens, num_bytes)

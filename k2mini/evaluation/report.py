@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from k2mini.evaluation.benchmarks import Question, check_keys
 from k2mini.files import parse_json, read_text
@@ -47,29 +47,25 @@ class Result:
         return sum(math.exp(logprob) for logprob in self.logprobs if logprob is not None)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_logprob(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and -math.inf < value < 1)  # 1: rounding
-
-
-def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
-
-
-# The fields of a line of results.jsonl -> what may stand there, and how that is called.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "task": (lambda value: isinstance(value, str), "text"),
-    "index": (_is_count, "a whole number"),
-    "answer": (lambda value: isinstance(value, str), "text"),
-    "prediction": (lambda value: value is None or isinstance(value, str), "text or null"),
-    "logprobs": (lambda value: _is_list(value, _is_logprob), "a list of finite log-probabilities"),
-    "token_ids": (lambda value: _is_list(value, lambda ids: _is_list(ids, _is_count)), "lists of token ids"),
-    "dropped": (_is_count, "a whole number"),
-    "cut": (_is_count, "a whole number"),
-    "digest": (lambda value: isinstance(value, str), "text"),
+# The fields of a line of results.jsonl: what stands there, in words and as a test.
+_COUNT: Final = ("a whole number", lambda value: type(value) is int and value >= 0)
+_TEXT: Final = ("text", lambda value: isinstance(value, str))
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "task": _TEXT,
+    "index": _COUNT,
+    "answer": _TEXT,
+    "prediction": ("text or null", lambda value: value is None or isinstance(value, str)),
+    "logprobs": (
+        "a list of log-probabilities or null",  # that of a certain event may round to above 0
+        lambda value: (
+            isinstance(value, list)
+            and all(each is None or (type(each) in (int, float) and -math.inf < each < 1) for each in value)
+        ),
+    ),
+    "token_ids": ("lists", lambda value: isinstance(value, list) and all(isinstance(each, list) for each in value)),
+    "dropped": _COUNT,
+    "cut": _COUNT,
+    "digest": _TEXT,
 }
 
 
@@ -84,18 +80,14 @@ def read_results(path: Path) -> list[Result]:
         raw = parse_json(line, where)
         if not isinstance(raw, dict):
             raise ValueError(f"{where} is no JSON object")
-        if "digest" not in raw:
-            raise ValueError(
-                f"{where}: an older k2mini wrote it, without `digest`, which says what was asked; eval anew"
-            )
-        for name, (fits, wanted) in _FIELDS.items():
-            if name not in raw or not fits(raw[name]):
-                raise ValueError(f"{where}: {name} is {raw.get(name)!r:.80}, not {wanted}")
-        if odd := raw.keys() - _FIELDS.keys():
-            raise ValueError(f"{where}: there is no field {min(odd)!r} in a result")
+        for name, (wanted, fits) in _FIELDS.items():
+            if name not in raw:
+                raise ValueError(f"{where} has no {name}, as those of an older k2mini; evaluate anew in another --out")
+            if not fits(raw[name]):
+                raise ValueError(f"{where}: {name} is {raw[name]!r:.80}, not {wanted}")
         if (raw["task"], raw["index"]) in found:
             raise ValueError(f"{where}: question {raw['index']} of {raw['task']} has a result already")
-        found[raw["task"], raw["index"]] = Result(**raw)
+        found[raw["task"], raw["index"]] = Result(**{name: raw[name] for name in _FIELDS})
     return [*found.values()]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
+from k2mini.evaluation.perplexity import from_loss
 from k2mini.evaluation.score import Request, score, split_jointly
 from k2mini.files import parse_json, read_text, write_text
 from k2mini.inference.answers import answers
@@ -68,7 +68,7 @@ def run_subjective(
         "words": sum(len(words(text)) for text in texts) / number,
         "reference_words": sum(len(words(reference)) for _, reference in kept) / number,
         "likelihood": likelihood,
-        "perplexity": math.exp(-likelihood),
+        "perplexity": from_loss(-likelihood),
         "template": template,
     }
 
@@ -86,35 +86,32 @@ def _answers(
     """The answers, of which the journal keeps each. Batches are made whole: a row's numbers vary with its batch's."""
     if journal is None:
         return [text for text, _ in answers(model, tokenizer, prompts, decoding, label=label)]
-    done = _read_journal(journal, questions)
-    del done[len(done) - len(done) % decoding.batch_size if len(done) < len(prompts) else len(done) :]
-    write_text(journal, "".join(_line(*pair) for pair in zip(questions, done, strict=False)))
-    with journal.open("a", encoding="utf-8") as file:
-        asked = questions[len(done) :]
-        for question, (text, _) in zip(
-            asked,
-            answers(model, tokenizer, prompts[len(done) :], decoding, label=label if asked else None),
-            strict=True,
-        ):
-            done.append(text)
-            file.write(_line(question, text))
-            file.flush()
-    return done
+    texts = _read_journal(journal, questions)
+    if len(texts) < len(questions):
+        del texts[len(texts) - len(texts) % decoding.batch_size :]
 
+    def line(question: str, text: str) -> str:
+        return json.dumps({"question": question, "answer": text}, ensure_ascii=False) + "\n"
 
-def _line(question: str, text: str) -> str:
-    return json.dumps({"question": question, "answer": text}, ensure_ascii=False) + "\n"
+    write_text(journal, "".join(map(line, questions, texts)))
+    if new := prompts[len(texts) :]:
+        with journal.open("a", encoding="utf-8") as file:
+            for text, _ in answers(model, tokenizer, new, decoding, label=label):
+                file.write(line(questions[len(texts)], text))
+                file.flush()
+                texts.append(text)
+    return texts
 
 
 def _read_journal(path: Path, questions: list[str]) -> list[str]:
-    """The answers to the first of the questions that an earlier start wrote, but for a last line that was cut."""
+    """The answers that an earlier start wrote, to the first of the questions; a last line that was cut is left out."""
     texts: list[str] = []
     for line in read_text(path).split("\n")[:-1] if path.is_file() else []:
         where = f"{path}, line {len(texts) + 1}"
         raw = parse_json(line, where)
         if not isinstance(raw, dict) or not isinstance(raw.get("answer"), str):
             raise ValueError(f"{where} is no JSON object with an answer that is text")
-        if len(texts) == len(questions) or raw.get("question") != questions[len(texts)]:
+        if raw.get("question") != next(iter(questions[len(texts) :]), None):
             raise ValueError(f"{where} answers another question than is asked now; name another --out")
         texts.append(raw["answer"])
     return texts

@@ -140,6 +140,70 @@ def test_models_of_different_shapes(tiny_directory, tmp_path, run):
     assert (status, "are models of different shapes" in err) == (2, True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_not_finite(broken, run, kind):
+    status, out, err = run("audit", kind, "--model", broken / "layer", "--prompt", "granite is a", *KINDS[kind])
+    assert (status, out) == (2, "")
+    said = "the logits are not finite; model.layers.2.mlp.up_proj.weight holds NaN or infinity"
+    assert said in err.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_have_no_difference(tiny_directory, broken, run):
+    for pair in ((tiny_directory, broken / "layer"), (broken / "layer", tiny_directory)):
+        status, out, err = run("audit", "diff", *pair)
+        assert (status, out) == (2, "")
+        assert f"{broken / 'layer'}: model.layers.2.mlp.up_proj.weight holds NaN" in err.splitlines()[-1]
+
+
+def test_a_page_is_written_over_nothing(tiny_directory, other, benchmark, tmp_path, run, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    asked = ["audit", "lens", "--model", tiny_directory, "--question", benchmark, "rocks", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr("k2mini.build.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        for place, said in (
+            (page, "page.html exists already"),
+            (tiny_directory / "page.html", "which is an input"),
+            (benchmark, "a page's name ends in .html"),
+            (tmp_path / "none" / "page.html", "there is no folder"),
+        ):
+            status, out, err = run(*asked, "--html", place)
+            assert (status, out, said in err) == (2, "", True)
+    assert (
+        "which is an input"
+        in run("audit", "diff", tiny_directory, other / "model", "--html", other / "model/x.html")[2]
+    )
+    assert page.read_text() == "mine"
+    assert run(*asked, "--html", page, "--force")[0] == 0
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_findings_are_printed_though_the_page_can_not_be_written(tiny_directory, tmp_path, run, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("k2mini.files.write_text", full)
+    command = ["audit", "lens", "--model", tiny_directory, "--prompt", "granite is a"]
+    status, out, _ = run(*command, "--html", tmp_path / "page.html")
+    assert (status, "entropy" in out) == (2, True)
+
+
+def test_all_that_is_compared_is_checked_first(tiny_directory, other, run, monkeypatch):
+    """An adapter of another base is named before the first comparison, which takes minutes."""
+    monkeypatch.setattr("k2mini.audit.weight_diff.diff_checkpoints", lambda *_, **__: pytest.fail("compared"))
+    status, _, err = run("audit", "diff", tiny_directory, other / "model", other / "adapter")
+    assert (status, "was trained on another base" in err) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--target", "--prompt", "--foil", "--corrupted", "--replace"])
+def test_options_that_are_not_utf8(tiny_directory, run, option):
+    asked = ["--prompt", "granite is a"] if option != "--prompt" else []
+    values = ["a\udcff"] if option != "--replace" else ["granite", "a\udcff"]
+    status, out, err = run("audit", "patch", "--model", tiny_directory, *asked, option, *values)
+    assert (status, out) == (2, "")
+    assert f"argument {option}: invalid utf8 value: 'a\\udcff'" in err
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(tiny_directory, tmp_path, run, scheme):

@@ -1,8 +1,10 @@
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from k2mini.build import load_model
 from k2mini.inference.generate import Decoding, extend, generate, prefill, shared_prefix
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache
@@ -164,3 +166,87 @@ def test_a_common_prefix_is_computed_once(shape, monkeypatch):
 )
 def test_shared_prefix(prompts, common):
     assert shared_prefix(prompts) == common
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--temperature", "0.8", "--top-k", "5", "--top-p", "0.9"],
+        ["--temperature", "1"],
+        ["--num-beams", "3"],
+        ["--quantize", "int8"],
+        ["--repetition-penalty", "1.3", "--no-repeat-ngram-size", "2"],
+    ],
+)
+def test_a_model_that_is_not_finite_answers_nothing(broken, tmp_path, run, options):
+    """One value of the head or of the last layer is NaN."""
+    (tmp_path / "prompts.txt").write_text("granite is\nbasalt and quartz are\n")
+    for asked in (["--prompt", "granite is"], ["--input", tmp_path / "prompts.txt"]):
+        common = ["generate", *asked, "--template", "none", "--max-new-tokens", 3, *options]
+        for name, said in (
+            ("head", "the logits are not finite; lm_head.weight holds NaN or infinity"),
+            ("layer", "the logits are not finite; model.layers.2.mlp.up_proj.weight holds NaN or infinity"),
+        ):
+            status, out, err = run(*common, "--model", broken / name)
+            assert (status, out) == (2, "")
+            if "int8" in options and name == "layer":  # seen while it is loaded
+                said = "a weight is not finite, so it can't be quantised"
+            assert said in err.splitlines()[-1]
+    status, out, err = run(*common, "--model", broken / "large", "--dtype", "float16")
+    assert (status, "activations overflow in torch.float16; try --dtype float32 or bfloat16" in err) == (2, True)
+
+
+def test_masks_of_our_own_are_no_fault(tiny_directory):
+    """-inf of forbidden tokens and banned n-grams, even where nothing else is left."""
+    model, _ = load_model(tiny_directory)
+    vocab = model.config.vocab_size
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature, forbidden=tuple(range(1, vocab)), no_repeat_ngram_size=1)
+        (completion,) = generate(model, [[1, 0, 5]], Decoding(3, sampling), stop_ids=[2])
+        assert len(completion.tokens) == 3
+
+
+def test_an_answer_is_written_over_nothing(tiny_directory, tmp_path, run, monkeypatch):
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "answers.json"
+    questions.write_text('{"question": "What is granite?"}\n')
+    (tmp_path / "none").mkdir()
+    before = {path: path.read_bytes() for path in [questions, *tiny_directory.iterdir()]}
+    common = ["generate", "--model", tiny_directory, "--input", questions, "--max-new-tokens", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr("k2mini.build.open_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        out.write_text("mine")
+        for place, said in (
+            (questions, "is itself an input"),
+            (tiny_directory / "model.safetensors", "which is an input"),
+            (out, "answers.json exists already; name another place, remove it, or replace it with --force"),
+            (tmp_path / "no" / "answers.json", "there is no folder"),
+            (tmp_path / "none", "is a folder; name a file"),
+        ):
+            for force in ([], ["--force"]) if place != out else ([],):
+                status, printed, err = run(*common, "--out", place, *force)
+                assert (status, printed) == (2, "")
+                assert said in err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in before} == before
+    assert out.read_text() == "mine"
+    assert run(*common, "--out", out, "--force")[0] == 0
+    assert json.loads(out.read_text())[0]["question"] == "What is granite?"
+
+
+def test_answers_that_can_not_be_written_are_printed(tiny_directory, tmp_path, run, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("k2mini.files.write_text", full)
+    command = ["generate", "--model", tiny_directory, "--prompt", "granite", "--max-new-tokens", 3]
+    status, out, err = run(*command, "--out", tmp_path / "answers.json")
+    assert (status, json.loads(out)[0]["prompt"]) == (2, "granite")
+    assert err.splitlines()[-1] == f"k2mini: {tmp_path}/answers.json: No space left on device"
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--context", "--stop"])
+def test_options_that_are_not_utf8(tiny_directory, run, option):
+    asked = ["--prompt", "granite"] if option != "--prompt" else []
+    status, out, err = run("generate", "--model", tiny_directory, *asked, option, "a\udcff")
+    assert (status, out) == (2, "")
+    assert f"argument {option}: invalid utf8 value: 'a\\udcff'" in err

@@ -1,0 +1,326 @@
+"""What `eval --out` keeps is reused for the same question, model and settings, and for nothing else."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+import k2mini.evaluation.subjective
+from k2mini.config import LoraSection
+from k2mini.files import output
+from k2mini.nn.lora import adapter_tensors, attach, init_adapters
+from k2mini.weights.adapter import save_adapter
+from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import fill_adapters
+
+ROCKS = ["granite", "basalt", "quartz", "rock", "mineral", "crust"]
+
+
+def write_task(path, number=12, key=lambda place: place % 3):
+    words = [(a, b) for a in ROCKS for b in ROCKS if a != b][:number]
+    rows = [
+        {"question": f"What is {a}, after {b}?", "choices": [a, b, "volcano"], "answer": key(place)}
+        for place, (a, b) in enumerate(words)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def task(tmp_path):
+    return write_task(tmp_path / "rocks.jsonl")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_directory, tiny_tokenizer):
+    """Two adapters of one shape and one configuration."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, std in (("one", 0.1), ("two", 0.3)):
+        model = tiny_llama(tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024))
+        section = LoraSection(rank=2, target_modules=["q_proj"])
+        attach(model, section)
+        init_adapters(model, 0)
+        fill_adapters(model, std)
+        save_adapter(adapter_tensors(model), section, folder / name, str(tiny_directory))
+    return folder
+
+
+def test_results_of_another_adapter_quantisation_dtype_or_merge_are_not_reused(
+    tiny_directory, adapters, task, tmp_path, run
+):
+    common = ["eval", "--model", tiny_directory, "--benchmark", task, "--out", tmp_path / "out", "--limit", 4]
+    first = ["--adapter", adapters / "one"]
+    assert run(*common, *first)[0] == 0
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    for changed, said in (
+        (["--adapter", adapters / "two"], "of another adapter"),
+        ([], "of another adapter"),
+        ([*first, "--merge"], "with merge False, not True"),
+        ([*first, "--quantize", "int8"], "with quantize None, not 'int8'"),
+        ([*first, "--dtype", "bfloat16"], "with dtype 'float32', not 'bfloat16'"),
+        ([*first, "--shots", 2], "with shots 0, not 2"),
+    ):
+        status, out, err = run(*common, *changed)
+        assert (status, out) == (2, "")
+        assert f"{tmp_path / 'out'} holds results {said}; name another --out" in err.splitlines()[-1]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
+    assert run(*common, *first)[0] == 0
+
+
+def test_another_tokenizer_config_or_shots_file_is_another_asking(tiny_directory, task, tmp_path, run):
+    import shutil
+
+    model = shutil.copytree(tiny_directory, tmp_path / "model")
+    (model / "manifest.json").unlink()
+    shots = tmp_path / "shots.txt"
+    shots.write_text("granite is rock")
+    common = ["eval", "--model", model, "--benchmark", task, "--out", tmp_path / "out", "--shots-file", shots]
+    assert run(*common)[0] == 0
+    shots.write_text("basalt is rock")
+    assert "holds results of another examples" in run(*common)[2]
+    shots.write_text("granite is rock")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    assert "holds results of another config" in run(*common)[2]
+    (model / "config.json").write_text(json.dumps(config))
+    with (model / "tokenizer.model").open("ab") as file:  # an empty trainer_spec: another file, the same ids
+        file.write(b"\x12\x00")
+    assert "holds results of another tokenizer" in run(*common)[2]
+
+
+def test_a_changed_question_or_key_is_not_given_an_old_result(tiny_directory, task, tmp_path, run):
+    common = ["eval", "--model", tiny_directory, "--benchmark", task, "--out", tmp_path / "out"]
+    assert run(*common, "--limit", 4)[0] == 0
+    four = (tmp_path / "out/results.jsonl").read_text()
+    assert run(*common, "--limit", 9)[0] == 0  # more questions go on
+    nine = (tmp_path / "out/results.jsonl").read_text()
+    assert nine.startswith(four)
+    status, _, err = run(*common, "--limit", 4)  # fewer would lose some
+    assert (status, "question 4 of rocks, which is not asked now and would be lost" in err) == (2, True)
+    assert (tmp_path / "out/results.jsonl").read_text() == nine
+    write_task(task, key=lambda place: (place + 1) % 3)
+    status, out, err = run(*common, "--limit", 9)
+    assert (status, out) == (2, "")
+    assert "has a result of question 0 of rocks, which has another text or key now" in err
+    write_task(task)
+    task.write_text(task.read_text().replace("What is granite", "What was granite", 1))
+    assert "question 0 of rocks, which has another text or key now" in run(*common, "--limit", 9)[2]
+
+
+def test_examples_are_drawn_from_all_questions_so_these_must_be_the_same(tiny_directory, task, tmp_path, run):
+    common = ["eval", "--model", tiny_directory, "--benchmark", task, "--shots", 2, "--out", tmp_path / "out"]
+    assert run(*common, "--limit", 4)[0] == 0
+    assert "holds results of another questions" in run(*common, "--limit", 9)[2]
+
+
+@pytest.mark.parametrize("options", [["--perplexity", "TEXT"], ["--benchmark", "NPEE", "--tasks", "npee/noun"]])
+def test_out_is_checked_and_claimed_by_every_kind_of_eval(tiny_directory, tmp_path, run, options, monkeypatch):
+    text, npee = tmp_path / "text.txt", tmp_path / "npee.json"
+    text.write_text("granite is made of quartz. " * 30)
+    empty = {"question": [], "answer": []}
+    noun = {"question": ["What is granite?"], "answer": ["a rock"]}
+    npee.write_text(json.dumps({"choice": empty, "tf": empty, "noun": noun}))
+    options = [{"TEXT": text, "NPEE": npee}.get(option, option) for option in options]
+    common = ["eval", "--model", tiny_directory, *options, "--max-new-tokens", 4]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    held = tmp_path / "held"
+    with monkeypatch.context() as patch:
+        patch.setattr("k2mini.build.open_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        for out, said in (
+            (other, "holds something else (it has no asking.json)"),
+            (tiny_directory, "is itself an input"),
+            (tiny_directory / "eval", "which is an input"),
+            (tmp_path, "is inside"),
+        ):
+            status, printed, err = run(*common, "--out", out)
+            assert (status, printed) == (2, "")
+            assert said in err.splitlines()[-1]
+        code = f"import time, pathlib; from k2mini.files import output\nwith output(pathlib.Path({str(held)!r}), "
+        code += "mark='asking.json'): print(flush=True); time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            status, printed, err = run(*common, "--out", held)
+            holder.kill()
+        assert (status, printed, f"is being written by process {holder.pid}" in err) == (2, "", True)
+    assert run(*common, "--out", tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out/asking.json").read_text())["dtype"] == "float32"
+    status, _, err = run(*common, "--out", tmp_path / "out", "--dtype", "float64")
+    assert (status, "holds results with dtype 'float32', not 'float64'" in err) == (2, True)
+
+
+def test_open_tasks_keep_their_answers(tiny_directory, tmp_path, run, monkeypatch):
+    npee, empty = tmp_path / "npee.json", {"question": [], "answer": []}
+    asked = [f"What is {a} {b}?" for a in ROCKS for b in ROCKS][:10]
+    noun = {"question": asked, "answer": ["a rock"] * 10}
+    npee.write_text(json.dumps({"choice": empty, "tf": empty, "noun": noun}))
+    common = ["eval", "--model", tiny_directory, "--benchmark", npee, "--tasks", "npee/noun", "--batch-size", 3]
+    common += ["--max-new-tokens", 6, "--out"]
+    assert run(*common, tmp_path / "whole")[0] == 0
+    answers, made = k2mini.evaluation.subjective.answers, []
+
+    def interrupted(*arguments, **options):
+        for place, found in enumerate(answers(*arguments, **options)):
+            if place == 7:
+                raise KeyboardInterrupt
+            yield found
+
+    def counted(model, tokenizer, prompts, *rest, **options):
+        made.append(len(prompts))
+        return answers(model, tokenizer, prompts, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(k2mini.evaluation.subjective, "answers", interrupted)
+        status, out, err = run(*common, tmp_path / "out")
+        journal = tmp_path / "out/answers_npee_noun.jsonl"
+        assert (status, out) == (130, "")
+        assert f"the results so far are in {journal}, start again to go on" in err
+    assert len(journal.read_text().splitlines()) == 7
+    journal.write_text(journal.read_text() + '{"question": "Wh')  # a line that was cut
+    with monkeypatch.context() as patch:
+        patch.setattr(k2mini.evaluation.subjective, "answers", counted)
+        assert run(*common, tmp_path / "out")[0] == 0
+    assert made == [4], "two batches of three were kept"
+    for name in ("answers_npee_noun.json", "answers_npee_noun.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    npee.write_text(npee.read_text().replace("What is granite granite", "Who is granite granite"))
+    status, _, err = run(*common, tmp_path / "out")
+    assert (status, "noun.jsonl, line 1 answers another question than is asked now" in err) == (2, True)
+
+
+def test_compare_pairs_by_question_and_key(tiny_directory, task, tmp_path, run):
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = task.read_text().splitlines(keepends=True)
+    changed = json.loads(rows[0])
+    changed["answer"] = 1
+    (other / "rocks.jsonl").write_text(json.dumps(changed) + "\n" + "".join(reversed(rows[1:])))
+    for name, file in (("a", task), ("b", other / "rocks.jsonl")):
+        assert run("eval", "--model", tiny_directory, "--benchmark", file, "--out", tmp_path / name)[0] == 0
+    status, out, err = run("compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert status == 0, err
+    (found,) = json.loads(out)
+    assert (found["task"], found["n"]) == ("rocks", 11)
+    assert [entry["left_out"] for entry in found["runs"]] == [1, 1]
+    assert (found["runs"][1]["better"], found["runs"][1]["worse"]) == (0, 0)  # one model, one question, one answer
+    assert "1 questions are left out" in run("compare", tmp_path / "a", tmp_path / "b")[1]
+    write_task(task, key=lambda place: (place + 1) % 3)
+    assert run("eval", "--model", tiny_directory, "--benchmark", task, "--out", tmp_path / "c")[0] == 0
+    status, _, err = run("compare", tmp_path / "a", tmp_path / "c")
+    assert (status, "the runs have no question in common" in err) == (2, True)
+
+
+def test_compare_draws_over_nothing(tiny_directory, task, tmp_path, run):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        assert run("eval", "--model", tiny_directory, "--benchmark", task, "--out", tmp_path / name)[0] == 0
+    runs, chart = [tmp_path / "a", tmp_path / "b"], tmp_path / "chart.png"
+    for place, said in (
+        (tmp_path / "a" / "report.png", "which is an input"),
+        (tmp_path / "chart.doc", "a picture's name ends in one of"),
+        (tmp_path / "none" / "chart.png", "there is no folder"),
+    ):
+        status, out, err = run("compare", *runs, "--chart", place)
+        assert (status, out, said in err) == (2, "", True)
+    chart.write_text("mine")
+    assert run("compare", *runs, "--chart", chart)[0] == 2
+    assert chart.read_text() == "mine"
+    assert run("compare", *runs, "--chart", chart, "--force")[0] == 0
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("asking.json", "[]", "asking.json is no JSON object"),
+        ("asking.json", '{"model": "x", "shots": 0}', "which an older k2mini wrote, does not say with which config"),
+        ("results.jsonl", "[]\n", "results.jsonl, line 1 is no JSON object"),
+        ("results.jsonl", '{"task": "rocks"}\n', "results.jsonl, line 1 has no index"),
+        ("results.jsonl", "{\n", "results.jsonl, line 1 is not valid JSON"),
+        ("index", '"4"', "line 1: index is '4', not a whole number"),
+        ("logprobs", "[NaN, 0, 0]", "line 1: logprobs is [nan, 0, 0], not a list of log-probabilities"),
+        ("prediction", "7", "line 1: prediction is 7, not text or null"),
+    ],
+)
+def test_damaged_results_are_named(tiny_directory, task, tmp_path, run, file, content, said):
+    command = ["eval", "--model", tiny_directory, "--benchmark", task, "--limit", 2, "--out", tmp_path / "out"]
+    assert run(*command)[0] == 0
+    assert run(*command[:-1], tmp_path / "whole")[0] == 0
+    if file.endswith((".json", ".jsonl")):
+        (tmp_path / "out" / file).write_text(content)
+    else:
+        results = tmp_path / "out/results.jsonl"
+        line = json.loads(results.read_text().splitlines()[0])
+        results.write_text(json.dumps({**line, file: json.loads(content)}) + "\n")
+    status, out, err = run(*command)
+    assert (status, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    if file != "asking.json":
+        assert said in run("compare", tmp_path / "whole", tmp_path / "out")[2]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model": 3}', '"x"', "null"])
+def test_a_report_of_wrong_types_is_named(tiny_directory, task, tmp_path, run, content):
+    command = ["eval", "--model", tiny_directory, "--benchmark", task, "--limit", 2, "--out", tmp_path / "out"]
+    assert run(*command)[0] == 0
+    (tmp_path / "out/report.json").write_text(content)
+    status, _, err = run("compare", tmp_path / "out", tmp_path / "out")
+    assert (status, "report.json is no report of k2mini eval" in err) == (2, True)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+def test_a_model_that_is_not_finite_is_not_evaluated(broken, task, tmp_path, run, scoring):
+    out = tmp_path / "out"
+    common = ["eval", "--benchmark", task, "--scoring", scoring, "--out", out]
+    status, printed, err = run(*common, "--model", broken / "head")
+    assert (status, printed) == (2, "")
+    assert "the logits are not finite; lm_head.weight holds NaN" in err.splitlines()[-1]
+    assert not (out / "report.json").exists()
+    assert "model.layers.2.mlp.up_proj.weight holds NaN" in run(*common[:-1], out / "b", "--model", broken / "layer")[2]
+    large = run(*common[:-1], tmp_path / "large", "--model", broken / "large", "--dtype", "float16")
+    assert large[0] == 2
+    assert "all weights are finite, so activations overflow in torch.float16; try --dtype float32" in large[2]
+
+
+def test_perplexity_and_open_tasks_of_a_model_that_is_not_finite(broken, tmp_path, run):
+    text, npee, empty = tmp_path / "text.txt", tmp_path / "npee.json", {"question": [], "answer": []}
+    text.write_text("granite is made of quartz. " * 30)
+    noun = {"question": ["What is granite?"], "answer": ["a rock"]}
+    npee.write_text(json.dumps({"choice": empty, "tf": empty, "noun": noun}))
+    for options in (["--perplexity", text], ["--benchmark", npee, "--tasks", "npee/noun"]):
+        status, out, err = run("eval", "--model", broken / "head", *options)
+        assert (status, out) == (2, "")
+        assert "lm_head.weight holds NaN" in err.splitlines()[-1]
+
+
+def test_options_that_are_not_utf8(tiny_directory, task, run):
+    status, out, err = run("eval", "--model", tiny_directory, "--benchmark", task, "--answer-prefix", "a\udcff")
+    assert (status, out) == (2, "")
+    assert "argument --answer-prefix: invalid utf8 value: 'a\\udcff'" in err
+
+
+def test_a_loss_beyond_all_numbers_is_named():
+    from k2mini.evaluation.perplexity import from_loss
+
+    assert from_loss(1.0) == math.exp(1.0)
+    with pytest.raises(ValueError, match="the mean loss is 1e\\+04 nats"):
+        from_loss(1e4)
+
+
+def test_two_evals_at_once(tiny_directory, task, tmp_path):
+    """Of two that start together in one folder one ends well; the other is refused, or finds all done."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "k2mini", "eval", "--model", str(tiny_directory), "--benchmark", str(task)]
+    both = [subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 2], [0, 0])
+    assert codes == [0, 0] or any("is being written by process" in text for text in said)
+    assert len((out / "results.jsonl").read_text().splitlines()) == 12
+    assert not (out / ".lock").exists()
+    with output(out, mark="asking.json"):
+        pass
