@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -52,7 +52,8 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     except ValueError as error:  # of a number of thousands of digits, which can't be printed
         raise ValueError(f"{path}: {error}") from None
     if errors:
-        raise ValueError(f"{path}: " + "; ".join(errors))
+        more = [f"and {len(errors) - 30} more"] if len(errors) > 30 else []
+        raise ValueError(f"{path}: " + "; ".join(errors[:30] + more))
     assert isinstance(config, kind)
     return config
 
@@ -84,16 +85,21 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
+def short(value: Any) -> str:
+    """A value for an error: the beginning, should it be long or deep, or alias itself many times over."""
+    return reprlib.repr(value)[:200]
+
+
 def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
     target, equals, text = override.partition("=")
     section, dot, key = target.partition(".")
     if not equals or not dot or not key:
-        errors.append(f"override {override!r} is not section.key=value")
+        errors.append(f"override {short(override)} is not section.key=value")
         return
     try:
         value = yaml.load(text, _Loader)
     except (*_INVALID, RecursionError):
-        errors.append(f"override {override!r}: the value is not valid YAML")
+        errors.append(f"override {short(override)}: the value is not valid YAML")
         return
     content = raw.setdefault(section, {})
     if isinstance(content, dict):

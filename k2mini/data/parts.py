@@ -6,6 +6,7 @@ process is killed, so that the next one goes on from those that are complete.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_complet
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from k2mini.files import progress_bar, read_json, sha256
 
 log = logging.getLogger(__name__)
 
+SUFFIXES = (".tokens", ".records", ".json")  # of a part
 DIGEST_BYTES = 16
 # What the first pass notes of each document: a hash of its text, and how many tokens it has.
 RECORD = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("tokens", "<u4")])
@@ -81,7 +84,7 @@ def _is_complete(file: Path) -> bool:
 
 
 def _hashes(part: Path) -> list[str]:
-    return [sha256(part.with_suffix(suffix)) for suffix in (".tokens", ".records")]
+    return [sha256(part.with_suffix(suffix)) for suffix in SUFFIXES[:2]]
 
 
 def encode_all(parts: dict[Path, Path], kept: set[Path], tokenizer: Path, settings: Settings, workers: int) -> None:
@@ -131,9 +134,15 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@lru_cache(1)
+def _tokenizer(path: Path, sha256: str) -> Tokenizer:
+    """Opened once for all files: for a short one, opening it takes longer than the rest."""
+    return Tokenizer(path)
+
+
 def _encode(file: Path, tokenizer_path: Path, settings: Settings, part: Path) -> None:
     """Encode one file into `part`.tokens, .records and, last of all, .json with what was skipped."""
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = _tokenizer(tokenizer_path, settings.tokenizer)
     skipped: list[str] = []
 
     def on_error(message: str) -> None:
@@ -144,16 +153,24 @@ def _encode(file: Path, tokenizer_path: Path, settings: Settings, part: Path) ->
     # Under a name of this process's own: the workers of a killed process may write for another second.
     own = part.with_name(f"{part.name}-{os.getpid()}")
     records = []
-    with own.with_suffix(".tokens").open("wb") as out:
-        for text in read_texts(file, on_error):
-            ids = tokenizer.encode(text, bos=True, eos=settings.eos)
-            np.array(ids, dtype=settings.dtype).tofile(out)
-            records.append((hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest(), len(ids)))
-    np.array(records, dtype=RECORD).tofile(own.with_suffix(".records"))
-    note = {"skipped": len(skipped), "first": [printable(said) for said in skipped[:3]], "sha256": _hashes(own)}
-    own.with_suffix(".json").write_text(json.dumps(note) + "\n", encoding="utf-8")
-    for suffix in (".tokens", ".records", ".json"):
-        own.with_suffix(suffix).replace(part.with_suffix(suffix))
+    try:
+        with own.with_suffix(".tokens").open("wb") as out:
+            for text in read_texts(file, on_error):
+                ids = tokenizer.encode(text, bos=True, eos=settings.eos)
+                out.write(np.array(ids, dtype=settings.dtype).tobytes())
+                records.append((hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest(), len(ids)))
+        own.with_suffix(".records").write_bytes(np.array(records, dtype=RECORD).tobytes())
+        note = {"skipped": len(skipped), "first": [printable(said) for said in skipped[:3]], "sha256": _hashes(own)}
+        own.with_suffix(".json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+        for suffix in SUFFIXES:
+            own.with_suffix(suffix).replace(part.with_suffix(suffix))
+    except OSError as error:  # of what it could not write or read it does not say whose it is
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        error.filename = error.filename or str(part.parent if full else file)
+        raise
+    finally:
+        for suffix in SUFFIXES:
+            own.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def printable(name: str) -> str:

@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,13 @@ def prepare(
             shutil.rmtree(folder)
         check_output(out, force=force)
         parts = {file: part_of(folder, file, settings) for file in files}
-        encode_all(parts, keep_parts(folder, set(parts.values())), tokenizer, settings, workers)
-        manifest = _write(parts, settings, out, force=force)
-        shutil.rmtree(folder)
+        try:
+            encode_all(parts, keep_parts(folder, set(parts.values())), tokenizer, settings, workers)
+            manifest = _write(parts, settings, out, force=force)
+            shutil.rmtree(folder)
+        finally:
+            with suppress(OSError):  # after an error it holds the parts that are complete, if there are any
+                folder.rmdir()
     return manifest
 
 

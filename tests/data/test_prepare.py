@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from k2mini.data.corpus import Corpus, Documents, fingerprint, read_corpus_manifest
-from k2mini.data.documents import list_files, read_documents
+from k2mini.data.documents import list_files, read_documents, read_entries, read_texts
 from k2mini.data.prepare import Settings, prepare
 from k2mini.files import sha256
 
@@ -155,3 +158,171 @@ def test_what_is_not_a_prepared_corpus(folder, tiny_tokenizer, tmp_path):
         Corpus(tmp_path / "out")
     with pytest.raises(ValueError, match="is empty"):
         read_documents(folder / "empty.txt", tiny_tokenizer, eos=True)
+
+
+def big(folder, number=3):
+    for name in range(number):
+        lines = [json.dumps({"text": f"{name} {text(n)}"}) + "\n" for n in range(4000)]
+        (folder / f"big{name}.jsonl").write_text("".join(lines))
+
+
+def test_one_of_two_at_once_is_refused(folder, tiny_tokenizer, tmp_path):
+    big(folder)
+    command = [sys.executable, "-m", "k2mini", "prepare", str(folder), "--tokenizer", str(tiny_tokenizer.path)]
+    command += ["--out", str(tmp_path / "out")]
+    first, second = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
+    said = [first.communicate()[1], second.communicate()[1]]
+    assert sorted((first.returncode, second.returncode)) == [0, 2], said
+    refused = said[first.returncode == 0].splitlines()[-1]
+    assert "out is being written by process" in refused or "out exists already" in refused
+    prepare([folder], tiny_tokenizer.path, tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_output_is_no_input_and_is_replaced_by_force_alone(folder, tiny_tokenizer, tmp_path):
+    prepare([folder / "d.md"], tiny_tokenizer.path, folder / "corpus")
+    before = digests(folder / "corpus")
+    with pytest.raises(ValueError, match=r"exists already; .* --force"):
+        prepare([folder], tiny_tokenizer.path, folder / "corpus")
+    with pytest.raises(ValueError, match=r"a\.jsonl, an input, is inside .*source"):
+        prepare([folder], tiny_tokenizer.path, folder, force=True)
+    with pytest.raises(ValueError, match="is itself an input"):
+        prepare([folder / "d.md"], tiny_tokenizer.path, folder / "d.md", force=True)
+    assert digests(folder / "corpus") == before
+    prepare([folder], tiny_tokenizer.path, folder / "corpus", force=True)
+    assert digests(folder / "corpus") != before
+
+
+def stopped_when_encoded(monkeypatch, *arguments, **options):
+    """`prepare`, with a kill between the passes."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("k2mini.data.prepare._write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(*arguments, **options)
+
+
+def test_parts_are_used_again_only_where_they_are_whole_and_of_this_corpus(
+    folder, tiny_tokenizer, tmp_path, monkeypatch, caplog
+):
+    parts = tmp_path / ".out.parts"
+    caplog.set_level("INFO")
+    stopped_when_encoded(monkeypatch, [folder], tiny_tokenizer.path, tmp_path / "out", eos=False)
+    stopped_when_encoded(monkeypatch, [folder], tiny_tokenizer.path, tmp_path / "out")
+    assert "removed 15 files" in caplog.text  # three of each of five documents without EOS
+    cut, flipped = sorted(parts.glob("*.tokens"), key=lambda path: -path.stat().st_size)[:2]
+    cut.write_bytes(cut.read_bytes()[:-2])
+    flipped.write_bytes(b"\xff" + flipped.read_bytes()[1:])
+    (parts / "half-1234.tokens").touch()
+    caplog.clear()
+    (folder / "c.txt").write_text("Another file.")
+    prepare([folder], tiny_tokenizer.path, tmp_path / "out")
+    assert "going on with" in caplog.text
+    assert "removed 10 files" in caplog.text  # cut, flipped, changed, and what a killed worker left
+    prepare([folder], tiny_tokenizer.path, tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    # Killed when all was there but the parts not yet removed: they go, though the start is refused.
+    parts.mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        prepare([folder], tiny_tokenizer.path, tmp_path / "out")
+    assert "removed" in caplog.text.splitlines()[-1]
+    assert not parts.exists()
+    with pytest.raises(ValueError, match="there are 0 documents"):
+        prepare([folder / "empty.txt"], tiny_tokenizer.path, tmp_path / "none")
+    assert [path.name for path in tmp_path.glob(".*")] == [".none.parts"]  # its one part is complete
+
+
+def test_listing_is_linear_and_counts_what_it_passes_over(folder, monkeypatch):
+    compared = []
+    for number in range(300):
+        (folder / f"{number}.TXT").write_text("x")
+    (folder / "more.JSONL").write_text('{"text": "x"}')
+    (folder / "x.PDF").touch()
+    (folder / "notes.json").touch()
+    (folder / "README").touch()
+    equal = Path.__eq__
+    monkeypatch.setattr(Path, "__eq__", lambda a, b: compared.append(1) or equal(a, b))
+    passed_over = Counter()
+    assert len(list_files([folder], passed_over)) == 306
+    assert len(compared) < 1000
+    assert passed_over == {".csv": 1, ".pdf": 1, ".json": 1, "no suffix": 1}
+
+
+def test_a_folder_that_can_not_be_read_is_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("below"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="below"):
+        list_files([folder])
+
+
+BAD_TEXT = [
+    (b'{"text": "half \\ud800"}', "half of a surrogate pair"),
+    (b'{"text": "byte \xff"}', "not UTF-8"),
+    (b'{"text": "a", "text": "b"}', "the key 'text' stands twice"),
+    (b'{"text": "a", "more": ' + b"[" * 100_000 + b"}", "nested too deeply"),
+    (b'{"text": "a", "more": ' + b"1" * 5000 + b"}", "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_TEXT)
+def test_text_that_is_none_is_named_or_skipped(tmp_path, line, said):
+    good = '{"text": "one\u2028line \\ud83c\\udf0b"}'.encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, line, good]))
+    skipped = []
+    assert list(read_texts(tmp_path / "a.jsonl", skipped.append)) == ["one\u2028line 🌋"] * 2
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"{tmp_path}/a.jsonl, line 2 is ")
+    assert said in skipped[0]
+    if b"\xff" in line or b"ud800" in line:  # the rest of a list can't be told apart where it is no JSON
+        (tmp_path / "b.json").write_bytes(b"[" + b",".join([good, line, good]) + b"]")
+        assert list(read_texts(tmp_path / "b.json", skipped.append)) == ["one\u2028line 🌋"] * 2
+        assert f"{tmp_path}/b.json, record 1: a text in it is not UTF-8, or has half" in skipped[1]
+        with pytest.raises(ValueError, match="record 1: a text in it is not UTF-8"):
+            read_entries(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl.gz", b'{"text": "x"}\n' + b"\0" * 10_000, "a.jsonl.gz, line 2 is longer than 1,000 bytes"),
+        ("a.jsonl.gz", b"[" + b" " * 99 + b"\n" + b" \n" * 5000, "has more than 1,000 bytes in one piece"),
+        ("a.txt.gz", b"x" * 10_000, "a.txt.gz has more than 1,000 bytes in one piece"),
+        ("a.json.gz", b"x" * 10_000, "a.json.gz has more than 1,000 bytes in one piece"),
+    ],
+)
+def test_what_a_small_file_may_hold_has_a_bound(tmp_path, monkeypatch, name, content, said):
+    monkeypatch.setattr("k2mini.data.documents.MOST", 1000)
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=said):
+        list(read_texts(tmp_path / name, print))
+    (tmp_path / "long.jsonl").write_text('{"text": "x"}\n' * 1000)  # a line has a bound, not the file
+    assert len(list(read_texts(tmp_path / "long.jsonl", print))) == 1000
+
+
+def test_names_that_are_not_utf8(tiny_tokenizer, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    (folder / "a.txt").write_text("granite")
+    (folder / "b.txt").write_bytes(b"\xff")
+    prepare([folder], tiny_tokenizer.path, tmp_path / "out", on_error="skip")
+    names = [source["file"] for source in read_corpus_manifest(tmp_path / "out")["sources"]]
+    assert names == [f"{tmp_path}/\\udcff/a.txt", f"{tmp_path}/\\udcff/b.txt"]
+
+
+def test_a_full_disk_is_named(folder, tiny_tokenizer, tmp_path):
+    command = f"ulimit -f 1; exec {sys.executable} -m k2mini prepare {folder} --tokenizer {tiny_tokenizer.path}"
+    big(folder, 1)
+    done = subprocess.run(["bash", "-c", f"{command} --out {tmp_path}/out"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert ".out.parts: File too large" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
