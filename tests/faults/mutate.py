@@ -78,15 +78,11 @@ def _json(draw: random.Random, content: bytes, by_line: bool) -> tuple[str, byte
     kind = draw.choice(["value"] * 6 + ["remove", "twice", "unknown", "text"])
     if kind == "text":
         how: dict[str, Callable[[bytes], bytes]] = {
-            "BOM": lambda c: b"\xef\xbb\xbf" + c,
-            "CRLF": lambda c: c.replace(b"\n", b"\r\n"),
-            "UTF-16": lambda c: c.decode().encode("utf-16"),
-            "latin-1": lambda c: c.replace(b"ra", b"r\xe4"),
-            "comma": lambda c: c.rstrip()[:-1] + b"," + c.rstrip()[-1:],
-            "lines": lambda c: c.replace(b"\n", b"\n\n"),
-            "blanks": lambda c: b" \n" + c,
-            "list": lambda c: b"[" + c + b"]",
-        }
+            "BOM": lambda c: b"\xef\xbb\xbf" + c, "CRLF": lambda c: c.replace(b"\n", b"\r\n"),
+            "UTF-16": lambda c: c.decode().encode("utf-16"), "latin-1": lambda c: c.replace(b"ra", b"r\xe4"),
+            "comma": lambda c: c.rstrip()[:-1] + b"," + c.rstrip()[-1:], "list": lambda c: b"[" + c + b"]",
+            "lines": lambda c: c.replace(b"\n", b"\n\n"), "blanks": lambda c: b" \n" + c,
+        }  # fmt: skip
         name = draw.choice([*how])
         return f"text: {name}", how[name](content)
     whole = json.loads(lines[number])

@@ -87,30 +87,25 @@ class Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def run(self, requests: Iterable[Request], at_once: int = 2) -> Iterator[tuple[int, End]]:
         """(Place of a request, how it ended), in the order in which they end; requests are drawn as there is room."""
         waiting, running, place = iter(requests), 0, 0
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        write, read = self._process.stdin, self._process.stdout
         while True:
             while running < at_once and (request := next(waiting, None)) is not None:
-                self._process.stdin.write(json.dumps([place, asdict(request)]) + "\n")
-                self._process.stdin.flush()
+                print(json.dumps([place, asdict(request)]), file=write, flush=True)
                 running, place = running + 1, place + 1
             if not running:
                 return
-            number, *end = json.loads(self._process.stdout.readline())
+            number, *end = json.loads(read.readline())
             running -= 1
             yield number, End(*end)
 
-    def one(self, folder: Path, *lines: str | Sequence[str], **settings: Any) -> End:
-        """Run one request, whose lines may be texts without quotes."""
-        split = [line.split() if isinstance(line, str) else list(line) for line in lines]
-        ((_, end),) = self.run([Request(split, str(folder), **settings)])
+    def one(self, folder: Path, *lines: str, **settings: Any) -> End:
+        """Run one request."""
+        ((_, end),) = self.run([Request([line.split() for line in lines], str(folder), **settings)])
         return end
 
 

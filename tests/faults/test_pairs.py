@@ -19,7 +19,7 @@ LINES = [
     "generate --model x_model --input x_asked.txt --max-new-tokens 2 --out out",
 ]
 AGAIN = ("pretrain", "finetune", "eval")  # a second start finds the result complete, and says so
-REFUSALS = ("is being written by process", "exists already", "holds a run")
+REFUSALS = ("is being written by", "exists already", "holds a run")
 
 
 @pytest.mark.parametrize("number", [8, pytest.param(40, marks=pytest.mark.slow)])
