@@ -22,7 +22,7 @@ from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.weights.adapter import check_base, load_adapter, merged_reader, read_adapter_config
+from k2mini.weights.adapter import check_base, checked_adapter, load_adapter, merged_reader
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,7 @@ def load_model(
     if adapter is not None and merge:
         reader = merged_reader(opened, Path(adapter))
     elif adapter is not None:
-        check_base(Path(adapter), opened)
-        section = read_adapter_config(Path(adapter))
+        section = checked_adapter(Path(adapter), opened)
         attach(model, section)
     _materialise(model, reader, device)
     if adapter is not None and not merge:

@@ -79,3 +79,9 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|(calculation|multiplicat
 # How standard output writes what its encoding lacks: as JSON does, so that JSON stays JSON.
 ESCAPE = "k2mini.escape"
 codecs.register_error(ESCAPE, lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))  # type: ignore[attr-defined]
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

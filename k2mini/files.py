@@ -91,11 +91,8 @@ def sync_path(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(
@@ -113,13 +110,15 @@ def check_output(
         file: it is to be a file; else a directory.
         force: replace a file, or a directory with something in it.
         mark: go on with a directory that has an entry of this name.
-        inputs: what is read meanwhile; the output is none of them, lies in none and around none.
+        inputs: what is read meanwhile; the output is none of them, nor what links in them stand for, lies in none and
+            around none.
         size: bytes that it will take.
 
     Raises ValueError saying why not.
     """
     ours = path.resolve()
-    for source in map(Path, inputs):
+    links = (e for given in map(Path, inputs) if given.is_dir() for e in given.iterdir() if file or e.is_symlink())
+    for source in (*map(Path, inputs), *links):
         theirs = source.resolve()
         if ours == theirs or (path.exists() and source.exists() and path.samefile(source)):
             raise ValueError(f"{path} is itself an input; name another place for the output")

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2mini.errors import some
 from k2mini.files import progress_bar
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, some
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 
 EXACT = 1024  # a matrix with at most this many rows or columns gets its exact singular values; others an estimate
 VALUES = 16  # how many of the largest singular values are kept

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from k2mini.config import LoraSection
 from k2mini.distributed import fill
-from k2mini.files import new_directory, read_json
+from k2mini.files import check_output, new_directory, read_json
+from k2mini.model_config import number, tensor_shapes
 from k2mini.nn.lora import lora_modules, merged_weight
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, read_manifest
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, read_manifest
 from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest
 from k2mini.weights.stream import Tensors, Written, write_safetensors
 from k2mini.weights.torch_file import read_bin
@@ -74,6 +75,17 @@ def check_base(directory: Path, base: ModelDirectory) -> None:
         raise ValueError(f"{directory} was trained on another base than {base.path}; they do not belong together")
 
 
+def checked_adapter(directory: Path, base: ModelDirectory) -> LoraSection:
+    """The shape of an adapter, once base and files fit it: before a rank of 10**12 gets memory.
+
+    Raises ValueError where they don't.
+    """
+    check_base(directory, base)
+    section = read_adapter_config(directory)
+    read_adapter(directory, section)
+    return section
+
+
 def read_adapter_config(directory: Path) -> LoraSection:
     """The shape of an adapter. Raises ValueError where `directory` is not one, or uses what k2mini does not have."""
     path = directory / "adapter_config.json"
@@ -86,19 +98,24 @@ def read_adapter_config(directory: Path) -> LoraSection:
         raise ValueError(f"{path}: peft_type must be LORA")
     for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if raw.get(key):
-            raise ValueError(f"{path}: {key} is {raw[key]!r}, which is not supported")
+            raise ValueError(f"{path}: {key} is {raw[key]!r:.80}, which is not supported")
     if raw.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {raw['bias']!r}, only 'none' is supported")
+        raise ValueError(f"{path}: bias is {raw['bias']!r:.80}, only 'none' is supported")
     targets = raw.get("target_modules")
-    if not isinstance(targets, list) or not isinstance(raw.get("r"), int):
-        raise ValueError(f"{path}: r must be a whole number and target_modules a list")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{path}: target_modules must be a list of names, not {targets!r:.80}")
+    if type(raw.get("r")) is not int:
+        raise ValueError(f"{path}: r must be a whole number, not {raw.get('r')!r:.80}")
+    for key, kinds in (("lora_dropout", (int, float)), ("use_rslora", (bool,))):
+        if raw.get(key) is not None and type(raw[key]) not in kinds:
+            raise ValueError(f"{path}: {key} is {raw[key]!r:.80}, which is not of its type")
     try:
         return LoraSection(
             rank=raw["r"],
-            alpha=float(raw.get("lora_alpha") or raw["r"]),
+            alpha=number(raw, "lora_alpha", float, raw["r"]),
             dropout=float(raw.get("lora_dropout") or 0.0),
             rslora=bool(raw.get("use_rslora")),
-            target_modules=sorted(targets),
+            target_modules=sorted(set(targets)),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -118,6 +135,8 @@ def read_adapter(directory: Path, section: LoraSection) -> dict[str, tuple[Tenso
     for module, pair in pairs.items():
         if set(pair) != set(KINDS):
             raise ValueError(f"{path}: of {module} there is only {next(iter(pair))}; both lora_A and lora_B are needed")
+        if any(tensor.dim() != 2 or not tensor.is_floating_point() for tensor in pair.values()):
+            raise ValueError(f"{path}: of {module}, lora_A or lora_B is no matrix of floating-point numbers")
         if pair["lora_A"].shape[0] != section.rank or pair["lora_B"].shape[1] != section.rank:
             raise ValueError(f"{path}: {module} is not of rank {section.rank}, which adapter_config.json says")
     return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
@@ -128,11 +147,15 @@ def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     path, old = directory / WEIGHTS, directory / "adapter_model.bin"
     if not path.is_file() and old.is_file():
         return old, read_bin(old)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or damaged (no such file)")
     try:
         with safe_open(path, framework="pt") as file:
             return path, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is missing or damaged ({error})") from None
+    except OSError as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> None:
@@ -160,8 +183,11 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) 
 
     Raises ValueError where the two do not belong together, or the result is not finite.
     """
+    check_output(out, force=force, inputs=(base, adapter))
     directory = ModelDirectory(base)
     directory.require_model()
+    if not directory.is_int8:
+        check_tensors(directory.reader, tensor_shapes(directory.config), base)
     source, tokenizer = merged_reader(directory, adapter), find_tokenizer(base)
     save_model(source, directory.config, out, tokenizer=tokenizer, force=force, inputs=(base, adapter))
 

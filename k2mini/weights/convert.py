@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.files import check_output
 from k2mini.model_config import ModelConfig, tensor_shapes
 from k2mini.nn.quant import int8_matrices, quantize_rows, scale_name
 from k2mini.weights.gguf_file import write_gguf
@@ -59,21 +60,23 @@ def convert(
     directory.require_model()
     if directory.is_int8:
         raise ValueError(f"{path} is quantised; convert the full-precision model that it was made of")
+    tokenizer = _tokenizer(path)
+    inputs = (path, tokenizer.path) if tokenizer is not None else (path,)
+    check_output(out, file=kind == "gguf", force=force, inputs=inputs)
     source, config = open_layout(directory)
     check_tensors(source, tensor_shapes(config), path)
-    tokenizer = _tokenizer(path)
     source = _WithoutHead(source) if config.tie_embeddings else source
     stored = source.dtype("model.embed_tokens.weight")
     if kind == "gguf":
         default = torch.float16 if stored.itemsize == 2 else torch.float32
-        write_gguf(source, config, out, tokenizer, dtype or default, force=force, inputs=(path,))
+        write_gguf(source, config, out, tokenizer, dtype or default, force=force, inputs=inputs)
         return
     if dtype is not None:
         source = Cast(source, dtype)
     if quantize is not None:
         source = _Quantized(source)
     if kind == "meta":
-        write_meta(source, config, out, tokenizer, force=force, inputs=(path,))
+        write_meta(source, config, out, tokenizer, force=force, inputs=inputs)
         return
     save_model(
         source,
@@ -82,7 +85,7 @@ def convert(
         tokenizer=tokenizer,
         shard_bytes=shard_bytes,
         force=force,
-        inputs=(path,),
+        inputs=inputs,
         write=write_weights if kind == "hf" else write_bin,
     )
 

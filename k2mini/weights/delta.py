@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -27,10 +26,11 @@ import torch
 from torch import Tensor
 
 from k2mini.dtypes import DTYPES, INTEGERS, NAMES
-from k2mini.files import new_directory
-from k2mini.model_config import ModelConfig
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, some
-from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest, write_side_files
+from k2mini.errors import some
+from k2mini.files import check_output, new_directory
+from k2mini.model_config import ModelConfig, tensor_shapes
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
+from k2mini.weights.model_files import delta_manifest, find_tokenizer, save_model, write_manifest, write_side_files
 from k2mini.weights.stream import SHARD_BYTES, Tensors, hash_tensors, total_bytes, write_weights
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def make_delta(
     """
     if kind not in FORMATS:
         raise ValueError(f"a delta's format is one of {', '.join(FORMATS)}, not {kind!r}")
+    check_output(out, force=force, inputs=(base, tuned))
     before, after = _open_base(base), ModelDirectory(tuned)
     _check_shapes(before, after)
     _check_tensors(before.reader, after.reader, grow=True)
@@ -96,10 +97,9 @@ def apply_delta(
     Raises ValueError where the two do not belong together or one is damaged, where `out` can't be written, or the disk
     is too small; nothing is written then.
     """
+    check_output(out, force=force, inputs=(base, delta))
     before, difference = _open_base(base), ModelDirectory(delta)
-    manifest = difference.manifest
-    if manifest is not None and manifest["kind"] != "delta":
-        raise ValueError(f"{delta} is not a delta: its manifest says that it is of kind {manifest['kind']!r}")
+    manifest = delta_manifest(difference, FORMATS)
     config = _tuned_config(before, difference)
     _check_tensors(before.reader, difference.reader, grow=resize_vocab)
     if manifest is None:
@@ -137,6 +137,7 @@ def _open_base(path: Path) -> ModelDirectory:
     base = ModelDirectory(path)
     if (base.manifest or {}).get("kind") == "delta":
         raise ValueError(f"{path} is a delta, not a base; are the two swapped?")
+    check_tensors(base.reader, tensor_shapes(base.config), path)
     for name in base.reader.names():
         base.reader.dtype(name)  # refuses what is no floating-point type before anything is written
     return base
@@ -196,15 +197,13 @@ def _check_dtypes(source: _Combined, delta: CheckpointReader) -> None:
         if not isinstance(source, _BitsSum):
             delta.dtype(name)  # raises where it is no floating-point type
             continue
-        stored, tuned = delta.stored_dtype(name), source.dtype(name)
-        if stored != INTEGERS[tuned]:
-            raise ValueError(
-                f"{delta.files[name]}: {name} is stored as {stored}, but the manifest says that it holds the bits of "
-                f"{tuned}, so it should be {INTEGERS[tuned]}; copy the delta again"
-            )
+        stored, right = delta.stored_dtype(name), INTEGERS[source.dtype(name)]
+        if stored != right:
+            where = f"{delta.files[name]}: {name} is stored as {stored}"
+            raise ValueError(f"{where}, not as the tuned bits, so it should be {right}; copy the delta again")
 
 
-class _Combined(ABC):
+class _Combined:
     """A source of one tensor for each of `other`'s: its rows combined with the base's, where the base has them."""
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
@@ -221,11 +220,14 @@ class _Combined(ABC):
         other = self.other.rows(name, start, stop)
         known, new = other[: end - start], other[end - start :]
         combined = self.combine(self.base.rows(name, start, end), known, name)
-        return torch.cat([combined, self.new(new)]) if len(new) else combined
+        rows = torch.cat([combined, self.new(new)]) if len(new) else combined
+        if rows.dtype == torch.float16 and not rows.isfinite().all():
+            raise ValueError(f"{name}: values of the result are not finite in float16, in which format add computes")
+        return rows
 
-    @abstractmethod
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Rows of the result from those of both sides."""
+        raise NotImplementedError
 
     def new(self, other: Tensor) -> Tensor:
         """Rows of the result from those that only the other side has."""

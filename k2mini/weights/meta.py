@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.dtypes import SAFETENSORS_FLOATS
 from k2mini.files import new_directory, progress_bar, read_json
-from k2mini.model_config import Llama3RopeScaling, ModelConfig
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.model_config import MOST_LAYERS, Llama3RopeScaling, ModelConfig, number
+from k2mini.weights.model_directory import MANIFEST, ModelDirectory
 from k2mini.weights.model_files import write_manifest
 from k2mini.weights.stream import SHOWN, Source, Written, total_bytes
 from k2mini.weights.torch_file import read_bin, write_torch
@@ -30,7 +31,8 @@ from k2mini.weights.torch_file import read_bin, write_torch
 log = logging.getLogger(__name__)
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-OUTER = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT}
+GATE, NORM = "model.layers.0.mlp.gate_proj.weight", "model.norm.weight"
+OUTER = {"tok_embeddings.weight": EMBEDDING, "norm.weight": NORM, "output.weight": OUTPUT}
 INNER = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -97,7 +99,19 @@ class MetaReader:
             ours = hf_name(name)
             if ours is None or any(name not in part for part in self._parts):
                 raise ValueError(f"{paths[0]}: {name} is no tensor of a LLaMA, or is missing in another of the files")
+            kinds, first = {(part[name].dtype, part[name].shape) for part in self._parts}, self._parts[0][name]
+            if (
+                len(kinds) > 1
+                or first.dtype not in SAFETENSORS_FLOATS.values()
+                or first.dim() != 1 + (not name.endswith("norm.weight"))
+            ):
+                raise ValueError(
+                    f"{paths[0]}: {name} is {first.dtype} of {tuple(first.shape)}, or another in another file"
+                )
             self._names[ours] = name
+        for name in (EMBEDDING, NORM, GATE):
+            if name not in self._names:
+                raise ValueError(f"{paths[0]} has no {meta_name(name)}")
         self.config = _read_config(directory, self)
         if self.config.tie_embeddings:
             self._names.pop(OUTPUT, None)
@@ -146,16 +160,20 @@ def _read_config(directory: ModelDirectory, reader: MetaReader) -> ModelConfig:
     """The model's shape: from the manifest that k2mini writes, else from params.json and the tensors' shapes."""
     known = (directory.manifest or {}).get("config")
     if known is not None:
-        scaling = known["rope_scaling"]
-        return ModelConfig(**{**known, "rope_scaling": scaling and Llama3RopeScaling(**scaling)})
+        try:
+            scaling = known["rope_scaling"]
+            return ModelConfig(**{**known, "rope_scaling": scaling and Llama3RopeScaling(**scaling)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{directory.path / MANIFEST}: config is no shape of a model ({error})") from None
     path = directory.path / "params.json"
     if not path.is_file():
         raise ValueError(f"{directory.path} has no params.json")
     raw = read_json(path)
     try:
-        dim, num_layers, num_heads = int(raw["dim"]), int(raw["n_layers"]), int(raw["n_heads"])
-        num_kv_heads, norm_eps = int(raw.get("n_kv_heads") or num_heads), float(raw["norm_eps"])
-    except (KeyError, TypeError, ValueError) as error:
+        dim, num_heads = number(raw, "dim", int), number(raw, "n_heads", int)
+        num_layers, norm_eps = number(raw, "n_layers", int, most=MOST_LAYERS), number(raw, "norm_eps", float)
+        num_kv_heads, rope_theta = number(raw, "n_kv_heads", int, num_heads), number(raw, "rope_theta", float, 10000.0)
+    except (AttributeError, ValueError) as error:
         raise ValueError(f"{path}: a field is missing or no number ({error})") from None
     # params.json does not say how long the context is. LLaMA 3 is known by its rotary base; the rest may be LLaMA 1 or
     # 2, and the shorter context of 1 is safe for both.
@@ -177,10 +195,10 @@ def _read_config(directory: ModelDirectory, reader: MetaReader) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=dim // num_heads,
-        intermediate_dim=reader.shape("model.layers.0.mlp.gate_proj.weight")[0],
+        intermediate_dim=reader.shape(GATE)[0],
         vocab_size=reader.shape(EMBEDDING)[0],
         max_seq_len=max_seq_len,
-        rope_theta=float(raw.get("rope_theta", 10000.0)),
+        rope_theta=rope_theta,
         rope_scaling=SCALING if raw.get("use_scaled_rope") else None,
         norm_eps=norm_eps,
         tie_embeddings=tied,

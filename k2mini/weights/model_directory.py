@@ -1,7 +1,6 @@
 """Directories of weights: what each of their files says, and their tensors by name.
 
-A tensor is read when it is asked for, and as a view of a memory-mapped file (safetensors or PyTorch's `.bin`). So a
-13 GB checkpoint opens at once, and the system can drop its pages again.
+A tensor is read when it is asked for, as a view of a mapped file (safetensors or PyTorch's `.bin`): 13 GB open at once.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
+from k2mini.errors import some
 from k2mini.files import MOST, parse_json, read_json, read_text, recover
 from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
@@ -28,7 +29,9 @@ from k2mini.weights.torch_file import read_bin
 
 log = logging.getLogger(__name__)
 
+KINDS = ("model", "delta", "adapter", "meta")
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
+ENTRIES: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -136,10 +139,8 @@ def model_directory(path: str | Path) -> Path:
         return directory
     if directory.exists():
         raise ValueError(f"{path} is a file; a model is a directory with config.json and weights")
-    hint = (
-        "; if it is a model on the Hugging Face hub, download it first (pip install huggingface_hub): "
-        f"hf download {path} --local-dir {directory.name}"
-    )
+    first = f"download it first (pip install huggingface_hub): hf download {path} --local-dir {directory.name}"
+    hint = f"; if it is a model on the Hugging Face hub, {first}"
     raise ValueError(f"there is no directory {path}{hint if re.fullmatch(HUB_ID, str(path)) else ''}")
 
 
@@ -152,16 +153,22 @@ def manifest_text(content: Mapping[str, Any]) -> str:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The content of manifest.json, or None where the directory has none that k2mini wrote for weights.
 
-    Raises ValueError where it does not match its own hash.
+    Raises ValueError where it does not match its own hash, or is not what `write_manifest` writes.
     """
-    path = directory / MANIFEST
-    if not path.is_file():
+    if not (path := directory / MANIFEST).is_file():
         return None
     content = parse_json(text := read_text(path, MOST), str(path))
-    if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
+    if not isinstance(content, dict) or not {"sha256", *ENTRIES} <= content.keys():
         return None
     if text != manifest_text({k: v for k, v in content.items() if k != "sha256"}):
         raise ValueError(f"{path} is damaged: it does not match its own hash; copy the directory again")
+    odd = [key for key, known in (("format", [MANIFEST_FORMAT]), ("kind", KINDS)) if content.get(key) not in known]
+    for key, kinds in ENTRIES.items():
+        for name, entry in content[key].items() if isinstance(content[key], dict) else [("", None)]:
+            typed = isinstance(entry, dict) and all(isinstance(entry.get(field), kind) for field, kind in kinds.items())
+            odd += [f"{key}.{name}"] * (not typed or (key == "files" and Path(name).name != name))
+    if odd:
+        raise ValueError(f"{path}: {some(odd)} is not as this version of k2mini writes it; copy the directory again")
     return content
 
 
@@ -183,21 +190,21 @@ class CheckpointReader:
             missing = sorted(set(expected) - set(names)) if expected is not None else []
             if missing:
                 raise ValueError(f"{path} does not hold {some(missing)}, which the index says it does")
-            for name in names:
-                if IGNORED.search(name):
-                    continue
+            for name in filterfalse(IGNORED.search, names):
                 if name in self.files:
                     raise ValueError(f"{name} stands in both {self.files[name]} and {path}")
                 self.files[name] = path
 
     def _open(self, path: Path) -> list[str]:
         if not path.is_file():
-            raise ValueError(f"{path} is missing; the checkpoint is not complete")
+            raise ValueError(f"{path} is {'no file' if path.exists() else 'missing; the checkpoint is not complete'}")
         if path.suffix == ".safetensors":
             try:
                 self._safetensors[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise ValueError(f"{path} is truncated or damaged ({error}); copy or download it again") from None
+            except OSError as error:
+                raise OSError(f"{path}: {error}") from None
             return list(self._safetensors[path].keys())
         self._bins[path] = read_bin(path)
         return list(self._bins[path])
@@ -228,11 +235,10 @@ class CheckpointReader:
     def stored_dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header; a `bits` delta's are integers. Raises ValueError for any other type."""
         stored = self._stored(name)
-        if isinstance(stored, Tensor):
-            return stored.dtype
-        if stored.get_dtype() not in SAFETENSORS:
+        dtype = stored.dtype if isinstance(stored, Tensor) else SAFETENSORS.get(stored.get_dtype())
+        if dtype is None:
             raise self._unreadable(name, stored.get_dtype())
-        return SAFETENSORS[stored.get_dtype()]
+        return dtype
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
@@ -265,15 +271,9 @@ def _indexed(index: Path) -> dict[Path, list[str] | None]:
     expected: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: {name} is mapped to {file!r}, which is not a file name in its own directory")
+            raise ValueError(f"{index}: {name} is mapped to {file!r:.80}, not a file name in its own directory")
         expected.setdefault(index.parent / file, []).append(name)
     return dict(sorted(expected.items()))
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few of many names, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], directory: Path) -> None:

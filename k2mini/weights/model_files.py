@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.dtypes import NAMES
+from k2mini.dtypes import DTYPES, NAMES
 from k2mini.files import new_directory, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
-from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, manifest_text
+from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,31 @@ def write_manifest(directory: Path, kind: str, written: Written, note: Mapping[s
     }
     content = {"format": MANIFEST_FORMAT, "kind": kind, **(note or {}), "files": files, "tensors": written.tensors}
     (directory / MANIFEST).write_text(manifest_text(content), encoding="utf-8")
+
+
+def delta_manifest(delta: ModelDirectory, formats: Sequence[str]) -> dict[str, Any] | None:
+    """A delta's manifest; None where it has no such file, as FastChat's and K2's, whose base can't be checked.
+
+    Raises ValueError where the file is another program's, or lacks what says how to apply the delta, and to what.
+    """
+    path, manifest = delta.path / MANIFEST, delta.manifest
+    if manifest is None:
+        if path.exists():
+            raise ValueError(
+                f"{path} does not say the base, as k2mini's do; remove it if the delta is FastChat's or K2's"
+            )
+        return None
+    if manifest["kind"] != "delta":
+        raise ValueError(f"{delta.path} is not a delta: its manifest says that it is of kind {manifest['kind']!r}")
+    kind, base, tuned = (manifest.get(key) for key in ("delta", "base", "tuned"))
+    if kind not in formats or not isinstance(base, str):
+        raise ValueError(f"{path}: delta is {kind!r:.80} and base {base!r:.80}; copy the delta again")
+    for name in delta.reader.names() if kind == "bits" else ():
+        entry = tuned.get(name) if isinstance(tuned, dict) else None
+        known = isinstance(entry, dict) and str(entry.get("dtype")) in DTYPES and "sha256" in entry
+        if not known or name not in manifest["tensors"]:
+            raise ValueError(f"{path}: tuned.{name} is {entry!r:.80}; copy the delta again")
+    return manifest
 
 
 def find_tokenizer(*directories: Path) -> Tokenizer | None:
