@@ -159,6 +159,33 @@ def interrupt(out, number, after):
     return process.wait(), process.stderr.read()
 
 
+def test_two_demos_in_one_folder_are_refused(tmp_path):
+    process = start(tmp_path / "out")
+    while not (tmp_path / "out/data").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    try:
+        with pytest.raises(ValueError, match=rf"out is being written by process {process.pid} on "):
+            run_demo(tmp_path / "out", quick=True)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"seed": 0, "quick": "yes", "seconds": 1}', "demo.json: quick must be true or false, not 'yes'"),
+        ("[]", r"demo.json must be an object, not \[\]"),
+        ("{", "demo.json is not valid JSON"),
+    ],
+)
+def test_a_damaged_note_of_the_demo_is_named(tmp_path, content, message):
+    (tmp_path / "demo.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run_demo(tmp_path, quick=True)
+
+
 def test_interrupted_anywhere_its_losses_are_the_same(demo, tmp_path):
     whole, _ = demo
     out = tmp_path / "out"

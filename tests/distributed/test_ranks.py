@@ -61,6 +61,21 @@ def test_losses_and_norms_equal_those_of_one_process(alone, ranks):
     assert many["bfloat16"][-3][0] == pytest.approx(one["plain"][9][0], rel=0.02)
 
 
+def test_ranks_that_disagree_are_told_in_what(ranks):
+    """All of them, at once and in the same words, before anything is trained."""
+    size, _, many = ranks
+    assert len(many["disagreements"]) == size
+    for told, left in many["disagreements"]:
+        assert told == many["disagreements"][0][0]
+        assert len(told) == 8
+        keys = ["run.seed", "model.path", "data.seq_len", "train.lr", "train.max_steps", "train.max_grad_norm"]
+        keys += ["parallel.timeout_minutes", "the hash of model.path"]
+        for sentence, key in zip(told, keys, strict=True):
+            assert sentence.startswith(f"{key} is ")
+            assert f"on rank {size - 1}; start all ranks with the same configuration and files" in sentence
+        assert not {"checkpoints", "metrics.jsonl", "model"} & set(left)
+
+
 def test_a_benchmark_while_training(alone, ranks):
     """All ranks score what one process scores, and training goes on as if nothing had been."""
     _, one = alone

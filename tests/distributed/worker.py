@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from torch.distributed.tensor import DTensor
 from k2mini.build import training_model
 from k2mini.config import (
     CheckpointSection,
+    CorpusSection,
     EvalSection,
     LoraSection,
     ModelSection,
     ParallelSection,
+    PretrainConfig,
     RunSection,
     TrainSection,
 )
@@ -23,7 +26,9 @@ from k2mini.data.corpus import Documents
 from k2mini.distributed import local_part, ranks
 from k2mini.evaluation.score import Request, score
 from k2mini.training.loop import Task, read_metrics, train
+from k2mini.training.run import pretrain
 from k2mini.training.step import accumulate, local_batches
+from k2mini.weights.model_directory import ModelDirectory
 
 STEPS = 30
 
@@ -114,6 +119,35 @@ def sharding(path, world):
     return sum(local_part(parameter).numel() for parameter in model.parameters())
 
 
+def disagreements(path, world, out):
+    """What each rank is told where the last one was started with another configuration, or has another base."""
+    if world.is_main:
+        (out / "few.txt").write_text("granite is made of quartz. " * 100)
+    world.barrier()
+    whole = PretrainConfig(
+        RunSection(str(out / "disagreeing")),
+        ModelSection(str(path)),
+        CorpusSection(str(out / "few.txt"), seq_len=32),
+        TrainSection(lr=1e-3, global_batch_size=4, micro_batch_size=1, max_steps=2),
+    )
+    others = [("run", "seed", 1), ("model", "path", "other"), ("data", "seq_len", 16), ("train", "lr", 0.1)]
+    others += [("train", "max_steps", 9), ("train", "max_grad_norm", 2.0), ("parallel", "timeout_minutes", 1.0)]
+    told = []
+    for name, key, value in [*others, ("base", "", None)]:
+        config, fingerprint = whole, ModelDirectory.fingerprint
+        if world.rank == world.size - 1 and name == "base":
+            ModelDirectory.fingerprint = lambda _: "another"
+        elif world.rank == world.size - 1:
+            config = replace(whole, **{name: replace(getattr(whole, name), **{key: value})})
+        try:
+            pretrain(config, world)
+        except ValueError as error:
+            told.append(str(error))
+        ModelDirectory.fingerprint = fingerprint
+        world.barrier()
+    return world.all_gather([told, sorted(entry.name for entry in out.glob("disagreeing/*"))])
+
+
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
@@ -132,6 +166,7 @@ def main(path, out):
             "kept": world.all_gather(sharding(path, world)),
         }
         if world.size > 1:
+            results["disagreements"] = disagreements(path, world, out)
             results["zero2"] = run(
                 path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few
             )
