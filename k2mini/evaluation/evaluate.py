@@ -117,7 +117,7 @@ def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, 
     asked = {(question.task, question.index): (question.digest, question.answer) for question in questions}
     done = {(result.task, result.index): result for result in read_results(path)}
     for key, result in done.items():
-        what = f"{path} has a result of question {key[1]} of {key[0]}"
+        what = f"{path} has a result of question {key[1]} of {key[0]!r}"
         if key not in asked:
             raise ValueError(f"{what}, which is not asked now and would be lost (--limit, --tasks); name another --out")
         if asked[key] != (result.digest, result.answer):

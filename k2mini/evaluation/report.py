@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from k2mini.evaluation.benchmarks import Question, check_keys
 from k2mini.files import parse_json, read_text
@@ -34,7 +35,7 @@ class Result:
 
     def line(self) -> str:
         """As one line of results.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return sealed(asdict(self))
 
     @property
     def is_right(self) -> bool:
@@ -47,47 +48,35 @@ class Result:
         return sum(math.exp(logprob) for logprob in self.logprobs if logprob is not None)
 
 
-# The fields of a line of results.jsonl: what stands there, in words and as a test.
-_COUNT: Final = ("a whole number", lambda value: type(value) is int and value >= 0)
-_TEXT: Final = ("text", lambda value: isinstance(value, str))
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "task": _TEXT,
-    "index": _COUNT,
-    "answer": _TEXT,
-    "prediction": ("text or null", lambda value: value is None or isinstance(value, str)),
-    "logprobs": (
-        "a list of log-probabilities or null",  # that of a certain event may round to above 0
-        lambda value: (
-            isinstance(value, list)
-            and all(each is None or (type(each) in (int, float) and -math.inf < each < 1) for each in value)
-        ),
-    ),
-    "token_ids": ("lists", lambda value: isinstance(value, list) and all(isinstance(each, list) for each in value)),
-    "dropped": _COUNT,
-    "cut": _COUNT,
-    "digest": _TEXT,
-}
+def sealed(fields: Mapping[str, Any]) -> str:
+    """A line of JSON, without its end, whose last field is the SHA-256 of the others."""
+    own = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps({**fields, "sha256": own}, ensure_ascii=False)
 
 
-def read_results(path: Path) -> list[Result]:
-    """The results in a results.jsonl; a last line that a kill cut short is left out.
+def read_sealed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, fields) of all lines that `sealed` made; a last one that a kill cut short is left out.
 
-    Raises ValueError naming file, line and field where a line is no result of a question, or repeats one.
+    Raises ValueError naming file and line where one is not as it was written.
     """
-    found: dict[tuple[str, int], Result] = {}
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         where = f"{path}, line {number}"
         raw = parse_json(line, where)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{where} is no JSON object")
-        for name, (wanted, fits) in _FIELDS.items():
-            if name not in raw:
-                raise ValueError(f"{where} has no {name}, as those of an older k2mini; evaluate anew in another --out")
-            if not fits(raw[name]):
-                raise ValueError(f"{where}: {name} is {raw[name]!r:.80}, not {wanted}")
-        if (raw["task"], raw["index"]) in found:
-            raise ValueError(f"{where}: question {raw['index']} of {raw['task']} has a result already")
-        found[raw["task"], raw["index"]] = Result(**{name: raw[name] for name in _FIELDS})
+        if not isinstance(raw, dict) or "sha256" not in raw:
+            raise ValueError(f"{where} has no sha256, as an older k2mini's; evaluate anew, with another --out")
+        del raw["sha256"]
+        if sealed(raw) != line:
+            raise ValueError(f"{where} is not as it was written (its sha256 says so); evaluate anew, in another --out")
+        yield where, raw
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results in a results.jsonl. Raises ValueError as `read_sealed` does, and where a question has two."""
+    found: dict[tuple[str, int], Result] = {}
+    for where, raw in read_sealed(path):
+        if raw.keys() != Result.__dataclass_fields__.keys() or (raw["task"], raw["index"]) in found:
+            raise ValueError(f"{where} is no result of a question, or one that has another already")
+        found[raw["task"], raw["index"]] = Result(**raw)
     return [*found.values()]
 
 

@@ -12,8 +12,9 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
+from k2mini.evaluation.report import read_sealed, sealed
 from k2mini.evaluation.score import Request, score, split_jointly
-from k2mini.files import parse_json, read_text, write_text
+from k2mini.files import write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.generate import Decoding
 from k2mini.nn.llama import Llama
@@ -91,7 +92,7 @@ def _answers(
         del texts[len(texts) - len(texts) % decoding.batch_size :]
 
     def line(question: str, text: str) -> str:
-        return json.dumps({"question": question, "answer": text}, ensure_ascii=False) + "\n"
+        return sealed({"question": question, "answer": text}) + "\n"
 
     write_text(journal, "".join(map(line, questions, texts)))
     if new := prompts[len(texts) :]:
@@ -106,11 +107,7 @@ def _answers(
 def _read_journal(path: Path, questions: list[str]) -> list[str]:
     """The answers that an earlier start wrote, to the first of the questions; a last line that was cut is left out."""
     texts: list[str] = []
-    for line in read_text(path).split("\n")[:-1] if path.is_file() else []:
-        where = f"{path}, line {len(texts) + 1}"
-        raw = parse_json(line, where)
-        if not isinstance(raw, dict) or not isinstance(raw.get("answer"), str):
-            raise ValueError(f"{where} is no JSON object with an answer that is text")
+    for where, raw in read_sealed(path) if path.is_file() else ():
         if raw.get("question") != next(iter(questions[len(texts) :]), None):
             raise ValueError(f"{where} answers another question than is asked now; name another --out")
         texts.append(raw["answer"])

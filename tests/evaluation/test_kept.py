@@ -9,6 +9,7 @@ import pytest
 
 import k2mini.evaluation.subjective
 from k2mini.config import LoraSection
+from k2mini.evaluation.report import sealed
 from k2mini.files import output
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
@@ -98,15 +99,15 @@ def test_a_changed_question_or_key_is_not_given_an_old_result(tiny_directory, ta
     nine = (tmp_path / "out/results.jsonl").read_text()
     assert nine.startswith(four)
     status, _, err = run(*common, "--limit", 4)  # fewer would lose some
-    assert (status, "question 4 of rocks, which is not asked now and would be lost" in err) == (2, True)
+    assert (status, "question 4 of 'rocks', which is not asked now and would be lost" in err) == (2, True)
     assert (tmp_path / "out/results.jsonl").read_text() == nine
     write_task(task, key=lambda place: (place + 1) % 3)
     status, out, err = run(*common, "--limit", 9)
     assert (status, out) == (2, "")
-    assert "has a result of question 0 of rocks, which has another text or key now" in err
+    assert "has a result of question 0 of 'rocks', which has another text or key now" in err
     write_task(task)
     task.write_text(task.read_text().replace("What is granite", "What was granite", 1))
-    assert "question 0 of rocks, which has another text or key now" in run(*common, "--limit", 9)[2]
+    assert "question 0 of 'rocks', which has another text or key now" in run(*common, "--limit", 9)[2]
 
 
 def test_examples_are_drawn_from_all_questions_so_these_must_be_the_same(tiny_directory, task, tmp_path, run):
@@ -238,12 +239,13 @@ def test_compare_draws_over_nothing(tiny_directory, task, tmp_path, run):
     [
         ("asking.json", "[]", "asking.json is no JSON object"),
         ("asking.json", '{"model": "x", "shots": 0}', "which an older k2mini wrote, does not say with which config"),
-        ("results.jsonl", "[]\n", "results.jsonl, line 1 is no JSON object"),
-        ("results.jsonl", '{"task": "rocks"}\n', "results.jsonl, line 1 has no index"),
+        ("results.jsonl", "[]\n", "results.jsonl, line 1 has no sha256"),
+        ("results.jsonl", '{"task": "rocks"}\n', "results.jsonl, line 1 has no sha256, as an older k2mini's"),
         ("results.jsonl", "{\n", "results.jsonl, line 1 is not valid JSON"),
-        ("index", '"4"', "line 1: index is '4', not a whole number"),
-        ("logprobs", "[NaN, 0, 0]", "line 1: logprobs is [nan, 0, 0], not a list of log-probabilities"),
-        ("prediction", "7", "line 1: prediction is 7, not text or null"),
+        ("results.jsonl", sealed({"task": "rocks"}) + "\n", "results.jsonl, line 1 is no result of a question"),
+        ("index", '"4"', "results.jsonl, line 1 is not as it was written"),
+        ("logprobs", "[0, 0, 0]", "results.jsonl, line 1 is not as it was written"),
+        ("prediction", '"B"', "results.jsonl, line 1 is not as it was written"),
     ],
 )
 def test_damaged_results_are_named(tiny_directory, task, tmp_path, run, file, content, said):
@@ -255,6 +257,7 @@ def test_damaged_results_are_named(tiny_directory, task, tmp_path, run, file, co
     else:
         results = tmp_path / "out/results.jsonl"
         line = json.loads(results.read_text().splitlines()[0])
+        assert line[file] != json.loads(content)
         results.write_text(json.dumps({**line, file: json.loads(content)}) + "\n")
     status, out, err = run(*command)
     assert (status, out) == (2, "")
