@@ -1,11 +1,15 @@
 """The program as a user runs it: results on stdout, one sentence and status 2 for what the user can mend."""
 
 import argparse
+import io
 import json
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
 from k2mini.build import KINDS
 from k2mini.cli import build_parser, main
@@ -182,6 +186,12 @@ def test_bad_models(run, tiny_directory, tmp_path, fault, message):
         (("--template", "alpacca"), "there is no template 'alpacca'"),
         (("--device", "tpu9"), "--device tpu9 is not a device that is supported; cpu, cuda and cuda:1, … are"),
         (("--device", "cuda:99"), "this machine has"),
+        (("--device", "meta"), "--device meta is not a device that is supported"),
+        (("--device", "mps"), "--device mps is not a device that is supported"),
+        (("--device", "cuda:99999999999"), "is not a device that is supported"),
+        (("--prompt", "half \ud800"), "the text is not UTF-8 (at the end of "),
+        (("--prompt", "byte \udcff"), "the text is not UTF-8 (at the end of "),
+        (("--context", "byte \udcff"), "the text is not UTF-8 (at the end of "),
         (("--threads", "0"), "--threads must be at least 1, not 0"),
     ],
 )
@@ -224,3 +234,119 @@ def test_unknown_commands_exit_with_2(run):
     status, _, err = run("generat")
     assert status == 2
     assert "invalid choice: 'generat'" in err
+
+
+def test_an_unknown_flag_prints_the_commands_own_usage(run):
+    for command in (["info", "x"], ["delta", "apply", "--base", "x", "--delta", "x", "--out", "x"]):
+        status, _, err = run(*command, "--frobnicate")
+        assert status == 2
+        name = " ".join(command[: 1 + (command[0] == "delta")])
+        assert err.startswith(f"usage: k2mini {name} ")
+        assert f"k2mini {name}: error: unrecognized arguments: --frobnicate" in err
+
+
+def test_closed_streams(tiny_directory, tiny_tokenizer, tmp_path):
+    """What is printed to one that is closed is lost, and lands in no file; the rest is as ever."""
+    (tmp_path / "text.txt").write_text("granite")
+    command = [sys.executable, "-m", "k2mini", "prepare", str(tmp_path / "text.txt")]
+    command += ["--tokenizer", str(tiny_tokenizer.path), "--out"]
+    whole = {}
+    for name, closing in {"none": "", "in": "<&-", "out": ">&-", "error": "2>&-", "all": "<&- >&- 2>&-"}.items():
+        shell = f'"$@" {closing}'
+        done = subprocess.run(
+            ["bash", "-c", shell, "x", *command, str(tmp_path / name)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, (name, done.stderr)
+        assert ("train: 1 documents" in done.stdout) == (name not in ("out", "all"))
+        assert ("encoding" in done.stderr) == (name not in ("error", "all"))
+        whole[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert all(content == whole["none"] for content in whole.values())
+    done = subprocess.run(["bash", "-c", '"$@" 2>&-', "x", *command, str(tmp_path / "all")], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
+def test_a_full_standard_output_is_said_once(tiny_directory):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        command = [sys.executable, "-m", "k2mini", "info", str(tiny_directory)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "k2mini: No space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_narrow_streams(tiny_directory, monkeypatch, encoding):
+    """JSON stays JSON, and text is printed."""
+    prompt = "岩 – 🌋"
+    for options in (["--json"], []):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode()), encoding="utf-8"))
+        with pytest.raises(SystemExit) as end:
+            main(["generate", "--model", str(tiny_directory), "--prompt", "-", "--max-new-tokens", "12", *options])
+        assert end.value.code == 0
+        said = out.buffer.getvalue().decode(encoding)
+        assert said.strip()
+        if options:
+            assert json.loads(said)[0]["prompt"] == prompt
+
+
+def test_standard_input_that_is_not_utf8_is_named(run, tiny_directory, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"granite \xff quartz"), encoding="utf-8"))
+    status, out, err = run("generate", "--model", tiny_directory, "--prompt", "-")
+    assert (status, out) == (2, "")
+    assert "granite \\udcff" in err.splitlines()[-1]
+
+
+def no_memory():
+    torch.empty(2**50)
+
+
+def too_large():
+    torch.empty(2**40, 2**40)
+
+
+def deep():
+    deep()
+
+
+def without_words():
+    error = OSError("12 requested and 3 written")
+    error.filename = "a.bin"
+    raise error
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (no_memory, "not enough memory ("),
+        (too_large, "not enough memory ("),
+        (raising(MemoryError()), "not enough memory; use a smaller batch"),
+        (
+            raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+            "not enough memory (CUDA out of",
+        ),
+        (deep, "something that was read is nested too deeply"),
+        (raising(OverflowError("int too large to convert to float")), "a number is too large (int too large"),
+        (without_words, "a.bin: 12 requested and 3 written"),
+        (raising(OSError()), "OSError"),
+        (raising(PermissionError(13, "Permission denied", "b.bin")), "b.bin: Permission denied"),
+    ],
+)
+def test_faults_are_one_sentence(run, monkeypatch, fault, said):
+    monkeypatch.setattr("k2mini.commands.weights.run_info", lambda _: fault())
+    status, out, err = run("info", "x")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"k2mini: {said}")
+    assert len(err.splitlines()) == 1
+
+
+def test_faults_of_the_program_show_where(monkeypatch):
+    monkeypatch.setattr("k2mini.commands.weights.run_info", lambda _: raising(RuntimeError("shapes differ"))())
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["info", "x"])

@@ -95,3 +95,56 @@ def test_files_that_are_no_configuration(write, tmp_path):
         load_config(PretrainConfig, write("run: {dir"))
     with pytest.raises(ValueError, match="must hold sections"):
         load_config(PretrainConfig, write("- 1"))
+
+
+# Each of twelve anchors holds the one before it nine times.
+LAUGHS = "v0: &v0 [x, x]\n" + "".join(f"v{n + 1}: &v{n + 1} [{', '.join([f'*v{n}'] * 9)}]\n" for n in range(12))
+MERGES = "v0: &v0 {x: 1}\n" + "".join(f"v{n + 1}: &v{n + 1} {{<<: [{', '.join([f'*v{n}'] * 9)}]}}\n" for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS + "run: {dir: *v12}", "run.dir must be text, not "),
+        (MERGES, "is not valid YAML"),
+        ("[" * 20_000, "is nested too deeply"),
+        ("a: " + "{b: " * 20_000, "is nested too deeply"),
+        (GOOD + "run: {dir: other}", "'run' stands twice"),
+        (GOOD.replace("runs/x", "x, dir: y"), "'dir' stands twice"),
+        (GOOD.replace("10}", "1" * 5000 + "}"), "is not valid YAML: Exceeds the limit"),
+        (GOOD.replace("10}", "0x" + "f" * 5000 + "}"), r"train.max_steps must be below 2\*\*63"),
+        (GOOD.replace("run: {dir: runs/x}", "run: 0x" + "f" * 5000), "config.yaml: Exceeds the limit"),
+        (GOOD.replace("10}", "1" + "0" * 30 + "}"), r"train.max_steps must be below 2\*\*63"),
+        (GOOD.replace("1e-5", "1" + "0" * 400), r"train.lr must be below 2\*\*63"),
+        (GOOD.replace("1e-5", ".nan"), "train.lr must be finite, not nan"),
+        (GOOD.replace("1e-5", "1e999"), "train.lr must be finite, not inf"),
+        (GOOD.replace("runs/x", r'"a\0b"'), "run.dir has a character that no text or path may have"),
+        (GOOD.replace("runs/x", r'"a\ud800b"'), "run.dir has a character that no text or path may have"),
+        (GOOD.replace("runs/x", "2020-13-45"), "config.yaml is not valid YAML: month must be"),
+        (GOOD.replace("10}", "!!int ''}"), "config.yaml is not valid YAML"),
+        (GOOD.replace("10}", "!!timestamp x}"), "config.yaml is not valid YAML"),
+        (GOOD + "#" * 200_000, "has more than 131,072 bytes"),
+        ("".join(f"k{n}: 1\n" for n in range(200)), "and 174 more"),
+        ("", "must hold sections"),
+    ],
+)
+def test_what_can_not_be_trusted_is_one_sentence(write, text, message):
+    path = write(text)
+    for read in (lambda: load_config(PretrainConfig, path), lambda: load_config(FinetuneConfig, path)):
+        with pytest.raises(ValueError, match=message) as caught:
+            read()
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000, "!!int ''", "\udcff"])
+def test_overrides_are_read_as_strictly(write, value):
+    with pytest.raises(ValueError, match="the value is not valid YAML"):
+        load_config(PretrainConfig, write(GOOD), [f"run.dir={value}"])
+
+
+def test_bytes_that_are_not_utf8(write):
+    path = write(GOOD)
+    path.write_bytes(path.read_bytes() + b"#\xff")
+    with pytest.raises(ValueError, match=r"config\.yaml is not valid YAML: 'utf-8' codec can't decode byte 0xff"):
+        load_config(PretrainConfig, path)

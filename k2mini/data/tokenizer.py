@@ -38,11 +38,12 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"there is no tokenizer file {path}")
-        if self.path.stat().st_size > MOST:
-            raise ValueError(f"{path} is not a SentencePiece model: it has more than {MOST:,} bytes")
+        if not 0 < (size := self.path.stat().st_size) <= MOST:
+            raise ValueError(f"{path} is not a SentencePiece model: it has {size:,} bytes")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
-        except RuntimeError:
+            first = "".join(self._model.encode("a", out_type=str))
+        except (RuntimeError, UnicodeDecodeError):  # the words of an error may have bytes of the file
             raise ValueError(f"{path} is not a SentencePiece model, or is damaged") from None
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
@@ -51,7 +52,7 @@ class Tokenizer:
         if not all(0 <= token < self.vocab_size for token in special):
             raise ValueError(f"{path} has no BOS, no EOS or no unknown token (ids {special})")
         # LLaMA's model puts a space before the text; SmolLM2's, for one, does not.
-        self.adds_space: bool = "".join(self._model.encode("a", out_type=str)).startswith("▁")
+        self.adds_space: bool = first.startswith("▁")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Token ids. Control symbols written out in the text ('<s>') are plain text, never control tokens.

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from k2mini.data.prompts import TEMPLATES, get_template
+from k2mini.data.prompts import TEMPLATES, encode_prompt, get_template
 
 # sha256 of prompt_input + NUL + prompt_no_input of templates/NAME.json in github.com/tloen/alpaca-lora at 8bb8579,
 # the same files as in K2's repository.
@@ -31,3 +31,9 @@ def test_prompts_are_filled_in():
 def test_an_unknown_template_names_those_there_are():
     with pytest.raises(ValueError, match=r"no template 'alpacca'; there are alpaca, alpaca_legacy"):
         get_template("alpacca")
+
+
+@pytest.mark.parametrize("question", [("byte \udcff",), ("granite", "byte \udcff")])
+def test_prompts_that_are_not_utf8_are_named(tiny_tokenizer, question):
+    with pytest.raises(ValueError, match=r"the text is not UTF-8 \(at the end of '.*byte \\udcff'"):
+        encode_prompt(tiny_tokenizer, get_template("alpaca"), *question)

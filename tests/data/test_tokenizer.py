@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
@@ -82,6 +84,59 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         Tokenizer(tmp_path / "tokenizer.model")
+
+
+MUTATED = """
+import random, sys
+from k2mini.data.tokenizer import Tokenizer
+path, draw = sys.argv[1], random.Random(0)
+content = open(path, "rb").read()
+for number in range(200):
+    mutated = bytearray(content)
+    place = draw.randrange(len(content))
+    if number % 3 == 0:
+        for _ in range(draw.choice([1, 3, 20])):
+            mutated[draw.randrange(len(content))] = draw.randrange(256)
+    elif number % 3 == 1:
+        mutated[place : place + draw.choice([0, 1, 50])] = draw.randbytes(draw.choice([0, 1, 9]))
+    else:
+        del mutated[place:]
+    open("m.model", "wb").write(mutated)
+    try:
+        tokenizer = Tokenizer("m.model")
+        tokenizer.decode(tokenizer.encode("granite <s>", bos=True, eos=True) + list(range(tokenizer.vocab_size)))
+        tokenizer.hf_config()
+        print("read")
+    except ValueError as error:
+        assert "m.model" in str(error), error
+        print("refused")
+"""
+
+
+def test_damaged_models_are_named(tiny_tokenizer, tmp_path):
+    """Nor does SentencePiece, whose code is not Python, end the interpreter."""
+    command = [sys.executable, "-c", MUTATED, str(tiny_tokenizer.path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.split()) == 200
+    assert done.stdout.count("refused") > 100
+
+
+def test_what_is_no_model(tmp_path, tiny_tokenizer, monkeypatch):
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(ValueError, match=r"empty.model is not a SentencePiece model"):
+        Tokenizer(tmp_path / "empty.model")
+    with pytest.raises(ValueError, match="there is no tokenizer file"):
+        Tokenizer(tmp_path)
+    monkeypatch.setattr("k2mini.data.tokenizer.MOST", 1000)
+    with pytest.raises(ValueError, match=r"tokenizer.model is not a SentencePiece model: it has [\d,]+ bytes"):
+        Tokenizer(tiny_tokenizer.path)
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfffb"])
+def test_half_a_surrogate_pair_is_named(tiny_tokenizer, half):
+    with pytest.raises(ValueError, match=r"the text is not UTF-8 \(at the end of '.*granite a?\\ud"):
+        tiny_tokenizer.encode(f"{'quartz ' * 9}granite {half} basalt", bos=True, eos=False)
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tiny_tokenizer):

@@ -238,6 +238,41 @@ def test_questions_are_read_by_what_the_file_holds(tmp_path, name):
         assert read_questions(path) == [("[see figure 1] What is granite?", ""), ("quartz", "")]
 
 
+def test_lines_end_where_they_end(tmp_path):
+    path = tmp_path / "list"
+    path.write_bytes("one\u2028line\r\ntwo\x0blines\x85?\n\r\nthree\rfour".encode())
+    assert [question for question, _ in read_questions(path)] == ["one\u2028line", "two\x0blines\x85?", "three\rfour"]
+    path.write_text(json.dumps({"question": "one\u2028line"}, ensure_ascii=False) + "\n")
+    assert read_questions(path) == [("one\u2028line", "")]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'["a", "b \xff"]', "record 1: a text in it is not UTF-8, or has half of a surrogate pair"),
+        (b'["a", "b \\ud800"]', "record 1: a text in it is not UTF-8, or has half of a surrogate pair"),
+        (
+            b'{"question": "a"}\n{"question": "\\ud800"}',
+            "line 2 is not valid JSON: a text in it has half of a surrogate",
+        ),
+        (b"a\nb\xff", r"is not UTF-8 \(byte 3\)"),
+        (b"[[" * 50_000, "is nested too deeply"),
+        (b'[{"question": "a", "question": "b"}]', "'question' stands twice"),
+        (
+            b'["a", {"question": "a", "input": [' + b"1," * 5000 + b"1]}]",
+            r"`input` must be text, not \[1, 1, 1, 1, 1, 1, ...",
+        ),
+    ],
+)
+def test_questions_that_can_not_be_trusted(tmp_path, content, said):
+    path = tmp_path / "list"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        read_questions(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
 def test_standard_input_too(tiny_directory, run, monkeypatch):
     common = ["generate", "--model", tiny_directory, "--max-new-tokens", 2, "--input", "-"]
     found = []

@@ -78,3 +78,11 @@ def test_a_full_context_is_an_error_that_changes_nothing(loaded):
     with pytest.raises(ValueError, match="the prompt is empty"):
         talk.turn("  ", io.StringIO())
     assert torch.equal(talk.cache.lengths, torch.tensor([0]))
+
+
+def test_bytes_that_are_not_utf8_do_not_end_the_conversation(tiny_directory, run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"gran\xffite\nquartz\n"), encoding="utf-8"))
+    status, out, err = run("chat", "--model", tiny_directory, "--max-new-tokens", 4)
+    assert status == 0
+    assert "gran\\udcff')" in err.splitlines()[-1]
+    assert len(out.splitlines()) >= 1
