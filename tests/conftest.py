@@ -84,9 +84,14 @@ def real_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory) -> Tokenizer:
     """A SentencePiece BPE like LLaMA's (byte fallback, dummy prefix, split digits), of 400 pieces."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    """The tiny tokenizer in a folder, which is made."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder.mkdir(exist_ok=True)
     text = folder / "text.txt"
     words = "granite basalt quartz rock mineral is made of the a and that which plates crust mantle volcano erodes"
     text.write_text(
