@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.files import read_text
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -68,14 +69,11 @@ def config_kind(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST + 1)
+        content = read_text(path, MOST)
     except FileNotFoundError:
         raise ValueError(f"there is no configuration file {path}") from None
-    if len(content) > MOST:
-        raise ValueError(f"{path} is no configuration: it has more than {MOST:,} bytes")
     try:
-        raw = yaml.load(content.decode("utf-8-sig"), _Loader)
+        raw = yaml.load(content, _Loader)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except _INVALID as error:

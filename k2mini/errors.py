@@ -52,7 +52,7 @@ def end(error: BaseException) -> int | None:
     elif isinstance(error, StoppedBySignalError):
         said, status = f"k2mini: {error}\n", 128 + error.number
     elif isinstance(error, Exception) and (words := sentence(error)) is not None:
-        said, status = f"k2mini: {words}\n", 2
+        said, status = f"k2mini: {words if len(words) < 1400 else words[:1400] + '…'}\n", 2
     else:
         return None
     with suppress(OSError):

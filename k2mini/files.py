@@ -59,11 +59,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_text(path: Path, most: int | None = None) -> str:
+def read_text(path: Path, most: int | None = MOST) -> str:
     """A file's text, without a byte order mark.
 
     Args:
-        most: bytes that it may have; it must be a regular file then.
+        most: bytes that it may have, and it must be a regular file; None: a pipe will do.
 
     Raises ValueError naming the file where it is not UTF-8 or larger, OSError where it can't be read.
     """
@@ -77,7 +77,7 @@ def read_text(path: Path, most: int | None = None) -> str:
 
 def read_json(path: Path) -> Any:
     """The parsed file, which describes other files. Raises as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path, MOST), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def sync_path(path: Path) -> None:
@@ -116,10 +116,12 @@ def check_output(
 
     Raises ValueError saying why not.
     """
-    ours = path.resolve()
+    if path.exists() and not (path.is_file() if file else path.is_dir()):
+        raise ValueError(f"{path} is a {'folder; name a file' if path.is_dir() else 'file; name a folder'}")
+    ours = Path(os.path.realpath(path))  # other than resolve(), it bears links in a circle
     links = (e for given in map(Path, inputs) if given.is_dir() for e in given.iterdir() if file or e.is_symlink())
     for source in (*map(Path, inputs), *links):
-        theirs = source.resolve()
+        theirs = Path(os.path.realpath(source))
         if ours == theirs or (path.exists() and source.exists() and path.samefile(source)):
             raise ValueError(f"{path} is itself an input; name another place for the output")
         if theirs in ours.parents:
@@ -133,8 +135,6 @@ def check_output(
         raise ValueError(f"{path}: there is no folder {path.parent}")
     if path.is_symlink():
         raise ValueError(f"{path} is a symbolic link; name what it stands for")
-    if path.exists() and not (path.is_file() if file else path.is_dir()):
-        raise ValueError(f"{path} is a {'folder; name a file' if path.is_dir() else 'file; name a folder'}")
     if size > (free := shutil.disk_usage(above).free):
         raise ValueError(f"{path} would take {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
     place = path if mark is not None and path.is_dir() else above

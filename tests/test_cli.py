@@ -189,9 +189,9 @@ def test_bad_models(run, tiny_directory, tmp_path, fault, message):
         (("--device", "meta"), "--device meta is not a device that is supported"),
         (("--device", "mps"), "--device mps is not a device that is supported"),
         (("--device", "cuda:99999999999"), "is not a device that is supported"),
-        (("--prompt", "half \ud800"), "the text is not UTF-8 (at the end of "),
-        (("--prompt", "byte \udcff"), "the text is not UTF-8 (at the end of "),
-        (("--context", "byte \udcff"), "the text is not UTF-8 (at the end of "),
+        (("--prompt", "half \ud800"), "--prompt: 'half \\ud800' is not UTF-8"),
+        (("--prompt", "byte \udcff"), "--prompt: 'byte \\udcff' is not UTF-8"),
+        (("--context", "byte \udcff"), "--context: 'byte \\udcff' is not UTF-8"),
         (("--threads", "0"), "--threads must be at least 1, not 0"),
     ],
 )

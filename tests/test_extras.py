@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from k2mini.errors import EXTRAS, need_extra
+from k2mini.evaluation.report import Result
 from tests.conftest import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -42,11 +43,11 @@ def training(tmp_path):
 def evaluated(tmp_path):
     """Two runs of `eval --out`."""
     row = {"task": "rocks", "accuracy": 0.5, "low": 0.1, "high": 0.9}
-    result = {"task": "rocks", "index": 0, "answer": "A", "prediction": "A"}
+    result = Result("rocks", 0, "A", "A", [-1.0], [[3]], digest="of the question")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps({"model": name, "tasks": [row]}))
-        (tmp_path / name / "results.jsonl").write_text(json.dumps(result) + "\n")
+        (tmp_path / name / "results.jsonl").write_text(result.line() + "\n")
     return tmp_path
 
 

@@ -184,7 +184,7 @@ def _read_inputs(
     """
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
-    from k2mini.files import MOST, read_text
+    from k2mini.files import read_text
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -216,7 +216,7 @@ def _read_inputs(
         raise ValueError(
             f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {', '.join(tasks)}"
         )
-    texts = [read_text(path, MOST) for path in options.perplexity]
+    texts = [read_text(path, None) for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
 

@@ -130,8 +130,9 @@ def run_generate(options: argparse.Namespace) -> None:
     with output(options.out, file=True, force=options.force, inputs=read):
         model, tokenizer = _load(options)
         prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
-        for prompt in prompts:
-            check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len)
+        for number, prompt in enumerate(prompts):
+            where = "" if options.input is None else f"{options.input}, question {number}: "
+            check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
         if options.input is None and decoding.beams is None and not options.json and options.out is None:
             _print_answer(model, tokenizer, prompts[0], decoding)
         else:

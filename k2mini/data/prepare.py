@@ -66,11 +66,10 @@ def prepare(
         log.info("passed over, since documents in folders are .jsonl, .txt, .md or .gz of these: %s", counts)
     vocab_size = Tokenizer(tokenizer).vocab_size
     settings = Settings(sha256(tokenizer), vocab_size, eos, float(val_percent), on_error)
-    folder = out.absolute().with_name(f".{out.absolute().name}.parts")
+    folder = _parts_folder(out)
     with output(out, force=True, inputs=[*files, tokenizer]):
-        if is_prepared(out) and folder.exists() and not force:
-            log.warning("removed %s, which a process left that was killed when %s was complete", folder, out)
-            shutil.rmtree(folder)
+        if not force:
+            remove_parts(out)
         check_output(out, force=force)
         parts = {file: part_of(folder, file, settings) for file in files}
         try:
@@ -81,6 +80,21 @@ def prepare(
             with suppress(OSError):  # after an error it holds the parts that are complete, if there are any
                 folder.rmdir()
     return manifest
+
+
+def _parts_folder(out: Path) -> Path:
+    return out.absolute().with_name(f".{out.absolute().name}.parts")
+
+
+def remove_parts(out: Path) -> bool:
+    """Whether `out` is a prepared corpus; what its process left, which was killed then, is removed."""
+    if not is_prepared(out):
+        return False
+    with output(out, force=True):
+        if (folder := _parts_folder(out)).exists():
+            shutil.rmtree(folder)
+            log.warning("removed %s, which a process left that was killed when %s was complete", folder, out)
+    return True
 
 
 class _Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,8 +73,11 @@ TEMPLATES = {
 
 
 def utf8(value: str) -> str:
-    """The `type` of an option whose text a model reads. Raises ValueError where its bytes are not UTF-8."""
-    value.encode()
+    """The `type` of an option whose text a model reads. Raises ArgumentTypeError where its bytes are not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8") from None
     return value
 
 
@@ -91,16 +95,16 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, instruction: str, in
     return tokenizer.encode(template.prompt(instruction, input), bos=True, eos=False)
 
 
-def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
+def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> None:
     """Raise ValueError, with the remedy, where prompt and answer together do not fit the model's context."""
     if prompt_tokens == 0:
-        raise ValueError("the prompt is empty")
+        raise ValueError(f"{where}the prompt is empty")
     over = prompt_tokens + max_new_tokens - max_seq_len
     if over > 0:
         room = max_seq_len - prompt_tokens
         remedy = f"ask for at most {room} new ones or shorten it" if room > 0 else "shorten it"
         raise ValueError(
-            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones are {over} more than the model's "
+            f"{where}a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones are {over} more than the model's "
             f"context of {max_seq_len}; {remedy}"
         )
 

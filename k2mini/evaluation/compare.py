@@ -59,7 +59,9 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
             entries.append(entry)
         found.append({"task": task, "n": len(keys), "runs": entries})
     if not found:
-        raise ValueError("the runs have no question in common; were --benchmark, --limit and --tasks the same?")
+        raise ValueError(
+            f"{', '.join(map(str, runs))} have no question in common; were --benchmark, --limit and --tasks the same?"
+        )
     return found
 
 

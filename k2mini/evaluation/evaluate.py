@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
 
 def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
     """The results that an earlier start wrote, each compared with the question that is asked now."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     asked = {(question.task, question.index): (question.digest, question.answer) for question in questions}
     done = {(result.task, result.index): result for result in read_results(path)}

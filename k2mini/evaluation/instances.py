@@ -13,7 +13,7 @@ from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
-from k2mini.files import MOST, read_text
+from k2mini.files import read_text
 
 SCORINGS = ("letter", "text", "k2")
 NORMALIZATIONS = ("byte", "token", "none")
@@ -136,7 +136,7 @@ class PromptBuilder:
         self, questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, max_seq_len: int
     ) -> None:
         self.config, self.tokenizer, self.max_seq_len = config, tokenizer, max_seq_len
-        self._file = read_text(Path(config.fewshot_file), MOST) if config.fewshot_file is not None else None
+        self._file = read_text(Path(config.fewshot_file), None) if config.fewshot_file is not None else None
         self._pool = _example_pool(questions, config.seed) if config.num_fewshot else []
         if config.num_fewshot and config.num_fewshot > len(self._pool) - 1:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _answers(
 def _read_journal(path: Path, questions: list[str]) -> list[str]:
     """The answers that an earlier start wrote, to the first of the questions; a last line that was cut is left out."""
     texts: list[str] = []
-    for where, raw in read_sealed(path) if path.is_file() else ():
+    for where, raw in read_sealed(path) if os.path.lexists(path) else ():
         if raw.get("question") != next(iter(questions[len(texts) :]), None):
             raise ValueError(f"{where} answers another question than is asked now; name another --out")
         texts.append(raw["answer"])

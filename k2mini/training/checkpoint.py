@@ -7,7 +7,6 @@ another name and renamed once every byte is on disk, so a folder called `step_N`
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -25,8 +24,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from k2mini.config import CheckpointSection, check_fields
 from k2mini.distributed import World, local_part
-from k2mini.files import read_json, sha256, sync_path
+from k2mini.files import parse_json, read_text, sha256, sync_path
 from k2mini.training.metadata import SafeReader, quiet
+from k2mini.weights.model_directory import manifest_text
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[s
     files = {name: digest for part in hashes for name, digest in part.items()}
     files[".metadata"] = sha256(beside / ".metadata")
     content = {"format": FORMAT, **state, "files": dict(sorted(files.items()))}
-    (beside / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (beside / STATE).write_text(manifest_text(content), encoding="utf-8")
     for file in beside.iterdir():
         sync_path(file)
     sync_path(beside)
@@ -199,11 +199,14 @@ def read_state(path: Path) -> dict[str, Any]:
         hint = f"; it is a run, whose checkpoints are {of_run}" if of_run else ""
         raise ValueError(f"{path} is not a checkpoint (it has no {STATE}){hint}")
     try:
-        state = read_json(where)
+        state = parse_json(text := read_text(where), str(where))
         check_fields(state, {"format": str, "step": int, "tokens": int, "identity": dict, "files": dict}, str(where))
         check_fields(state["files"], {".metadata": str, **dict.fromkeys(state["files"], str)}, f"{where}, files")
         if state.get("val_loss") is not None:
             check_fields(state, {"val_loss": float}, str(where))
+        own = {key: value for key, value in state.items() if key != "sha256"}  # absent in an older k2mini's
+        if own != state and text != manifest_text(own):
+            raise ValueError(f"{where} is damaged: it does not match its own hash")
     except ValueError as error:
         raise ValueError(f"{error}; remove {path}, or name another checkpoint") from None
     if state["format"] != FORMAT or any(Path(name).name != name for name in state["files"]):

@@ -110,6 +110,8 @@ def train(
                     prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
                 if stop and step < steps:
                     raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
+    if world.is_main:  # once more, for a process that was killed in it
+        prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
     model.eval()
     return folder / f"step_{step:07}"
 
@@ -200,7 +202,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         where = f"{path}, line {number}"
         entry = parse_json(line, where)
-        check_fields(entry, {"step": int, **{key: float for key in ("loss", "val_loss") if key in entry}}, where)
+        check_fields(entry, {"step": int}, where)
+        check_fields(entry, {key: float for key in ("loss", "val_loss") if key in entry}, where)
         entries.append(entry)
     return entries
 

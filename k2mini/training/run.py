@@ -22,7 +22,7 @@ from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, 
 from k2mini.data.documents import list_files
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Example, Examples, PackedExamples
-from k2mini.data.prepare import prepare
+from k2mini.data.prepare import prepare, remove_parts
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
@@ -191,6 +191,8 @@ def _is_complete(config: RunConfig, out: Path, world: World) -> bool:
     """Whether the run's result is there. Raises ValueError where it is damaged, or the configuration has changed."""
     if not out.exists():
         return False
+    with output(out if world.is_main else None, force=True):
+        pass  # a process that was killed when it was complete left its lock
     remedy = f"remove {out}, and the next start writes it again from the last checkpoint"
     try:
         manifest = read_manifest(out)
@@ -236,14 +238,17 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
         made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
-        if world.is_main and not is_prepared(made):
+        if world.is_main and not remove_parts(made):
             prepare(files, tokenizer, made, eos=config.data.eos)
         world.barrier()
         path = made
     manifest = read_corpus_manifest(path)
     if manifest["tokenizer"] != sha256(tokenizer):
         raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer}; prepare it again")
-    base.check_vocab_size(manifest["vocab_size"])
+    try:
+        base.check_vocab_size(manifest["vocab_size"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if manifest["eos"] != config.data.eos:
         raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
     check_files(path, corpus_hashes(path), world, "prepare it again")

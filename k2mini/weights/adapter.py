@@ -14,7 +14,7 @@ from k2mini.config import LoraSection
 from k2mini.distributed import fill
 from k2mini.files import check_output, new_directory, read_json
 from k2mini.model_config import number, tensor_shapes
-from k2mini.nn.lora import lora_modules, merged_weight
+from k2mini.nn.lora import TARGETS, lora_modules, merged_weight
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, read_manifest
 from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest
 from k2mini.weights.stream import Tensors, Written, write_safetensors
@@ -104,6 +104,8 @@ def read_adapter_config(directory: Path) -> LoraSection:
     targets = raw.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{path}: target_modules must be a list of names, not {targets!r:.80}")
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise ValueError(f"{path}: target_modules has {unknown[0]!r:.80}; k2mini adapts {', '.join(TARGETS)}")
     if type(raw.get("r")) is not int:
         raise ValueError(f"{path}: r must be a whole number, not {raw.get('r')!r:.80}")
     for key, kinds in (("lora_dropout", (int, float)), ("use_rslora", (bool,))):

@@ -32,6 +32,7 @@ from k2mini.model_config import ModelConfig, tensor_shapes
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
 from k2mini.weights.model_files import delta_manifest, find_tokenizer, save_model, write_manifest, write_side_files
 from k2mini.weights.stream import SHARD_BYTES, Tensors, hash_tensors, total_bytes, write_weights
+from k2mini.weights.verify import verify
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +42,13 @@ BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def make_delta(
-    base: Path,
-    tuned: Path,
-    out: Path,
-    *,
-    kind: str = "bits",
-    force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    base: Path, tuned: Path, out: Path, *, kind: str = "bits", force: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> int:
     """Write the difference tuned - base as a directory, with the hashes of the tuned weights.
 
     Returns: how many elements applying it will not give back exactly; with `bits`, 0.
 
-    Raises ValueError where the two are not models of one shape (the tuned one may have more tokens), where `out` can't
-    be written, or the disk is too small; nothing is written then.
+    Raises ValueError where the two are not of one shape (the tuned one may have more tokens) or `out` can't be written.
     """
     if kind not in FORMATS:
         raise ValueError(f"a delta's format is one of {', '.join(FORMATS)}, not {kind!r}")
@@ -94,8 +88,7 @@ def apply_delta(
     Args:
         resize_vocab: accept a delta of more tokens than the base has; the new rows are the delta's.
 
-    Raises ValueError where the two do not belong together or one is damaged, where `out` can't be written, or the disk
-    is too small; nothing is written then.
+    Raises ValueError where the two do not belong together, one is damaged or `out` can't be written; nothing is then.
     """
     check_output(out, force=force, inputs=(base, delta))
     before, difference = _open_base(base), ModelDirectory(delta)
@@ -112,6 +105,8 @@ def apply_delta(
     if manifest is not None and manifest["delta"] == "bits":
         tuned = manifest["tuned"]
         source = _BitsSum(before.reader, difference.reader, tuned)
+    elif manifest is not None:
+        verify(delta)  # of a sum's result there are no hashes
     _check_dtypes(source, difference.reader)
 
     def check(name: str, digest: str) -> None:

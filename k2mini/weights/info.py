@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _files(directory: Path) -> dict[str, int]:
 
 def _tokenizer(directory: Path) -> dict[str, int] | None:
     path = directory / "tokenizer.model"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     tokenizer = Tokenizer(path)
     return {"tokens": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}

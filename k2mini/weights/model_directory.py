@@ -1,6 +1,6 @@
 """Directories of weights: what each of their files says, and their tensors by name.
 
-A tensor is read when it is asked for, as a view of a mapped file (safetensors or PyTorch's `.bin`): 13 GB open at once.
+A tensor is a view of a memory-mapped file, read when it is asked for: a 13 GB checkpoint opens at once.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,7 +23,7 @@ from torch import Tensor
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import some
-from k2mini.files import MOST, parse_json, read_json, read_text, recover
+from k2mini.files import parse_json, read_json, read_text, recover
 from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
 from k2mini.weights.torch_file import read_bin
@@ -94,7 +95,7 @@ class ModelDirectory:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None where there is no tokenizer.model; else as `require_tokenizer`."""
-        return self._tokenizer if (self.path / "tokenizer.model").exists() else None
+        return self._tokenizer if os.path.lexists(self.path / "tokenizer.model") else None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none, or it does not fit the model."""
@@ -155,9 +156,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
     Raises ValueError where it does not match its own hash, or is not what `write_manifest` writes.
     """
-    if not (path := directory / MANIFEST).is_file():
+    if not os.path.lexists(path := directory / MANIFEST):
         return None
-    content = parse_json(text := read_text(path, MOST), str(path))
+    content = parse_json(text := read_text(path), str(path))
     if not isinstance(content, dict) or not {"sha256", *ENTRIES} <= content.keys():
         return None
     if text != manifest_text({k: v for k, v in content.items() if k != "sha256"}):
@@ -242,8 +243,7 @@ class CheckpointReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
-        dtype = self.stored_dtype(name)
-        if dtype not in SAFETENSORS_FLOATS.values():
+        if (dtype := self.stored_dtype(name)) not in SAFETENSORS_FLOATS.values():
             raise self._unreadable(name, f"{dtype}, as in a delta or in quantised weights")
         return dtype
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def delta_manifest(delta: ModelDirectory, formats: Sequence[str]) -> dict[str, A
 def find_tokenizer(*directories: Path) -> Tokenizer | None:
     """The tokenizer of the first directory that has one; where none has, a line of the log says so."""
     for directory in directories:
-        if (directory / "tokenizer.model").is_file():
+        if os.path.lexists(directory / "tokenizer.model"):
             return Tokenizer(directory / "tokenizer.model")
     log.warning("no tokenizer.model in %s, so the output will have none", " or ".join(map(str, directories)))
     return None

@@ -34,6 +34,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError where it is none, holds code or is damaged; errors of the system (files, memory) as they are.
     """
+    if path.is_fifo():
+        raise ValueError(f"{path} is a pipe, not a file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with zipfile.ZipFile(path) as archive:

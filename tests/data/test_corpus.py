@@ -16,7 +16,9 @@ def prepared(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("corpus")
     lines = [json.dumps({"text": f"granite is made of quartz {n} " * (n % 7 + 1)}) for n in range(40)]
     (folder / "few.jsonl").write_text("\n".join(lines))
-    prepare([folder / "few.jsonl"], tiny_tokenizer.path, folder / "corpus", val_percent=20, shard_tokens=500)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("k2mini.data.prepare.SHARD_TOKENS", 500)
+        prepare([folder / "few.jsonl"], tiny_tokenizer.path, folder / "corpus", val_percent=20)
     return folder / "corpus"
 
 

@@ -212,7 +212,7 @@ def test_compare_pairs_by_question_and_key(tiny_directory, task, tmp_path, run):
     write_task(task, key=lambda place: (place + 1) % 3)
     assert run("eval", "--model", tiny_directory, "--benchmark", task, "--out", tmp_path / "c")[0] == 0
     status, _, err = run("compare", tmp_path / "a", tmp_path / "c")
-    assert (status, "the runs have no question in common" in err) == (2, True)
+    assert (status, "have no question in common" in err) == (2, True)
 
 
 def test_compare_draws_over_nothing(tiny_directory, task, tmp_path, run):
@@ -303,7 +303,7 @@ def test_perplexity_and_open_tasks_of_a_model_that_is_not_finite(broken, tmp_pat
 def test_options_that_are_not_utf8(tiny_directory, task, run):
     status, out, err = run("eval", "--model", tiny_directory, "--benchmark", task, "--answer-prefix", "a\udcff")
     assert (status, out) == (2, "")
-    assert "argument --answer-prefix: invalid utf8 value: 'a\\udcff'" in err
+    assert "argument --answer-prefix: 'a\\udcff' is not UTF-8" in err
 
 
 def test_a_loss_beyond_all_numbers_is_named():

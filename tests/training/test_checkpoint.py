@@ -22,6 +22,7 @@ from k2mini.training.checkpoint import (
 )
 from k2mini.training.metadata import SafeReader, StoredModel, _Unpickler
 from k2mini.training.step import build_optimizer
+from k2mini.weights.model_directory import manifest_text
 from tests.conftest import tiny_llama
 from tests.helpers import section
 
@@ -79,9 +80,9 @@ def test_code_planted_in_the_metadata_does_not_run(tmp_path):
             return Path.touch, (witness,)
 
     (path / ".metadata").write_bytes(pickle.dumps(Planted()))
-    text = (path / "state.json").read_text()
-    state = read_state(path)
-    (path / "state.json").write_text(text.replace(state["files"][".metadata"], sha256(path / ".metadata")))
+    state = {key: value for key, value in read_state(path).items() if key != "sha256"}
+    state["files"][".metadata"] = sha256(path / ".metadata")
+    (path / "state.json").write_text(manifest_text(state))
     model, optimizer = stepped()
     with pytest.raises(ValueError, match=r"\.metadata is not a checkpoint's metadata .*nothing in it was run"):
         load_checkpoint(path, model, optimizer, World())

@@ -174,6 +174,10 @@ def test_what_can_not_be_resumed_is_refused(tmp_path):
         run(tmp_path / "run", resume=str(tmp_path))
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "tokens": 1}))
+    with pytest.raises(ValueError, match=r"state.json is damaged: it does not match its own hash; remove "):
+        run(tmp_path / "run")
+    del state["sha256"]
     (newest / "state.json").write_text(json.dumps({**state, "identity": {"data": "y"}}))
     with pytest.raises(ValueError, match=r"was made with another data .y, now x."):
         run(tmp_path / "run")

@@ -248,9 +248,12 @@ def test_a_sum_that_is_not_finite_is_refused(folder):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
-    tensors["model.norm.weight"][1] = torch.inf
+    tensors["model.layers.0.mlp.up_proj.weight"][1] = torch.inf
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"model.norm.weight: values of the result are not finite"):
+    with pytest.raises(ValueError, match=r"add/model.safetensors is .* bytes, not"):
+        apply_delta(folder / "base", folder / "add", folder / "out")
+    (folder / "add" / "manifest.json").unlink()  # as FastChat's
+    with pytest.raises(ValueError, match=r"up_proj.weight: values of the result are not finite"):
         apply_delta(folder / "base", folder / "add", folder / "out")
     assert not (folder / "out").exists()
 
