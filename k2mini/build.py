@@ -99,7 +99,8 @@ def set_threads(number: int | None) -> None:
     """`--threads`: how many CPU threads PyTorch uses; None leaves its choice."""
     if number is not None and number < 1:
         raise ValueError(f"--threads must be at least 1, not {number}")
-    torch.set_num_threads(number or torch.get_num_threads())
+    if number is not None:
+        torch.set_num_threads(number)
 
 
 def pick_device(name: str | None) -> torch.device:

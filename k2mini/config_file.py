@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from k2mini.config import FinetuneConfig, PretrainConfig
-from k2mini.files import read_text
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -32,6 +31,8 @@ class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice in a section, and `<<` merges nothing: a small file could make a huge one."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "<< is not supported; repeat the keys", node.start_mark)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, key in enumerate(keys):
             if key in keys[:number]:
@@ -69,11 +70,14 @@ def config_kind(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = read_text(path, MOST)
+        with path.open("rb") as file:  # a pipe will do
+            content = file.read(MOST + 1)
     except FileNotFoundError:
         raise ValueError(f"there is no configuration file {path}") from None
+    if len(content) > MOST:
+        raise ValueError(f"{path} is no configuration: it has more than {MOST:,} bytes")
     try:
-        raw = yaml.load(content, _Loader)
+        raw = yaml.load(content.decode("utf-8-sig"), _Loader)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except _INVALID as error:

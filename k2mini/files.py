@@ -3,7 +3,7 @@
 What is written stands beside its place until it is complete, is synced, then renamed. Beside NAME there may be:
     .NAME.tmp    a file or directory that is being filled
     .NAME.old    the directory that had the name, while another takes it (none can be renamed over another)
-    .NAME.lock   whose process writes NAME; in a directory that is gone on with (a run's, eval's) it is `.lock`
+    .NAME.lock   whose process writes NAME (`.lock` in it where nothing can be written beside it)
 The process holds a lock on the lock file, which ends when it does. So whoever gets the lock may remove the rest.
 """
 
@@ -31,7 +31,7 @@ _held: set[Path] = set()  # the lock files that this process holds
 
 
 def parse_json(content: bytes | str, where: str, *, halves: bool = False) -> Any:
-    """JSON that is to be trusted: UTF-8, no key twice in an object, no half of a surrogate pair (or `halves`).
+    """JSON from anywhere, checked: UTF-8, no key twice in an object, no half of a surrogate pair (or `halves`).
 
     Raises ValueError beginning with `where` for anything else, and where it is nested too deeply.
     """
@@ -100,7 +100,7 @@ def check_output(
     *,
     file: bool = False,
     force: bool = False,
-    mark: str | None = None,
+    mark: Sequence[str] | None = None,
     inputs: Sequence[str | Path] = (),
     size: int = 0,
 ) -> None:
@@ -109,7 +109,7 @@ def check_output(
     Args:
         file: it is to be a file; else a directory.
         force: replace a file, or a directory with something in it.
-        mark: go on with a directory that has an entry of this name.
+        mark: go on with a directory that has an entry of the first name; without it, it has none of the others.
         inputs: what is read meanwhile; the output is none of them, nor what links in them stand for, lies in none and
             around none.
         size: bytes that it will take.
@@ -119,36 +119,40 @@ def check_output(
     if path.exists() and not (path.is_file() if file else path.is_dir()):
         raise ValueError(f"{path} is a {'folder; name a file' if path.is_dir() else 'file; name a folder'}")
     ours = Path(os.path.realpath(path))  # other than resolve(), it bears links in a circle
-    links = (e for given in map(Path, inputs) if given.is_dir() for e in given.iterdir() if file or e.is_symlink())
-    for source in (*map(Path, inputs), *links):
+    given = [Path(source) for source in inputs]
+    links = [entry for source in given if source.is_dir() for entry in source.iterdir() if file or entry.is_symlink()]
+    for source in (*given, *links):
         theirs = Path(os.path.realpath(source))
         if ours == theirs or (path.exists() and source.exists() and path.samefile(source)):
             raise ValueError(f"{path} is itself an input; name another place for the output")
-        if theirs in ours.parents:
+        if theirs in ours.parents and source in given:
             raise ValueError(f"{path} is inside {source}, which is an input; name a place outside it")
         if ours in theirs.parents:
             raise ValueError(f"{source}, an input, is inside {path}; name another place for the output")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
     if not above.is_dir():
         raise ValueError(f"{above} is a file, so nothing can be written below it")
     if file and not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.is_symlink():
+    if mark is None and path.is_symlink():
         raise ValueError(f"{path} is a symbolic link; name what it stands for")
     if size > (free := shutil.disk_usage(above).free):
         raise ValueError(f"{path} would take {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
     place = path if mark is not None and path.is_dir() else above
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: there is no permission to write in {place}")
-    entries = [path] if file and path.exists() else [*path.iterdir()] if path.is_dir() else []
-    if mark is not None and any(not entry.name.startswith(".") for entry in entries) and not (path / mark).exists():
-        raise ValueError(f"{path} holds something else (it has no {mark}); name another folder")
-    if mark is None and entries and not force:
+    if mark is not None and not (path / mark[0]).exists():
+        for name in mark[1:]:
+            if (path / name).exists():
+                raise ValueError(f"{path} holds something else: {name}, and no {mark[0]}; name another folder")
+    if mark is None and not force and (path.exists() if file else path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path} exists already; name another place, remove it, or replace it with --force")
 
 
 @contextmanager
-def output(path: Path | None, *, force: bool = False, mark: str | None = None, **wanted: Any) -> Iterator[None]:
+def output(
+    path: Path | None, *, force: bool = False, mark: Sequence[str] | None = None, **wanted: Any
+) -> Iterator[None]:
     """Keep an output for this process until the block ends, once `check_output` allows it, which takes the same.
 
     What a killed process left beside it is removed first. With `mark` the directory is made. None: no output.
@@ -159,24 +163,26 @@ def output(path: Path | None, *, force: bool = False, mark: str | None = None, *
         yield
         return
     check_output(path, force=True, mark=mark, **wanted)
-    path = path.absolute()
+    path = path.absolute() if mark is None else Path(os.path.realpath(path))
     (path.parent if mark is None else path).mkdir(parents=True, exist_ok=True)
-    with _lock(path, path.with_name(f".{path.name}.lock") if mark is None else path / ".lock"):
+    with _lock(path):
         _clean(path)
         check_output(path, force=force, mark=mark, **wanted)
         yield
 
 
 @contextmanager
-def _lock(path: Path, file: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
+    # Where nothing can be written beside it, nothing can replace it either.
+    file = path.with_name(f".{path.name}.lock") if os.access(path.parent, os.W_OK) else path / ".lock"
     if file in _held:
         yield
         return
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    for _ in range(100):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise ValueError(f"{path} is being written by {owner}; wait for its end or name another place") from None
@@ -186,6 +192,8 @@ def _lock(path: Path, file: Path) -> Iterator[None]:
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 break
         os.close(descriptor)  # its holder has removed it meanwhile
+    else:
+        raise ValueError(f"{file} does not stay as it is made, so {path} can't be kept from other processes")
     _held.add(file)
     try:
         with suppress(OSError):  # a full disk: the lock holds all the same
@@ -194,7 +202,9 @@ def _lock(path: Path, file: Path) -> Iterator[None]:
         yield
     finally:
         _held.remove(file)
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                file.unlink()
         os.close(descriptor)
 
 
@@ -205,8 +215,8 @@ def _clean(path: Path) -> None:
         old.rename(path)
         log.warning("%s was about to be replaced when a process was killed; it is the old one again", path)
     for left in (old, partial):
-        if left.exists():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if os.path.lexists(left):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             log.warning("removed %s, which a killed process left", left)
 
 
@@ -214,7 +224,7 @@ def recover(path: Path) -> None:
     """Put right a directory that a killed process was replacing. Raises ValueError where a process is replacing it."""
     path = path.absolute()
     if path.with_name(f".{path.name}.old").is_dir() and not path.exists():
-        with _lock(path, path.with_name(f".{path.name}.lock")):
+        with _lock(path):
             _clean(path)
 
 
@@ -225,6 +235,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises OSError where the folder is missing or not writable; nothing is left behind then.
     """
     beside = path.with_name(f".{path.name}.tmp")
+    beside.unlink(missing_ok=True)  # it might be a link to another file
     try:
         yield beside
         sync_path(beside)
@@ -247,9 +258,7 @@ def write_text(path: Path, text: str) -> None:
 def new_directory(path: Path, **wanted: Any) -> Iterator[Path]:
     """Yield a fresh directory beside `path` that takes its name once the block is through.
 
-    Files get the modes that the umask gives (safetensors writes 0600). After an exception nothing is left, and what
-    stood at `path` still stands.
-
+    Files get the modes that the umask gives (safetensors writes 0600). After an exception what stood at `path` stands.
     Raises ValueError as `output` does, which takes the same.
     """
     path = path.absolute()
@@ -286,14 +295,6 @@ def _name(error: OSError, path: Path) -> None:
 def progress_bar(total: int, label: str, unit: str, initial: int = 0, *, shown: bool = True) -> Any:
     """A tqdm bar: live in a terminal, a line every ten seconds or so in a log file."""
     live = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=label,
-        unit=f" {unit}",
-        file=sys.stderr,
-        mininterval=0.2 if live else 10,
-        dynamic_ncols=live,
-        disable=not shown,
-        unit_scale=unit == "B",
-    )
+    said: dict[str, Any] = {"desc": label, "unit": f" {unit}", "unit_scale": unit == "B", "disable": not shown}
+    pace: dict[str, Any] = {"mininterval": 0.2 if live else 10, "dynamic_ncols": live}
+    return tqdm(total=total, initial=initial, file=sys.stderr, **said, **pace)

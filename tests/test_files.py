@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from k2mini.files import check_output, new_directory, new_file, output, parse_json, read_json, read_text
+from k2mini.files import check_output, new_directory, new_file, output, parse_json, read_json, read_text, write_text
 from k2mini.weights.model_directory import model_directory
 
 
@@ -128,15 +128,66 @@ while done < 100:
 
 def test_a_directory_that_is_gone_on_with(tmp_path):
     run = tmp_path / "run"
-    with output(run, mark="config.yaml"):
-        assert (run / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    with output(run, mark=("config.yaml", "file")):
+        assert (tmp_path / ".run.lock").read_text().startswith(f"process {os.getpid()} on ")
         (run / "config.yaml").touch()
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
-    with output(run, mark="config.yaml"):
+    with output(run, mark=("config.yaml", "file")):
         pass
     make(tmp_path / "other", "mine")
-    with pytest.raises(ValueError, match=r"other holds something else \(it has no config.yaml\)"):
-        check_output(tmp_path / "other", mark="config.yaml")
+    check_output(tmp_path / "other", mark=("config.yaml", "model"))  # a log of the scheduler's, say
+    with pytest.raises(ValueError, match=r"other holds something else: file, and no config.yaml"):
+        check_output(tmp_path / "other", mark=("config.yaml", "file"))
+    (tmp_path / "link").symlink_to(run)
+    with output(tmp_path / "link", mark=("config.yaml",)):
+        assert (tmp_path / ".run.lock").exists()
+        with pytest.raises(ValueError, match="is a symbolic link"):
+            check_output(tmp_path / "link")
+
+
+HOLD_RUN = """
+import sys
+from pathlib import Path
+from k2mini.files import output
+with output(Path(sys.argv[1]), mark=("file",)):
+    (Path(sys.argv[1]) / "file").write_text("mine")
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_commands_of_two_kinds_at_one_place(tmp_path):
+    """An export, say, over a run that is going on; and a run where an export is being filled."""
+    out = tmp_path / "out"
+    for hold, ask in ((HOLD_RUN, lambda: fill(out, "x", force=True)), (HOLD, lambda: use(out))):
+        command = [sys.executable, "-c", hold, str(out)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"out is being written by process {process.pid}"):
+            ask()
+        process.communicate("\n", timeout=20)
+        assert process.returncode == 0
+        assert (tmp_path / "out" / "file").read_text() == "mine"
+        (tmp_path / "out" / "file").unlink()
+        (tmp_path / "out").rmdir()
+
+
+def use(path):
+    with output(path, mark=("file",)):
+        pass
+
+
+def test_links_that_were_planted_are_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for name in (".file.tmp", ".file.lock", ".out.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), output(tmp_path / "file", file=True):
+        pass
+    (tmp_path / ".file.lock").unlink()
+    write_text(tmp_path / "file", "text")
+    assert not (tmp_path / "file").is_symlink()
+    fill(tmp_path / "out", "one")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_an_input_is_never_an_output(tmp_path):

@@ -90,7 +90,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
-    from k2mini.evaluation.evaluate import SETTINGS
+    from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
     from k2mini.inference.generate import Decoding
     from k2mini.weights.model_directory import ModelDirectory
@@ -101,7 +101,7 @@ def run_eval(options: argparse.Namespace) -> None:
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:
-        with output(options.out, mark=SETTINGS, inputs=[path for path in read if path is not None]):
+        with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
             _evaluate(options, config, questions, pairs, texts, decoding)
     finally:
         if created:
@@ -169,6 +169,7 @@ def _made_by(
         made_by["adapter"] = digest([(file.name, sha256(file)) for file in files])
     if pairs:
         made_by |= {"open_tasks": list(pairs), "max_new_tokens": options.max_new_tokens}
+        made_by["batch_size"] = options.batch_size  # an answer may vary with what it is made beside
     if texts:
         made_by |= {"perplexity": digest(texts), "window": options.window, "stride": options.stride}
     return made_by

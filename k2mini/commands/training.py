@@ -61,8 +61,11 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prepare(options: argparse.Namespace) -> None:
     """Encode documents into a prepared corpus, and print what is in it."""
     from k2mini.data.prepare import describe, prepare
+    from k2mini.weights.model_directory import ModelDirectory
 
-    tokenizer = options.tokenizer / "tokenizer.model" if options.tokenizer.is_dir() else options.tokenizer
+    tokenizer = options.tokenizer
+    if tokenizer.is_dir():
+        tokenizer = ModelDirectory(tokenizer).require_tokenizer_file()
     manifest = prepare(
         options.inputs,
         tokenizer,
@@ -134,10 +137,14 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
 
     set_threads(options.threads)
     device = pick_device(options.device)
-    if kind is PretrainConfig and config_kind(options.config) is FinetuneConfig:
-        keys = "lora, data.template or data.max_seq_len"
-        raise ValueError(f"{options.config} is a file for k2mini finetune, not for pretrain (it has {keys})")
-    config = load_config(kind, options.config, _overrides(options))
+    try:
+        config = load_config(kind, options.config, _overrides(options))
+    except ValueError:
+        if kind is PretrainConfig and options.config.is_file() and config_kind(options.config) is FinetuneConfig:
+            keys = "lora, data.template or data.max_seq_len"
+            said = f"{options.config} is a file for k2mini finetune, not for pretrain (it has {keys})"
+            raise ValueError(said) from None
+        raise
     lora = config.lora if isinstance(config, FinetuneConfig) else None
     alone_too = is_sharded(config.model, lora, 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):

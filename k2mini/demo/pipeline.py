@@ -46,7 +46,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = F
 
     Raises ValueError where `out` holds a demo of another seed or size.
     """
-    with output(out, mark="demo.json"):
+    with output(out, mark=("demo.json", "data", "base", "report.json")):
         return _run(out, seed, quick=quick, control=control)
 
 

@@ -26,6 +26,7 @@ from k2mini.files import output, progress_bar, read_json, sha256, write_text
 from k2mini.nn.llama import Llama
 
 RESULTS, SETTINGS = "results.jsonl", "asking.json"
+MARK = (SETTINGS, RESULTS, "report.json", "report.md")  # of a directory that `eval` goes on with
 
 
 def evaluate(
@@ -140,7 +141,7 @@ def run_benchmark(
     model, of other questions, or of questions asked in another way.
     """
     journal, made_by = None, made_by or {}
-    with output(out, mark=SETTINGS):
+    with output(out, mark=MARK):
         if out is not None:
             journal = out / RESULTS
             _check_settings(out, {"model": name, **made_by, **_asking(model, tokenizer, questions, config)})

@@ -222,10 +222,13 @@ def check_files(path: Path, hashes: dict[str, str], world: World, remedy: str) -
     problems = []
     for name, digest in list(hashes.items())[world.rank :: world.size]:
         file = path / name
-        if not file.is_file():
+        try:
+            if sha256(file) != digest:
+                problems.append(f"{file} is not what was saved (its SHA-256 differs)")
+        except FileNotFoundError:
             problems.append(f"{file} is missing")
-        elif sha256(file) != digest:
-            problems.append(f"{file} is not what was saved (its SHA-256 differs)")
+        except OSError as error:  # on one rank, perhaps
+            problems.append(f"{file} can't be read ({error.strerror})")
     found = [problem for part in world.all_gather(problems) for problem in part]
     if found:
         raise ValueError(f"{found[0]}; {remedy}")
@@ -265,10 +268,12 @@ def best_loss(folder: Path) -> float:
     return math.inf if path is None else float(read_state(path)["val_loss"])
 
 
-def prune(folder: Path, keep_last: int, *, keep_best: bool) -> None:
+def prune(folder: Path, section: CheckpointSection, world: World) -> None:
     """Remove checkpoints but the newest `keep_last` and, with `keep_best`, the best; and what a killed save left."""
-    kept = set(checkpoints(folder)[-keep_last:])
-    if keep_best and (best := best_checkpoint(folder)) is not None:
+    if not world.is_main:
+        return
+    kept = set(checkpoints(folder)[-section.keep_last :])
+    if section.keep_best and (best := best_checkpoint(folder)) is not None:
         kept.add(best)
     for path in checkpoints(folder):
         if path not in kept:

@@ -106,12 +106,10 @@ def train(
             if _due(step, steps, checkpoint.every) or stop or better:
                 state = {"identity": task.identity, "tokens": tokens, "val_loss": val_loss}
                 path = save_checkpoint(folder, step, model, optimizer, state, world)
-                if world.is_main:
-                    prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
+                prune(folder, checkpoint, world)
                 if stop and step < steps:
                     raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
-    if world.is_main:  # once more, for a process that was killed in it
-        prune(folder, checkpoint.keep_last, keep_best=checkpoint.keep_best)
+    prune(folder, checkpoint, world)  # once more, for a process that was killed in it
     model.eval()
     return folder / f"step_{step:07}"
 

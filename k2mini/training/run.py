@@ -30,6 +30,7 @@ from k2mini.files import output, sha256, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import changes, check_files, find_checkpoint, remove_leftovers
 from k2mini.training.export import export, export_adapter
+from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
 from k2mini.weights.adapter import load_adapter, read_adapter_config
 from k2mini.weights.model_directory import ModelDirectory, read_manifest
@@ -37,6 +38,7 @@ from k2mini.weights.model_directory import ModelDirectory, read_manifest
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # in run.dir: the configuration that the run was last accepted with
+MARK = (CONFIG, "checkpoints", "model", "adapter", METRICS)
 
 # What `eval.benchmark` is scored with: scores by name. All ranks call it, since each has a part of the model.
 Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
@@ -61,7 +63,7 @@ def pretrain(
         if not _is_complete(config, out, world):
             last = _pretrain(config, world, label, benchmark)
             if world.is_main:
-                export(last, out, config.model.dtype)
+                export(last, out, config.model.dtype, checked=True)
             world.barrier()
     return out
 
@@ -150,13 +152,12 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
 
     Raises ValueError where ranks differ, it holds something else, or another process writes it.
     """
-    fields = {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in part.items()}
-    _agree(fields, world)
+    _agree({f"{name}.{key}": value for name, part in asdict(config).items() for key, value in part.items()}, world)
     run_dir, inputs = Path(config.run.dir), [config.model.path]
     if isinstance(config, FinetuneConfig) and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)
     is_new = not run_dir.exists()
-    with output(run_dir if world.is_main else None, mark=CONFIG, inputs=inputs):
+    with output(run_dir if world.is_main else None, mark=MARK, inputs=inputs):
         try:
             if world.is_main:
                 remove_leftovers(run_dir / "checkpoints")
@@ -166,8 +167,7 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
             torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
             yield
         except BaseException:
-            nothing_yet = {CONFIG, "demo", ".lock"}
-            if world.is_main and is_new and {entry.name for entry in run_dir.glob("*")} <= nothing_yet:
+            if world.is_main and is_new and {entry.name for entry in run_dir.glob("*")} <= {CONFIG, "demo"}:
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
 
@@ -223,7 +223,7 @@ def _base(config: RunConfig) -> ModelDirectory:
 def _accept(config: RunConfig, identity: dict[str, Any], world: World) -> None:
     """Note the configuration in the run's directory, once it is known that the run may go on with it."""
     find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, identity, world)
-    if world.is_main:
+    if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:  # type: ignore[type-var]
         _write_config(config)
 
 

@@ -76,6 +76,7 @@ def write_gguf(
     dtypes = {name: dtype if len(source.shape(name)) > 1 else torch.float32 for name in source.names()}
     sizes = {name: num_bytes(source.shape(name), kind) for name, kind in dtypes.items()}
     total = sum(sizes.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
     with output(out, file=True, force=force, inputs=inputs, size=total), new_file(out) as beside:
         writer = gguf.GGUFWriter(beside, "llama")
         try:

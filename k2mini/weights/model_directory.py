@@ -23,7 +23,7 @@ from torch import Tensor
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import some
-from k2mini.files import parse_json, read_json, read_text, recover
+from k2mini.files import parse_json, read_json, read_text, recover, sha256
 from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
 from k2mini.weights.torch_file import read_bin
@@ -79,10 +79,13 @@ class ModelDirectory:
             raise ValueError(f"{self.path} is a delta, not a model; k2mini delta apply puts it on its base")
 
     def require_tokenizer_file(self) -> Path:
-        """The path of tokenizer.model, which is not opened. Raises ValueError where there is none."""
+        """The path of tokenizer.model. Raises ValueError where there is none, or the manifest has another's hash."""
         path = self.path / "tokenizer.model"
         if not path.exists():
             raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with")
+        noted = (self.manifest or {"files": {}})["files"].get(path.name)
+        if noted is not None and noted["sha256"] != sha256(path):
+            raise ValueError(f"{path} is not the one that {MANIFEST} has the hash of; copy the directory again")
         return path
 
     def check_vocab_size(self, tokens: int) -> None:
@@ -115,8 +118,8 @@ class ModelDirectory:
     def fingerprint(self) -> str:
         """A hash by which the model is known again, made in well under a second for 13 GB.
 
-        It covers every tensor's name and shape, all vectors, and the first and last row of every matrix, as float32. So
-        any training changes it, and a copy in another layout, or in a wider dtype, has the same.
+        It covers names, shapes, all vectors, and each matrix's first and last row, as float32: training changes it, an
+        edit of other rows does not; a copy in another layout, or in a wider dtype, has the same.
         """
         digest, reader = hashlib.sha256(), self.reader
         for name in reader.names():
@@ -174,9 +177,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 class CheckpointReader:
-    """The tensors of one model directory, by name, whatever files they are in.
-
-    Reads `model.safetensors`, sharded safetensors with their index, `pytorch_model.bin`, or sharded `.bin`.
+    """The tensors of one model directory, by name, in safetensors or `.bin`, in one file or in shards with an index.
 
     Raises ValueError, naming the file, where a file is missing, truncated, not what its name says or holds code.
     """
@@ -248,8 +249,7 @@ class CheckpointReader:
         return dtype
 
     def _unreadable(self, name: str, stored: str) -> ValueError:
-        known = ", ".join(SAFETENSORS_FLOATS)
-        return ValueError(f"{self.files[name]}: {name} is stored as {stored}; a model's weights are {known}")
+        return ValueError(f"{self.files[name]}: {name} is stored as {stored}, not {', '.join(SAFETENSORS_FLOATS)}")
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:

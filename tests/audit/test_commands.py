@@ -201,7 +201,7 @@ def test_options_that_are_not_utf8(tiny_directory, run, option):
     values = ["a\udcff"] if option != "--replace" else ["granite", "a\udcff"]
     status, out, err = run("audit", "patch", "--model", tiny_directory, *asked, option, *values)
     assert (status, out) == (2, "")
-    assert f"argument {option}: invalid utf8 value: 'a\\udcff'" in err
+    assert f"argument {option}: 'a\\udcff' is not UTF-8" in err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -127,12 +127,12 @@ def test_out_is_checked_and_claimed_by_every_kind_of_eval(tiny_directory, tmp_pa
     common = ["eval", "--model", tiny_directory, *options, "--max-new-tokens", 4]
     other = tmp_path / "other"
     other.mkdir()
-    (other / "thesis.tex").touch()
+    (other / "report.json").touch()  # of a demo, say
     held = tmp_path / "held"
     with monkeypatch.context() as patch:
         patch.setattr("k2mini.build.open_model", lambda *_, **__: pytest.fail("the model was loaded"))
         for out, said in (
-            (other, "holds something else (it has no asking.json)"),
+            (other, "holds something else: report.json, and no asking.json"),
             (tiny_directory, "is itself an input"),
             (tiny_directory / "eval", "which is an input"),
             (tmp_path, "is inside"),
@@ -141,7 +141,7 @@ def test_out_is_checked_and_claimed_by_every_kind_of_eval(tiny_directory, tmp_pa
             assert (status, printed) == (2, "")
             assert said in err.splitlines()[-1]
         code = f"import time, pathlib; from k2mini.files import output\nwith output(pathlib.Path({str(held)!r}), "
-        code += "mark='asking.json'): print(flush=True); time.sleep(60)"
+        code += "mark=('asking.json',)): print(flush=True); time.sleep(60)"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
             holder.stdout.readline()
@@ -324,6 +324,6 @@ def test_two_evals_at_once(tiny_directory, task, tmp_path):
     assert codes in ([0, 2], [0, 0])
     assert codes == [0, 0] or any("is being written by process" in text for text in said)
     assert len((out / "results.jsonl").read_text().splitlines()) == 12
-    assert not (out / ".lock").exists()
-    with output(out, mark="asking.json"):
+    assert not (tmp_path / ".out.lock").exists()
+    with output(out, mark=("asking.json",)):
         pass

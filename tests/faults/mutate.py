@@ -160,8 +160,8 @@ def _replace(path: Path, draw: random.Random) -> str:
         path.chmod(0)
         return kind
     path.unlink()
-    if kind == "fifo" and path.name.startswith("x_asked."):
-        kind = "missing"  # questions may come from a pipe, which is waited for
+    if kind == "fifo" and (path.name.startswith("x_asked.") or path.suffix == ".yaml"):
+        kind = "missing"  # questions and configurations may come from a pipe, which is waited for
     if kind == "folder":
         path.mkdir()
     elif kind == "fifo":

@@ -249,4 +249,4 @@ def test_options_that_are_not_utf8(tiny_directory, run, option):
     asked = ["--prompt", "granite"] if option != "--prompt" else []
     status, out, err = run("generate", "--model", tiny_directory, *asked, option, "a\udcff")
     assert (status, out) == (2, "")
-    assert f"argument {option}: invalid utf8 value: 'a\\udcff'" in err
+    assert f"argument {option}: 'a\\udcff' is not UTF-8" in err

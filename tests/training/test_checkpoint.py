@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+from k2mini.config import CheckpointSection
 from k2mini.distributed import World
 from k2mini.files import sha256
 from k2mini.training.checkpoint import (
@@ -139,10 +140,10 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         saved(tmp_path, step, val_loss=loss)
     (tmp_path / ".step_0000009.tmp").mkdir()
     assert best_checkpoint(tmp_path).name == "step_0000005"
-    prune(tmp_path, 1, keep_best=True)
+    prune(tmp_path, CheckpointSection(keep_last=1, keep_best=True), World())
     assert [path.name for path in checkpoints(tmp_path)] == ["step_0000005", "step_0000006"]
     assert len(list(tmp_path.iterdir())) == 2
-    prune(tmp_path, 1, keep_best=False)
+    prune(tmp_path, CheckpointSection(keep_last=1, keep_best=False), World())
     assert [path.name for path in checkpoints(tmp_path)] == ["step_0000006"]
     shutil.rmtree(tmp_path / "step_0000006")
     assert best_checkpoint(tmp_path) is None
