@@ -9,6 +9,7 @@ The process holds a lock on the lock file, which ends when it does. So whoever g
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -90,7 +91,9 @@ def sync_path(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+    """The SHA-256 of a file's content, in hexadecimal digits. Raises OSError where it is no file."""
+    if path.is_fifo():  # which would be waited for
+        raise OSError(errno.EINVAL, "is a pipe, not a file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -104,7 +107,7 @@ def check_output(
     inputs: Sequence[str | Path] = (),
     size: int = 0,
 ) -> None:
-    """Decide whether `path` may be written. Every command asks this, before its work, and nothing else.
+    """Raise ValueError, saying why, where `path` may not be written. Every command asks this, before its work.
 
     Args:
         file: it is to be a file; else a directory.
@@ -113,8 +116,6 @@ def check_output(
         inputs: what is read meanwhile; the output is none of them, nor what links in them stand for, lies in none and
             around none.
         size: bytes that it will take.
-
-    Raises ValueError saying why not.
     """
     if path.exists() and not (path.is_file() if file else path.is_dir()):
         raise ValueError(f"{path} is a {'folder; name a file' if path.is_dir() else 'file; name a folder'}")
@@ -155,9 +156,8 @@ def output(
 ) -> Iterator[None]:
     """Keep an output for this process until the block ends, once `check_output` allows it, which takes the same.
 
-    What a killed process left beside it is removed first. With `mark` the directory is made. None: no output.
-
-    Raises ValueError as `check_output` does, and where another process writes it.
+    What a killed process left beside it is removed first. With `mark` the directory is made. None: no output. Raises
+    ValueError as `check_output` does, and where another process writes it.
     """
     if path is None:
         yield
