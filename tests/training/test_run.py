@@ -90,7 +90,9 @@ def test_two_runs_in_one_directory_are_refused(settings, tmp_path, run):
 
 
 def test_sighup_saves_and_under_nohup_it_is_ignored(settings, tmp_path):
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     process = start(settings, "checkpoint.every=100000")
+    signal.signal(signal.SIGHUP, inherited)
     process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP, err
