@@ -220,7 +220,7 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
     if quant.scale_name(name) in reader.files:
         weight, scale = (reader.rows(part, *rows).to(device) for part in (name, quant.scale_name(name)))
     else:
-        weight, scale = quant.quantize_rows(reader.rows(name, *rows).to(device))
+        weight, scale = quant.quantize_rows(reader.rows(name, *rows).to(device), name)
     quant.fill_int8(module, weight, scale)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.errors import short
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -85,11 +85,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold sections such as run, model, data and train")
     return raw
-
-
-def short(value: Any) -> str:
-    """A value for an error: the beginning, should it be long or deep, or alias itself many times over."""
-    return reprlib.repr(value)[:200]
 
 
 def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import reprlib
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 # Each extra of pyproject.toml that a command may need, and what it is for.
 EXTRAS = {
@@ -35,6 +37,22 @@ def need_extra(name: str) -> ValueError:
     `except ImportError: raise need_extra("plot") from None`
     """
     return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError where no picture of this name can be drawn, or the extra is not installed."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise need_extra("plot") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"{path}: a picture's name ends in one of {', '.join(f'.{name}' for name in known)}")
+
+
+def short(value: object) -> str:
+    """A value for an error: the beginning, should it be long or deep, or alias itself many times over."""
+    return reprlib.repr(value)[:200]
 
 
 def some(names: list[str], most: int = 3) -> str:

@@ -243,7 +243,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(options: argparse.Namespace) -> None:
     """Runs of `eval` side by side."""
-    from k2mini.evaluation.compare import check_picture, compare, comparison_table, draw
+    from k2mini.errors import check_picture
+    from k2mini.evaluation.compare import compare, comparison_table, draw
     from k2mini.files import output
 
     if options.chart is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from k2mini.config import InstructionSection
@@ -12,6 +11,7 @@ from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
 from k2mini.data.prompts import Template
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.errors import short
 
 log = logging.getLogger(__name__)
 

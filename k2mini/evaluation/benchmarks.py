@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.data.documents import read_entries
+from k2mini.errors import short
 
 NPEE_MARK = "Choose from:"
 CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
@@ -158,18 +159,13 @@ def _each(entries: list[tuple[str, Any]], make: Callable[[int, Any], Question]) 
 def _field(record: Any, name: str, kind: type) -> Any:
     """A field of a record. Raises ValueError saying what stands there instead of a `kind`."""
     if not isinstance(record, dict):
-        raise ValueError(f"this is no JSON object with {name}, but {_short(record)}")
+        raise ValueError(f"this is no JSON object with {name}, but {short(record)}")
     if name not in record:
         raise ValueError(f"there is no {name!r}")
     if not isinstance(record[name], kind):
         wanted = {"str": "text", "list": "a list", "dict": "an object"}
-        raise ValueError(f"{name} is {_short(record[name])}, not {wanted[kind.__name__]}")
+        raise ValueError(f"{name} is {short(record[name])}, not {wanted[kind.__name__]}")
     return record[name]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def load_subjective(path: Path, kind: str) -> list[tuple[str, str]] | None:
@@ -195,7 +191,7 @@ def _pairs(raw: dict[str, Any]) -> list[tuple[str, str]]:
     for number, text in enumerate([*questions, *answers]):
         if not isinstance(text, str):
             name = "question" if number < len(questions) else "answer"
-            raise ValueError(f"{name} {number % len(questions)} is {_short(text)}, not text")
+            raise ValueError(f"{name} {number % len(questions)} is {short(text)}, not text")
     return list(zip(questions, answers, strict=True))
 
 
@@ -251,7 +247,7 @@ def _question(task: str, index: int, raw: Any) -> Question:
     if not stem.strip():
         raise ValueError("question is empty")
     if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"choices must be a list of at least two texts, not {_short(texts)}")
+        raise ValueError(f"choices must be a list of at least two texts, not {short(texts)}")
     empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
         raise ValueError(f"option {empty} of choices is empty")
@@ -262,7 +258,7 @@ def _question(task: str, index: int, raw: Any) -> Question:
         meant = {place for place, option in enumerate(zip(labels, texts, strict=True)) if answer in option}
     if not meant:
         raise ValueError(
-            f"answer {_short(answer)} is none of the options ({', '.join(labels)}, a place from 0, or a text)"
+            f"answer {short(answer)} is none of the options ({', '.join(labels)}, a place from 0, or a text)"
         )
     if len(meant) > 1:
         which = " and ".join(labels[place] for place in sorted(meant))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from k2mini.errors import need_extra
 from k2mini.evaluation.report import accuracy, read_results
 from k2mini.files import new_file, read_json
 
@@ -102,17 +101,6 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
                 line += f" ({entry['left_out']} questions are left out: not all runs have them, with the same key)"
             lines.append(line)
     return "\n".join(lines)
-
-
-def check_picture(path: Path) -> None:
-    """Raise ValueError where no picture of this name can be drawn, or the extra is not installed."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise need_extra("plot") from None
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise ValueError(f"{path}: a picture's name ends in one of {', '.join(f'.{name}' for name in known)}")
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:

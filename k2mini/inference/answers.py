@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from k2mini.data.documents import read_entries
 from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.errors import short
 from k2mini.files import progress_bar
 from k2mini.inference.beam import beam_search
 from k2mini.inference.generate import Completion, Decoding, generate

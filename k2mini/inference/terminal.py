@@ -39,19 +39,27 @@ class Conversation:
             fixed=self.model.model.decode_block is not None,
         )
 
-    @torch.inference_mode()
     def turn(self, prompt: str, out: TextIO) -> Completion:
-        """Answer one prompt, streaming to `out`. Ctrl-C ends the answer; what was printed of it stays in the history.
+        """Answer one prompt, streaming to `out` (see `extended` and `answer`)."""
+        return self.answer(self.extended(prompt), out)
 
-        Raises ValueError where the prompt is empty or the context is full; the history is as before then.
-        """
+    def extended(self, prompt: str) -> list[int]:
+        """The tokens of all turns and of one more prompt. Raises ValueError where it is empty or too long."""
         if self.history or not self.system:
             history = self.history + encode_prompt(self.tokenizer, self.template, prompt)
         else:
             text = self.system + "\n\n" + self.template.prompt(prompt)
             history = self.tokenizer.encode(text, bos=True, eos=False)
+        check_length(len(history), self.decoding.max_new_tokens, self.model.config.max_seq_len)
+        return history
+
+    @torch.inference_mode()
+    def answer(self, history: list[int], out: TextIO) -> Completion:
+        """Answer what `extended` gave. Ctrl-C ends the answer; what was printed of it stays in the history.
+
+        Raises ValueError where the model's logits are not finite.
+        """
         new = self.decoding.max_new_tokens
-        check_length(len(history), new, self.model.config.max_seq_len)
         known, stop_ids = self.cache.length, [self.tokenizer.eos_id]
         completion, self.interrupted = Completion(), False
         stream = TextStream(self.tokenizer, self.decoding.stop)
@@ -109,8 +117,9 @@ def chat(conversation: Conversation) -> None:
             print("(begun anew)", file=sys.stderr)
         elif command:
             try:
-                conversation.turn(command, sys.stdout)
+                history = conversation.extended(command)
             except ValueError as error:
                 print(f"k2mini: {error}{'; /reset starts anew' if conversation.history else ''}", file=sys.stderr)
                 continue
+            conversation.answer(history, sys.stdout)
             print(" [stopped]" if conversation.interrupted else "", flush=True)

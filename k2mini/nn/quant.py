@@ -19,15 +19,15 @@ from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.layers import Linear, product
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
     """(out, in) floating -> (out, in) int8 and (out,) float32, with weight ≈ int8 * scale[:, None].
 
-    Raises ValueError where a weight is not finite.
+    Raises ValueError, with the tensor's `name`, where a value is not finite.
     """
     precise = weight.to(torch.float32)
     largest = precise.abs().amax(dim=1)  # (out,)
     if not torch.isfinite(largest).all():
-        raise ValueError("a weight is not finite, so it can't be quantised")
+        raise ValueError(f"{name} is not finite, so it can't be quantised")
     scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
     return (precise / scale[:, None]).round_().to(torch.int8), scale
 

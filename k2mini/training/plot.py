@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from k2mini.errors import need_extra
+from k2mini.errors import check_picture
 from k2mini.files import new_file
 from k2mini.training.loop import read_metrics
 
@@ -17,17 +17,13 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
         runs: label -> metrics.jsonl.
         chain: the runs are stages: each begins at the step at which the one before it ended. Otherwise all begin at 0.
 
-    Raises ValueError where the extra `plot` is not installed, a run has no metrics yet, or `out` does not end as a
-    picture does.
+    Raises ValueError as `check_picture` does, and where a run has no metrics yet.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise need_extra("plot") from None
+    check_picture(out)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    if (kind := out.suffix[1:].lower()) not in (known := figure.canvas.get_supported_filetypes()):
-        raise ValueError(f"{out} does not end as a picture does: .{', .'.join(known)}")
     axes = figure.add_subplot()
     start = 0
     for label, path in runs.items():
@@ -47,4 +43,4 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with new_file(out) as beside:
-        figure.savefig(beside, dpi=150, format=kind)
+        figure.savefig(beside, dpi=150, format=out.suffix[1:].lower())

@@ -119,9 +119,9 @@ class _Quantized:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if name in self._scales:
-            return quantize_rows(self._source.rows(self._scales[name], start, stop))[1]
+            return quantize_rows(self._source.rows(self._scales[name], start, stop), self._scales[name])[1]
         rows = self._source.rows(name, start, stop)
-        return quantize_rows(rows)[0] if name in self._matrices else rows
+        return quantize_rows(rows, name)[0] if name in self._matrices else rows
 
 
 class _WithoutHead:

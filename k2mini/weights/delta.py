@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -198,7 +199,7 @@ def _check_dtypes(source: _Combined, delta: CheckpointReader) -> None:
             raise ValueError(f"{where}, not as the tuned bits, so it should be {right}; copy the delta again")
 
 
-class _Combined:
+class _Combined(ABC):
     """A source of one tensor for each of `other`'s: its rows combined with the base's, where the base has them."""
 
     def __init__(self, base: CheckpointReader, other: CheckpointReader) -> None:
@@ -220,9 +221,9 @@ class _Combined:
             raise ValueError(f"{name}: values of the result are not finite in float16, in which format add computes")
         return rows
 
+    @abstractmethod
     def combine(self, base: Tensor, other: Tensor, name: str) -> Tensor:
         """Rows of the result from those of both sides."""
-        raise NotImplementedError
 
     def new(self, other: Tensor) -> Tensor:
         """Rows of the result from those that only the other side has."""

@@ -187,7 +187,7 @@ def test_an_output_is_no_input_and_is_replaced_by_force_alone(folder, tiny_token
         prepare([folder], tiny_tokenizer.path, folder / "corpus")
     with pytest.raises(ValueError, match=r"a\.jsonl, an input, is inside .*source"):
         prepare([folder], tiny_tokenizer.path, folder, force=True)
-    with pytest.raises(ValueError, match=r"is itself an input|d\.md is a file; name a folder"):
+    with pytest.raises(ValueError, match=r"d\.md is a file; name a folder"):
         prepare([folder / "d.md"], tiny_tokenizer.path, folder / "d.md", force=True)
     assert digests(folder / "corpus") == before
     prepare([folder], tiny_tokenizer.path, folder / "corpus", force=True)

@@ -143,6 +143,10 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
     for batch in (prompts[:1], prompts):
         ours, theirs = (generate(m, batch, Decoding(20), stop_ids=[]) for m in (compiled, eager))
         assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+    with torch.no_grad():
+        compiled.lm_head.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"the logits are not finite; lm_head.weight holds NaN or infinity"):
+        generate(compiled, prompts[:1], Decoding(20), stop_ids=[])
 
 
 BAD = {

@@ -191,7 +191,7 @@ def test_a_model_that_is_not_finite_answers_nothing(broken, tmp_path, run, optio
             status, out, err = run(*common, "--model", broken / name)
             assert (status, out) == (2, "")
             if "int8" in options and name == "layer":  # seen while it is loaded
-                said = "a weight is not finite, so it can't be quantised"
+                said = "model.layers.2.mlp.up_proj.weight is not finite, so it can't be quantised"
             assert said in err.splitlines()[-1]
     status, out, err = run(*common, "--model", broken / "large", "--dtype", "float16")
     assert (status, "activations overflow in torch.float16; try --dtype float32 or bfloat16" in err) == (2, True)

@@ -86,3 +86,9 @@ def test_bytes_that_are_not_utf8_do_not_end_the_conversation(tiny_directory, run
     assert status == 0
     assert "gran\\udcff')" in err.splitlines()[-1]
     assert len(out.splitlines()) >= 1
+
+
+def test_a_model_that_is_not_finite_ends_the_conversation(broken, run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is granite?\nAnd basalt?\n"))
+    status, _, err = run("chat", "--model", broken / "head", "--max-new-tokens", 3)
+    assert (status, err.count("the logits are not finite; lm_head.weight holds NaN")) == (2, 1)

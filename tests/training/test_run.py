@@ -368,7 +368,7 @@ def test_plot_replaces_a_picture_only_when_told_and_no_input(tmp_path, run):
     assert run("plot", metrics.parent, "--out", picture, "--force")[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "is itself an input" in run("plot", metrics.parent, "--out", metrics, "--force")[2]
-    assert "does not end as a picture does" in run("plot", metrics.parent, "--out", tmp_path / "loss.txt")[2]
+    assert "a picture's name ends in one of" in run("plot", metrics.parent, "--out", tmp_path / "loss.txt")[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "run"]
 
 
