@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -104,14 +105,29 @@ def set_threads(number: int | None) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """`--device`; None or 'auto' is CUDA where there is one. Raises ValueError where there is no such device."""
+    """The device of `--device`, made the current one; None or 'auto' is CUDA where there is one.
+
+    Without a number it is the first GPU or, under torchrun, the rank's own. Raises ValueError where there is none.
+    """
+    kind, _, index = (name or "auto").partition(":")
     if name is None or name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,2})?", name):
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    elif not re.fullmatch("(cpu|cuda)(:[0-9]{1,2})?", name):
         raise ValueError(f"--device {name} is not a device that is supported; cpu, cuda and cuda:1, … are")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind == "cpu":
+        return torch.device(kind)
+    local, number = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if index and local is not None:
+        raise ValueError(f"--device {name}: each rank takes a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
+    if int(index or local or 0) >= number:
+        wanted = f"--device {name}" if local is None else f"rank {local} of torchrun has no GPU"
+        raise ValueError(f"{wanted}: this machine has {number} CUDA devices")
+    device = torch.device(kind, int(index or local or 0))
+    # A row's memory grows and shrinks, and gathered weights come and go: without this a tenth is lost between them.
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # What asks for "the" GPU (graphs, Triton, checkpoints that are copied) asks for the current one.
+    torch.cuda.set_device(device)
     return device
 
 
@@ -259,7 +275,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
                 local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
             continue
         if name in reader.files:
-            values = reader.tensor(name).to(device=device, dtype=parameter.dtype)
+            values = reader.tensor(name).to(device).to(parameter.dtype)  # converted there, where that is fast
         else:
             values = torch.empty_like(parameter, device=device)
         parent, _, attribute = name.rpartition(".")

@@ -23,11 +23,16 @@ from k2mini.config import ParallelSection
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run. Without torchrun it is the only one, and the collectives do nothing."""
+    """This process among the ranks of a run. Without torchrun it is the only one, and the collectives do nothing.
+
+    `all_reduce` is for steps: ranks that wait longer than `parallel.timeout_minutes` give up. The others, over `patient`,
+    are for what rank 0 does alone (preparing, exporting), and wait as long as it takes.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +52,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -55,16 +60,17 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def barrier(self) -> None:
         """Wait until all ranks have called it."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
 
 ALONE = World()  # one process on the CPU
+PATIENCE = timedelta(days=30)  # torchrun ends the others where one has died
 
 
 @contextmanager
@@ -72,7 +78,7 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
     """Join the ranks that torchrun started, with NCCL on GPUs (one a rank) or gloo on CPUs, until the block ends.
 
     Args:
-        device: of the kind to train on; with several GPUs each rank takes its own.
+        device: what this rank trains on (see `build.pick_device`).
         alone_too: make a process group of one rank where there is no torchrun, as sharding needs one
             (see `build.is_sharded`).
 
@@ -87,19 +93,18 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if size % section.replicate:
         raise ValueError(f"parallel.replicate ({section.replicate}) does not divide the {size} ranks")
-    if launched and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     made = not dist.is_initialized()
     if made:
         arguments: dict[str, Any] = {} if launched else {"store": HashStore(), "rank": 0, "world_size": 1}
+        if device.type == "cuda":
+            arguments["device_id"] = device
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=section.timeout_minutes),
             **arguments,
         )
-    yield World(dist.get_rank(), dist.get_world_size(), device)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    yield World(dist.get_rank(), dist.get_world_size(), device, patient)
     # Not after an error: leaving waits for ranks that may still be in a collective, and the process ends anyway.
     if made:
         dist.destroy_process_group()

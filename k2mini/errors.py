@@ -87,6 +87,12 @@ def sentence(error: Exception) -> str | None:
     if isinstance(error, OSError):
         words = error.strerror or " ".join(map(str, error.args)) or type(error).__name__
         return f"{error.filename}: {words}" if error.filename else words
+    if isinstance(error, RuntimeError) and (full := _NO_DEVICE_MEMORY.search(str(error))):
+        wanted, number, total, free = full.groups()
+        remedy = "smaller batches, shorter texts or --quantize int8 take less; k2mini plan says what a run takes"
+        return f"GPU {number} is out of memory: {wanted} more were wanted, {free} of its {total} are free; {remedy}"
+    if isinstance(error, RuntimeError) and "no kernel image is available" in str(error):
+        return "the installed PyTorch has no code for this GPU; install a version that has, or use --device cpu"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         words = next(iter(str(error).splitlines()), "")
         return f"not enough memory{words and f' ({words})'}; use a smaller batch, less context or a smaller model"
@@ -98,6 +104,9 @@ def sentence(error: Exception) -> str | None:
 
 
 # What PyTorch, which has no type for all of them, says on a CPU, on a GPU, and of a size that is beyond 64 bits.
+_NO_DEVICE_MEMORY = re.compile(
+    r"Tried to allocate (\S+ \S+)\. GPU (\d+) has a total capacity of (\S+ \S+) of which (\S+ \S+) is free"
+)
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|(calculation|multiplication) overflow")
 
 # How standard output writes what its encoding lacks: as JSON does, so that JSON stays JSON.

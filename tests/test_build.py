@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import k2mini.build
-from k2mini.build import check_memory, load_model, resolve_dtype, training_model
+from k2mini.build import check_memory, load_model, pick_device, resolve_dtype, training_model
 from k2mini.config import ModelSection, ParallelSection, TrainSection
 from k2mini.distributed import World
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
@@ -22,6 +23,53 @@ def test_default_precision():
     assert resolve_dtype("bfloat16", torch.float16, CPU) == torch.bfloat16
     with pytest.raises(ValueError, match="dtype must be one of"):
         resolve_dtype("int4", torch.float16, CPU)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What is made the current device of two that are not there."""
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    for name in ("LOCAL_RANK", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "x")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    return current
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "picked"),
+    [(None, None, 0), ("auto", None, 0), ("cuda", None, 0), ("cuda:1", None, 1), ("cuda", "1", 1), ("auto", "1", 1)],
+)
+def test_a_gpu_has_a_number_and_is_the_current_one(two_gpus, name, rank, picked):
+    if rank is not None:
+        os.environ["LOCAL_RANK"] = rank
+    assert pick_device(name) == torch.device("cuda", picked)
+    assert two_gpus == [torch.device("cuda", picked)]
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "said"),
+    [
+        ("cuda:2", None, "--device cuda:2: this machine has 2 CUDA devices"),
+        ("cuda", "2", "rank 2 of torchrun has no GPU: this machine has 2 CUDA devices"),
+        ("cuda:1", "0", "--device cuda:1: each rank takes a GPU of its own"),
+    ],
+)
+def test_a_gpu_that_is_not_there(two_gpus, name, rank, said):
+    if rank is not None:
+        os.environ["LOCAL_RANK"] = rank
+    with pytest.raises(ValueError, match=said):
+        pick_device(name)
+    assert not two_gpus
+
+
+def test_the_allocator_of_the_user_stays(two_gpus):
+    os.environ["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:64"
+    pick_device("cuda")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
 def test_too_little_memory_says_what_fits(monkeypatch):

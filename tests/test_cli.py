@@ -321,6 +321,12 @@ def raising(error):
     return call
 
 
+NO_DEVICE_MEMORY = (
+    "CUDA out of memory. Tried to allocate 30.00 GiB. GPU 1 has a total capacity of 24.00 GiB of which 23.41 GiB is "
+    "free. Of the allocated memory 0 bytes is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated."
+)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -330,6 +336,14 @@ def raising(error):
         (
             raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
             "not enough memory (CUDA out of",
+        ),
+        (
+            raising(torch.OutOfMemoryError(NO_DEVICE_MEMORY)),
+            "GPU 1 is out of memory: 30.00 GiB more were wanted, 23.41 GiB of its 24.00 GiB are free; smaller batches",
+        ),
+        (
+            raising(RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel")),
+            "the installed PyTorch has no code for this GPU; install",
         ),
         (deep, "something that was read is nested too deeply"),
         (raising(OverflowError("int too large to convert to float")), "a number is too large (int too large"),

@@ -6,6 +6,11 @@ compiled multiply-and-add comes close to all of it, also over int8 weights, whic
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -15,8 +20,14 @@ LONGEST_SUM = 4096  # terms: the compiler makes longer sums compensated, which i
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ValueError where torch.compile would find no C++ compiler, which it needs for code on a CPU."""
+    """Raise ValueError where torch.compile would find no compiler: of C++ for a CPU, of C for what launches kernels."""
     if device.type != "cpu":
+        headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not any(map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"])) or not headers.is_file():
+            raise ValueError(
+                f"compiling for a GPU needs gcc or clang (or the environment's CC) and {headers}, which Python's "
+                "development package has (python3-dev); install what is missing, or do not compile"
+            )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler  # torch._inductor takes seconds to import
 

@@ -1,8 +1,9 @@
-"""How many bytes tensors take at the peak of a step; works on fake tensors as well as on real ones."""
+"""How many bytes an allocator keeps for the tensors of a step; works on fake tensors as well as on real ones."""
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from k2mini.distributed import local_part
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that exist, within its `with` block.
+    """Counts the bytes of all tensor storages that exist, within its `with` block, and adds up their peaks by stream.
 
     A storage is added when an operation returns a tensor on it, and subtracted when its last reference is gone. FSDP
-    frees gathered weights by resizing their storage to 0 bytes, so resizing is counted as well.
+    frees gathered weights by resizing their storage to 0 bytes, so resizing is counted as well. What one stream has
+    freed CUDA's allocator gives to that stream alone: FSDP gathers, reduces and computes on three, and the peak of each
+    stays reserved. On a CPU these streams do nothing but say whose turn it is.
 
     Args:
         model, optimizer: their parameters and state exist from the start.
@@ -26,8 +29,9 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__()
         self._model = model
-        self._sizes: dict[int, int] = {}
-        self._now = self.peak = 0
+        self._sizes: dict[int, tuple[int, torch.cpu.Stream]] = {}
+        self._now: Counter[torch.cpu.Stream] = Counter()
+        self._peaks: Counter[torch.cpu.Stream] = Counter()
         self._broken_down = self._gradients = 0
         weights = [local_part(parameter) for parameter in model.parameters()]
         moments = [local_part(v) for state in optimizer.state.values() for v in state.values() if v.ndim]
@@ -63,12 +67,18 @@ class MemoryTracker(TorchDispatchMode):
             weakref.finalize(storage, self._forget, storage._cdata)
             self._count(storage, storage.nbytes())
 
+    @property
+    def peak(self) -> int:
+        """The bytes reserved so far."""
+        return sum(self._peaks.values())
+
     def _count(self, storage: torch.UntypedStorage, size: int) -> None:
-        self._now += size - self._sizes.get(storage._cdata, 0)
-        self._sizes[storage._cdata] = size
-        self.peak = max(self.peak, self._now)
-        if self._now > 1.01 * self._broken_down:  # walking over all gradients at every new peak would take long
-            self._broken_down = self._now
+        before, stream = self._sizes.get(storage._cdata, (0, torch.cpu.current_stream()))
+        self._sizes[storage._cdata] = size, stream
+        self._now[stream] += size - before
+        self._peaks[stream] = max(self._peaks[stream], self._now[stream])
+        if self.peak > 1.01 * self._broken_down:  # walking over all gradients at every new peak would take long
+            self._broken_down = self.peak
             self._gradients = _bytes([local_part(p.grad) for p in self._model.parameters() if p.grad is not None])
 
     def kinds(self) -> dict[str, int]:
@@ -77,7 +87,9 @@ class MemoryTracker(TorchDispatchMode):
         return {**self._given, "gradients": self._gradients, "activations and gathered weights": rest}
 
     def _forget(self, key: int) -> None:
-        self._now -= self._sizes.pop(key, 0)
+        if key in self._sizes:
+            size, stream = self._sizes.pop(key)
+            self._now[stream] -= size
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -143,6 +143,21 @@ def test_bf16_alone_keeps_float32_weights(tiny_directory):
     assert done.returncode == 0, done.stderr
 
 
+def test_ranks_wait_for_what_the_first_does_alone():
+    """Longer than `parallel.timeout_minutes`, after which a rank gives up waiting within a step."""
+    code = (
+        "import time, torch\nfrom k2mini.config import ParallelSection\nfrom k2mini.distributed import ranks\n"
+        "with ranks(torch.device('cpu'), ParallelSection(timeout_minutes=0.02)) as world:\n"
+        "    assert world.all_reduce(1) == [2]\n"
+        "    time.sleep(2.5 * world.is_main)\n"
+        "    world.barrier()\n"
+        "    assert world.broadcast(world.rank) == 0\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_portions_that_do_not_come_out_even_are_refused():
     with pytest.raises(ValueError, match=r"global_batch_size \(8\) must be a multiple of train.micro_batch_size \(2\) "
                        "times the 3 ranks"):  # fmt: skip

@@ -47,3 +47,16 @@ def test_without_a_compiler_it_says_so():
     patched = config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with patched, pytest.raises(ValueError, match=r"compiling needs a C\+\+ compiler"):
         check_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers", "nothing"])
+def test_a_gpu_needs_a_compiler_and_headers(monkeypatch, tmp_path, missing):
+    monkeypatch.setattr("shutil.which", lambda name: None if missing == "compiler" else f"/usr/bin/{name}")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    if missing != "headers":
+        (tmp_path / "Python.h").touch()
+    if missing == "nothing":
+        check_compiler(torch.device("cuda", 0))
+        return
+    with pytest.raises(ValueError, match=r"for a GPU needs gcc or clang .* and .*/Python\.h"):
+        check_compiler(torch.device("cuda", 0))

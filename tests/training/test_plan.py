@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from k2mini.config import (
     CorpusSection,
@@ -21,6 +22,7 @@ from k2mini.config import (
 )
 from k2mini.config_file import load_config
 from k2mini.sizes import parse_size
+from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.plan import plan_run, smallest_change
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
@@ -45,6 +47,29 @@ def pretraining(directory, **train):
         CorpusSection("x", seq_len=128, document_mask=False),
         TrainSection(**settings),
     )
+
+
+def test_peaks_of_streams_add_up(directory):
+    """What was freed on one stream is not another's: 4 + 6 bytes, although never more than 8 exist at a time."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with MemoryTracker(model, optimizer) as tracker:
+        before = tracker.peak
+        with torch.cpu.stream(torch.cpu.Stream()):
+            torch.empty(4, dtype=torch.uint8)  # freed at once
+            torch.empty(3, dtype=torch.uint8)
+        with torch.cpu.stream(torch.cpu.Stream()):
+            kept = torch.empty(6, dtype=torch.uint8)
+    assert tracker.peak - before == 4 + len(kept)
+
+
+def test_a_second_micro_batch_meets_gradients(directory):
+    """From the second on the gradients of those before it are there, and stay."""
+    one, two, three = (plan_run(pretraining(directory, micro_batch_size=16 // n), 1) for n in (1, 2, 4))
+    assert two.kinds["gradients"] == three.kinds["gradients"] == 4 * two.parameters
+    smaller = pretraining(directory, micro_batch_size=8, global_batch_size=8)
+    assert two.peak > plan_run(smaller, 1).peak
+    assert one.kinds["gradients"] < two.kinds["gradients"]
 
 
 def test_what_is_given_is_counted_exactly(directory):
