@@ -118,7 +118,7 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device(kind)
     local, number = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
     if index and local is not None:
-        raise ValueError(f"--device {name}: each rank takes a GPU of its own; CUDA_VISIBLE_DEVICES says which there are")
+        raise ValueError(f"--device {name}: each rank takes a GPU of its own, of those in CUDA_VISIBLE_DEVICES")
     if int(index or local or 0) >= number:
         wanted = f"--device {name}" if local is None else f"rank {local} of torchrun has no GPU"
         raise ValueError(f"{wanted}: this machine has {number} CUDA devices")

@@ -25,8 +25,8 @@ from k2mini.config import ParallelSection
 class World:
     """This process among the ranks of a run. Without torchrun it is the only one, and the collectives do nothing.
 
-    `all_reduce` is for steps: ranks that wait longer than `parallel.timeout_minutes` give up. The others, over `patient`,
-    are for what rank 0 does alone (preparing, exporting), and wait as long as it takes.
+    `all_reduce` is for steps: ranks that wait longer than `parallel.timeout_minutes` give up. The others, over
+    `patient`, are for what rank 0 does alone (preparing, exporting), and wait as long as it takes.
     """
 
     rank: int = 0
@@ -40,10 +40,10 @@ class World:
         return self.rank == 0
 
     def all_reduce(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in float64; the same bits on all ranks."""
+        """Each value summed over all ranks, in float64; the same bits on all ranks. No GPU is waited for."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -108,6 +108,11 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
     # Not after an error: leaving waits for ranks that may still be in a collective, and the process ends anyway.
     if made:
         dist.destroy_process_group()
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device; those that go to a GPU are copied while the host goes on."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def device_mesh(world: World, section: ParallelSection) -> DeviceMesh:

@@ -13,7 +13,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.generate import check_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.training.step import validation_loss
+from k2mini.training.loop import validation_loss
 
 
 @dataclass(frozen=True)

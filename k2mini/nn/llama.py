@@ -184,14 +184,15 @@ class Llama(nn.Module):
             return self.quantized_head(hidden)
         return product(hidden, self.head_weight)
 
-    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor, places: Tensor | None = None) -> Tensor:
         """The training loss: cross-entropy in nats, summed over supervised tokens; the logits never exist at once.
 
         Args:
             tokens, positions: as in `forward`.
             labels: (B, T) int64, the token that each position should predict, or `IGNORE_INDEX`.
+            places: (N) int64, the supervised positions, of which alone `labels` are, (N). None: they are looked for.
         """
-        return token_loss(self.model(tokens, positions), self.head_weight, labels)
+        return token_loss(self.model(tokens, positions), self.head_weight, labels, places)
 
     def units(self) -> list[nn.Module]:
         """The modules that FSDP gathers one at a time: all but the last norm and the head."""

@@ -14,7 +14,7 @@ from k2mini.nn.layers import product
 CHUNK_ROWS = 512  # positions whose logits exist at the same time
 
 
-def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None = None) -> Tensor:
     """Cross-entropy of the vocabulary projection, summed over supervised tokens.
 
     Logits are computed for `CHUNK_ROWS` supervised positions at a time. Where gradients are wanted, those of `hidden`
@@ -25,17 +25,26 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         hidden: (…, D), of the final norm.
         weight: (V, D), of the output head.
         labels: (…) int64; the token that each position should predict, or `IGNORE_INDEX`.
+        places: (N) int64, the supervised positions of `hidden` when it is flattened, where `labels` has no others, (N).
+            None: they are looked for, and a GPU is waited for.
 
     Returns: the sum in nats, in `promote_types(hidden.dtype, float32)`.
     """
-    supervised = labels != IGNORE_INDEX
-    hidden, labels = hidden[supervised], labels[supervised]  # (N, D), (N)
+    if places is None:
+        places, labels = supervised(labels)
+    hidden = hidden.flatten(0, -2)[places]  # (N, D)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return projected_loss(hidden, weight, labels)
     total = hidden.new_zeros((), dtype=_precise(hidden))
     for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
         total += F.cross_entropy(product(rows, weight).to(total.dtype), targets, reduction="sum")
     return total
+
+
+def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The places, in flattened labels (…), of those that are not `IGNORE_INDEX`; and these labels. Both (N)."""
+    places = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
+    return places, labels.flatten()[places]
 
 
 def projected_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

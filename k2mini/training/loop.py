@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import signal
 import sys
@@ -24,7 +25,7 @@ from k2mini.errors import StoppedBySignalError, need_extra
 from k2mini.files import parse_json, progress_bar, read_text, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import best_loss, check_finite, prune, resume, save_checkpoint
-from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step, validation_loss
+from k2mini.training.step import build_optimizer, local_batches, loss_sum, rank_share, total_steps, train_step
 
 FILE = "metrics.jsonl"
 NO_BENCHMARK = EvalSection()
@@ -204,6 +205,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         check_fields(entry, {key: float for key in ("loss", "val_loss") if key in entry}, where)
         entries.append(entry)
     return entries
+
+
+@torch.no_grad()
+def validation_loss(model: Llama, samples: Samples, batch_size: int, world: World = ALONE) -> float:
+    """The mean loss (nats a token) over an epoch's supervised tokens, without dropout. ValueError: it is not finite."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0.0
+    for start in range(0, samples.num_samples, batch_size * world.size):
+        mine = start + world.rank * batch_size
+        size = min(batch_size, samples.num_samples - mine)
+        # A forward pass gathers weights from all ranks, so a rank without samples runs it as well.
+        batch = samples.batch(mine, size) if size > 0 else samples.batch(0, 1).unsupervised()
+        total += loss_sum(model, batch).item()
+        count += batch.num_supervised()
+    model.train(was_training)
+    reshard(model)
+    total, count = world.all_reduce(total, count)
+    if not math.isfinite(total):
+        raise ValueError(f"the validation loss is {total}; go on from the last checkpoint with a lower train.lr")
+    return total / max(1, count)
 
 
 class Throughput:

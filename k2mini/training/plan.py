@@ -1,8 +1,8 @@
 """`k2mini plan`: memory, communication and steps of a run, before anyone rents a cluster.
 
 One training step of the real model runs on fake tensors (shapes without values), as rank 0 of a fake process group,
-while the bytes that its tensors would take are counted; nothing is allocated or sent. Not counted are the CUDA context and
-NCCL's buffers, for which a tenth of the device is left free, and what the process takes of the CPU's memory.
+while the bytes that its tensors would take are counted; nothing is allocated or sent. Not counted are the CUDA context
+and NCCL's buffers, for which a tenth of the device is left free, and what the process takes of the CPU's memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Plan:
 class _Planned(Llama):
     """A Llama whose loss takes every position as supervised, since fake labels do not tell which ones are."""
 
-    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor, _places: Tensor | None = None) -> Tensor:
         hidden = self.model(tokens, positions).flatten(0, 1)
         return projected_loss(hidden, self.head_weight, labels.flatten())
 

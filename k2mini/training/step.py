@@ -1,4 +1,4 @@
-"""One optimiser step, and all that belongs to it: its batches, AdamW, the learning rate, gradients, validation."""
+"""One optimiser step, and all that belongs to it: its batches, AdamW, the learning rate, gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from k2mini.config import TrainSection
 from k2mini.data.batches import Batch, Samples
-from k2mini.distributed import ALONE, World, reshard
+from k2mini.distributed import ALONE, World, send
 from k2mini.nn.llama import Llama
+from k2mini.nn.loss import supervised
 
 
 def build_optimizer(model: nn.Module, section: TrainSection) -> torch.optim.AdamW:
@@ -106,8 +107,10 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, steps, section)
     (count,) = world.all_reduce(sum(batch.num_supervised() for batch in batches))
-    (loss,) = world.all_reduce(accumulate(model, batches, count, world))
-    grad_norm = clip_gradients(model, section.max_grad_norm)
+    loss_share = accumulate(model, batches, count, world)
+    # A GPU is waited for here, once a step.
+    loss, grad_norm = torch.stack([loss_share, clip_gradients(model, section.max_grad_norm)]).tolist()
+    (loss,) = world.all_reduce(loss)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         first, last = step * section.global_batch_size, (step + 1) * section.global_batch_size - 1
         raise ValueError(
@@ -119,51 +122,35 @@ def train_step(
     return {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
 
 
-def accumulate(model: Llama, batches: list[Batch], count: float, world: World = ALONE) -> float:
+def accumulate(model: Llama, batches: list[Batch], count: float, world: World = ALONE) -> torch.Tensor:
     """Add up the gradients of this rank's micro-batches.
 
     Args:
         count: the supervised tokens of the global batch, over all ranks. The loss of a step is the mean over them.
 
-    Returns: the sum of this rank's losses / count. Summed over the ranks it is the global batch's loss.
+    Returns: the sum of this rank's losses / count, () float64. Summed over the ranks it is the global batch's loss.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in batches:
-        part = _loss_sum(model, batch) / max(count, 1)
+        part = loss_sum(model, batch) / max(count, 1)
         # Gradients are averaged over the ranks when they are reduced; this makes the average a sum.
         (part * world.size).backward()
-        total += part.item()
+        total += part.detach()
     return total
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients to a global L2 norm of at most `max_norm`. Returns the norm before, the same on all ranks."""
+def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale the gradients to a global L2 norm of at most `max_norm`.
+
+    Returns: the norm before, () float64, the same on all ranks.
+    """
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
 
 
-@torch.no_grad()
-def validation_loss(model: Llama, samples: Samples, batch_size: int, world: World = ALONE) -> float:
-    """The mean loss (nats a token) over an epoch's supervised tokens, without dropout. ValueError: it is not finite."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0.0
-    for start in range(0, samples.num_samples, batch_size * world.size):
-        mine = start + world.rank * batch_size
-        size = min(batch_size, samples.num_samples - mine)
-        # A forward pass gathers weights from all ranks, so a rank without samples runs it as well.
-        batch = samples.batch(mine, size) if size > 0 else samples.batch(0, 1).unsupervised()
-        total += _loss_sum(model, batch).item()
-        count += batch.num_supervised()
-    model.train(was_training)
-    reshard(model)
-    total, count = world.all_reduce(total, count)
-    if not math.isfinite(total):
-        raise ValueError(f"the validation loss is {total}; go on from the last checkpoint with a lower train.lr")
-    return total / max(1, count)
-
-
-def _loss_sum(model: Llama, batch: Batch) -> torch.Tensor:
-    device = model.device
-    positions = None if batch.positions is None else batch.positions.to(device)
-    return model.loss(batch.tokens.to(device), positions, batch.labels.to(device))
+def loss_sum(model: Llama, batch: Batch) -> torch.Tensor:
+    """The loss of a batch (on the CPU), summed over its supervised tokens; () on the model's device."""
+    places, labels = supervised(batch.labels)  # on the CPU: a GPU would be waited for
+    tokens, labels, places = (send(part, model.device) for part in (batch.tokens, labels, places))
+    positions = None if batch.positions is None else send(batch.positions, model.device)
+    return model.loss(tokens, positions, labels, places)

@@ -25,7 +25,7 @@ def step(batches):
     """Loss and gradients of a step; of several ranks one after the other, added up."""
     model = tiny_llama(dtype=torch.float64)
     count = sum(batch.num_supervised() for part in batches for batch in part)
-    loss = sum(accumulate(model, part, count) for part in batches)
+    loss = sum(accumulate(model, part, count).item() for part in batches)
     return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -69,7 +69,7 @@ def test_twenty_steps_equal_pefts():
     samples = Examples(examples(60), seed=1)
     for step in range(20):
         batch = samples.batch(4 * step, 4)
-        loss = accumulate(model, [batch], batch.num_supervised())
+        loss = accumulate(model, [batch], batch.num_supervised()).item()
         mask = (batch.positions >= 0).long()
         logits = reference(batch.tokens, attention_mask=mask).logits
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
@@ -92,8 +92,8 @@ def test_the_adapter_of_the_lowest_validation_loss_is_kept(tmp_path, data, caplo
     assert best != 12
     assert f"step_{best:07}" in caplog.text
     model, tokenizer = load_model(BASE, adapter=out)
+    from k2mini.training.loop import validation_loss
     from k2mini.training.run import _split
-    from k2mini.training.step import validation_loss
 
     held_out = read_examples(data, tokenizer, get_template(TEMPLATE), run.data)
     again = validation_loss(model, Examples(_split(held_out, run)[1], seed=None), 4)

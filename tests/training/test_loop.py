@@ -58,7 +58,7 @@ def test_twenty_adamw_steps_equal_transformers():
 
 def gradients(batches):
     model = tiny_llama(dtype=torch.float64)
-    loss = accumulate(model, batches, sum(batch.num_supervised() for batch in batches))
+    loss = accumulate(model, batches, sum(batch.num_supervised() for batch in batches)).item()
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
