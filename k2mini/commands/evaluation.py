@@ -151,8 +151,8 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
         if pairs:
             print(subjective_table(report["subjective"]))
         if texts:
-            measured = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
-            print(f"{measured}, over {found.tokens:,} tokens")
+            sums = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
+            print(f"{sums}, over {found.tokens:,} tokens")
     if out is not None:
         write_report(out, report, results)
         log.info("the results are in %s", out)
@@ -179,17 +179,14 @@ def _made_by(
 
 
 def _read_inputs(options: argparse.Namespace) -> Inputs:
-    """All that is read and checked before the model is loaded.
-
-    Returns: how questions are asked, the multiple-choice questions, the open tasks' questions with their references,
-    and the texts of --perplexity.
-    """
+    """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.files import read_text
 
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {options.limit}")
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not options.benchmark and not options.perplexity:
         raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
     config = EvalConfig(
@@ -273,8 +270,8 @@ def run_score(options: argparse.Namespace) -> None:
     print(f"{'log p':>9}  {'rank':>6}  {'id':>6}  token")
     for token, logprob, rank in scored:
         print(f"{logprob:>9.4f}  {rank + 1:>6}  {token:>6}  {visible(tokenizer, token)}")
-    print(f"total {total:.4f} nats over {len(scored):,} tokens, mean {total / len(scored):.4f}")
-    print(f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte")
+    sums = f"total {total:.4f} nats over {len(scored):,} tokens, mean {total / len(scored):.4f}"
+    print(f"{sums}, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte")
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ class EvalConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size (--batch-size) must be at least 1, not {self.batch_size}")
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.num_fewshot < 0:
             raise ValueError(f"num_fewshot (--shots) must be 0 or more, not {self.num_fewshot}")
         if self.num_fewshot and self.fewshot_file is not None:
