@@ -71,7 +71,7 @@ def load_model(
     model.to(dtype)
     _quantize(model, quantize)
     if adapter is not None and merge:
-        reader = merged_reader(opened, Path(adapter))
+        reader = merged_reader(opened, [Path(adapter)])
     elif adapter is not None:
         section = checked_adapter(Path(adapter), opened)
         attach(model, section)

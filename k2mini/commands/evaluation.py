@@ -264,8 +264,8 @@ def run_score(options: argparse.Namespace) -> None:
             {"token": visible(tokenizer, token), "id": token, "logprob": logprob, "rank": rank}
             for token, logprob, rank in scored
         ]
-        sums = {**asdict(found), "total": total, "mean": total / len(scored)}
-        print(json.dumps({"model": options.model, **sums, "logprobs": tokens}, ensure_ascii=False))
+        values = {"model": options.model, **asdict(found), "total": total, "mean": total / len(scored)}
+        print(json.dumps({**values, "logprobs": tokens}, ensure_ascii=False))
         return
     print(f"{'log p':>9}  {'rank':>6}  {'id':>6}  token")
     for token, logprob, rank in scored:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, lora_modules
-from k2mini.weights.adapter import merge_adapter, save_adapter
+from k2mini.weights.adapter import merge_adapters, save_adapter
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_llama
@@ -63,7 +63,7 @@ def test_merged_equals_unmerged_here_and_in_peft(written, tmp_path):
     from transformers import LlamaForCausalLM
 
     base, adapter, model = written
-    merge_adapter(base, adapter, tmp_path / "merged")
+    merge_adapters(base, [adapter], tmp_path / "merged")
     merged, _ = load_model(tmp_path / "merged")
     torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=0, atol=1e-5)
     reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
@@ -103,7 +103,7 @@ def test_damaged_and_missing_files(written, tmp_path):
         load_model(base, adapter=base)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    for call in (lambda: load_model(base, adapter=adapter), lambda: merge_adapter(base, adapter, tmp_path / "out")):
+    for call in (lambda: load_model(base, adapter=adapter), lambda: merge_adapters(base, [adapter], tmp_path / "out")):
         with pytest.raises(ValueError, match="is missing or damaged"):
             call()
     assert not (tmp_path / "out").exists()
@@ -168,7 +168,7 @@ def test_another_base_is_refused(written, tmp_path):
     save_model(other.state_dict(), other.config, tmp_path / "other")
     for call in (
         lambda: load_model(tmp_path / "other", adapter=adapter),
-        lambda: merge_adapter(tmp_path / "other", adapter, tmp_path / "merged"),
+        lambda: merge_adapters(tmp_path / "other", [adapter], tmp_path / "merged"),
     ):
         with pytest.raises(ValueError, match="was trained on another base than"):
             call()
