@@ -111,7 +111,7 @@ def test_w8a8_and_a_quantised_head(tiny_directory):
         assert (plain(rows) - full(rows)).std() / full(rows).std() < 0.05
     with pytest.raises(ValueError, match="--compile does not go with w8a8"):
         compile_decoding(dynamic)
-    with pytest.raises(ValueError, match="quantize_head needs quantize"):
+    with pytest.raises(ValueError, match="--quantize-head needs --quantize int8 or w8a8, which says how"):
         load_model(tiny_directory, quantize_head=True)
 
 
