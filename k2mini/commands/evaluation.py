@@ -251,7 +251,7 @@ def run_score(options: argparse.Namespace) -> None:
     text = read_text(options.input, None) if options.input is not None else options.text
     text = sys.stdin.read() if options.text == "-" else text
     if not text:
-        raise ValueError("there is no text to score")
+        raise ValueError(f"{options.input or '--text'}: there is no text to score")
     if options.compile:
         log.warning("--compile: no effect, since nothing is decoded")
     wanted = {name: getattr(options, name) for name in LOADED}

@@ -195,7 +195,7 @@ def merge_adapters(
     """
     if weights and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
         numbers = " ".join(f"{weight:g}" for weight in weights)
-        raise ValueError(f"--weights {numbers}: a finite number for each of the {len(adapters)} adapters is needed")
+        raise ValueError(f"--weights {numbers}: as many finite numbers are needed as adapters, {len(adapters)}")
     check_output(out, force=force, inputs=(base, *adapters))
     directory = ModelDirectory(base)
     directory.require_model()
