@@ -98,8 +98,8 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.inference.generate import Decoding
     from k2mini.weights.model_directory import ModelDirectory
 
-    inputs = _read_inputs(options)
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
+    inputs = _read_inputs(options)
     ModelDirectory(options.model).require_tokenizer_file()
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
@@ -184,9 +184,8 @@ def _read_inputs(options: argparse.Namespace) -> Inputs:
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.files import read_text
 
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, not {options.limit}")
     if not options.benchmark and not options.perplexity:
         raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
     config = EvalConfig(

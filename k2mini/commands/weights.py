@@ -19,7 +19,9 @@ log = logging.getLogger("k2mini.commands")
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `merge`."""
     parser.add_argument("--base", required=True, metavar="DIR")
-    parser.add_argument("--adapter", required=True, nargs="+", type=Path, metavar="DIR", help="one or several for it")
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", type=Path, metavar="DIR", help="one, or several of the same base"
+    )
     parser.add_argument(
         "--weights", nargs="+", type=float, default=[], metavar="W", help="of each adapter's product (default: 1 each)"
     )
