@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from k2mini.commands import audit, demo, evaluation, inference, training, weights
-from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
+from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, Parser, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
 
-class CommandParser(argparse.ArgumentParser):
+class CommandParser(Parser):
     """The parser of one command, which calls `declare` to add the command's arguments before it reads the first."""
 
     def __init__(self, *, declare: Callable[[argparse.ArgumentParser], None] | None = None, **settings: Any) -> None:
@@ -37,7 +37,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns has `run`, the function of `commands/` that does the work."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="k2mini",
         description="The K2 geoscience LLM pipeline in plain PyTorch.",
         epilog="k2mini COMMAND --help explains a command.",
