@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LOADED
 from k2mini.config import InstructionSection
-from k2mini.data.prompts import TEMPLATES, check_length, encode_prompt, get_template, utf8
+from k2mini.data.prompts import TEMPLATES, encode_prompt, get_template, room, utf8
 
 if TYPE_CHECKING:
     from k2mini.data.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def run_generate(options: argparse.Namespace) -> None:
         prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
         for number, prompt in enumerate(prompts):
             where = "" if options.input is None else f"{options.input}, question {number}: "
-            check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
+            room(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
         if options.input is None and decoding.beams is None and not options.json and options.out is None:
             _print_answer(model, tokenizer, prompts[0], decoding)
         else:
@@ -190,17 +190,22 @@ def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decodin
     from k2mini.data.tokenizer import TextStream
     from k2mini.inference.generate import Completion, collect, prefill, steps
 
-    stream, completion, new = TextStream(tokenizer, decoding.stop), Completion(), decoding.max_new_tokens
+    stream, completion = TextStream(tokenizer, decoding.stop), Completion()
+    new = room(len(prompt), decoding.max_new_tokens, context := model.config.max_seq_len)
     stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
     with torch.inference_mode():
         cache, logits = prefill(model, [prompt], capacity=len(prompt) + new)
         decoded = steps(model, logits, cache, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size)
-        for (step,) in collect([completion], decoded, new, stop_ids):
+        for (step,) in collect([completion], decoded, [new], stop_ids):
             if step is not None and stream.write(step.token, sys.stdout):
                 break
     print(stream.flush())
     if completion.finish == "length" and not stream.stopped:
-        log.info("stopped after --max-new-tokens %d", new)
+        cut = new < decoding.max_new_tokens
+        log.info(
+            "stopped after %s",
+            f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}",
+        )
 
 
 def run_chat(options: argparse.Namespace) -> None:

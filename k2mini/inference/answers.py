@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.data.documents import read_entries
+from k2mini.data.prompts import rooms
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.errors import short
 from k2mini.files import progress_bar
 from k2mini.inference.beam import beam_search
 from k2mini.inference.generate import Completion, Decoding, generate
 from k2mini.nn.llama import Llama
+
+log = logging.getLogger(__name__)
 
 FIELDS = ("question", "prompt", "instruction")
 # A list or an object; a line of text may begin with a bracket, but hardly so.
@@ -69,17 +73,30 @@ def answers(
     Args:
         label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
 
-    Yields: each one's text and completion.
+    Yields: each one's text and completion. How many were cut where the model's context ends is said at the end.
     """
-    tokens = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
+    new, cut = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len), []
+    tokens = [len(prompt) + number for prompt, number in zip(prompts, new, strict=True)]
     with progress_bar(sum(tokens), label or "", "tokens", shown=label is not None) as progress:
         for start in range(0, len(prompts), decoding.batch_size):
             batch = slice(start, start + decoding.batch_size)
             here = replace(decoding, seed=decoding.seed + start)
             for place, found in enumerate(_batch(model, tokenizer, prompts[batch], here), start=start):
+                if found[1].finish == "length" and new[place] < decoding.max_new_tokens:
+                    cut.append(new[place])
                 yield found
                 progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
                 progress.update(tokens[place])
+    if cut:
+        after = f"{min(cut)} to {max(cut)}" if min(cut) < max(cut) else cut[0]
+        context = model.config.max_seq_len
+        log.warning(
+            "%d of %d answers end after %s tokens, with the model's context of %d",
+            len(cut),
+            len(prompts),
+            after,
+            context,
+        )
 
 
 def _batch(

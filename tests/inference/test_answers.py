@@ -162,7 +162,7 @@ BAD = {
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
-    "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
+    "long": (None, ["--prompt", "granite " * 2000], "tokens leaves no room for an answer in the model's context of 1024; shorten it by"),
     "other input": (
         '[{"question": "a", "input": 1}]',
         ["--input", "FILE.json"],
