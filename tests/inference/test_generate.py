@@ -251,7 +251,7 @@ def test_an_answer_is_written_over_nothing(tiny_directory, tmp_path, run, monkey
     assert {path: path.read_bytes() for path in before} == before
     assert out.read_text() == "mine"
     assert run(*common, "--out", out, "--force")[0] == 0
-    assert json.loads(out.read_text())[0]["question"] == "What is granite?"
+    assert json.loads(out.read_text())[0]["prompt"] == "What is granite?"
 
 
 def test_answers_that_can_not_be_written_are_printed(tiny_directory, tmp_path, run, monkeypatch):
