@@ -264,6 +264,7 @@ def test_an_option_given_twice_is_refused_or_adds_up(capsys):
                 assert end.value.code == 2
                 said, refused = capsys.readouterr().err, f"{' '.join(path)}: error: {name} is given twice\n"
                 adds = action.nargs == "+" or isinstance(action, argparse._AppendAction)
+                assert not adds or not action.default
                 assert said.endswith(refused) != adds or "invalid choice" in said, (path, name, said)
                 counted["adds" if adds else "refused"] += 1
     assert min(counted.values()) > 4, counted

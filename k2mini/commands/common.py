@@ -22,40 +22,16 @@ class PrintVersion(argparse.Action):
         parser.exit()
 
 
-class Store(argparse.Action):
-    """What an option does with its value: one given twice is refused, one that takes a list adds to it."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        given = vars(namespace).setdefault("_given", set())  # the parser's actions may outlive it: common ones do
-        if option is not None and self.dest in given:
-            if self.nargs not in ("+", "*"):
-                parser.error(f"{option} is given twice")
-            values = [*getattr(namespace, self.dest), *values]
-        given.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose options are stored by `Store`, and named in full: `--length 9` is not `--length-penalty 9`."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-        for name in (None, "store"):
-            self.register("action", name, Store)
-
-
-DEBUG = Parser(add_help=False)
+DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 # Where a command writes a directory.
-TARGET = Parser(add_help=False, parents=[DEBUG])
+TARGET = argparse.ArgumentParser(add_help=False, parents=[DEBUG])
 TARGET.add_argument("--out", required=True, type=Path, metavar="DIR")
 TARGET.add_argument("--force", action="store_true", help="replace DIR, once what replaces it is complete")
 
 # How a command computes.
-COMPUTE = Parser(add_help=False, parents=[DEBUG])
+COMPUTE = argparse.ArgumentParser(add_help=False, parents=[DEBUG])
 _group = COMPUTE.add_argument_group("common options")
 _group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 _group.add_argument(
@@ -69,7 +45,7 @@ _group.add_argument(
 )
 
 # The model that a command loads. LOADED are the parameters of `load_model` that options name as it does.
-MODEL = Parser(add_help=False)
+MODEL = argparse.ArgumentParser(add_help=False)
 MODEL.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
 MODEL.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
 MODEL.add_argument("--merge", action="store_true", help="put the adapter into the weights (default: beside them)")
@@ -83,6 +59,6 @@ MODEL.add_argument("--compile", action="store_true", help="compile decoding: sec
 LOADED = ("adapter", "dtype", "quantize", "merge", "quantize_head")
 
 # The configuration of a run.
-CONFIG = Parser(add_help=False)
+CONFIG = argparse.ArgumentParser(add_help=False)
 CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
 CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
