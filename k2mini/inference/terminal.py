@@ -9,7 +9,7 @@ from typing import TextIO
 
 import torch
 
-from k2mini.data.prompts import Template, check_length, encode_prompt
+from k2mini.data.prompts import Template, encode_prompt, room
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.inference.generate import Completion, Decoding, collect, extend, steps
 from k2mini.nn.kv_cache import KVCache
@@ -50,8 +50,12 @@ class Conversation:
         else:
             text = self.system + "\n\n" + self.template.prompt(prompt)
             history = self.tokenizer.encode(text, bos=True, eos=False)
-        check_length(len(history), self.decoding.max_new_tokens, self.model.config.max_seq_len)
+        self.room(history)
         return history
+
+    def room(self, history: list[int]) -> int:
+        """How many tokens may follow."""
+        return room(len(history), self.decoding.max_new_tokens, self.model.config.max_seq_len)
 
     @torch.inference_mode()
     def answer(self, history: list[int], out: TextIO) -> Completion:
@@ -59,7 +63,6 @@ class Conversation:
 
         Raises ValueError where the model's logits are not finite.
         """
-        new = self.decoding.max_new_tokens
         known, stop_ids = self.cache.length, [self.tokenizer.eos_id]
         completion, self.interrupted = Completion(), False
         stream = TextStream(self.tokenizer, self.decoding.stop)
@@ -74,7 +77,7 @@ class Conversation:
                 stop_ids=stop_ids,
                 vocab_size=self.tokenizer.vocab_size,
             )
-            for (step,) in collect([completion], decoded, new, stop_ids):
+            for (step,) in collect([completion], decoded, [self.room(history)], stop_ids):
                 if step is not None and stream.write(step.token, out):
                     completion.finish = "stop"
                     break

@@ -70,10 +70,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(loaded):
 
 
 def test_a_full_context_is_an_error_that_changes_nothing(loaded):
-    talk = conversation(loaded, max_new_tokens=900)
+    talk = conversation(loaded)
     before = list(talk.history)
-    with pytest.raises(ValueError, match="more than the model's context of 1024"):
-        talk.turn("granite " * 200, io.StringIO())
+    with pytest.raises(ValueError, match="leaves no room for an answer in the model's context of 1024"):
+        talk.turn("granite " * 600, io.StringIO())
     assert talk.history == before
     with pytest.raises(ValueError, match="the prompt is empty"):
         talk.turn("  ", io.StringIO())
