@@ -16,7 +16,7 @@ from torch import Tensor
 
 from k2mini.data.prompts import rooms
 from k2mini.inference.generate import Completion, Decoding, check_finite, prefill
-from k2mini.inference.sampling import Beams, Sampling, constrain
+from k2mini.inference.sampling import Beams, Sampling, as_history, constrain
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
@@ -79,10 +79,11 @@ def _next_scores(
 ) -> Tensor:
     """Every continuation's score so far. (B, W * V)"""
     logprobs = log_softmax(logits)[:, :vocab_size]
-    history: list[list[int]] = []
+    history = None
     if sampling.looks_back:
         made = state.running[:, :, :length].tolist()
-        history = [[*prompt, *row] for prompt, rows in zip(prompts, made, strict=True) for row in rows]
+        rows = [[*prompt, *row] for prompt, rows in zip(prompts, made, strict=True) for row in rows]
+        history = as_history(rows, 0, logits.device)
     logprobs = constrain(logprobs, sampling, history)
     batch, width = state.scores.shape
     return (logprobs.view(batch, width, -1) + state.scores[:, :, None]).flatten(1)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from k2mini.data.prompts import rooms
-from k2mini.inference.sampling import Beams, Sampling, sample
+from k2mini.inference.replay import Replayed, can_replay
+from k2mini.inference.sampling import Beams, Sampler, Sampling
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -116,13 +117,18 @@ def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: i
 
 
 def check_finite(model: Llama, logits: Tensor) -> None:
-    """Raise ValueError, naming the cause, where a row's largest of logits (…, V) is not finite."""
+    """Raise `not_finite` where a row's largest of logits (…, V) is not finite."""
     if not bool(logits.amax(dim=-1).isfinite().all()):
-        from k2mini.weights.info import nonfinite_tensor  # takes time to import
+        raise not_finite(model)
 
-        name = nonfinite_tensor(model)
-        overflow = f"all weights are finite, so activations overflow in {model.dtype}; try --dtype float32 or bfloat16"
-        raise ValueError(f"the logits are not finite; {f'{name} holds NaN or infinity' if name else overflow}")
+
+def not_finite(model: Llama) -> ValueError:
+    """The error to raise where a model's logits are not finite; it names the cause."""
+    from k2mini.weights.info import nonfinite_tensor  # takes time to import
+
+    name = nonfinite_tensor(model)
+    overflow = f"all weights are finite, so activations overflow in {model.dtype}; try --dtype float32 or bfloat16"
+    return ValueError(f"the logits are not finite; {f'{name} holds NaN or infinity' if name else overflow}")
 
 
 def prefill(
@@ -136,7 +142,7 @@ def prefill(
     Returns: the cache, and the logits after each prompt's last token, (B, V).
     """
     common = shared_prefix(prompts) if len(prompts) > 1 else 0
-    fixed = model.model.decode_block is not None
+    fixed = model.model.decode_block is not None or can_replay(model)
     make = partial(KVCache, model.config, dtype=model.dtype, device=model.device, capacity=capacity, fixed=fixed)
     if common < SHARED_AT_LEAST:
         cache = make(len(prompts))
@@ -170,48 +176,53 @@ def steps(
     Yields: a list of B entries: the row's step (a stop id too), or None where the row has ended. While no row has left
     the batch, the cache holds every token yielded before the newest.
     """
-    sampling = decoding.sampling
-    generators = [torch.Generator().manual_seed(decoding.seed + row) for row in range(len(prompts))]
-    history = [list(prompt) for prompt in prompts] if sampling.looks_back else [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the numbers of the rows still in the batch
     most = [min(decoding.max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
+    seeds = [decoding.seed + row for row in range(len(prompts))]
+    sampler = Sampler(decoding.sampling, prompts, seeds, max(most), model.device)
+    rows = list(range(len(prompts)))  # the numbers of the rows still in the batch
     ended: set[int] = set()
+
+    def advance() -> None:
+        sampler(model(sampler.out[:-1, None], cache=cache)[:, -1, :vocab_size])
+
+    replayed = Replayed(advance, cache) if can_replay(model) else None
+    sampler(logits[:, :vocab_size])
     for step in range(max(most)):
-        logits = logits[:, :vocab_size]
-        check_finite(model, logits)
-        chosen = sample(logits, sampling, [generators[row] for row in rows], [history[row] for row in rows])  # (B,)
-        details = _details(logits, chosen, decoding.top_logprobs)
+        *chosen, finite = sampler.out.tolist()  # a GPU is waited for here, once a step
+        if not finite:
+            raise not_finite(model)
         result: list[Step | None] = [None] * len(prompts)
-        for row, entry in zip(rows, details, strict=True):
-            if row not in ended:
-                result[row] = entry
-                history[row].append(entry.token)
+        for row, entry in zip(rows, _details(sampler.logits, chosen, decoding.top_logprobs), strict=True):
+            result[row] = entry if row not in ended else None
         yield result
-        for row, entry in zip(rows, details, strict=True):
+        for row, token in zip(rows, chosen, strict=True):
             if row in ended:
                 continue
-            stop = entry.token in stop_ids or (stopping_criteria and stopping_criteria(row, entry.token))
+            stop = token in stop_ids or (stopping_criteria and stopping_criteria(row, token))
             if stop or step + 1 == most[row]:
                 ended.add(row)
         open_rows = [place for place, row in enumerate(rows) if row not in ended]
         if not open_rows:
             return
-        if 2 * len(open_rows) <= len(rows) or any(step + 1 == most[row] for row in rows):
+        few = 2 * len(open_rows) <= len(rows) and replayed is None  # a graph is of so many rows
+        if few or any(step + 1 == most[row] for row in rows):
             kept = torch.tensor(open_rows, device=model.device)
-            cache, chosen, rows = cache.select(kept), chosen[kept], [rows[place] for place in open_rows]
+            cache, rows = cache.select(kept), [rows[place] for place in open_rows]
+            sampler.select(kept)
             cache.truncate(step + max(len(prompts[row]) for row in rows))  # no longer than the rows that are left
-        logits = model(chosen[:, None], cache=cache)[:, -1]
+            replayed = replayed and Replayed(advance, cache)
+        (replayed or advance)()
 
 
-def _details(logits: Tensor, chosen: Tensor, top_logprobs: int | None) -> list[Step]:
+def _details(logits: Tensor, chosen: list[int], top_logprobs: int | None) -> list[Step]:
     if top_logprobs is None:
-        return [Step(token) for token in chosen.tolist()]
+        return [Step(token) for token in chosen]
     logprobs = log_softmax(logits)  # (B, V)
-    own = logprobs.gather(-1, chosen[:, None]).squeeze(-1).tolist()
+    own = logprobs.gather(-1, torch.tensor(chosen, device=logits.device)[:, None]).squeeze(-1).tolist()
     values, ids = logprobs.topk(min(top_logprobs, logprobs.shape[-1]), dim=-1)
     return [
         Step(token, logprob, tuple(zip(names, scores, strict=True)))
-        for token, logprob, names, scores in zip(chosen.tolist(), own, ids.tolist(), values.tolist(), strict=True)
+        for token, logprob, names, scores in zip(chosen, own, ids.tolist(), values.tolist(), strict=True)
     ]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -85,31 +86,35 @@ class Beams:
             raise ValueError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
 
 
-def penalize_repetition(logits: Tensor, history: Sequence[Sequence[int]], penalty: float) -> Tensor:
+def as_history(rows: Sequence[Sequence[int]], more: int, device: torch.device) -> Tensor:
+    """Rows of tokens as (B, T) int64, -1 after each row's last, with room for so many more."""
+    padded = [torch.tensor([*row, *[-1] * more], dtype=torch.int64) for row in rows]
+    return pad_sequence(padded, batch_first=True, padding_value=-1).to(device)
+
+
+def _among(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Which ids stand in tokens (B, T), where -1 is none. (B, V) bool."""
+    width = logits.shape[-1]
+    places = torch.where((tokens < 0) | (tokens >= width), width, tokens)
+    among = torch.zeros(logits.shape[0], width + 1, dtype=torch.bool, device=logits.device)
+    return among.scatter_(1, places, True)[:, :width]
+
+
+def penalize_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Make every token of a row's history less likely. (B, V) -> (B, V)."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, tokens in enumerate(history):
-        seen[row, torch.tensor(tokens, dtype=torch.int64, device=logits.device)] = True
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return torch.where(_among(history, logits), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def repeated_ngram_ends(tokens: Sequence[int], size: int) -> list[int]:
-    """The tokens that, coming next, would repeat an n-gram of `size` that `tokens` contain."""
-    if len(tokens) < size:
-        return []
-    start = tuple(tokens[len(tokens) - size + 1 :])
-    return [tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tuple(tokens[i : i + size - 1]) == start]
-
-
-def ban_repeated_ngrams(logits: Tensor, history: Sequence[Sequence[int]], size: int) -> Tensor:
-    """Tokens that would repeat an n-gram become -inf. (B, V) -> (B, V)."""
-    ends = [repeated_ngram_ends(tokens, size) for tokens in history]
-    rows = [row for row, tokens in enumerate(ends) for _ in tokens]
-    if not rows:
+def ban_repeated_ngrams(logits: Tensor, history: Tensor, size: int) -> Tensor:
+    """Tokens that would repeat an n-gram of `size` become -inf. (B, V) -> (B, V)."""
+    if history.shape[1] < size:
         return logits
-    banned = torch.zeros_like(logits, dtype=torch.bool)
-    banned[rows, [token for tokens in ends for token in tokens]] = True
-    return logits.masked_fill(banned, -torch.inf)
+    lengths = (history >= 0).sum(dim=1, keepdim=True)  # (B, 1)
+    windows = history.unfold(1, size, 1)  # (B, N, size)
+    first, inside = (torch.arange(number, device=history.device) for number in (windows.shape[1], size - 1))
+    last = history.gather(1, (lengths - size + 1 + inside).clamp(min=0))  # (B, size - 1)
+    repeated = (windows[..., :-1] == last[:, None]).all(dim=-1) & (first + size <= lengths)  # (B, N)
+    return logits.masked_fill(_among(torch.where(repeated, windows[..., -1], -1), logits), -torch.inf)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -127,15 +132,15 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
-def constrain(logits: Tensor, sampling: Sampling, history: Sequence[Sequence[int]]) -> Tensor:
+def constrain(logits: Tensor, sampling: Sampling, history: Tensor | None) -> Tensor:
     """Apply repetition penalty, n-gram ban and forbidden tokens to logits or log-probabilities. (B, V) -> (B, V).
 
     Args:
-        history: each row's tokens so far, prompt included; not used unless `sampling.looks_back`.
+        history: (B, T), each row's tokens so far, prompt included, as of `as_history`; None: not `sampling.looks_back`.
     """
-    if sampling.repetition_penalty != 1:
+    if history is not None and sampling.repetition_penalty != 1:
         logits = penalize_repetition(logits, history, sampling.repetition_penalty)
-    if sampling.no_repeat_ngram_size:
+    if history is not None and sampling.no_repeat_ngram_size:
         logits = ban_repeated_ngrams(logits, history, sampling.no_repeat_ngram_size)
     if sampling.forbidden:
         ids = torch.tensor(sampling.forbidden, device=logits.device)
@@ -153,18 +158,21 @@ def transform(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def sample(
-    logits: Tensor,
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
-    history: Sequence[Sequence[int]] = (),
-) -> Tensor:
-    """Choose each row's next token.
+def uniforms(seeds: Sequence[int], number: int) -> Tensor:
+    """What rows draw with: (B, number) float64 in [0, 1), row i's from a generator of its own, on the CPU.
+
+    So a row's tokens depend on its seed alone: not on other rows, not on the device.
+    """
+    rows = [torch.rand(number, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows) * (1 - 2**-40)  # times a sum, it stays below the sum
+
+
+def sample(logits: Tensor, sampling: Sampling, drawn: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+    """Choose each row's next token, on the logits' device; the host waits for nothing.
 
     Args:
         logits: (B, V).
-        generators: one a row, so that a row's tokens do not depend on the others; on the CPU, so that draws are the
-            same on every device. Not used when greedy.
+        drawn: (B,) of `uniforms`. Not used when greedy.
         history: as in `constrain`.
 
     Returns: (B,) int64.
@@ -172,9 +180,46 @@ def sample(
     logits = constrain(logits, sampling, history)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = transform(logits, sampling).softmax(dim=-1)  # (B, V)
-    # argmax(p / Exp(1) noise) is a draw from p (the exponential form of Gumbel-max), batched and free of loops.
-    noise = torch.stack(
-        [torch.empty(logits.shape[-1], dtype=torch.float64).exponential_(generator=g) for g in generators]
-    )
-    return (probabilities / noise.to(probabilities)).argmax(dim=-1)
+    assert drawn is not None
+    # The inverse of the distribution function: the first token whose cumulated probability is above the draw.
+    cumulated = transform(logits, sampling).softmax(dim=-1).double().cumsum(dim=-1)  # (B, V)
+    return (cumulated <= drawn[:, None] * cumulated[:, -1:]).sum(dim=-1)
+
+
+class Sampler:
+    """Chooses the next token of every row, step after step; all of its state is on the device.
+
+    Args:
+        rows: the tokens so far.
+        seeds: one a row.
+        most: steps that there may be.
+
+    Attributes:
+        out: (B + 1,) int64: the tokens chosen last, and at the end 1 where all logits were finite, else 0.
+        logits: of which they were chosen.
+    """
+
+    def __init__(
+        self, sampling: Sampling, rows: Sequence[Sequence[int]], seeds: Sequence[int], most: int, device: torch.device
+    ) -> None:
+        self.sampling = sampling
+        self.history = as_history(rows, most, device) if sampling.looks_back else None
+        self.draws = uniforms(seeds, most).to(device) if sampling.temperature else None  # (B, most)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.out = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0)
+
+    def __call__(self, logits: Tensor) -> None:
+        """Choose of logits (B, V)."""
+        drawn = None if self.draws is None else self.draws.index_select(1, self.step).squeeze(1)
+        chosen = sample(logits, self.sampling, drawn, self.history)
+        if self.history is not None:
+            self.history.scatter_(1, (self.history >= 0).sum(dim=1, keepdim=True), chosen[:, None])
+        self.out.copy_(torch.cat([chosen, logits.amax(dim=-1).isfinite().all().view(1)]))
+        self.step += 1
+        self.logits = logits
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows alone. rows: (N,) int64."""
+        self.history, self.draws = (None if part is None else part[rows] for part in (self.history, self.draws))
+        self.out = torch.cat([self.out[rows], self.out[-1:]])

@@ -11,6 +11,7 @@ from torch import Tensor
 from k2mini.model_config import ModelConfig
 
 GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
+ALIGNED = 8  # a GPU's attention wants masks over a multiple of it
 
 
 class LayerCache(NamedTuple):
@@ -95,20 +96,21 @@ class KVCache:
         """Make room for `length` positions a row, keeping what the cache holds."""
         if length <= self.capacity:
             return
-        capacity = -(-length // GROWTH_STEP) * GROWTH_STEP
+        slots = -(-(length + 1) // GROWTH_STEP) * GROWTH_STEP  # the last one is the padding's
         if self.fixed:  # by doubling, since blocks are compiled anew for each capacity
-            capacity = GROWTH_STEP << max(0, math.ceil(math.log2(length / GROWTH_STEP)))
+            slots = GROWTH_STEP << max(0, math.ceil(math.log2(slots / GROWTH_STEP)))
+        slots = min(slots, -(-(max(self.max_seq_len, length) + 1) // ALIGNED) * ALIGNED)
 
         def grown(old: Tensor) -> Tensor:
             batch_size, heads, _, head_dim = old.shape
-            new = old.new_zeros(batch_size, heads, capacity + 1, head_dim)  # the last slot is the padding's
+            new = old.new_zeros(batch_size, heads, slots, head_dim)
             new[:, :, : self.length] = old[:, :, : self.length]
             return new
 
         for layer in range(len(self.keys)):
             self.keys[layer] = grown(self.keys[layer])
             self.values[layer] = grown(self.values[layer])
-        self.capacity = capacity
+        self.capacity = slots - 1
 
     def advance(self, num_tokens: int, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Announce `num_tokens` more tokens a row; `LayerCache.append` then stores their keys and values by layer.

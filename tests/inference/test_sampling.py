@@ -1,15 +1,11 @@
 import pytest
 import torch
 
-from k2mini.inference.sampling import Sampling, keep_top_k, keep_top_p, sample, transform
+from k2mini.inference.sampling import Sampling, keep_top_k, keep_top_p, sample, transform, uniforms
 
 
 def logits(rows=4):
     return torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)) * 3
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @pytest.mark.parametrize("k", [1, 5, 50, 80])
@@ -39,10 +35,8 @@ def test_draws_follow_the_distribution():
     row = logits(1)
     expected = transform(row, sampling).softmax(-1)[0]
     draws = 20_000
-    generator = generators(0)
-    counts = torch.zeros(50)
-    for _ in range(draws):
-        counts[sample(row, sampling, generator)] += 1
+    drawn = uniforms([0], draws)[0]  # of one generator, one after the other
+    counts = torch.bincount(sample(row.expand(draws, -1), sampling, drawn), minlength=50)
     possible = expected > 0
     assert counts[~possible].sum() == 0
     chi_square = ((counts - draws * expected)[possible] ** 2 / (draws * expected[possible])).sum()
@@ -52,14 +46,23 @@ def test_draws_follow_the_distribution():
 
 def test_a_row_does_not_depend_on_its_neighbours():
     sampling = Sampling(temperature=1.0)
-    batch = sample(logits(4), sampling, generators(7, 8, 9, 10))
-    alone = [sample(logits(4)[i : i + 1], sampling, generators(7 + i)).item() for i in range(4)]
-    assert batch.tolist() == alone
-    assert torch.equal(batch, sample(logits(4), sampling, generators(7, 8, 9, 10)))
+    drawn = uniforms([7, 8, 9, 10], 20)
+    for step in range(20):
+        batch = sample(logits(4), sampling, drawn[:, step])
+        own = [uniforms([7 + i], 25)[:, step] for i in range(4)]
+        assert batch.tolist() == [sample(logits(4)[i : i + 1], sampling, own[i]).item() for i in range(4)]
+
+
+def test_the_largest_draw_takes_a_token_that_there_is():
+    """The sum of probabilities is not exactly 1, and the last tokens have none."""
+    last = torch.full((3, 50), -torch.inf)
+    last[:, 20:30] = logits(3)[:, 20:30]
+    drawn = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64) * (1 - 2**-40)
+    assert sample(last, Sampling(temperature=1.0), drawn).tolist() == [29, 29, 20]
 
 
 def test_greedy_takes_the_likeliest():
-    assert torch.equal(sample(logits(), Sampling(), []), logits().argmax(-1))
+    assert torch.equal(sample(logits(), Sampling()), logits().argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from k2mini.inference.sampling import Sampling, constrain, sample
+from k2mini.inference.sampling import Sampling, as_history, constrain, sample, uniforms
 
-HISTORY = [[1, 5, 9, 5, 9, 3, 5], [1, 2, 3, 1, 2, 3, 1, 2], [4, 4, 4, 4, 4, 4], [8]]
+ROWS = [[1, 5, 9, 5, 9, 3, 5], [1, 2, 3, 1, 2, 3, 1, 2], [4, 4, 4, 4, 4, 4], [8]]
+HISTORY = as_history(ROWS, 3, torch.device("cpu"))
 
 
 def logits(seed=0):
@@ -14,7 +15,7 @@ def logits(seed=0):
 
 def padded():
     """As transformers wants them: one tensor. Rows are cut to one length, so each is compared alone."""
-    return [(row, torch.tensor([tokens])) for row, tokens in enumerate(HISTORY)]
+    return [(row, torch.tensor([tokens])) for row, tokens in enumerate(ROWS)]
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
@@ -73,8 +74,8 @@ def test_draws_under_all_transforms_follow_the_exact_distribution():
     exact[order[1 + int((mass < 0.9).sum()) :]] = -torch.inf
     expected = exact.softmax(0)
     draws = 20_000
-    generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-    tokens = sample(row.expand(draws, -1), sampling, generators, [history] * draws)
+    seen = as_history([history], 0, row.device).expand(draws, -1)
+    tokens = sample(row.expand(draws, -1), sampling, uniforms(range(draws), 1)[:, 0], seen)
     counts = torch.bincount(tokens, minlength=50).double()
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -86,8 +87,8 @@ def test_draws_under_all_transforms_follow_the_exact_distribution():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"repetition_penalty": 0}, "repetition_penalty must be a positive number, not 0"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0"),
+        ({"repetition_penalty": 0}, "--repetition-penalty must be a positive number, not 0"),
+        ({"no_repeat_ngram_size": -1}, "--no-repeat-ngram-size must be 0"),
         ({"forbidden": (-1,)}, "forbidden must be token ids"),
     ],
 )

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from k2mini.nn.kv_cache import GROWTH_STEP, KVCache
@@ -12,7 +13,16 @@ def test_growing_keeps_what_is_held():
         for start, end in ((0, GROWTH_STEP - 1), (GROWTH_STEP - 1, GROWTH_STEP + 43), (GROWTH_STEP + 43, None)):
             chunk = tokens[:, start:end]
             assert torch.equal(model(chunk, cache=grows), model(chunk, cache=roomy))
-    assert grows.capacity == 2 * GROWTH_STEP
+    assert grows.capacity == 2 * GROWTH_STEP - 1
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_slots_are_aligned_and_no_more_than_the_context_needs(fixed):
+    for length in (1, 255, 256, 257, 600, 1900, 2048):
+        cache = KVCache(tiny_config(max_seq_len=2048), 1, capacity=length, fixed=fixed)
+        slots = cache.keys[0].shape[2]
+        assert slots % 8 == 0
+        assert length < slots == cache.capacity + 1 <= 2056
     assert grows.lengths.tolist() == [GROWTH_STEP + 44]
 
 

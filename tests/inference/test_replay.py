@@ -1,0 +1,135 @@
+"""Steps that are replayed, without a GPU: a stand-in records what a step does to tensors, and does it again to the same."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from k2mini.audit.hooks import trace
+from k2mini.build import load_model
+from k2mini.config import LoraSection
+from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.replay import can_replay
+from k2mini.inference.sampling import Sampling
+from k2mini.nn.llama import Llama
+from k2mini.nn.lora import attach, init_adapters
+from tests.conftest import tiny_config, tiny_llama
+
+PROMPTS = [[1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 20, 21], [1] + [30, 31, 32] * 30]
+
+
+class Recording(TorchDispatchMode):
+    """Every operation with its arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+
+class Graph:
+    """What `torch.cuda.CUDAGraph` does, but for the first replay: here that has happened when the step is recorded."""
+
+    made = 0
+
+    def __init__(self):
+        self._recording, self._fresh = Recording(), True
+        Graph.made += 1
+
+    def capture_begin(self, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self._recording.__enter__()
+
+    def capture_end(self):
+        self._recording.__exit__(None, None, None)
+
+    def replay(self):
+        if not self._fresh:
+            for func, args, kwargs, out in self._recording.operations:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)  # into the memory that the operations after it read
+        self._fresh = False
+
+
+class Stream:
+    def wait_stream(self, _other):
+        pass
+
+
+@pytest.fixture
+def replaying(monkeypatch):
+    """Whether `generate` replays; the graphs made are counted from 0."""
+
+    def switch(on):
+        monkeypatch.setattr("k2mini.inference.generate.can_replay", lambda _model: on)
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.current_stream", Stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda _stream: torch.no_grad())
+    monkeypatch.setattr(Graph, "made", 0)
+    return switch
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.9),
+        Sampling(1.3, 20, 0.9, repetition_penalty=1.3),
+        Sampling(no_repeat_ngram_size=2, forbidden=(3,)),
+        Sampling(1.1, repetition_penalty=1.2, no_repeat_ngram_size=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:2], PROMPTS], ids=len)
+def test_tokens_are_those_of_the_step_itself(replaying, prompts, sampling):
+    """Of one and of several rows, some of which end before the others; over the cache's growth step of 256."""
+    model, decoding = tiny_llama(tiny_config(max_seq_len=512)), Decoding(180, sampling, seed=5, top_logprobs=2)
+    replaying(False)
+    expected = generate(model, prompts, decoding, stop_ids=[7, 8])
+    assert Graph.made == 0
+    replaying(True)
+    found = generate(model, prompts, decoding, stop_ids=[7, 8])
+    assert [(c.tokens, c.finish) for c in found] == [(c.tokens, c.finish) for c in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+    assert Graph.made == (max(len(c.tokens) for c in found) > 1)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_int8_and_adapters(replaying, tiny_directory, quantize):
+    model, _ = load_model(tiny_directory, quantize=quantize)
+    if quantize is None:
+        attach(model, LoraSection(rank=2))
+        init_adapters(model, 0)
+    replaying(False)
+    expected = generate(model, PROMPTS[:3], Decoding(20), stop_ids=[7])
+    replaying(True)
+    assert generate(model, PROMPTS[:3], Decoding(20), stop_ids=[7]) == expected
+    assert Graph.made == 1
+
+
+def test_a_row_that_the_context_ends_leaves_and_the_rest_is_captured_anew(replaying):
+    model, prompts = tiny_llama(tiny_config(max_seq_len=64)), [[1] * 50, [1, 9], [1, 8]]
+    replaying(False)
+    expected = generate(model, prompts, Decoding(30), stop_ids=[])
+    replaying(True)
+    assert generate(model, prompts, Decoding(30), stop_ids=[]) == expected
+    assert [len(c.tokens) for c in expected] == [14, 30, 30]
+    assert Graph.made == 2
+
+
+def test_only_a_gpu_without_hooks_replays(monkeypatch):
+    model = tiny_llama()
+    assert not can_replay(model)
+    monkeypatch.setattr(Llama, "device", torch.device("cuda", 0))
+    assert can_replay(model)
+    with trace(model, ["embed"]):
+        assert not can_replay(model)
+    assert can_replay(model)
