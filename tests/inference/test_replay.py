@@ -1,4 +1,4 @@
-"""Steps that are replayed, without a GPU: a stand-in records what a step does to tensors, and does it again to the same."""
+"""Steps that are replayed, without a GPU: a stand-in records what a step does to tensors, and does it to them again."""
 
 import pytest
 import torch
