@@ -17,7 +17,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoraLinear(Linear):
     """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3). The weight keeps its name and is frozen.
 
-    W may be in int8. A and B are kept in `promote_types(W.dtype, float32)`; `init_adapters` gives them values.
+    W may be in int8. A and B are kept in `promote_types(W.dtype, float32)` and multiply in x's dtype, as W does;
+    `init_adapters` gives them values.
     """
 
     def __init__(self, base: Linear, section: LoraSection) -> None:
@@ -35,8 +36,8 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
         out = product(x, self.weight) if self.scale is None else int8_product(x, self.weight, self.scale)
-        low = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return out + (F.linear(F.linear(low, self.lora_A), self.lora_B) * self.scaling).to(out.dtype)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (…, R)
+        return out + F.linear(low, self.lora_B.to(x.dtype)) * self.scaling
 
 
 def attach(model: nn.Module, section: LoraSection) -> list[str]:
