@@ -13,6 +13,8 @@ from k2mini.nn.quant import DynamicLinear
 
 # On a CPU, what several products read, such as the normalised input, is computed once, not for every row of a weight.
 ON_CPU: dict[str, Any] = {"realize_reads_threshold": 1}
+# On a GPU, int8 weights are then read inside of a row's product, with the norm before it and what follows.
+ON_GPU: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 
 def compile_decoding(model: Llama) -> None:
@@ -29,7 +31,7 @@ def compile_decoding(model: Llama) -> None:
     # Fixed caches double as they grow, and batches shrink: more shapes than dynamo's 8, past which it stops compiling.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # One graph serves all blocks, since their weights are its inputs.
-    options = ON_CPU if model.device.type == "cpu" else None
+    options = ON_CPU if model.device.type == "cpu" else ON_GPU
     model.model.decode_block = torch.compile(_block, dynamic=False, options=options)
     model.decode_logits = torch.compile(_logits, dynamic=False, options=options)
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from k2mini.distributed import local_part
 from k2mini.nn.decode_ops import writes_out, written_out
+from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.layers import Linear, product
 
 
@@ -72,6 +73,8 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T, with a gradient for x alone. x: (…, in); weight: (out, in) int8; scale: (out,)."""
     if torch.compiler.is_compiling() and writes_out(x, weight):
         return (written_out(x, weight) * scale).to(x.dtype).view(*x.shape[:-1], -1)
+    if takes_kernel(x):
+        return int8_rows(x, weight, scale)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, dequantize(weight, scale, x.dtype))
     out = _Product.apply(x, weight, scale)
