@@ -41,11 +41,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns has `run`, the function of `commands/` that does the work."""
-    parser = argparse.ArgumentParser(
-        prog="k2mini",
-        description="The K2 geoscience LLM pipeline in plain PyTorch.",
-        epilog="k2mini COMMAND --help explains a command.",
-    )
+    about = "The K2 geoscience LLM pipeline in plain PyTorch."
+    parser = argparse.ArgumentParser("k2mini", description=about, epilog="k2mini COMMAND --help explains a command.")
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
 
@@ -68,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("verify", weights.verify_arguments, "compare a directory that k2mini wrote with its manifest", DEBUG)
     add("info", weights.info_arguments, "what a model or adapter is, from its headers alone", DEBUG)
     add("eval", evaluation.eval_arguments, "score a model on GeoBench", MODEL, COMPUTE)
+    add("score", evaluation.score_arguments, "log-probabilities of a text, token by token", MODEL, COMPUTE)
     add("compare", evaluation.compare_arguments, "runs of eval side by side, with a paired test", DEBUG)
     add("audit", audit.audit_arguments, "look into a model: lens, attention, attribute, patch, diff")
     return parser

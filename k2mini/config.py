@@ -48,7 +48,7 @@ class RunSection:
 
     dir: str
     seed: int = 0
-    tensorboard: bool = False  # also write the metrics for TensorBoard (extra `tensorboard`)
+    tensorboard: bool = False  # also write the metrics for TensorBoard (extra: tensorboard)
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,8 @@ def test_bad_models(run, tiny_directory, tmp_path, fault, message):
         (("--model", "no/such/directory"), "there is no directory no/such/directory"),
         (("--model", "daven3/k2-v1"), "hf download daven3/k2-v1 --local-dir k2-v1"),
         (("--prompt", "  "), "the prompt is empty"),
-        (("--temperature", "-1"), "temperature must be 0 (greedy) or a positive number, not -1.0"),
-        (("--top-p", "1.2"), "top_p must be above 0 and at most 1, not 1.2"),
+        (("--temperature", "-1"), "--temperature must be 0 (greedy) or a positive number, not -1.0"),
+        (("--top-p", "1.2"), "--top-p must be above 0 and at most 1, not 1.2"),
         (("--max-new-tokens", "0"), "--max-new-tokens must be at least 1, not 0"),
         (("--template", "alpacca"), "there is no template 'alpacca'"),
         (("--device", "tpu9"), "--device tpu9 is not a device that is supported; cpu, cuda and cuda:1, … are"),
@@ -281,7 +281,7 @@ def test_an_option_given_twice_is_refused_or_adds_up(capsys):
 def test_a_command_line_with_an_option_twice(run, tiny_directory):
     for command in (
         ["generate", "--model", tiny_directory, "--prompt", "a", "--prompt", "a"],
-        ["merge", "--base", "b", "--adapter", "a", "--adapter", "b", "--out", "o"],
+        ["merge", "--base", "b", "--adapter", "a", "--base", "b", "--out", "o"],
         ["delta", "make", "--base", "a", "--tuned", "b", "--out", "o", "--base", "c"],
         ["audit", "patch", "--model", "m", "--replace", "a", "b", "--replace", "c", "d"],
         ["pretrain", "x.yaml", "--seed", "0", "--seed=0"],
