@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
             declare(self)
         words = [word.split("=")[0] for word in args or ()]
         for name, option in self._option_string_actions.items():
-            if words.count(name) > 1 and type(option) is argparse._StoreAction:  # those that take a list are `extend`
+            if words.count(name) > 1 and type(option) is argparse._StoreAction:  # lists are `extend`
                 self.error(f"{name} is given twice")
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # said with this command's own usage

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LOADED
+from k2mini.commands.common import LIST, LOADED
 from k2mini.data.prompts import TEMPLATES, utf8
 
 if TYPE_CHECKING:
@@ -30,19 +30,14 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--benchmark",
-        nargs="+",
-        action="extend",
+        **LIST,
         default=[],
         type=Path,
         metavar="FILE",
         help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
     )
     parser.add_argument(
-        "--tasks",
-        nargs="+",
-        action="extend",
-        metavar="TASK",
-        help="npee/choice, npee/tf, ap (default: these), npee/noun, …",
+        "--tasks", **LIST, metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
     )
     parser.add_argument(
         "--scoring",
@@ -88,9 +83,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"questions at a time (default: {EvalConfig.batch_size})",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
-    parser.add_argument(
-        "--perplexity", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help="text files to predict"
-    )
+    parser.add_argument("--perplexity", **LIST, default=[], type=Path, metavar="FILE", help="text files to predict")
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")

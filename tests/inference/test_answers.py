@@ -169,21 +169,10 @@ BAD = {
     "no list": ('{"a": 1}', ["--input", "FILE.json"], "line 1 is neither a question nor an object"),
     "no text": ('["a", 1]', ["--input", "FILE.json"], "record 1 is neither a question nor"),
     "no file": (None, ["--input", "FILE.json"], "No such file"),
-<<<<<<< HEAD
-    "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
-    "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
-    "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
-    "long": (
-        None,
-        ["--prompt", "granite " * 2000],
-        "no room for an answer in the model's context of 1024; shorten",
-    ),
-=======
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "--top-p must be above 0"),
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "--num-beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
-    "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
->>>>>>> main
+    "long": (None, ["--prompt", "granite " * 2000], "no room for an answer in the model's context of 1024"),
     "other input": (
         '[{"question": "a", "input": 1}]',
         ["--input", "FILE.json"],
