@@ -126,7 +126,7 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
-    made_by = _made_by(options, directory.fingerprint(), pairs, texts)
+    made_by = kept_by(options, directory.fingerprint(), pairs, texts)
     if out is not None:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
     wanted = {name: getattr(options, name) for name in LOADED}
@@ -158,7 +158,7 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
         log.info("the results are in %s", out)
 
 
-def _made_by(
+def kept_by(
     options: argparse.Namespace, fingerprint: str, pairs: dict[str, list[tuple[str, str]]], texts: list[str]
 ) -> dict[str, Any]:
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""

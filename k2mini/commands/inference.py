@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import signal
@@ -191,24 +190,17 @@ def _answer_all(
 def _made_by(options: argparse.Namespace, decoding: Decoding) -> str:
     """A digest of all that answers follow from, but for what is asked."""
     from k2mini.build import pick_device, resolve_dtype
+    from k2mini.commands.evaluation import kept_by
+    from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
     from k2mini.weights.model_directory import ModelDirectory
 
     directory = ModelDirectory(options.model)
     directory.require_model()
     stored = directory.reader.dtype("model.embed_tokens.weight")
-    files = [directory.require_tokenizer().path]
-    if options.adapter is not None:
-        files += sorted(Path(options.adapter).glob("adapter_*"))
-    made_by = [
-        directory.fingerprint(),
-        asdict(directory.config),
-        str(resolve_dtype(options.dtype, stored, pick_device(options.device))),
-        [sha256(file) for file in files],
-        [options.merge, options.quantize, options.quantize_head, options.template],
-        asdict(decoding),
-    ]
-    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+    dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
+    model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
+    return digest([model, sha256(directory.require_tokenizer().path), options.template, asdict(decoding)])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:

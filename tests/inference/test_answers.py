@@ -536,9 +536,9 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     bars = []
 
     class Bar(contextlib.nullcontext):
-        def __init__(self, total, label, unit, **_):
+        def __init__(self, total, label, unit, initial, **_):
             super().__init__(self)
-            self.total, self.moved, self.unit, self.said = total, [], unit, ""
+            self.total, self.initial, self.moved, self.unit, self.said = total, initial, [], unit, ""
             bars.append(self)
 
         def update(self, tokens):
@@ -551,5 +551,6 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     model, tokenizer = load_model(tiny_directory)
     prompts = [[1] + [7] * (length - 1) for length in (2, 30, 5)]
     list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering"))
-    (bar,) = bars
-    assert (bar.total, bar.moved, bar.unit, bar.said) == (49, [6, 34, 9], "tokens", "3/3 answers")
+    list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering", first=2))
+    found = [(bar.total, bar.initial, bar.moved, bar.unit, bar.said) for bar in bars]
+    assert found == [(49, 0, [6, 34, 9], "tokens", "3/3 answers"), (49, 40, [9], "tokens", "3/3 answers")]
