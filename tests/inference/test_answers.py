@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,13 @@ import torch
 from k2mini.build import load_model
 from k2mini.cli import main
 from k2mini.data.prompts import get_template
+from k2mini.demo.report import commands
 from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.beam import beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, generate
 from k2mini.inference.sampling import Beams
-from tests.conftest import asset
+from tests.conftest import ROOT, asset
 from tests.helpers import fill_adapters
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
@@ -382,6 +384,17 @@ def test_an_answer_ends_where_the_context_does(tiny_directory, tmp_path, run):
     assert (status, out) == (2, "")
     assert "long.json, question 1: a prompt of" in err.splitlines()[-1]
     assert "leaves no room for an answer in the model's context of 1024; shorten it by" in err.splitlines()[-1]
+
+
+def test_the_demos_report_prints_a_generate_that_runs(run):
+    """Its model has a context of 256 tokens, which is no more than the default of --max-new-tokens."""
+    (line,) = [line for line in commands(Path("demo"), False).splitlines() if line.startswith("k2mini generate ")]
+    words = shlex.split(line)[1:]
+    words[words.index("--model") + 1] = ROOT / "k2mini" / "demo" / "base"
+    assert "--max-new-tokens" not in words
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert out.strip()
 
 
 MANY = [{"prompt": f"rock {n}", "input": "it is – hard"} if n % 3 else f"rock {n}" for n in range(23)]
