@@ -120,6 +120,8 @@ def _decoding(options: argparse.Namespace) -> Decoding:
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
     elif idle and options.temperature == 0:
         log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
+    if beams is None and (options.length_penalty != Beams.length_penalty or options.early_stopping):
+        log.warning("--length-penalty, --early-stopping: no effect without --num-beams")
     return Decoding(
         options.max_new_tokens,
         sampling,
@@ -179,9 +181,10 @@ def _answer_all(
                 print(json.dumps(journal.entries, ensure_ascii=False))
             raise
         except KeyboardInterrupt:
-            if path is None or not journal.entries:
+            number = path.read_bytes().count(b"\n") if path is not None and path.exists() else 0
+            if not number:
                 raise
-            kept = f"{len(journal.entries)} of {len(asked)} answers are in {path}"
+            kept = f"{number} of {len(asked)} answers are in {path}"
             raise StoppedBySignalError(signal.SIGINT, kept) from None
     as_text = options.input is None and not options.json
     print(out or (journal.entries[0]["answer"] if as_text else whole))
@@ -243,10 +246,8 @@ def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decodin
     print(stream.flush())
     if completion.finish == "length" and not stream.stopped:
         cut = new < decoding.max_new_tokens
-        log.info(
-            "stopped after %s",
-            f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}",
-        )
+        where = f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}"
+        log.info("stopped after %s", where)
 
 
 def run_chat(options: argparse.Namespace) -> None:

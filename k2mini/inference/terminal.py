@@ -22,7 +22,7 @@ HELP = f"""\
 /reset         forget the conversation
 /system TEXT   begin anew with TEXT before it; without TEXT, with nothing
 /exit          end, as Ctrl-D does; Ctrl-C stops an answer
-{QUOTES}            begins a question of several lines, and ends it; a paragraph that is pasted is one question, too"""
+{QUOTES}            begins and ends a question of several lines, or with a / in front; a pasted paragraph needs none"""
 
 
 class Conversation:

@@ -18,6 +18,7 @@ from k2mini.build import load_model
 from k2mini.cli import main
 from k2mini.data.prompts import get_template
 from k2mini.demo.report import commands
+from k2mini.evaluation.subjective import run_subjective
 from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.beam import beam_search
 from k2mini.inference.compile import compile_decoding
@@ -67,6 +68,9 @@ def test_beams_say_what_has_no_effect(tiny_directory, run):
         assert "--seed: no effect without --temperature" in run(*common, "--seed", seed)[2]
         assert "--seed: no effect with --num-beams 2" in run(*common, "--seed", seed, "--num-beams", 2)[2]
         assert "no effect" not in run(*common, "--seed", seed, "--temperature", 1)[2]
+    for option in (["--length-penalty", 2], ["--early-stopping"]):
+        assert f"{option[0]}" in run(*common, *option)[2]
+        assert "no effect" not in run(*common, *option, "--num-beams", 2)[2]
 
 
 def test_stop_strings_in_a_batch(tiny_directory):
@@ -397,6 +401,15 @@ def test_the_demos_report_prints_a_generate_that_runs(run):
     assert out.strip()
 
 
+def test_open_tasks_too(tiny_directory):
+    """Only a question that leaves no room is left out."""
+    model, tokenizer = load_model(tiny_directory)
+    pairs = [("What is granite?", "rock"), ("granite " * 2000, "rock")]
+    decoding = Decoding(2000, stop=("a", "e", "i", "o", "u", " "))
+    found = run_subjective(model, tokenizer, pairs, decoding, task="npee/qa", template="none")
+    assert (found["n"], found["left_out"]) == (1, 1)
+
+
 MANY = [{"prompt": f"rock {n}", "input": "it is – hard"} if n % 3 else f"rock {n}" for n in range(23)]
 DRAWN = ["--temperature", "1", "--seed", "5", "--batch-size", "4", "--max-new-tokens", "30", "--template", "none"]
 
@@ -477,15 +490,17 @@ def test_answers_of_another_kind_are_refused_by_name(kept, tmp_path, tiny_direct
     for extra in (["--dtype", "bfloat16"], ["--quantize", "int8"], ["--stop", "a"]):
         assert as_before in run(*command, *extra, "--out", out)[2]
     for content, said in (
-        (b"mine", "a.jsonl, line 1 is not valid JSON"),
+        (b"mine", f"a.jsonl, line 1 {as_before}0'"),
+        (b"[\n", f"a.jsonl, line 1 {as_before}0'"),
         (b'{"text": "mine"}\n', f"line 1 {as_before}0'"),
         (b'["mine"]\n', f"line 1 {as_before}0'"),
         (b'{"prompt": "rock', None),
-        (b'{"prompt": "rock 0", "input"', "line 1 is not valid JSON"),
+        (b'{"prompt": "rock 0", "input"', f"line 1 {as_before}0'"),
+        (lines[0][:-3] + b"\n", f"line 1 {as_before}0'"),
         (lines[0] + lines[2], f"line 2 {as_before}1'"),
         (lines[0].replace(b"rock", b"ROCK", 1), f"line 1 {as_before}0'"),
         (lines[0] + lines[1].replace(b"length", b"eos"), f"line 2 {as_before}1'"),
-        (whole + b"{", "line 24 is not valid JSON"),
+        (whole + b"{", "line 24 is not asked for"),
     ):
         out.write_bytes(content)
         status, _, err = run(*command, "--out", out)
