@@ -22,13 +22,17 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of one command, which calls `declare` to add the command's arguments before it reads the first."""
 
     def __init__(self, *, declare: Callable[[argparse.ArgumentParser], None] | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(allow_abbrev=False, **settings)  # `--length 9` is not `--length-penalty 9`
         self._declare = declare
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         declare, self._declare = self._declare, None
         if declare is not None:
             declare(self)
+        words = [word.split("=")[0] for word in args or ()]
+        for name, option in self._option_string_actions.items():
+            if words.count(name) > 1 and type(option) is argparse._StoreAction:  # lists are `extend`
+                self.error(f"{name} is given twice")
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # said with this command's own usage
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -37,11 +41,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns has `run`, the function of `commands/` that does the work."""
-    parser = argparse.ArgumentParser(
-        prog="k2mini",
-        description="The K2 geoscience LLM pipeline in plain PyTorch.",
-        epilog="k2mini COMMAND --help explains a command.",
-    )
+    about = "The K2 geoscience LLM pipeline in plain PyTorch."
+    parser = argparse.ArgumentParser("k2mini", description=about, epilog="k2mini COMMAND --help explains a command.")
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
 
@@ -81,11 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
         status: int | None = 0
     except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, STOPPED):
-            if options.debug:
-                raise
-            if not _is_main():
-                time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
+        if options.debug and not isinstance(error, STOPPED):
+            raise
+        if not (_is_main() or isinstance(error, STOPPED)):
+            time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
         status = end(error)
         if status is None:
             raise
@@ -115,5 +115,4 @@ def _log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("k2mini: %(message)s"))
     package = logging.getLogger("k2mini")
     package.handlers = [handler]
-    # Of the ranks that torchrun starts, one speaks.
-    package.setLevel(logging.INFO if _is_main() else logging.ERROR)
+    package.setLevel(logging.INFO if _is_main() else logging.ERROR)  # of the ranks that torchrun starts, one speaks

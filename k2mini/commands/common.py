@@ -22,6 +22,7 @@ class PrintVersion(argparse.Action):
         parser.exit()
 
 
+LIST: Any = {"nargs": "+", "action": "extend"}  # an option that takes several values, and more where it is repeated
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

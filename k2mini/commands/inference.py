@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from k2mini.commands.common import LOADED
 from k2mini.config import InstructionSection
-from k2mini.data.prompts import TEMPLATES, check_length, encode_prompt, get_template, utf8
+from k2mini.data.prompts import TEMPLATES, Template, encode_prompt, get_template, room, utf8
+from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
     from k2mini.data.tokenizer import Tokenizer
@@ -28,7 +31,9 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     _decoding_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=utf8, metavar="TEXT", help="the instruction; '-' reads standard input")
-    source.add_argument("--input", metavar="FILE", help="many: .json, .jsonl, or a line each; '-' reads standard input")
+    source.add_argument(
+        "--input", metavar="FILE", help="many: JSON, JSONL, CSV, or a line each; '-' reads standard input"
+    )
     parser.add_argument(
         "--context", type=utf8, metavar="TEXT", help="the instruction's input, which templates put after it"
     )
@@ -36,8 +41,13 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=batch_size, metavar="N", help=f"prompts at a time (default: {batch_size})"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers there, as JSON")
-    parser.add_argument("--force", action="store_true", help="replace FILE of --out")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the answers there: a .jsonl as they come, else JSON in the end. Started again, it goes on",
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE of --out, should it hold other answers")
     parser.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
     parser.set_defaults(run=run_generate)
 
@@ -101,7 +111,8 @@ def _decoding(options: argparse.Namespace) -> Decoding:
         no_repeat_ngram_size=options.no_repeat_ngram_size,
     )
     beams = None
-    idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if getattr(options, name) != off]
+    drawing = (("temperature", 0), ("top_k", 0), ("top_p", 1), ("seed", None))
+    idle = [name for name, off in drawing if getattr(options, name) != off]
     names = ", ".join("--" + name.replace("_", "-") for name in idle)
     if options.num_beams != 1:
         beams = Beams(options.num_beams, options.length_penalty, options.early_stopping)
@@ -109,6 +120,8 @@ def _decoding(options: argparse.Namespace) -> Decoding:
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
     elif idle and options.temperature == 0:
         log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
+    if beams is None and (options.length_penalty != Beams.length_penalty or options.early_stopping):
+        log.warning("--length-penalty, --early-stopping: no effect without --num-beams")
     return Decoding(
         options.max_new_tokens,
         sampling,
@@ -121,53 +134,76 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
-    from k2mini.files import output
-
     # What costs nothing is checked before the model is loaded.
     decoding, template = _decoding(options), get_template(options.template)
     questions = _questions(options)
-    read = [path for path in (options.model, options.adapter, options.input) if path not in (None, "-")]
-    with output(options.out, file=True, force=options.force, inputs=read):
+    if options.input is None and decoding.beams is None and not options.json and options.out is None:
         model, tokenizer = _load(options)
-        prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
-        for number, prompt in enumerate(prompts):
-            where = "" if options.input is None else f"{options.input}, question {number}: "
-            check_length(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
-        if options.input is None and decoding.beams is None and not options.json and options.out is None:
-            _print_answer(model, tokenizer, prompts[0], decoding)
-        else:
-            _answer_all(options, model, tokenizer, questions, prompts, decoding)
+        _print_answer(model, tokenizer, encode_prompt(tokenizer, template, *questions[0]), decoding)
+    else:
+        _answer_all(options, questions, template, decoding)
 
 
 def _answer_all(
-    options: argparse.Namespace,
-    model: Llama,
-    tokenizer: Tokenizer,
-    questions: list[tuple[str, str]],
-    prompts: list[list[int]],
-    decoding: Decoding,
+    options: argparse.Namespace, questions: list[tuple[str, str]], template: Template, decoding: Decoding
 ) -> None:
     """Answer, then print or write the answers; where they can't be written, they are printed before that is said."""
-    from k2mini.files import write_text
-    from k2mini.inference.answers import answers
+    from k2mini.files import check_output, output, write_text
+    from k2mini.inference.answers import Journal, answers
 
-    field = "prompt" if options.input is None else "question"
-    entries: list[dict[str, Any]] = []
-    found = answers(model, tokenizer, prompts, decoding, "answering" if len(prompts) > 1 else None)
-    for (question, context), (text, completion) in zip(questions, found, strict=True):
-        asked = {field: question, **({"input": context} if context else {})}
-        entries.append({**asked, "answer": text, "tokens": completion.tokens, "finish": completion.finish})
-    if options.out is not None:
+    asked = [{"prompt": question, **({"input": context} if context else {})} for question, context in questions]
+    read = [path for path in (options.model, options.adapter, options.input) if path not in (None, "-")]
+    out, by_line = options.out, options.out is not None and options.out.suffix.lower() == ".jsonl"
+    with output(out, file=True, force=options.force or by_line, inputs=read):
+        # What is not by line grows in a .part beside it, until all answers are there.
+        path = out if out is None or by_line else out.with_name(f"{out.name}.part")
+        if path is not None:
+            check_output(path, file=True, force=True, inputs=read)
+        made_by = "" if path is None else _made_by(options, decoding)
+        journal = Journal(path, asked, made_by, decoding.batch_size, force=options.force)
+        done = len(journal.entries)
         try:
-            write_text(options.out, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+            if done < len(asked):
+                model, tokenizer = _load(options)
+                prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
+                for number, prompt in enumerate(prompts):
+                    where = "" if options.input is None else f"{options.input}, question {number}: "
+                    room(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
+                label = "answering" if len(prompts) > 1 else None
+                for found in answers(model, tokenizer, prompts, decoding, label, first=done):
+                    journal.add(*found)
+            whole = json.dumps(journal.entries, ensure_ascii=False, indent=None if out is None else 1)
+            if path != out:
+                write_text(out, whole + "\n")
+                path.unlink()
         except OSError:
-            print(json.dumps(entries, ensure_ascii=False))
+            if path is not None and len(journal.entries) > done:
+                print(json.dumps(journal.entries, ensure_ascii=False))
             raise
-        print(options.out)
-    elif options.input is not None or options.json:
-        print(json.dumps(entries, ensure_ascii=False))
-    else:
-        print(entries[0]["answer"])
+        except KeyboardInterrupt:
+            number = path.read_bytes().count(b"\n") if path is not None and path.exists() else 0
+            if not number:
+                raise
+            kept = f"{number} of {len(asked)} answers are in {path}"
+            raise StoppedBySignalError(signal.SIGINT, kept) from None
+    as_text = options.input is None and not options.json
+    print(out or (journal.entries[0]["answer"] if as_text else whole))
+
+
+def _made_by(options: argparse.Namespace, decoding: Decoding) -> str:
+    """A digest of all that answers follow from, but for what is asked."""
+    from k2mini.build import pick_device, resolve_dtype
+    from k2mini.commands.evaluation import kept_by
+    from k2mini.evaluation.evaluate import digest
+    from k2mini.files import sha256
+    from k2mini.weights.model_directory import ModelDirectory
+
+    directory = ModelDirectory(options.model)
+    directory.require_model()
+    stored = directory.reader.dtype("model.embed_tokens.weight")
+    dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
+    model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
+    return digest([model, sha256(directory.require_tokenizer().path), options.template, asdict(decoding)])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -175,7 +211,15 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
     from k2mini.inference.answers import read_questions
 
     if options.input is None:
-        return [(sys.stdin.read() if options.prompt == "-" else options.prompt, options.context or "")]
+        prompt = options.prompt if options.prompt != "-" else sys.stdin.read().removeprefix("\ufeff")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            before = prompt[max(0, error.start - 20) : error.end]
+            raise ValueError(f"standard input is not UTF-8 (at the end of {before!r})") from None
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return [(prompt, options.context or "")]
     if options.context is not None:
         raise ValueError("--context goes with --prompt; a record of --input has a field `input` of its own")
     if options.input == "-":
@@ -190,17 +234,20 @@ def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decodin
     from k2mini.data.tokenizer import TextStream
     from k2mini.inference.generate import Completion, collect, prefill, steps
 
-    stream, completion, new = TextStream(tokenizer, decoding.stop), Completion(), decoding.max_new_tokens
+    stream, completion = TextStream(tokenizer, decoding.stop), Completion()
+    new = room(len(prompt), decoding.max_new_tokens, context := model.config.max_seq_len)
     stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
     with torch.inference_mode():
         cache, logits = prefill(model, [prompt], capacity=len(prompt) + new)
         decoded = steps(model, logits, cache, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size)
-        for (step,) in collect([completion], decoded, new, stop_ids):
+        for (step,) in collect([completion], decoded, [new], stop_ids):
             if step is not None and stream.write(step.token, sys.stdout):
                 break
     print(stream.flush())
     if completion.finish == "length" and not stream.stopped:
-        log.info("stopped after --max-new-tokens %d", new)
+        cut = new < decoding.max_new_tokens
+        where = f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}"
+        log.info("stopped after %s", where)
 
 
 def run_chat(options: argparse.Namespace) -> None:

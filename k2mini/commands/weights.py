@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from k2mini.commands.common import TARGET
+from k2mini.commands.common import LIST, TARGET
 from k2mini.config import DTYPE_NAMES
 from k2mini.sizes import parse_size
 
@@ -20,10 +20,10 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `merge`."""
     parser.add_argument("--base", required=True, metavar="DIR")
     parser.add_argument(
-        "--adapter", required=True, nargs="+", type=Path, metavar="DIR", help="one, or several of the same base"
+        "--adapter", required=True, **LIST, type=Path, metavar="DIR", help="one, or several of the same base"
     )
     parser.add_argument(
-        "--weights", nargs="+", type=float, default=[], metavar="W", help="of each adapter's product (default: 1 each)"
+        "--weights", **LIST, type=float, default=[], metavar="W", help="of each adapter's product (default: 1 each)"
     )
     parser.set_defaults(run=run_merge)
 

@@ -95,23 +95,23 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, instruction: str, in
     return tokenizer.encode(template.prompt(instruction, input), bos=True, eos=False)
 
 
-def check_length(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> None:
-    """Raise ValueError, with the remedy, where prompt and answer together do not fit the model's context."""
+def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> int:
+    """How many tokens may follow a prompt: `max_new_tokens`, or what it leaves of the model's context.
+
+    Raises ValueError, beginning with `where`, for a prompt that is empty or leaves nothing.
+    """
     if prompt_tokens == 0:
         raise ValueError(f"{where}the prompt is empty")
-    over = prompt_tokens + max_new_tokens - max_seq_len
-    if over > 0:
-        room = max_seq_len - prompt_tokens
-        remedy = f"ask for at most {room} new ones or shorten it" if room > 0 else "shorten it"
+    if prompt_tokens >= max_seq_len:
         raise ValueError(
-            f"{where}a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones are {over} more than the model's "
-            f"context of {max_seq_len}; {remedy}"
+            f"{where}a prompt of {prompt_tokens} tokens leaves no room for an answer in the model's context of "
+            f"{max_seq_len}; shorten it by {prompt_tokens - max_seq_len + 1} or more"
         )
+    return min(max_new_tokens, max_seq_len - prompt_tokens)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Raise ValueError where there is no prompt, or where one is empty or too long."""
+def rooms(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> list[int]:
+    """Each prompt's `room`. Raises ValueError where there is no prompt, or where one is empty or too long."""
     if not prompts:
         raise ValueError("there is no prompt")
-    for prompt in prompts:
-        check_length(len(prompt), max_new_tokens, max_seq_len)
+    return [room(len(prompt), max_new_tokens, max_seq_len) for prompt in prompts]

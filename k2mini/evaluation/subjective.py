@@ -46,7 +46,7 @@ def run_subjective(
 
     Raises ValueError where no question is left, or `out` holds answers to others.
     """
-    kept, requests, prompts = _prepare(model, tokenizer, pairs, template, decoding.max_new_tokens)
+    kept, requests, prompts = _prepare(model, tokenizer, pairs, template)
     if not kept:
         raise ValueError(f"{task}: no question fits the model's context of {model.config.max_seq_len} tokens")
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
@@ -116,7 +116,7 @@ def _read_journal(path: Path, questions: list[str]) -> list[str]:
 
 
 def _prepare(
-    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: str, max_new_tokens: int
+    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: str
 ) -> tuple[list[tuple[str, str]], list[Request], list[list[int]]]:
     """The pairs that can be asked, the requests that score their references, and the prompts."""
     shape = get_template(template)
@@ -127,7 +127,7 @@ def _prepare(
         prompt = shape.prompt(question)
         prefix, (ids,) = split_jointly(tokenizer, prompt, [reference])
         prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
-        if max(len(prefix) + len(ids), len(prompt_ids) + max_new_tokens) <= model.config.max_seq_len:
+        if max(len(prefix) + len(ids), len(prompt_ids) + 1) <= model.config.max_seq_len:
             kept.append((question, reference))
             requests.append(Request(tuple(prefix), (tuple(ids),)))
             prompts.append(prompt_ids)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from k2mini.data.documents import read_entries
+from k2mini.data.prompts import rooms
 from k2mini.data.tokenizer import TextStream, Tokenizer
-from k2mini.errors import short
-from k2mini.files import progress_bar
+from k2mini.errors import short, some
+from k2mini.files import parse_json, progress_bar
 from k2mini.inference.beam import beam_search
 from k2mini.inference.generate import Completion, Decoding, generate
 from k2mini.nn.llama import Llama
 
+log = logging.getLogger(__name__)
+
 FIELDS = ("question", "prompt", "instruction")
 # A list or an object; a line of text may begin with a bracket, but hardly so.
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*["\[{\]]|\{\s*["}])')
+# A header of several cells, one of which names the questions.
+CSV_START = re.compile(
+    rf'(?=[^\n]*[,\t])(?:[ "]*\w+[ "]*[,\t])*[ "]*(?:{"|".join(FIELDS)})[ "]*(?:[,\t][ "]*\w+[ "]*)*\r?\n'
+)
 
 
 def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, str]]:
     """The questions of a file, each with its input: the text that an instruction is about, or ''.
 
     The file holds a JSON list, or JSONL, of strings or of objects with one of `FIELDS` and, where there is one, an
-    `input`; or plain text, a question a line. What it holds decides, except that a file called .json or .jsonl is never
-    taken for plain text.
+    `input`; or CSV with a header that has them as columns; or plain text, a question a line. What it holds decides,
+    except that a file called .json, .jsonl, .csv or .tsv is never taken for plain text.
 
     Args:
         content: what stands in the file, where it has been read already (standard input).
@@ -34,16 +47,43 @@ def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, 
     Raises ValueError, naming the file and the entry, where there is none or one is not a question.
     """
     content = path.read_bytes() if content is None else content
-    named_json = path.suffix.lower() in (".json", ".jsonl")
-    if named_json or JSON_START.match(content):
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl") or JSON_START.match(content):
         return [_question(entry, f"{path}, {place}") for place, entry in read_entries(path, content)]
     try:
-        lines = re.split("\r?\n", content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
-    questions = [(line, "") for line in lines if line.strip()]
+    if suffix in (".csv", ".tsv") or CSV_START.match(text):
+        questions = _table(path, text)
+    else:
+        questions = [(line, "") for line in re.split("\r?\n", text) if line.strip()]
     if not questions:
         raise ValueError(f"{path} holds no question")
+    return questions
+
+
+def _table(path: Path, text: str) -> list[tuple[str, str]]:
+    """The questions of CSV, or of values separated by tabs. Columns that are not used are said."""
+    tabs = path.suffix.lower() == ".tsv" or "\t" in text.partition("\n")[0]
+    form: dict[str, Any] = {"delimiter": "\t" if tabs else ",", "skipinitialspace": True, "strict": True}
+    rows = csv.DictReader(io.StringIO(text, newline=""), restkey="more", **form)
+    questions = []
+    try:
+        rows.fieldnames = columns = [name.strip() for name in rows.fieldnames or []]
+        used = [name for name in columns if name in (*FIELDS, "input")]
+        if not {*used} & {*FIELDS} or len({*used}) < len(used):
+            fields = " or ".join(f"`{field}`" for field in FIELDS)
+            raise ValueError(f"{path} must have one column {fields}; its columns are {short(columns)}")
+        for row in rows:
+            place = f"{path}, line {rows.line_num}"
+            if "more" in row:
+                raise ValueError(f"{place} has more cells than the header")
+            questions.append(_question({name: row[name] for name in used if row[name]}, place))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.reader.line_num} is not valid CSV: {error}") from None
+    if unused := [name for name in columns if name not in used]:
+        log.info("%s: columns that are not used: %s", path, some(unused))
     return questions
 
 
@@ -61,25 +101,99 @@ def _question(entry: Any, place: str) -> tuple[str, str]:
     return question, context or ""
 
 
+class Journal:
+    """Answers in a .jsonl, each added as it comes; a command that is started again goes on after them.
+
+    Args:
+        path: None keeps them in memory only.
+        asked: what each is an answer to: `prompt`, and `input` where there is one.
+        made_by: a digest of what answers follow from besides: model and settings. A line's hash is of it and the line.
+        batch_size: the rest of a batch is made anew, all of it: a row's numbers vary with its batch's.
+        force: begin anew, once there is an answer, where the file holds something else.
+
+    Attributes:
+        entries: the answers so far.
+
+    Raises ValueError naming the first line that is not such an answer; a last one that a kill cut short is left out.
+    """
+
+    def __init__(
+        self, path: Path | None, asked: list[dict[str, Any]], made_by: str, batch_size: int, *, force: bool
+    ) -> None:
+        self.path, self.asked, self.made_by = path, asked, made_by
+        self.entries: list[dict[str, Any]] = []
+        lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+        try:
+            self.entries = [entry for place, line in enumerate(lines) for entry in self._read(place, line)]
+        except ValueError:
+            if not force:
+                raise
+        if len(self.entries) < len(asked):
+            del self.entries[len(self.entries) - len(self.entries) % batch_size :]
+        if self.entries:
+            log.info("%s has %d of %d answers already", path, len(self.entries), len(asked))
+        self._kept = sum(len(self._line(entry)) for entry in self.entries)  # bytes
+
+    def add(self, text: str, completion: Completion) -> None:
+        """The next answer. Raises OSError where it can't be written."""
+        fields = {"answer": text, "tokens": completion.tokens, "finish": completion.finish}
+        self.entries.append({**self.asked[len(self.entries)], **fields})
+        if self.path is not None:
+            with self.path.open("ab") as file:
+                file.truncate(self._kept)
+                self._kept += file.write(self._line(self.entries[-1]))
+
+    def _line(self, entry: dict[str, Any]) -> bytes:
+        own = hashlib.sha256(json.dumps([self.made_by, entry]).encode()).hexdigest()
+        return json.dumps({**entry, "sha256": own}, ensure_ascii=False).encode() + b"\n"
+
+    def _read(self, place: int, line: bytes) -> list[dict[str, Any]]:
+        """The entry of a line; none where it is the beginning of one."""
+        asked = self.asked[place] if place < len(self.asked) else {}
+        begin = json.dumps({**asked, "answer": ""}, ensure_ascii=False).encode()[:-2]
+        if asked and not line.endswith(b"\n") and line[: len(begin)] == begin[: len(line)]:
+            return []
+        where = f"{self.path}, line {place + 1}"
+        with suppress(ValueError):
+            entry = parse_json(line, where) if asked and line.startswith(begin) else {}
+            if entry.pop("sha256", None) and self._line(entry) == line:
+                return [entry]
+        wanted = f"this model's answer, with these settings, to {short(asked['prompt'])}" if asked else "asked for"
+        raise ValueError(f"{where} is not {wanted}; name another place, or replace it with --force")
+
+
 def answers(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, label: str | None = None
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    label: str | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[str, Completion]]:
     """Answer prompts in batches, in their order.
 
     Args:
         label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
+        first: begin with this one, as if those before it had been answered too.
 
-    Yields: each one's text and completion.
+    Yields: each one's text and completion. How many were cut where the model's context ends is said at the end.
     """
-    tokens = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
-    with progress_bar(sum(tokens), label or "", "tokens", shown=label is not None) as progress:
-        for start in range(0, len(prompts), decoding.batch_size):
+    new, cut = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len), []
+    tokens = [len(prompt) + number for prompt, number in zip(prompts, new, strict=True)]
+    with progress_bar(sum(tokens), label or "", "tokens", sum(tokens[:first]), shown=label is not None) as progress:
+        for start in range(first, len(prompts), decoding.batch_size):
             batch = slice(start, start + decoding.batch_size)
             here = replace(decoding, seed=decoding.seed + start)
             for place, found in enumerate(_batch(model, tokenizer, prompts[batch], here), start=start):
+                if found[1].finish == "length" and new[place] < decoding.max_new_tokens:
+                    cut.append(new[place])
                 yield found
                 progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
                 progress.update(tokens[place])
+    if cut:
+        after = f"{min(cut)} to {max(cut)}" if min(cut) < max(cut) else cut[0]
+        said = "%d of %d answers end after %s tokens, with the model's context of %d"
+        log.warning(said, len(cut), len(prompts), after, model.config.max_seq_len)
 
 
 def _batch(

@@ -9,11 +9,12 @@ end go on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from k2mini.data.prompts import check_prompts
+from k2mini.data.prompts import rooms
 from k2mini.inference.generate import Completion, Decoding, check_finite, prefill
 from k2mini.inference.sampling import Beams, Sampling, constrain
 from k2mini.nn.layers import log_softmax
@@ -44,8 +45,11 @@ def beam_search(
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
     assert decoding.beams is not None
-    beams, max_new_tokens = decoding.beams, decoding.max_new_tokens
-    check_prompts(prompts, max_new_tokens, model.config.max_seq_len)
+    new = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len)
+    if len(set(new)) > 1:  # the context cuts some of them shorter: one by one, as each would be searched alone
+        search = partial(beam_search, model, decoding=decoding, stop_ids=stop_ids, vocab_size=vocab_size)
+        return [found for prompt in prompts for found in search([prompt])]
+    beams, max_new_tokens = decoding.beams, new[0]
     width, batch, device = beams.num_beams, len(prompts), model.device
     cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + max_new_tokens)
     spread = torch.arange(batch, device=device).repeat_interleave(width)

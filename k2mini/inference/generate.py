@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from k2mini.data.prompts import check_prompts
+from k2mini.data.prompts import rooms
 from k2mini.inference.sampling import Beams, Sampling, sample
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
@@ -26,7 +26,7 @@ class Decoding:
     """How prompts are answered.
 
     Args:
-        max_new_tokens: of each answer.
+        max_new_tokens: of each answer, at most; one also ends where the model's context does.
         seed: row i of a batch draws with seed + i.
         stop: strings that end an answer and are not part of it. Callers that make text look for them.
         beams: search for the likeliest answer instead of sampling one.
@@ -58,7 +58,7 @@ class Completion:
 
     Attributes:
         tokens: the new tokens, without the EOS that ended them.
-        finish: 'eos'; 'stop' where the caller ended it; or 'length' where max_new_tokens were made.
+        finish: 'eos'; 'stop' where the caller ended it; or 'length' where no more might follow.
         logprobs: each token's log-probability in nats, before any transform of the logits. Only with top_logprobs.
         top: each step's likeliest tokens with their log-probabilities. Only with top_logprobs.
         score: of a beam, as `beam_search` ranks it.
@@ -174,8 +174,9 @@ def steps(
     generators = [torch.Generator().manual_seed(decoding.seed + row) for row in range(len(prompts))]
     history = [list(prompt) for prompt in prompts] if sampling.looks_back else [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the numbers of the rows still in the batch
+    most = [min(decoding.max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
     ended: set[int] = set()
-    for step in range(decoding.max_new_tokens):
+    for step in range(max(most)):
         logits = logits[:, :vocab_size]
         check_finite(model, logits)
         chosen = sample(logits, sampling, [generators[row] for row in rows], [history[row] for row in rows])  # (B,)
@@ -189,14 +190,16 @@ def steps(
         for row, entry in zip(rows, details, strict=True):
             if row in ended:
                 continue
-            if entry.token in stop_ids or (stopping_criteria is not None and stopping_criteria(row, entry.token)):
+            stop = entry.token in stop_ids or (stopping_criteria and stopping_criteria(row, entry.token))
+            if stop or step + 1 == most[row]:
                 ended.add(row)
         open_rows = [place for place, row in enumerate(rows) if row not in ended]
-        if step + 1 == decoding.max_new_tokens or not open_rows:
+        if not open_rows:
             return
-        if 2 * len(open_rows) <= len(rows):
+        if 2 * len(open_rows) <= len(rows) or any(step + 1 == most[row] for row in rows):
             kept = torch.tensor(open_rows, device=model.device)
             cache, chosen, rows = cache.select(kept), chosen[kept], [rows[place] for place in open_rows]
+            cache.truncate(step + max(len(prompts[row]) for row in rows))  # no longer than the rows that are left
         logits = model(chosen[:, None], cache=cache)[:, -1]
 
 
@@ -231,25 +234,22 @@ def generate(
 
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
-    check_prompts(prompts, decoding.max_new_tokens, model.config.max_seq_len)
-    cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + decoding.max_new_tokens)
+    new = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len)
+    capacity = max(len(prompt) + most for prompt, most in zip(prompts, new, strict=True))
+    cache, logits = prefill(model, prompts, capacity=capacity)
     completions = [Completion() for _ in prompts]
     decode = partial(steps, model, logits, cache, prompts, decoding, stop_ids=stop_ids, vocab_size=vocab_size)
-    decoded = decode(stopping_criteria=stopping_criteria)
-    for _ in collect(completions, decoded, decoding.max_new_tokens, stop_ids):
+    for _ in collect(completions, decode(stopping_criteria=stopping_criteria), new, stop_ids):
         pass
     return completions
 
 
 def collect(
-    completions: Sequence[Completion],
-    decoded: Iterable[list[Step | None]],
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
+    completions: Sequence[Completion], decoded: Iterable[list[Step | None]], new: Sequence[int], stop_ids: Sequence[int]
 ) -> Iterator[list[Step | None]]:
-    """Pass steps on, each added to its row's completion first; so an interruption leaves what was made before it."""
-    for number, row_steps in enumerate(decoded, start=1):
-        for completion, step in zip(completions, row_steps, strict=True):
+    """Pass steps on, each added before to its row's completion, of `new` tokens at most; an interruption loses none."""
+    for row_steps in decoded:
+        for completion, step, most in zip(completions, row_steps, new, strict=True):
             if step is None:
                 continue
             if step.token in stop_ids:
@@ -259,7 +259,7 @@ def collect(
             if step.logprob is not None:
                 completion.logprobs.append(step.logprob)
                 completion.top.append(list(step.top))
-            if number == max_new_tokens:
+            if len(completion.tokens) == most:
                 completion.finish = "length"
         yield row_steps
     for completion in completions:

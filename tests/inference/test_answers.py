@@ -3,19 +3,28 @@
 import contextlib
 import io
 import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.cli import main
 from k2mini.data.prompts import get_template
+from k2mini.demo.report import commands
+from k2mini.evaluation.subjective import run_subjective
 from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.beam import beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, generate
 from k2mini.inference.sampling import Beams
-from tests.conftest import asset
+from tests.conftest import ROOT, asset
 from tests.helpers import fill_adapters
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
@@ -32,12 +41,12 @@ def test_a_list_of_questions_gives_a_list_of_answers(tiny_directory, tmp_path, r
         assert status == 0, err
         found.append(json.loads(out))
     assert found[0] == found[1] == found[2]
-    assert [entry["question"] for entry in found[0]] == QUESTIONS
-    assert set(found[0][0]) == {"question", "answer", "tokens", "finish"}
+    assert [entry["prompt"] for entry in found[0]] == QUESTIONS
+    assert set(found[0][0]) == {"prompt", "answer", "tokens", "finish"}
     assert run(*common, "--input", tmp_path / "list.txt", "--out", tmp_path / "answers.json")[0] == 0
     assert json.loads((tmp_path / "answers.json").read_text()) == found[0]
     for entry in found[0]:
-        alone = json.loads(run(*common, "--prompt", entry["question"], "--json")[1])[0]
+        alone = json.loads(run(*common, "--prompt", entry["prompt"], "--json")[1])[0]
         assert alone["tokens"] == entry["tokens"]
 
 
@@ -55,6 +64,13 @@ def test_beams_say_what_has_no_effect(tiny_directory, run):
     assert "--temperature, --top-k, --top-p: no effect with --num-beams 4" in err
     assert run(*common, *k2[:4])[1] == out
     assert "--top-k: no effect without --temperature" in run(*common, "--top-k", 40)[2]
+    for seed in (0, 7):
+        assert "--seed: no effect without --temperature" in run(*common, "--seed", seed)[2]
+        assert "--seed: no effect with --num-beams 2" in run(*common, "--seed", seed, "--num-beams", 2)[2]
+        assert "no effect" not in run(*common, "--seed", seed, "--temperature", 1)[2]
+    for option in (["--length-penalty", 2], ["--early-stopping"]):
+        assert f"{option[0]}" in run(*common, *option)[2]
+        assert "no effect" not in run(*common, *option, "--num-beams", 2)[2]
 
 
 def test_stop_strings_in_a_batch(tiny_directory):
@@ -162,7 +178,7 @@ BAD = {
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "--top-p must be above 0"),
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "--num-beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
-    "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
+    "long": (None, ["--prompt", "granite " * 2000], "no room for an answer in the model's context of 1024"),
     "other input": (
         '[{"question": "a", "input": 1}]',
         ["--input", "FILE.json"],
@@ -277,6 +293,260 @@ def test_questions_that_can_not_be_trusted(tmp_path, content, said):
     assert len(str(caught.value)) < 500
 
 
+ROWS = [("What is granite?", ""), ('the "Alps", and\nthe Andes?', "They rise."), ("quartz", "")]
+ALPS = '"the ""Alps"", and\nthe Andes?"'
+TABLES = {
+    "q.csv": f"id,question,input\n1,What is granite?,\n2,{ALPS},They rise.\n\n3,quartz,\n",
+    "Q.CSV": f'"input", "id", "prompt"\r\n"","1","What is granite?"\r\nThey rise.,2,{ALPS}\r\n,3,quartz',
+    "q.tsv": f"instruction\tinput\tid\nWhat is granite?\t\t1\n{ALPS}\tThey rise.\t2\nquartz\t\t3\n",
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "mark"])
+@pytest.mark.parametrize("name", TABLES)
+def test_questions_of_a_table(tmp_path, caplog, name, mark):
+    """A name that does not say what it holds is enough, too: so is standard input read."""
+    content = (mark + TABLES[name]).encode()
+    (tmp_path / name).write_bytes(content)
+    with caplog.at_level("INFO"):
+        assert read_questions(tmp_path / name) == ROWS
+        assert f"{name}: columns that are not used: id" in caplog.text
+        assert read_questions(Path("standard input"), content) == ROWS
+    one = tmp_path / "one.csv"
+    one.write_text(f"{mark}question\nWhat is granite, or basalt?\n".replace("granite,", "granite"))
+    assert read_questions(one) == [("What is granite or basalt?", "")]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("id,text\n1,quartz\n", r"q.csv must have one column `question` or .*; its columns are \['id', 'text'\]"),
+        ("id;question\n1;quartz\n", r"its columns are \['id;question'\]"),
+        ("question,question\na,b\n", "q.csv must have one column"),
+        ("question,prompt\na,\nb,c\n", "q.csv, line 3 has both `question` and `prompt`"),
+        ("id,question\n1,\n", "q.csv, line 2 is neither a question nor"),
+        ("id,question\n1,What is granite, or basalt?\n", "q.csv, line 2 has more cells than the header"),
+        ('id,question\n1,"granite\n', "q.csv, line 2 is not valid CSV: unexpected end of data"),
+        ("id,question\n", "q.csv holds no question"),
+        ("", "q.csv must have one column"),
+        ("question\n\xff", "q.csv is not UTF-8"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, content, said):
+    (tmp_path / "q.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=said):
+        read_questions(tmp_path / "q.csv")
+
+
+def test_text_that_is_no_table(tmp_path):
+    for text in ("Ask one question, then wait\nquartz\n", "question\nquartz\n", "granite, quartz\nquestion, answer"):
+        assert len(read_questions(Path("standard input"), text.encode())) == 2
+
+
+def test_a_prompt_of_standard_input_is_checked_before_the_model_is_loaded(tiny_directory, run, monkeypatch):
+    common = ["generate", "--model", tiny_directory, "--max-new-tokens", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr("k2mini.build.open_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        for content, said in ((b"granite \xff", "standard input is not UTF-8 (at the end of 'granite \\udcff')"),
+                              (b"\xef\xbb\xbf \n", "the prompt is empty")):  # fmt: skip
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+            status, out, err = run(*common, "--prompt", "-")
+            assert (status, out, err) == (2, "", f"k2mini: {said}\n")
+        assert run(*common, "--prompt", " ")[2] == "k2mini: the prompt is empty\n"
+    found = []
+    for content in (b"granite", b"\xef\xbb\xbfgranite"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        found.append(run(*common, "--prompt", "-", "--json")[1])
+    assert found[0] == found[1]
+    assert json.loads(found[0])[0]["prompt"] == "granite"
+
+
+def test_an_answer_ends_where_the_context_does(tiny_directory, tmp_path, run):
+    """The model's context is 1,024 tokens."""
+    tokenizer = load_model(tiny_directory)[1]
+    words = ["granite " * n for n in (1, 250, 251)]
+    while len(tokenizer.encode(words[2], bos=True, eos=False)) < 1000:
+        words = [words[0], words[1] + "a", words[2] + "a"]
+    room = [1024 - len(tokenizer.encode(text, bos=True, eos=False)) for text in words]
+    assert 0 < room[2] < room[1] < 50 < room[0]
+    (tmp_path / "q.json").write_text(json.dumps(words))
+    common = ["generate", "--model", tiny_directory, "--template", "none", "--max-new-tokens", 50]
+    status, out, err = run(*common, "--input", tmp_path / "q.json")
+    assert status == 0, err
+    entries = json.loads(out)
+    assert [(len(e["tokens"]), e["finish"]) for e in entries[1:]] == [(n, "length") for n in room[1:]]
+    said = f"2 of 3 answers end after {room[2]} to {room[1]} tokens, with the model's context of 1024"
+    assert err.count("context") == err.count(said) == 1
+    status, out, err = run(*common, "--prompt", words[2])
+    assert (status, out) == (0, entries[2]["answer"] + "\n")
+    assert f"stopped after {room[2]} tokens: the model's context of 1024 ends" in err
+    status, beams, err = run(*common, "--prompt", words[2], "--num-beams", 2, "--json")
+    assert (status, len(json.loads(beams)[0]["tokens"])) == (0, room[2])
+    assert f"1 of 1 answers end after {room[2]} tokens" in err
+    (tmp_path / "long.json").write_text(json.dumps(["granite", words[2] * 2]))
+    status, out, err = run(*common, "--input", tmp_path / "long.json")
+    assert (status, out) == (2, "")
+    assert "long.json, question 1: a prompt of" in err.splitlines()[-1]
+    assert "leaves no room for an answer in the model's context of 1024; shorten it by" in err.splitlines()[-1]
+
+
+def test_the_demos_report_prints_a_generate_that_runs(run):
+    """Its model has a context of 256 tokens, which is no more than the default of --max-new-tokens."""
+    (line,) = [line for line in commands(Path("demo"), False).splitlines() if line.startswith("k2mini generate ")]
+    words = shlex.split(line)[1:]
+    words[words.index("--model") + 1] = ROOT / "k2mini" / "demo" / "base"
+    assert "--max-new-tokens" not in words
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert out.strip()
+
+
+def test_open_tasks_too(tiny_directory):
+    """Only a question that leaves no room is left out."""
+    model, tokenizer = load_model(tiny_directory)
+    pairs = [("What is granite?", "rock"), ("granite " * 2000, "rock")]
+    decoding = Decoding(2000, stop=("a", "e", "i", "o", "u", " "))
+    found = run_subjective(model, tokenizer, pairs, decoding, task="npee/qa", template="none")
+    assert (found["n"], found["left_out"]) == (1, 1)
+
+
+MANY = [{"prompt": f"rock {n}", "input": "it is – hard"} if n % 3 else f"rock {n}" for n in range(23)]
+DRAWN = ["--temperature", "1", "--seed", "5", "--batch-size", "4", "--max-new-tokens", "30", "--template", "none"]
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_directory, tmp_path_factory):
+    """A command, and the file of answers that it leaves when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("kept")
+    (folder / "q.json").write_text(json.dumps(MANY))
+    command = ["generate", "--model", str(tiny_directory), "--input", str(folder / "q.json"), *DRAWN]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--out", str(folder / "whole.jsonl")])
+    assert end.value.code == 0
+    return command, (folder / "whole.jsonl").read_bytes()
+
+
+def test_answers_by_line_are_those_of_the_list(kept, tmp_path, run):
+    command, whole = kept
+    assert run(*command, "--out", tmp_path / "a.json")[:2] == (0, f"{tmp_path}/a.json\n")
+    entries = json.loads((tmp_path / "a.json").read_text())
+    assert [{k: v for k, v in json.loads(line).items() if k != "sha256"} for line in whole.splitlines()] == entries
+    assert json.loads(run(*command)[1]) == entries
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_file_that_was_cut_anywhere_is_completed(kept, tmp_path, run, name):
+    command, whole = kept
+    lines = whole.splitlines(keepends=True)
+    part = tmp_path / (name if name == "a.jsonl" else "a.json.part")
+    expected = whole
+    if name == "a.json":
+        run(*command, "--out", tmp_path / name)
+        expected = (tmp_path / name).read_bytes()
+    ends = [0, 1, 13, len(lines[0]) - 1, len(lines[0]), sum(map(len, lines[:9])) + 50, sum(map(len, lines[:12])),
+            len(whole) - 1, len(whole)]  # fmt: skip
+    for end in ends:
+        part.write_bytes(whole[:end])
+        (tmp_path / name).unlink() if name == "a.json" else None
+        status, out, err = run(*command, "--out", tmp_path / name)
+        assert (status, out) == (0, f"{tmp_path / name}\n"), err
+        assert (tmp_path / name).read_bytes() == expected
+        number = whole[:end].count(b"\n") // 4 * 4 if end < len(whole) else 23
+        assert (f"{part} has {number} of 23 answers already" in err) == (number > 0)
+        assert ("0.2 M parameters" in err) == (end < len(whole))  # what is complete needs no model
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_list_that_grew_is_gone_on_with(kept, tmp_path, run):
+    command, whole = kept
+    few, at = tmp_path / "few.json", command.index("--input") + 1
+    few.write_text(json.dumps(MANY[:6]))
+    assert run(*command[:at], few, *command[at + 1 :], "--out", tmp_path / "a.jsonl")[0] == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == b"".join(whole.splitlines(keepends=True)[:6])
+    assert run(*command, "--out", tmp_path / "a.jsonl")[0] == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == whole
+    status, _, err = run(*command[:at], few, *command[at + 1 :], "--out", tmp_path / "a.jsonl")
+    assert (status, "a.jsonl, line 7 is not asked for; name another place" in err) == (2, True)
+
+
+def test_answers_of_another_kind_are_refused_by_name(kept, tmp_path, tiny_directory, run):
+    command, whole = kept
+    lines, out = whole.splitlines(keepends=True), tmp_path / "a.jsonl"
+    other = tmp_path / "model"
+    shutil.copytree(tiny_directory, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    as_before = "is not this model's answer, with these settings, to 'rock "
+    for options in (["--temperature", "2"], ["--seed", "6"], ["--batch-size", "8"], ["--max-new-tokens", "31"],
+                    ["--template", "alpaca"], ["--model", str(other)]):  # fmt: skip
+        out.write_bytes(whole)
+        at = command.index(options[0])
+        changed = [*command[:at], *options, *command[at + 2 :]]
+        status, printed, err = run(*changed, "--out", out)
+        assert (status, printed) == (2, "")
+        assert f"a.jsonl, line 1 {as_before}0'; name another place, or replace it with --force" in err
+        assert out.read_bytes() == whole
+    for extra in (["--dtype", "bfloat16"], ["--quantize", "int8"], ["--stop", "a"]):
+        assert as_before in run(*command, *extra, "--out", out)[2]
+    for content, said in (
+        (b"mine", f"a.jsonl, line 1 {as_before}0'"),
+        (b"[\n", f"a.jsonl, line 1 {as_before}0'"),
+        (b'{"text": "mine"}\n', f"line 1 {as_before}0'"),
+        (b'["mine"]\n', f"line 1 {as_before}0'"),
+        (b'{"prompt": "rock', None),
+        (b'{"prompt": "rock 0", "input"', f"line 1 {as_before}0'"),
+        (lines[0][:-3] + b"\n", f"line 1 {as_before}0'"),
+        (lines[0] + lines[2], f"line 2 {as_before}1'"),
+        (lines[0].replace(b"rock", b"ROCK", 1), f"line 1 {as_before}0'"),
+        (lines[0] + lines[1].replace(b"length", b"eos"), f"line 2 {as_before}1'"),
+        (whole + b"{", "line 24 is not asked for"),
+    ):
+        out.write_bytes(content)
+        status, _, err = run(*command, "--out", out)
+        assert (status == 0) == (said is None), err
+        assert said is None or (said in err and out.read_bytes() == content)
+    status, _, err = run(*command, "--force", "--out", out)
+    assert (status, out.read_bytes()) == (0, whole)
+    out.unlink()
+    out.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "b.json.part").symlink_to(tmp_path / "elsewhere")
+    for name in ("a.jsonl", "b.json"):
+        status, _, err = run(*command, "--out", tmp_path / name)
+        assert (status, "is a symbolic link" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("a.jsonl", signal.SIGINT), ("a.json", signal.SIGINT), ("a.jsonl", signal.SIGKILL)]
+)
+def test_a_signal_keeps_the_answers(kept, tmp_path, run, name, number):
+    """The same command ends with the same file as one that nothing disturbed."""
+    command, _ = kept
+    many = [json.dumps(f"{entry} {n}") for n in range(40) for entry in QUESTIONS]
+    (tmp_path / "q.jsonl").write_text("\n".join(many))
+    at = command.index("--input") + 1
+    command = [*command[:at], str(tmp_path / "q.jsonl"), *command[at + 1 :], "--out", str(tmp_path / name)]
+    part = tmp_path / (name if name == "a.jsonl" else "a.json.part")
+    with subprocess.Popen([sys.executable, "-m", "k2mini", *command], stderr=subprocess.PIPE, text=True) as program:
+        while program.poll() is None and not (part.exists() and part.stat().st_size):
+            time.sleep(0.002)
+        program.send_signal(number)
+        err = program.stderr.read()
+    left = part.read_bytes().count(b"\n")
+    assert 0 < left < len(many)
+    if number == signal.SIGINT:
+        assert program.returncode == 130
+        said = f"stopped by SIGINT; {left} of {len(many)} answers are in {part}, start again to go on"
+        assert err.splitlines()[-1] == f"k2mini: {said}"
+    status, out, err = run(*command)
+    assert (status, out) == (0, f"{tmp_path / name}\n")
+    assert f"{part} has {left // 4 * 4} of {len(many)} answers already" in err or left < 4
+    command[-1] = str(tmp_path / f"undisturbed{part.suffix if name == 'a.jsonl' else '.json'}")
+    assert run(*command)[0] == 0
+    assert (tmp_path / name).read_bytes() == Path(command[-1]).read_bytes()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted([".jsonl", *[Path(name).suffix] * 2])
+
+
 def test_standard_input_too(tiny_directory, run, monkeypatch):
     common = ["generate", "--model", tiny_directory, "--max-new-tokens", 2, "--input", "-"]
     found = []
@@ -294,9 +564,9 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     bars = []
 
     class Bar(contextlib.nullcontext):
-        def __init__(self, total, label, unit, **_):
+        def __init__(self, total, label, unit, initial, **_):
             super().__init__(self)
-            self.total, self.moved, self.unit, self.said = total, [], unit, ""
+            self.total, self.initial, self.moved, self.unit, self.said = total, initial, [], unit, ""
             bars.append(self)
 
         def update(self, tokens):
@@ -309,5 +579,6 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     model, tokenizer = load_model(tiny_directory)
     prompts = [[1] + [7] * (length - 1) for length in (2, 30, 5)]
     list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering"))
-    (bar,) = bars
-    assert (bar.total, bar.moved, bar.unit, bar.said) == (49, [6, 34, 9], "tokens", "3/3 answers")
+    list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering", first=2))
+    found = [(bar.total, bar.initial, bar.moved, bar.unit, bar.said) for bar in bars]
+    assert found == [(49, 0, [6, 34, 9], "tokens", "3/3 answers"), (49, 40, [9], "tokens", "3/3 answers")]

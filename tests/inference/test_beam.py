@@ -139,3 +139,15 @@ def test_the_real_model(real_model):
 def test_values_out_of_range(values, said):
     with pytest.raises(ValueError, match=said):
         Beams(**values)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_the_context_cuts_each_search_by_itself(early_stopping):
+    model = tiny_llama(tiny_config(max_seq_len=64))
+    prompts = [[1] + [7 + row] * (length - 1) for row, length in enumerate((60, 3, 63))]
+    decoding = Decoding(9, beams=Beams(3, early_stopping=early_stopping, num_return_sequences=2))
+    found = beam_search(model, prompts, decoding, stop_ids=[])
+    assert [[(len(c.tokens), c.finish) for c in best] for best in found] == [[(n, "length")] * 2 for n in (4, 9, 1)]
+    assert found == [beam_search(model, [prompt], decoding, stop_ids=[])[0] for prompt in prompts]
+    short = Decoding(4, beams=decoding.beams)
+    assert found[0] == beam_search(model, prompts[:1], short, stop_ids=[])[0]

@@ -68,13 +68,34 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
         ([], 5, "there is no prompt"),
         ([[1], []], 5, "the prompt is empty"),
         ([[1]], 0, "--max-new-tokens must be at least 1, not 0"),
-        ([[1] * 60], 10, "6 more than the model's context of 64; ask for at most 4 new ones or shorten it"),
-        ([[1] * 70], 10, "16 more than the model's context of 64; shorten it"),
+        ([[1] * 64], 10, "64 tokens leaves no room for an answer in the model's context of 64; shorten it by 1 or"),
+        ([[1], [1] * 70], 10, "70 tokens leaves no room for an answer in the model's context of 64; shorten it by 7"),
     ],
 )
 def test_what_can_not_be_answered_is_refused(prompts, new, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_llama(tiny_config(max_seq_len=64)), prompts, Decoding(new), stop_ids=[])
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["eager", "fixed"])
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_the_context_cuts_each_row_by_itself(sampling, fixed):
+    """Prompts of 60, 3, 63 and 50 tokens in a context of 64: at most 4, 30, 1 and 14 tokens follow."""
+    model = tiny_llama(tiny_config(max_seq_len=64))
+    if fixed:  # as compiled blocks want the cache, without the seconds that compiling takes
+        model.model.decode_block = lambda block, *arguments: block(*arguments)
+    prompts = [[1] + [7 + row] * (length - 1) for row, length in enumerate((60, 3, 63, 50))]
+    decoding = Decoding(30, sampling, seed=3)
+    batch = generate(model, prompts, decoding, stop_ids=[])
+    assert [(len(c.tokens), c.finish) for c in batch] == [(n, "length") for n in (4, 30, 1, 14)]
+    unbounded = tiny_llama(tiny_config(max_seq_len=640))
+    free = generate(unbounded, prompts, decoding, stop_ids=[])
+    for row, (prompt, completion) in enumerate(zip(prompts, batch, strict=True)):
+        (alone,) = generate(model, [prompt], replace(decoding, seed=3 + row), stop_ids=[])
+        assert alone == completion
+        assert completion.tokens == free[row].tokens[: len(completion.tokens)]
+    ended = generate(model, prompts, decoding, stop_ids=[batch[2].tokens[0], batch[0].tokens[-1]])
+    assert [c.finish for c in ended[::2]] == ["eos", "eos"]
 
 
 ALL = Sampling(0.9, 30, 0.95, repetition_penalty=1.2, no_repeat_ngram_size=2, forbidden=(3, 4))
@@ -230,7 +251,7 @@ def test_an_answer_is_written_over_nothing(tiny_directory, tmp_path, run, monkey
     assert {path: path.read_bytes() for path in before} == before
     assert out.read_text() == "mine"
     assert run(*common, "--out", out, "--force")[0] == 0
-    assert json.loads(out.read_text())[0]["question"] == "What is granite?"
+    assert json.loads(out.read_text())[0]["prompt"] == "What is granite?"
 
 
 def test_answers_that_can_not_be_written_are_printed(tiny_directory, tmp_path, run, monkeypatch):

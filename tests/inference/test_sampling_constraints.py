@@ -86,8 +86,8 @@ def test_draws_under_all_transforms_follow_the_exact_distribution():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"repetition_penalty": 0}, "repetition_penalty must be a positive number, not 0"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0"),
+        ({"repetition_penalty": 0}, "--repetition-penalty must be a positive number, not 0"),
+        ({"no_repeat_ngram_size": -1}, "--no-repeat-ngram-size must be 0"),
         ({"forbidden": (-1,)}, "forbidden must be token ids"),
     ],
 )
