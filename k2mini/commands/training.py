@@ -219,6 +219,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
     parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 where the run does not fit")
     parser.set_defaults(run=run_plan)
 
 
@@ -233,16 +234,16 @@ def run_plan(options: argparse.Namespace) -> None:
     found = plan_run(config, options.world_size)
     fits = found.peak <= PLAN_BUDGET * memory
     change = None if fits else smallest_change(config, options.world_size, memory, PLAN_BUDGET)
+    share, size = f"{100 * PLAN_BUDGET:.0f} % of {options.gpu_memory}", readable(found.peak)
     if options.json:
         print(json.dumps({**asdict(found), "fits": fits, "change": change}))
-        return
-    print(describe_plan(found, options.world_size))
-    share = f"{100 * PLAN_BUDGET:.0f} % of {options.gpu_memory}"
-    size = readable(found.peak)
-    if fits:
-        print(f"it fits: {size} are within {share}")
+    elif fits:
+        print(f"{describe_plan(found, config, options.world_size)}\nit fits: {size} are within {share}")
     else:
+        print(describe_plan(found, config, options.world_size))
         print(f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}")
+    if options.check and not fits:
+        raise SystemExit(1)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
