@@ -129,10 +129,11 @@ def run_finetune(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace, kind: type[Config], start: Callable[..., Path]) -> None:
-    """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 prints where its result is."""
+    """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 says what came, and prints where."""
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import config_kind, load_config
     from k2mini.distributed import ranks
+    from k2mini.training import loop
     from k2mini.training.run import run_directory
 
     set_threads(options.threads)
@@ -151,6 +152,10 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         config = _with_demo_files(config, is_main=world.is_main)
         out = start(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
+        metrics: Path = out.with_name(loop.FILE)
+        if metrics.exists():
+            for line in (*loop.summary(metrics).splitlines(), f"every step is in {metrics}, the {out.name} in {out}"):
+                log.info("%s", line)
         print(out)
 
 
@@ -163,6 +168,7 @@ def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     from k2mini.evaluation.evaluate import evaluate
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.report import summarise
+    from k2mini.training.loop import ACCURACY
 
     eval_config = EvalConfig(section.scoring, section.template, section.answer_prefix)
     questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
@@ -171,7 +177,7 @@ def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
         results = evaluate(model, tokenizer, questions, eval_config, shown=world.is_main)
         summaries = summarise(questions, results, eval_config.settings())
-        return {f"accuracy/{row['task']}": row["accuracy"] for row in summaries}
+        return {f"{ACCURACY}{row['task']}": row["accuracy"] for row in summaries}
 
     return benchmark
 

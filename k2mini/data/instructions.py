@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.config import InstructionSection
+from k2mini.data.batches import shuffled
 from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
 from k2mini.data.prompts import Template
@@ -113,3 +114,12 @@ def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section:
             f"{path}: no example has any of its answer within data.max_seq_len ({section.max_seq_len} tokens)"
         )
     return examples
+
+
+def hold_out(examples: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and `size` that a seed draws to validate. ValueError: none is left to train on."""
+    if size >= len(examples):
+        raise ValueError(f"data.val_size ({size}) leaves nothing of the {len(examples)} examples to train on")
+    drawn = [shuffled(position, len(examples), seed) for position in range(size)]
+    aside = set(drawn)
+    return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]

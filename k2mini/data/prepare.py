@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from k2mini.config import RunConfig
 from k2mini.data.corpus import FORMAT, MANIFEST, is_prepared
 from k2mini.data.documents import list_files
 from k2mini.data.parts import RECORD, Settings, encode_all, keep_parts, part_of, printable
@@ -80,6 +81,14 @@ def prepare(
             with suppress(OSError):  # after an error it holds the parts that are complete, if there are any
                 folder.rmdir()
     return manifest
+
+
+def document_files(path: Path, config: RunConfig) -> list[Path]:
+    """The files of documents at `path`, but for those that the run itself writes, where `run.dir` is in it."""
+    files, run_dir = list_files([path]), Path(config.run.dir).resolve()
+    if path.resolve() not in (run_dir, *run_dir.parents):
+        return files
+    return [file for file in files if run_dir not in file.resolve().parents]
 
 
 def _parts_folder(out: Path) -> Path:

@@ -1,8 +1,9 @@
-"""The one training loop, and what a run reports: metrics.jsonl, TensorBoard, the progress line."""
+"""The one training loop, and what a run reports: metrics.jsonl, TensorBoard, the progress line, the summary."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,6 +30,8 @@ from k2mini.training.checkpoint import best_loss, check_finite, prune, resume, s
 from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step, validation_loss
 
 FILE = "metrics.jsonl"
+NUMBERS = ("loss", "val_loss", "tokens", "tokens_per_second")  # what is read again, beside the scores of a benchmark
+ACCURACY = "accuracy/"  # begins a score's name
 NO_BENCHMARK = EvalSection()
 # Dense bf16 (V100: fp16) rates of makers' data sheets, in FLOP/s, of the fastest variant of each name.
 PEAKS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12}
@@ -202,9 +206,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         where = f"{path}, line {number}"
         entry = parse_json(line, where)
         check_fields(entry, {"step": int}, where)
-        check_fields(entry, {key: float for key in ("loss", "val_loss") if key in entry}, where)
+        check_fields(entry, {key: float for key in entry if key in NUMBERS or key.startswith(ACCURACY)}, where)
         entries.append(entry)
     return entries
+
+
+def summary(path: Path) -> str:
+    """What a metrics file says of its run, as lines of text: length, losses, and what a benchmark found last."""
+    entries = read_metrics(path)
+    lines = []
+    if steps := [entry for entry in entries if entry.keys() >= {"loss", "tokens", "tokens_per_second"}]:
+        first, last, seconds, before = steps[0], steps[-1], 0.0, 0
+        for entry in steps:
+            seconds += (entry["tokens"] - before) / max(entry["tokens_per_second"], 0.1)
+            before = entry["tokens"]
+        pace = f"{last['tokens'] / max(seconds, 1e-9):,.0f} tokens/s, without validation and saving"
+        time_taken = timedelta(seconds=round(seconds))
+        lines.append(f"{last['step']:,} steps, {last['tokens']:,} tokens in {time_taken} ({pace})")
+        lines.append(f"training loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at {last['step']}")
+    if validated := [entry for entry in entries if "val_loss" in entry]:
+        lines.append(f"validation loss {_validated(validated[-1])}")
+        if (best := min(reversed(validated), key=lambda entry: entry["val_loss"])) is not validated[-1]:
+            lines.append(f"the lowest was {_validated(best)}")
+    scores = {key.removeprefix(ACCURACY): (e[key], e["step"]) for e in entries for key in e if key.startswith(ACCURACY)}
+    lines += [f"accuracy of {task} {100 * score:.1f} % at step {step}" for task, (score, step) in scores.items()]
+    return "\n".join(lines)
+
+
+def _validated(entry: dict[str, Any]) -> str:
+    perplexity = math.exp(min(entry["val_loss"], 700))
+    return f"{entry['val_loss']:.3f} at step {entry['step']} (perplexity {perplexity:.4g})"
 
 
 class Throughput:

@@ -11,9 +11,9 @@ from k2mini.data.corpus import Corpus, Documents, is_prepared
 from k2mini.data.documents import read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Examples
+from k2mini.data.prepare import document_files
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.training.run import document_files
 from k2mini.weights.model_directory import ModelDirectory
 
 
