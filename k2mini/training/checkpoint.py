@@ -93,7 +93,7 @@ def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[s
 
 
 def check_room(folder: Path, number: int, size: int, result: int) -> None:
-    """Raise ValueError unless the disk has room for a result and so many checkpoints of `size` bytes, with those there."""
+    """Raise ValueError unless the disk has room for the result and so many checkpoints of `size` bytes in all."""
     needed = max(0, number - len(checkpoints(folder))) * size + result
     if needed > (free := shutil.disk_usage(folder if folder.exists() else folder.parent).free):
         raise ValueError(
