@@ -1,4 +1,4 @@
-"""The commands of training: `prepare`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
+"""The commands of training: `prepare`, `config`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from k2mini.training.run import Benchmark
 
 log = logging.getLogger("k2mini.commands")
+
+KEYS = "k2mini config --list explains every key of CONFIG."
 
 
 def prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +109,7 @@ def run_plot(options: argparse.Namespace) -> None:
 def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     """`pretrain` has a configuration and the common options, which `cli.py` adds."""
     parser.set_defaults(run=run_pretrain)
+    parser.epilog = KEYS
 
 
 def run_pretrain(options: argparse.Namespace) -> None:
@@ -119,6 +122,7 @@ def run_pretrain(options: argparse.Namespace) -> None:
 def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     """`finetune` has a configuration and the common options, which `cli.py` adds."""
     parser.set_defaults(run=run_finetune)
+    parser.epilog = KEYS
 
 
 def run_finetune(options: argparse.Namespace) -> None:
@@ -193,7 +197,7 @@ def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
     from k2mini.demo.sources import PREFIX, with_demo_files
 
-    paths = (config.model.path, config.data.path, config.data.val_path)
+    paths = (config.model.path, config.data.path, config.data.val_path, *config.eval.benchmark)
     named = any(path is not None and path.startswith(PREFIX) for path in paths)
     return with_demo_files(config, is_main=is_main) if named else config
 
@@ -201,9 +205,7 @@ def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
 def _either_config(options: argparse.Namespace) -> RunConfig:
     from k2mini.config_file import config_kind, load_config
 
-    if config_kind(options.config) is PretrainConfig:
-        return _with_demo_files(load_config(PretrainConfig, options.config, options.overrides))
-    return _with_demo_files(load_config(FinetuneConfig, options.config, options.overrides))
+    return load_config(config_kind(options.config), options.config, options.overrides)
 
 
 def preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +218,7 @@ def run_preview(options: argparse.Namespace) -> None:
     """Print the first samples that a run would take."""
     from k2mini.training.preview import preview
 
-    for line in preview(_either_config(options), options.number):
+    for line in preview(_with_demo_files(_either_config(options)), options.number):
         print(line)
 
 
@@ -236,7 +238,7 @@ def run_plan(options: argparse.Namespace) -> None:
     from k2mini.training.plan import plan_run, smallest_change
 
     memory = parse_size(options.gpu_memory, "--gpu-memory")
-    config = _either_config(options)
+    config = _with_demo_files(_either_config(options))
     found = plan_run(config, options.world_size)
     fits = found.peak <= PLAN_BUDGET * memory
     change = None if fits else smallest_change(config, options.world_size, memory, PLAN_BUDGET)
@@ -250,6 +252,27 @@ def run_plan(options: argparse.Namespace) -> None:
         print(f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}")
     if options.check and not fits:
         raise SystemExit(1)
+
+
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `config`."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--list", action="store_true", help="every key of a configuration, its default and meaning")
+    either.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a file, printed with all defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    parser.set_defaults(run=run_config)
+
+
+def run_config(options: argparse.Namespace) -> None:
+    """Print what can be configured, or all of a configuration, as YAML, before anything of it is looked for."""
+    import yaml
+
+    from k2mini.config_file import describe_keys
+
+    if options.list:
+        print(describe_keys())
+    else:
+        print(yaml.safe_dump(asdict(_either_config(options)), sort_keys=False, allow_unicode=True), end="")
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -191,7 +191,7 @@ def _is_complete(config: RunConfig, out: Path, world: World) -> bool:
         raise ValueError(f"{error}; or {remedy}") from None
     if manifest is None or not all((out / name).is_file() for name in manifest["files"]):
         raise ValueError(f"{out} is not complete (by its manifest.json); {remedy}")
-    noted = load_config(type(config), Path(config.run.dir) / CONFIG)  # type: ignore[type-var]
+    noted = load_config(type(config), Path(config.run.dir) / CONFIG)
     if changed := changes(settings_of(noted), settings_of(config)):
         raise ValueError(
             f"{out} was made with {', '.join(changed)}; set run.dir to a new folder, or restore what changed"
@@ -215,7 +215,7 @@ def _accept(config: RunConfig, base: ModelDirectory, task: Task, world: World) -
     """Note the configuration in the run's directory, once it is known that the run may go on with it."""
     find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, task.identity, world)
     _check_room(config, base, task)
-    if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:  # type: ignore[type-var]
+    if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:
         _write_config(config)
 
 
