@@ -163,7 +163,7 @@ def test_the_page_of_all_keys(run):
     for kind in (PretrainConfig, FinetuneConfig):
         for name, section in get_type_hints(kind).items():
             for key in fields(section):
-                assert re.search(rf"^- `{name}\.{key.name}` \(.+\): .{5}", out, re.MULTILINE), f"{name}.{key.name}"
+                assert re.search(rf"^- `{name}\.{key.name}` \(.+\): .+$", out, re.MULTILINE), f"{name}.{key.name}"
     assert "- `train.lr` (number; required): the peak learning rate" in out
     assert "- `train.schedule` (constant or linear or cosine; default linear): after warm-up" in out
     assert "- `model.quantize` (int8 or null; default null)" in out
