@@ -25,7 +25,7 @@ from k2mini.data.corpus import FORMAT, MANIFEST, is_prepared
 from k2mini.data.documents import list_files
 from k2mini.data.parts import RECORD, Settings, encode_all, keep_parts, part_of, printable
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import check_output, new_directory, output, progress_bar, read_json, sha256
+from k2mini.files import new_directory, output, progress_bar, read_json, sha256
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,9 @@ def prepare(
     vocab_size = Tokenizer(tokenizer).vocab_size
     settings = Settings(sha256(tokenizer), vocab_size, eos, float(val_percent), on_error)
     folder = _parts_folder(out)
-    with output(out, force=True, inputs=[*files, tokenizer]):
-        if not force:
-            remove_parts(out)
-        check_output(out, force=force)
+    if not force:
+        remove_parts(out)
+    with output(out, force=force, inputs=[*files, tokenizer]):
         parts = {file: part_of(folder, file, settings) for file in files}
         try:
             encode_all(parts, keep_parts(folder, set(parts.values())), tokenizer, settings, workers)
