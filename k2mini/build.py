@@ -59,10 +59,11 @@ def load_model(
     Raises ValueError naming what is wrong: no such directory, another architecture, a missing, extra or wrongly shaped
     tensor, a tokenizer that does not fit the embedding, an adapter that does not fit, too little memory.
     """
-    device = torch.device(device)
-    opened = _open(directory)
-    tokenizer, model, reader = opened.tokenizer, _empty_model(opened), opened.reader
+    device, opened = torch.device(device), _open(directory)
+    tokenizer, model, reader = opened.tokenizer, empty_model(opened), opened.reader
     quantize = quantize or ("int8" if opened.is_int8 else None)
+    if quantize_head and quantize is None:
+        raise ValueError("--quantize-head needs --quantize int8 or w8a8, which says how")
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
@@ -70,28 +71,28 @@ def load_model(
     model.to(dtype)
     _quantize(model, quantize)
     if adapter is not None and merge:
-        reader = merged_reader(opened, Path(adapter))
+        reader = merged_reader(opened, [Path(adapter)])
     elif adapter is not None:
         section = checked_adapter(Path(adapter), opened)
         attach(model, section)
     _materialise(model, reader, device)
     if adapter is not None and not merge:
         load_adapter(model, Path(adapter), section)
-    if quantize_head:
-        if quantize is None:
-            raise ValueError("quantize_head needs quantize='int8' or 'w8a8', which says how")
+    if quantize_head and quantize is not None:
         model.quantized_head = quant.quantized_head(model.head_weight, KINDS[quantize])
     return model.eval(), tokenizer
 
 
-def open_model(path: str, device: str | None, threads: int | None, **wanted: Any) -> tuple[Llama, ModelDirectory]:
+def open_model(
+    path: str | ModelDirectory, device: str | None, threads: int | None, **wanted: Any
+) -> tuple[Llama, ModelDirectory]:
     """A model as a command's options name it, and its directory, which must have a tokenizer; the log says which."""
     set_threads(threads)
-    directory = ModelDirectory(path)
+    directory = _open(path)
     directory.require_tokenizer()  # before the weights, which take longer
     model, _ = load_model(directory, device=pick_device(device), **wanted)
     millions = model.config.num_parameters() / 1e6
-    log.info("%s: %.1f M parameters, %s, on %s", path, millions, NAMES[model.dtype], model.device)
+    log.info("%s: %.1f M parameters, %s, on %s", directory.path, millions, NAMES[model.dtype], model.device)
     return model, directory
 
 
@@ -185,7 +186,7 @@ def training_model(
     Raises ValueError as `load_model` does, and where the directory has no tokenizer.
     """
     directory = _open(section.path)
-    model = _empty_model(directory)
+    model = empty_model(directory)
     if directory.is_int8 and section.quantize is None:
         raise ValueError(f"{directory.path} is quantised; train adapters over it with model.quantize=int8")
     directory.require_tokenizer_file()
@@ -230,7 +231,7 @@ def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
     return opened
 
 
-def _empty_model(directory: ModelDirectory) -> Llama:
+def empty_model(directory: ModelDirectory) -> Llama:
     """A model without storage, whose tensors are checked to be in the files, of the right shapes and dtypes."""
     expected, reader = tensor_shapes(directory.config), directory.reader
     in_int8 = set(quant.int8_matrices(expected)) if directory.is_int8 else set()
@@ -263,8 +264,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
         else:
             values = torch.empty_like(parameter, device=device)
         parent, _, attribute = name.rpartition(".")
-        module = model.get_submodule(parent)
-        setattr(module, attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        setattr(model.get_submodule(parent), attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -36,7 +36,8 @@ def need_extra(name: str) -> ValueError:
 
     `except ImportError: raise need_extra("plot") from None`
     """
-    return ValueError(f"{EXTRAS[name]} needs the extra '{name}': pip install -c constraints.txt -e '.[{name}]'")
+    how = f"pip install -c constraints.txt -e '.[{name}]'"
+    return ValueError(f"{EXTRAS[name]} needs the extra '{name}'; in the folder of k2mini's clone: {how}")
 
 
 def check_picture(path: Path) -> None:

@@ -132,3 +132,11 @@ def test_a_path_that_is_no_directory(tmp_path):
         load_model(tmp_path / "file")
     with pytest.raises(ValueError, match=r"has no config.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["score", "--text", "a"]])
+def test_quantize_head_alone_is_refused_in_the_options_words(tiny_directory, run, monkeypatch, command):
+    monkeypatch.setattr(k2mini.build, "_materialise", lambda *_: pytest.fail("the weights were read"))
+    status, out, err = run(*command, "--model", tiny_directory, "--quantize-head")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == "k2mini: --quantize-head needs --quantize int8 or w8a8, which says how"

@@ -79,8 +79,18 @@ def test_every_extra_has_a_sentence():
     extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
     assert set(EXTRAS) == set(PACKAGES) == extras - {"test"}
     assert str(need_extra("plot")) == (
-        "a picture of losses or accuracies needs the extra 'plot': pip install -c constraints.txt -e '.[plot]'"
+        "a picture of losses or accuracies needs the extra 'plot'; in the folder of k2mini's clone: "
+        "pip install -c constraints.txt -e '.[plot]'"
     )
+
+
+def test_extras_are_named_in_one_way():
+    """In helps and comments as (extra: NAME); how one is installed, `need_extra` alone says."""
+    for path in sorted((ROOT / "k2mini").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for named in re.findall(r"\(extra[: ].*?\)", text):
+            assert named in {f"(extra: {name})" for name in EXTRAS}, path
+        assert path.name == "errors.py" or not re.search(r"pip install (?!huggingface_hub)", text), path
 
 
 def test_plot_without_its_extra(training, run, without):

@@ -1,10 +1,11 @@
-"""The commands `eval` and `compare`."""
+"""The commands `eval`, `score` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.inference.generate import Decoding
+
+    Inputs = tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]
 
 log = logging.getLogger("k2mini.commands")
 
@@ -95,44 +98,43 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.inference.generate import Decoding
     from k2mini.weights.model_directory import ModelDirectory
 
-    config, questions, pairs, texts = _read_inputs(options)
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
+    inputs = _read_inputs(options)
     ModelDirectory(options.model).require_tokenizer_file()
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:
         with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
-            _evaluate(options, config, questions, pairs, texts, decoding)
+            _evaluate(options, inputs, decoding)
     finally:
         if created:
             with suppress(OSError):  # it has something in it, unless nothing came of it
                 options.out.rmdir()
 
 
-def _evaluate(
-    options: argparse.Namespace,
-    config: EvalConfig,
-    questions: list[Question],
-    pairs: dict[str, list[tuple[str, str]]],
-    texts: list[str],
-    decoding: Decoding,
-) -> None:
-    from k2mini.build import open_model
-    from k2mini.evaluation.evaluate import run_benchmark
+def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -> None:
+    from k2mini.build import empty_model, open_model
+    from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
-    from k2mini.files import write_text
     from k2mini.inference.compile import compile_decoding
+    from k2mini.weights.model_directory import ModelDirectory
 
+    (config, questions, pairs, texts), out = inputs, options.out
+    directory = ModelDirectory(options.model)
+    directory.require_model()
+    tokenizer = directory.require_tokenizer()
+    empty_model(directory)  # the fingerprint wants tensors of the right shapes
+    made_by = _made_by(options, directory.fingerprint(), pairs, texts)
+    if out is not None:  # before the model, which takes longer
+        check_kept(out, questions, config, tokenizer, made_by)
     wanted = {name: getattr(options, name) for name in LOADED}
-    model, directory = open_model(options.model, options.device, options.threads, **wanted)
+    model, _ = open_model(directory, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
-    tokenizer, out = directory.require_tokenizer(), options.out
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
-    made_by = _made_by(options, directory.fingerprint(), pairs, texts)
-    report = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
+    report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
     if pairs:
         report["subjective"] = [
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=options.template, out=out)
@@ -149,10 +151,11 @@ def _evaluate(
         if pairs:
             print(subjective_table(report["subjective"]))
         if texts:
-            measured = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
-            print(f"{measured}, over {found.tokens:,} tokens")
-    if out is not None and (pairs or texts):
-        write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            sums = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
+            print(f"{sums}, over {found.tokens:,} tokens")
+    if out is not None:
+        write_report(out, report, results)
+        log.info("the results are in %s", out)
 
 
 def _made_by(
@@ -175,14 +178,8 @@ def _made_by(
     return made_by
 
 
-def _read_inputs(
-    options: argparse.Namespace,
-) -> tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]:
-    """All that is read and checked before the model is loaded.
-
-    Returns: how questions are asked, the multiple-choice questions, the open tasks' questions with their references,
-    and the texts of --perplexity.
-    """
+def _read_inputs(options: argparse.Namespace) -> Inputs:
+    """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.files import read_text
@@ -212,11 +209,12 @@ def _read_inputs(
     if len({(question.task, question.index) for question in questions}) < len(questions):
         raise ValueError("the same benchmark is named twice")
     open_tasks = {f"npee/{kind}": kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted}
-    unknown = wanted - {question.task for question in questions} - {*open_tasks}
+    unknown = wanted - {*tasks} - {*open_tasks}
     if unknown:
-        raise ValueError(
-            f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {', '.join(tasks)}"
-        )
+        if any(task.startswith("npee/") for task in tasks):
+            tasks += [f"npee/{kind}" for kind in SUBJECTIVE]
+        known = ", ".join(tasks) or "none, since --benchmark names no file"
+        raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
     texts = [read_text(path, None) for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
@@ -230,6 +228,49 @@ def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]
         if pairs is not None:
             return pairs[: options.limit]
     raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
+
+
+def score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `score`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=utf8, metavar="TEXT", help="what to score; '-' reads standard input")
+    source.add_argument("--input", type=Path, metavar="FILE", help="score a file's text, line ends and all")
+    parser.add_argument("--context", type=utf8, default="", metavar="TEXT", help="stands before it and is not scored")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, where rank 0 is the likeliest")
+    parser.set_defaults(run=run_score)
+
+
+def run_score(options: argparse.Namespace) -> None:
+    """Each token of a text with its log-probability and rank, then what they come to."""
+    from k2mini.audit.reports import visible
+    from k2mini.build import open_model
+    from k2mini.evaluation.perplexity import score_text
+    from k2mini.files import read_text
+
+    text = read_text(options.input, None) if options.input is not None else options.text
+    text = sys.stdin.read() if options.text == "-" else text
+    if not text:
+        raise ValueError(f"{options.input or '--text'}: there is no text to score")
+    if options.compile:
+        log.warning("--compile: no effect, since nothing is decoded")
+    wanted = {name: getattr(options, name) for name in LOADED}
+    model, directory = open_model(options.model, options.device, options.threads, **wanted)
+    tokenizer = directory.require_tokenizer()
+    found, scored = score_text(model, tokenizer, text, options.context)
+    total = sum(logprob for _, logprob, _ in scored)
+    if options.json:
+        tokens = [
+            {"token": visible(tokenizer, token), "id": token, "logprob": logprob, "rank": rank}
+            for token, logprob, rank in scored
+        ]
+        values = {"model": options.model, **asdict(found), "total": total, "mean": total / len(scored)}
+        print(json.dumps({**values, "logprobs": tokens}, ensure_ascii=False))
+        return
+    print(f"{'log p':>9}  {'rank':>6}  {'id':>6}  token")
+    for token, logprob, rank in scored:
+        print(f"{logprob:>9.4f}  {rank + 1:>6}  {token:>6}  {visible(tokenizer, token)}")
+    sums = f"total {total:.4f} nats over {len(scored):,} tokens, mean {total / len(scored):.4f}"
+    print(f"{sums}, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte")
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:

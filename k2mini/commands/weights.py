@@ -19,16 +19,24 @@ log = logging.getLogger("k2mini.commands")
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `merge`."""
     parser.add_argument("--base", required=True, metavar="DIR")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", type=Path, metavar="DIR", help="one, or several of the same base"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, default=[], metavar="W", help="of each adapter's product (default: 1 each)"
+    )
     parser.set_defaults(run=run_merge)
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    """Write a base model with an adapter added into its weights."""
-    from k2mini.weights.adapter import merge_adapter
+    """Write a base model with adapters added into its weights."""
+    from k2mini.weights.adapter import merge_adapters
     from k2mini.weights.model_directory import model_directory
 
-    merge_adapter(model_directory(options.base), options.adapter, options.out, force=options.force)
+    if len(options.adapter) > 1 and not options.weights:
+        log.info("each adapter has weight 1; --weights gives others")
+    base = model_directory(options.base)
+    merge_adapters(base, options.adapter, options.out, weights=options.weights, force=options.force)
     print(options.out)
 
 

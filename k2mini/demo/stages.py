@@ -15,7 +15,7 @@ from k2mini.data.documents import read_documents
 from k2mini.data.prompts import get_template
 from k2mini.demo.phrases import ANSWER, TEMPLATE
 from k2mini.evaluation.benchmarks import load_geobench
-from k2mini.evaluation.evaluate import run_benchmark
+from k2mini.evaluation.evaluate import run_benchmark, write_report
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
@@ -50,7 +50,7 @@ def judge(out: Path, stage: Stage) -> None:
         for part in ("seen", "unseen"):
             files = [out / "data" / f"questions_{layout}_{part}.json" for layout in ("npee", "ap")]
             questions = [question for file in files for question in load_geobench(file)]
-            report = run_benchmark(
+            report, results = run_benchmark(
                 model,
                 tokenizer,
                 questions,
@@ -59,6 +59,7 @@ def judge(out: Path, stage: Stage) -> None:
                 out=folder / f"{kind}_{part}",
                 label=f"{stage.name}: {kind}, {part}",
             )
+            write_report(folder / f"{kind}_{part}", report, results)
             n = sum(task["n"] for task in report["tasks"])
             correct = round(sum(task["accuracy"] * task["n"] for task in report["tasks"]))
             result[f"{kind}_{part}"] = {"n": n, "correct": correct}

@@ -19,6 +19,7 @@ CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
 K2_CAPITALS = re.compile(r"(?<=[^\w\-])[A-Z](?=[^\w\-])")
 SUBJECTIVE = ("noun", "qa", "discussion", "completion")
 EXPECTED = "expected is geobench_npee.json or geobench_apstudy.json as published"
+DOWNLOAD = "pip install huggingface_hub; hf download daven3/geobench --repo-type dataset --local-dir geobench"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it: {EXPECTED}")
     if not path.is_file():
-        raise ValueError(f"there is no benchmark file {path}; {EXPECTED}")
+        raise ValueError(f"there is no benchmark file {path}; {EXPECTED}, which you get by: {DOWNLOAD}")
     return read_entries(path)
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,22 +99,28 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
     if scores:
         normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
         prediction = instance.answers[normalised.index(max(normalised))]
-    asked = (question.task, question.index, question.answer)
-    return Result(*asked, prediction, logprobs, token_ids, instance.dropped, instance.cut, question.digest)
+    asked, cut = (question.task, question.index, question.answer), (instance.dropped, instance.cut)
+    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **_text(question))
+
+
+def _text(question: Question) -> dict[str, Any]:
+    """What a reader of a result wants to see of its question."""
+    return {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
 
 
 def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
     """The results that an earlier start wrote, each compared with the question that is asked now."""
     if not os.path.lexists(path):
         return {}
-    asked = {(question.task, question.index): (question.digest, question.answer) for question in questions}
+    asked = {(question.task, question.index): question for question in questions}
     done = {(result.task, result.index): result for result in read_results(path)}
     for key, result in done.items():
         what = f"{path} has a result of question {key[1]} of {key[0]!r}"
         if key not in asked:
             raise ValueError(f"{what}, which is not asked now and would be lost (--limit, --tasks); name another --out")
-        if asked[key] != (result.digest, result.answer):
+        if (asked[key].digest, asked[key].answer) != (result.digest, result.answer):
             raise ValueError(f"{what}, which has another text or key now; name another --out")
+        done[key] = replace(result, **_text(asked[key]))  # an older k2mini kept none
     write_text(path, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
     return done
 
@@ -129,36 +135,53 @@ def run_benchmark(
     out: Path | None = None,
     label: str = "eval",
     made_by: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Evaluate and report. The directory `out`, where given, gets results.jsonl, report.json and report.md.
+) -> tuple[dict[str, Any], list[Result]]:
+    """Evaluate. The directory `out`, where given, keeps each result as it comes; the rest is `write_report`'s.
 
     Args:
         name: of the model, for the report.
         label: of the progress bar.
         made_by: what else results in `out` are known by: `model`, the fingerprint of its weights, `adapter` and so on.
 
-    Returns: the report. Raises ValueError before the long run where `out` can't be written, or holds results of another
-    model, of other questions, or of questions asked in another way.
+    Returns: the report, and the results in the order of the questions. Raises ValueError before the long run where
+    `out` can't be written, or holds results of another model, of other questions, or of questions asked in another way.
     """
     journal, made_by = None, made_by or {}
     with output(out, mark=MARK):
         if out is not None:
-            journal = out / RESULTS
-            _check_settings(out, {"model": name, **made_by, **_asking(model, tokenizer, questions, config)})
+            journal, shape = out / RESULTS, digest(asdict(model.config))
+            of_model = {"config": shape, "dtype": NAMES[model.dtype]}
+            settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
+            _check_settings(out, settings)
+            if not (out / SETTINGS).is_file():
+                write_text(out / SETTINGS, json.dumps(settings, ensure_ascii=False) + "\n")
         with kept_in(journal):
             results = evaluate(model, tokenizer, questions, config, label, journal=journal)
-        report = {
-            "model": name,
-            "fingerprint": made_by.get("model"),
-            "seed": config.seed,
-            "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
-            "tasks": summarise(questions, results, config.settings()),
-        }
-        if out is not None and questions:
-            write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
-            write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-            write_text(out / "report.md", markdown(report))
-    return report
+    report = {
+        "model": name,
+        "fingerprint": made_by.get("model"),
+        "seed": config.seed,
+        "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
+        "tasks": summarise(questions, results, config.settings()),
+    }
+    return report, results
+
+
+def write_report(out: Path, report: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """Write what `run_benchmark` gave: results.jsonl in the order of the questions, report.json and report.md."""
+    if results:
+        write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
+        write_text(out / "report.md", markdown(report))
+    write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_kept(
+    out: Path, questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, made_by: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where `out` holds results of something else, as far as it is known without the model."""
+    if (out / SETTINGS).is_file():
+        _check_settings(out, {**made_by, **_asking(tokenizer, questions, config)}, later=("config", "dtype"))
+        _read_journal(out / RESULTS, questions)
 
 
 @contextmanager
@@ -172,14 +195,9 @@ def kept_in(journal: Path | None) -> Iterator[None]:
         raise StoppedBySignalError(signal.SIGINT, f"the results so far are in {journal}") from None
 
 
-def _asking(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
+def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {
-        "config": digest(asdict(model.config)),
-        "dtype": NAMES[model.dtype],
-        "tokenizer": sha256(tokenizer.path),
-        **config.settings(),
-    }
+    asking = {"tokenizer": sha256(tokenizer.path), **config.settings()}
     if config.fewshot_file is not None:
         asking["examples"] = sha256(Path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
@@ -192,12 +210,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+def _check_settings(out: Path, settings: dict[str, Any], later: Sequence[str] = ()) -> None:
+    """Compare how the results in `out` were made with how they would be made now, but for what is known `later`."""
     path = out / SETTINGS
     if not path.is_file():
         if (out / RESULTS).is_file():
             raise ValueError(f"{out} holds results, but no {SETTINGS} that says how they were made; name another --out")
-        write_text(path, json.dumps(settings, ensure_ascii=False) + "\n")
         return
     known = read_json(path)
     if not isinstance(known, dict):
@@ -208,7 +226,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
             f"{path}, which an older k2mini wrote, does not say with which {', '.join(missing)} the results were made; "
             "name another --out"
         )
-    for key in {**known, **settings}:
+    for key in [key for key in {**known, **settings} if key not in later]:
         before, now = known.get(key), settings.get(key)
         if before != now:
             hashed = any(isinstance(value, str) and len(value) == 64 for value in (before, now))

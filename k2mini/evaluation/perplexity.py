@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.evaluation.score import split_jointly
 from k2mini.inference.generate import check_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -57,27 +59,55 @@ def text_perplexity(
 
     Raises ValueError where there is no text, window and stride do not fit, or the logits are not finite.
     """
+    total, tokens, num_bytes = 0.0, 0, 0
+    for text in texts:
+        num_bytes += len(text.encode())
+        for own, _ in _predicted(model, tokenizer.encode(text, bos=True, eos=False), 1, window, stride):
+            total -= own.sum().item()
+            tokens += len(own)
+    return _summary(total, tokens, num_bytes)
+
+
+@torch.inference_mode()
+def score_text(
+    model: Llama, tokenizer: Tokenizer, text: str, context: str = ""
+) -> tuple[Perplexity, list[tuple[int, float, int]]]:
+    """What `text_perplexity` sums, token by token. A context is tokenised with the text (`split_jointly`), not scored.
+
+    Returns: the sum; and each token's id, log-probability in nats, and rank, where 0 is the likeliest.
+
+    Raises ValueError where the text is empty, or the logits are not finite.
+    """
+    before, (ids,) = split_jointly(tokenizer, context, [text])
+    total, entries = 0.0, list[tuple[float, int]]()
+    for own, logprobs in _predicted(model, [*before, *ids], len(before)):
+        total -= own.sum().item()
+        entries += zip(own[:, 0].tolist(), (logprobs > own).sum(dim=-1).tolist(), strict=True)
+    found = _summary(total, len(ids), len(text.encode()))
+    return found, [(token, *entry) for token, entry in zip(ids, entries, strict=True)]
+
+
+def _predicted(
+    model: Llama, ids: list[int], scored: int, window: int | None = None, stride: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of all tokens but the first `scored`, window by window: the log-probabilities (T, 1), and their rows' (T, V)."""
     window = model.config.max_seq_len if window is None else min(window, model.config.max_seq_len)
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride < window:
-        raise ValueError(f"stride must be at least 1 and below the window of {window} tokens, not {stride}")
-    total, tokens, num_bytes = 0.0, 0, 0
-    for text in texts:
-        ids = tokenizer.encode(text, bos=True, eos=False)
-        num_bytes += len(text.encode())
-        scored = 1  # how many tokens are predicted already; BOS is not
-        for start in range(0, len(ids), stride):
-            if scored >= len(ids):
-                break
-            row = torch.tensor(ids[start : start + window], device=model.device)
+        raise ValueError(f"--stride must be at least 1 and below the window of {window} tokens, not {stride}")
+    for start in range(0, len(ids), stride):
+        row = torch.tensor(ids[start : start + window], device=model.device)
+        if scored < start + len(row):
             new = slice(max(0, scored - start - 1), len(row) - 1)
             hidden = model.model(row[None, :-1])[0, new]  # (T, D)
             logprobs = log_softmax(model.logits(hidden))
             own = logprobs.gather(-1, row[1:][new, None])  # (T, 1)
             check_finite(model, own)
-            total -= own.sum().item()
-            tokens += len(hidden)
+            yield own, logprobs
             scored = start + len(row)
+
+
+def _summary(total: float, tokens: int, num_bytes: int) -> Perplexity:
     if not tokens:
         raise ValueError("there is no text to predict")
     return Perplexity(from_loss(total / tokens), total / math.log(2) / num_bytes, tokens, num_bytes)

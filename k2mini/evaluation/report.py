@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Result:
 
     Attributes:
         digest: of the question that was asked (`Question.digest`).
+        question, labels, choices: its text and options, in the order of `logprobs`; an older k2mini kept none of them.
     """
 
     task: str
@@ -32,6 +33,9 @@ class Result:
     dropped: int = 0
     cut: int = 0
     digest: str = ""
+    question: str = ""
+    labels: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         """As one line of results.jsonl."""
@@ -73,8 +77,9 @@ def read_sealed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_results(path: Path) -> list[Result]:
     """The results in a results.jsonl. Raises ValueError as `read_sealed` does, and where a question has two."""
     found: dict[tuple[str, int], Result] = {}
+    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices"}
     for where, raw in read_sealed(path):
-        if raw.keys() != Result.__dataclass_fields__.keys() or (raw["task"], raw["index"]) in found:
+        if not known - newer <= raw.keys() <= known or (raw["task"], raw["index"]) in found:
             raise ValueError(f"{where} is no result of a question, or one that has another already")
         found[raw["task"], raw["index"]] = Result(**raw)
     return [*found.values()]

@@ -39,15 +39,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+            raise ValueError(f"--temperature must be 0 (greedy) or a positive number, not {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or a positive number of tokens, not {self.top_k}")
+            raise ValueError(f"--top-k must be 0 (off) or a positive number of tokens, not {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be a positive number, not {self.repetition_penalty}")
+            raise ValueError(f"--repetition-penalty must be a positive number, not {self.repetition_penalty}")
         if self.no_repeat_ngram_size < 0:
-            raise ValueError(f"no_repeat_ngram_size must be 0 (off) or positive, not {self.no_repeat_ngram_size}")
+            raise ValueError(f"--no-repeat-ngram-size must be 0 (off) or positive, not {self.no_repeat_ngram_size}")
         if any(token < 0 for token in self.forbidden):
             raise ValueError(f"forbidden must be token ids, not {min(self.forbidden)}")
 
@@ -78,7 +78,7 @@ class Beams:
 
     def __post_init__(self) -> None:
         if self.num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1, not {self.num_beams}")
+            raise ValueError(f"--num-beams must be at least 1, not {self.num_beams}")
         if not 1 <= self.num_return_sequences <= self.num_beams:
             raise ValueError(f"num_return_sequences must be 1 to num_beams ({self.num_beams})")
         if self.early_stopping not in (True, False, "never"):

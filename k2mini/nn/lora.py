@@ -87,13 +87,16 @@ def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """W + scaling B A, computed in `promote_types(W.dtype, float32)` and rounded once. (out, in).
+def merged_weight(weight: Tensor, *adapters: tuple[Tensor, Tensor, float]) -> Tensor:
+    """W + the sum of `scaling` B A over adapters (A, B, scaling). (out, in).
 
-    Raises ValueError where the result is not finite.
+    Computed in `promote_types(W.dtype, float32)`, rounded once. Raises ValueError where the result is not finite.
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
-    merged = (weight.to(precise) + scaling * (lora_b.to(precise) @ lora_a.to(precise))).to(weight.dtype)
+    merged = weight.to(precise)
+    for lora_a, lora_b, scaling in adapters:
+        merged = merged + scaling * (lora_b.to(precise) @ lora_a.to(precise))
+    merged = merged.to(weight.dtype)
     if not torch.isfinite(merged).all():
         raise ValueError(f"merging gives values that are not finite in {weight.dtype}")
     return merged

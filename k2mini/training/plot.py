@@ -1,4 +1,4 @@
-"""Loss curves as a picture (extra `plot`)."""
+"""Loss curves as a picture (extra: plot)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from k2mini.config import LoraSection
 from k2mini.distributed import fill
+from k2mini.errors import short
 from k2mini.files import check_output, new_directory, read_json
 from k2mini.model_config import number, tensor_shapes
 from k2mini.nn.lora import TARGETS, lora_modules, merged_weight
@@ -98,19 +100,19 @@ def read_adapter_config(directory: Path) -> LoraSection:
         raise ValueError(f"{path}: peft_type must be LORA")
     for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if raw.get(key):
-            raise ValueError(f"{path}: {key} is {raw[key]!r:.80}, which is not supported")
+            raise ValueError(f"{path}: {key} is {short(raw[key])}, which is not supported")
     if raw.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {raw['bias']!r:.80}, only 'none' is supported")
+        raise ValueError(f"{path}: bias is {short(raw['bias'])}, only 'none' is supported")
     targets = raw.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{path}: target_modules must be a list of names, not {targets!r:.80}")
+        raise ValueError(f"{path}: target_modules must be a list of names, not {short(targets)}")
     if unknown := sorted(set(targets) - set(TARGETS)):
-        raise ValueError(f"{path}: target_modules has {unknown[0]!r:.80}; k2mini adapts {', '.join(TARGETS)}")
+        raise ValueError(f"{path}: target_modules has {short(unknown[0])}; k2mini adapts {', '.join(TARGETS)}")
     if type(raw.get("r")) is not int:
-        raise ValueError(f"{path}: r must be a whole number, not {raw.get('r')!r:.80}")
+        raise ValueError(f"{path}: r must be a whole number, not {short(raw.get('r'))}")
     for key, kinds in (("lora_dropout", (int, float)), ("use_rslora", (bool,))):
         if raw.get(key) is not None and type(raw[key]) not in kinds:
-            raise ValueError(f"{path}: {key} is {raw[key]!r:.80}, which is not of its type")
+            raise ValueError(f"{path}: {key} is {short(raw[key])}, which is not of its type")
     try:
         return LoraSection(
             rank=raw["r"],
@@ -178,57 +180,69 @@ def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> Non
         fill(module.lora_B, lora_b)
 
 
-def merge_adapter(base: Path, adapter: Path, out: Path, *, force: bool = False) -> None:
-    """Write base + adapter as a Hugging Face directory, in the base's dtype, with the base's tokenizer.
+def merge_adapters(
+    base: Path, adapters: Sequence[Path], out: Path, *, weights: Sequence[float] = (), force: bool = False
+) -> None:
+    """Write base + adapters as a Hugging Face directory, in the base's dtype, with the base's tokenizer.
 
     A few megabytes are merged at a time.
 
-    Raises ValueError where the two do not belong together, or the result is not finite.
+    Args:
+        weights: what each adapter's product is multiplied by; none: 1. Ranks and modules may differ, as in peft's
+            `add_weighted_adapter` with combination_type 'cat'.
+
+    Raises ValueError where base and adapters do not belong together, or the result is not finite.
     """
-    check_output(out, force=force, inputs=(base, adapter))
+    if weights and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
+        numbers = " ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"--weights {numbers}: as many finite numbers are needed as adapters, {len(adapters)}")
+    check_output(out, force=force, inputs=(base, *adapters))
     directory = ModelDirectory(base)
     directory.require_model()
     if not directory.is_int8:
         check_tensors(directory.reader, tensor_shapes(directory.config), base)
-    source, tokenizer = merged_reader(directory, adapter), find_tokenizer(base)
-    save_model(source, directory.config, out, tokenizer=tokenizer, force=force, inputs=(base, adapter))
+    source, tokenizer = merged_reader(directory, adapters, weights), find_tokenizer(base)
+    save_model(source, directory.config, out, tokenizer=tokenizer, force=force, inputs=(base, *adapters))
 
 
-def merged_reader(base: ModelDirectory, adapter: Path) -> MergedReader:
-    """A base's tensors with an adapter merged into them.
+def merged_reader(base: ModelDirectory, adapters: Sequence[Path], weights: Sequence[float] = ()) -> MergedReader:
+    """A base's tensors with adapters merged into them, each times its weight (none: 1).
 
-    Raises ValueError where the two do not belong together, or the base is quantised.
+    Raises ValueError where base and adapters do not belong together, or the base is quantised.
     """
     if base.is_int8:
         raise ValueError(f"{base.path} is quantised; an adapter is merged into full-precision weights only")
-    section, reader = read_adapter_config(adapter), base.reader
-    pairs = read_adapter(adapter, section)
-    check_base(adapter, base)
-    for module, (lora_a, lora_b) in pairs.items():
-        name = f"{module}.weight"
-        if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
-            raise ValueError(f"{adapter}: {module} does not fit {base.path}; they do not belong together")
-    return MergedReader(reader, pairs, section.scaling)
+    reader, products = base.reader, dict[str, list[tuple[Tensor, Tensor, float]]]()
+    for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+        section = read_adapter_config(adapter)
+        pairs = read_adapter(adapter, section)
+        check_base(adapter, base)
+        for module, (lora_a, lora_b) in pairs.items():
+            name = f"{module}.weight"
+            if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
+                raise ValueError(f"{adapter}: {module} does not fit {base.path}; they do not belong together")
+            products.setdefault(name, []).append((lora_a, lora_b, weight * section.scaling))
+    return MergedReader(reader, products)
 
 
 class MergedReader(CheckpointReader):
-    """The tensors of a directory with an adapter merged into them as they are read."""
+    """The tensors of a directory with adapters merged into them as they are read."""
 
-    def __init__(self, reader: CheckpointReader, pairs: dict[str, tuple[Tensor, Tensor]], scaling: float) -> None:
+    def __init__(self, reader: CheckpointReader, products: dict[str, list[tuple[Tensor, Tensor, float]]]) -> None:
         self.directory, self.files = reader.directory, reader.files
-        self._reader, self._pairs, self._scaling = reader, pairs, scaling
+        self._reader, self._products = reader, products
         self.shape, self.stored_dtype = reader.shape, reader.stored_dtype  # type: ignore[method-assign]
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor, with the adapter's product in it where it has one."""
+        """One whole tensor, with the adapters' products in it where it has some."""
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of the base's tensor, with the same rows of `scaling * B @ A` added; any rows can be asked for."""
-        weight, pair = self._reader.rows(name, start, stop), self._pairs.get(name.removesuffix(".weight"))
-        if pair is None:
+        """Rows of the base's tensor, with the same rows of each `scaling * B @ A` added; any rows can be asked for."""
+        weight, products = self._reader.rows(name, start, stop), self._products.get(name)
+        if products is None:
             return weight
         try:
-            return merged_weight(weight, pair[0], pair[1][start:stop], self._scaling)
+            return merged_weight(weight, *((a, b[start:stop], scaling) for a, b, scaling in products))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
-from k2mini.errors import some
+from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
 from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
@@ -271,7 +271,7 @@ def _indexed(index: Path) -> dict[Path, list[str] | None]:
     expected: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: {name} is mapped to {file!r:.80}, not a file name in its own directory")
+            raise ValueError(f"{index}: {name} is mapped to {short(file)}, not a file name in its own directory")
         expected.setdefault(index.parent / file, []).append(name)
     return dict(sorted(expected.items()))
 

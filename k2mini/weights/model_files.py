@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import DTYPES, NAMES
+from k2mini.errors import short
 from k2mini.files import new_directory, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
 from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text
@@ -109,12 +110,12 @@ def delta_manifest(delta: ModelDirectory, formats: Sequence[str]) -> dict[str, A
         raise ValueError(f"{delta.path} is not a delta: its manifest says that it is of kind {manifest['kind']!r}")
     kind, base, tuned = (manifest.get(key) for key in ("delta", "base", "tuned"))
     if kind not in formats or not isinstance(base, str):
-        raise ValueError(f"{path}: delta is {kind!r:.80} and base {base!r:.80}; copy the delta again")
+        raise ValueError(f"{path}: delta is {short(kind)} and base {short(base)}; copy the delta again")
     for name in delta.reader.names() if kind == "bits" else ():
         entry = tuned.get(name) if isinstance(tuned, dict) else None
         known = isinstance(entry, dict) and str(entry.get("dtype")) in DTYPES and "sha256" in entry
         if not known or name not in manifest["tensors"]:
-            raise ValueError(f"{path}: tuned.{name} is {entry!r:.80}; copy the delta again")
+            raise ValueError(f"{path}: tuned.{name} is {short(entry)}; copy the delta again")
     return manifest
 
 

@@ -159,7 +159,8 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def test_no_file_and_no_json(tmp_path):
-    with pytest.raises(ValueError, match="there is no benchmark file"):
+    how = "hf download daven3/geobench --repo-type dataset --local-dir geobench"
+    with pytest.raises(ValueError, match=f"there is no benchmark file.* geobench_npee.json .*{how}"):
         load_geobench(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad.json, line 1 is not valid JSON"):

@@ -141,6 +141,25 @@ def test_bad_input(tiny_directory, task, run, options, said):
     assert said in err.strip().splitlines()[-1]
 
 
+def test_tasks_that_there_are(tiny_directory, task, geobench, run):
+    """All of them, open ones too where the benchmark has them; and what is scored is one of them."""
+    for task_name, benchmarks, there in (
+        ("npee/foo", [geobench["npee"]], "npee/choice, npee/tf, npee/noun, npee/qa, npee/discussion, npee/completion"),
+        ("ap2", [geobench["ap"], task], "ap, rocks"),
+    ):
+        status, out, err = run("eval", "--model", tiny_directory, "--benchmark", *benchmarks, "--tasks", task_name)
+        assert (status, out) == (2, "")
+        said = f"k2mini: --tasks {task_name}: the benchmarks have no such task; they have {there}"
+        assert err.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--limit"])
+def test_numbers_below_one_are_refused_in_the_options_words(tiny_directory, task, run, option):
+    status, out, err = run("eval", "--model", tiny_directory, "--benchmark", task, option, 0)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == f"k2mini: {option} must be at least 1, not 0"
+
+
 def test_a_benchmark_while_training(tiny_directory, task, tmp_path, run):
     """Every two steps and at the end; the last figure is that of `eval` on the model that came out."""
     (tmp_path / "text.txt").write_text("granite is made of quartz. " * 200)

@@ -9,6 +9,7 @@ import pytest
 
 import k2mini.evaluation.subjective
 from k2mini.config import LoraSection
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.report import sealed
 from k2mini.files import output
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
@@ -114,6 +115,66 @@ def test_examples_are_drawn_from_all_questions_so_these_must_be_the_same(tiny_di
     common = ["eval", "--model", tiny_directory, "--benchmark", task, "--shots", 2, "--out", tmp_path / "out"]
     assert run(*common, "--limit", 4)[0] == 0
     assert "holds results of another questions" in run(*common, "--limit", 9)[2]
+
+
+def test_results_say_what_was_asked(tiny_directory, task, tmp_path, run):
+    """In a folder that an older k2mini wrote, too, once it is gone on with; it is compared as it is."""
+    out, results = tmp_path / "out", tmp_path / "out/results.jsonl"
+    common = ["eval", "--model", tiny_directory, "--benchmark", task]
+    status, _, err = run(*common, "--out", out)
+    assert status == 0
+    assert err.splitlines()[-1] == f"k2mini: the results are in {out}"
+    kept = results.read_text()
+    for line, row in zip(kept.splitlines(), task.read_text().splitlines(), strict=True):
+        result, asked = json.loads(line), json.loads(row)
+        assert (result["question"], result["choices"]) == (asked["question"], asked["choices"])
+        assert result["labels"] == ["A", "B", "C"]
+        assert result["labels"][asked["answer"]] == result["answer"]
+    new = {"question", "labels", "choices", "sha256"}
+    old = [{key: value for key, value in json.loads(line).items() if key not in new} for line in kept.splitlines()]
+    results.write_text("".join(sealed(fields) + "\n" for fields in old[:5]))
+    assert run(*common, "--limit", 5, "--out", tmp_path / "five")[0] == 0
+    status, said, _ = run("compare", out, tmp_path / "five")
+    assert (status, "rocks (5 questions)" in said) == (0, True)
+    assert run(*common, "--out", out)[0] == 0
+    assert results.read_text() == kept
+
+
+def test_what_is_known_without_the_model_is_compared_before_it_is_loaded(
+    tiny_directory, adapters, task, tmp_path, run, monkeypatch
+):
+    from k2mini.weights.model_files import save_model
+
+    tokenizer = Tokenizer(tiny_directory / "tokenizer.model")
+    config = tiny_config(vocab_size=tokenizer.vocab_size, max_seq_len=1024)
+    save_model(tiny_llama(config, seed=1).state_dict(), config, tmp_path / "other", tokenizer=tokenizer)
+    common = ["eval", "--benchmark", task, "--out", tmp_path / "out", "--limit", 4]
+    assert run(*common, "--model", tiny_directory)[0] == 0
+    monkeypatch.setattr("k2mini.build.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for changed, said in (
+        (["--model", tmp_path / "other"], "holds results of another model"),
+        (["--adapter", adapters / "one"], "holds results of another adapter"),
+        (["--scoring", "text"], "holds results with scoring 'letter', not 'text'"),
+        (["--template", "none"], "holds results with template"),
+        (["--shots", 1], "holds results with shots 0, not 1"),
+        (["--limit", 3], "question 3 of 'rocks', which is not asked now"),
+    ):
+        status, out, err = run(*common, "--model", tiny_directory, *changed)
+        assert (status, out) == (2, "")
+        assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("json_only", [[], ["--json"]])
+def test_what_was_found_is_printed_although_a_file_cannot_be_written(tiny_directory, task, tmp_path, run, json_only):
+    out = tmp_path / "out"
+    common = ["eval", "--model", tiny_directory, "--benchmark", task, "--limit", 4, "--out", out, *json_only]
+    status, printed, _ = run(*common)
+    assert status == 0
+    (out / "report.json").unlink()
+    (out / "report.json").mkdir()
+    status, again, err = run(*common)
+    assert (status, again) == (2, printed)
+    assert "report.json" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("options", [["--perplexity", "TEXT"], ["--benchmark", "NPEE", "--tasks", "npee/noun"]])

@@ -242,7 +242,7 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
     if re.search(r"[ \[](NaN|-?Infinity)\b", texts):
         return "not finite"
     nans = re.match("ones.*, (?!1$|2$)", case.what) and case.target.endswith((".safetensors", ".bin", ".pth"))
-    asks = case.line.split()[0] in ("generate", "eval", "merge")
+    asks = case.line.split()[0] in ("generate", "eval", "score", "merge")
     ambiguous = case.what.startswith("twice") and "skip" not in case.line  # a key that stands twice
     # What programs wrote has one type a field; what stands where a file should be is not the same as no file.
     odd = "/" in case.target and re.match("type|folder|fifo|loop|dangling", case.what)

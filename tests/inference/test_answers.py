@@ -111,7 +111,7 @@ def test_w8a8_and_a_quantised_head(tiny_directory):
         assert (plain(rows) - full(rows)).std() / full(rows).std() < 0.05
     with pytest.raises(ValueError, match="--compile does not go with w8a8"):
         compile_decoding(dynamic)
-    with pytest.raises(ValueError, match="quantize_head needs quantize"):
+    with pytest.raises(ValueError, match="--quantize-head needs --quantize int8 or w8a8, which says how"):
         load_model(tiny_directory, quantize_head=True)
 
 
@@ -159,9 +159,9 @@ BAD = {
     "no list": ('{"a": 1}', ["--input", "FILE.json"], "line 1 is neither a question nor an object"),
     "no text": ('["a", 1]', ["--input", "FILE.json"], "record 1 is neither a question nor"),
     "no file": (None, ["--input", "FILE.json"], "No such file"),
-    "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
-    "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "num_beams must be at least 1, not 0"),
-    "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "batch_size must be at least 1"),
+    "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "--top-p must be above 0"),
+    "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "--num-beams must be at least 1, not 0"),
+    "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
     "long": (None, ["--prompt", "granite " * 2000], "more than the model's context of 1024"),
     "other input": (
         '[{"question": "a", "input": 1}]',
@@ -175,7 +175,7 @@ BAD = {
     ),
     "context": ('["a"]', ["--input", "FILE.json", "--context", "b"], "--context goes with --prompt"),
     "empty stop": (None, ["--prompt", "a", "--stop", ""], "a stop string is empty"),
-    "penalty": (None, ["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be a positive"),
+    "penalty": (None, ["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty must be a positive"),
 }
 
 

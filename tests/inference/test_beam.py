@@ -131,7 +131,7 @@ def test_the_real_model(real_model):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"num_beams": 0}, "num_beams must be at least 1, not 0"),
+        ({"num_beams": 0}, "--num-beams must be at least 1, not 0"),
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences must be 1 to num_beams"),
         ({"num_beams": 2, "early_stopping": "maybe"}, "early_stopping must be"),
     ],

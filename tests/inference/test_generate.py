@@ -67,7 +67,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
     [
         ([], 5, "there is no prompt"),
         ([[1], []], 5, "the prompt is empty"),
-        ([[1]], 0, "max_new_tokens must be at least 1, not 0"),
+        ([[1]], 0, "--max-new-tokens must be at least 1, not 0"),
         ([[1] * 60], 10, "6 more than the model's context of 64; ask for at most 4 new ones or shorten it"),
         ([[1] * 70], 10, "16 more than the model's context of 64; shorten it"),
     ],

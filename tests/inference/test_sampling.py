@@ -65,11 +65,11 @@ def test_greedy_takes_the_likeliest():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 .greedy. or a positive number, not -0.1"),
+        ({"temperature": -0.1}, "--temperature must be 0 .greedy. or a positive number, not -0.1"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
-        ({"top_p": 1.2}, "top_p must be above 0 and at most 1, not 1.2"),
-        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.2}, "--top-p must be above 0 and at most 1, not 1.2"),
+        ({"top_k": -1}, "--top-k must be 0"),
     ],
 )
 def test_values_out_of_range_are_refused(values, message):

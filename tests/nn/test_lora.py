@@ -73,6 +73,6 @@ def test_merging_rounds_once_and_checks():
     weight = torch.randn(60, 50).bfloat16()
     a, b = torch.randn(2, 50), torch.randn(60, 2)
     expected = (weight.double() + 0.5 * b.double() @ a.double()).float().bfloat16()
-    assert torch.equal(merged_weight(weight, a, b, 0.5), expected)
+    assert torch.equal(merged_weight(weight, (a, b, 0.5)), expected)
     with pytest.raises(ValueError, match=r"not finite in torch.float16"):
-        merged_weight(weight.half(), a * 1e6, b, 0.5)
+        merged_weight(weight.half(), (a * 1e6, b, 0.5))

@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
-from k2mini.nn.lora import adapter_tensors, lora_modules
-from k2mini.weights.adapter import merge_adapter, save_adapter
+from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
+from k2mini.weights.adapter import merge_adapters, read_adapter, read_adapter_config, save_adapter
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_llama
-from tests.helpers import ALL, TOKENS, adapted
+from tests.helpers import ALL, TOKENS, adapted, fill_adapters
 
 SECTION = LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
 
@@ -63,13 +63,110 @@ def test_merged_equals_unmerged_here_and_in_peft(written, tmp_path):
     from transformers import LlamaForCausalLM
 
     base, adapter, model = written
-    merge_adapter(base, adapter, tmp_path / "merged")
+    merge_adapters(base, [adapter], tmp_path / "merged")
     merged, _ = load_model(tmp_path / "merged")
     torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=0, atol=1e-5)
     reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
     theirs = reference.state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def several(written, tmp_path):
+    """Two adapters beside the first: of another rank, alpha and modules; and rank-stabilised, over all modules."""
+    base, first, _ = written
+    folders = [first]
+    for name, rank, targets, rslora in (("two", 2, ["v_proj", "up_proj"], False), ("three", 5, ALL, True)):
+        section = LoraSection(rank=rank, alpha=3.0, dropout=0.0, target_modules=targets, rslora=rslora)
+        model = tiny_llama()
+        attach(model, section)
+        init_adapters(model, seed=rank)
+        fill_adapters(model)
+        save_adapter(adapter_tensors(model), section, tmp_path / name, base=str(base))
+        folders.append(tmp_path / name)
+    return base, folders
+
+
+@pytest.mark.parametrize("weights", [[], [0.7, -0.3, 2.0]])
+def test_several_adapters_are_added_with_their_weights(several, tmp_path, run, weights):
+    """The exact sum, in double precision; and peft's, one adapter after the other."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    base, folders = several
+    out = tmp_path / "out"
+    chosen = ["--weights", *weights] if weights else []
+    status, _, err = run("merge", "--base", base, "--adapter", *folders, *chosen, "--out", out)
+    assert status == 0, err
+    assert ("each adapter has weight 1" in err) == (not weights)
+    expected = {name: tensor.double() for name, tensor in load_file(base / "model.safetensors").items()}
+    theirs = {name: tensor.clone() for name, tensor in expected.items()}
+    for folder, weight in zip(folders, weights or [1, 1, 1], strict=True):
+        section = read_adapter_config(folder)
+        for module, (a, b) in read_adapter(folder, section).items():
+            expected[f"{module}.weight"] += weight * section.scaling * b.double() @ a.double()
+        tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).merge_and_unload()
+        before = load_file(base / "model.safetensors")
+        for name, tensor in tuned.state_dict().items():
+            theirs[name] += weight * (tensor - before[name]).double()
+    for name, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=2e-7)
+        torch.testing.assert_close(tensor.double(), theirs[name], rtol=0, atol=3e-6)
+
+
+def test_weights_are_pefts_concatenation(several, tmp_path):
+    """`add_weighted_adapter` with 'cat', for adapters of the same modules, as it wants them."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    base, (first, _, third) = several
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), first, "first")
+    reference.load_adapter(third, "third")
+    reference.add_weighted_adapter(["first", "third"], [0.7, 0.3], "both", combination_type="cat")
+    reference.set_adapter("both")
+    merge_adapters(base, [first, third], tmp_path / "out", weights=[0.7, 0.3])
+    merged, _ = load_model(tmp_path / "out")
+    torch.testing.assert_close(merged(TOKENS), reference.eval()(TOKENS).logits, rtol=0, atol=2e-5)
+
+
+def test_one_adapter_of_weight_one_is_merged_as_ever(written, tmp_path):
+    """Bit for bit: W + scaling B A in float32; and one weight scales one adapter."""
+    base, adapter, _ = written
+    for weight in (1.0, 0.5):
+        merge_adapters(base, [adapter], tmp_path / f"{weight}", weights=[weight])
+    merge_adapters(base, [adapter], tmp_path / "plain")
+    assert (tmp_path / "1.0/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
+    before, plain, half = (
+        load_file(folder / "model.safetensors") for folder in (base, tmp_path / "plain", tmp_path / "0.5")
+    )
+    for module, (a, b) in read_adapter(adapter, SECTION).items():
+        name = f"{module}.weight"
+        assert torch.equal(plain[name], before[name] + SECTION.scaling * (b @ a))
+        assert torch.equal(half[name], before[name] + 0.5 * SECTION.scaling * (b @ a))
+
+
+def test_adapters_are_checked_before_anything_is_written(several, tmp_path, run):
+    base, folders = several
+    other = tiny_llama(seed=1)
+    save_model(other.state_dict(), other.config, tmp_path / "other")
+    save_adapter(adapter_tensors(adapted()), SECTION, tmp_path / "strange", base=str(tmp_path / "other"))
+    out = tmp_path / "out"
+    for adapters, weights, said in (
+        (folders, [0.7], "--weights 0.7: as many finite numbers are needed as adapters, 3"),
+        (folders[:1], [1, 2], "--weights 1 2: as many finite numbers are needed as adapters, 1"),
+        (folders[:2], [1, "nan"], "--weights 1 nan: as many finite numbers"),
+        ([folders[0], tmp_path / "strange"], [], f"{tmp_path / 'strange'} was trained on another base than {base}"),
+        ([folders[0], base], [], "has no adapter_config.json"),
+        ([folders[0], tmp_path / "none"], [], f"there is no directory {tmp_path / 'none'}"),
+    ):
+        chosen = ["--weights", *weights] if weights else []
+        status, printed, err = run("merge", "--base", base, "--adapter", *adapters, *chosen, "--out", out)
+        assert (status, printed) == (2, "")
+        assert said in err.splitlines()[-1]
+        assert not out.exists()
+    status, _, err = run("merge", "--base", base, "--adapter", *folders, "--out", folders[2])
+    assert (status, "is itself an input" in err) == (2, True)
 
 
 def edit(adapter, **changes):
@@ -103,7 +200,7 @@ def test_damaged_and_missing_files(written, tmp_path):
         load_model(base, adapter=base)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    for call in (lambda: load_model(base, adapter=adapter), lambda: merge_adapter(base, adapter, tmp_path / "out")):
+    for call in (lambda: load_model(base, adapter=adapter), lambda: merge_adapters(base, [adapter], tmp_path / "out")):
         with pytest.raises(ValueError, match="is missing or damaged"):
             call()
     assert not (tmp_path / "out").exists()
@@ -168,7 +265,7 @@ def test_another_base_is_refused(written, tmp_path):
     save_model(other.state_dict(), other.config, tmp_path / "other")
     for call in (
         lambda: load_model(tmp_path / "other", adapter=adapter),
-        lambda: merge_adapter(tmp_path / "other", adapter, tmp_path / "merged"),
+        lambda: merge_adapters(tmp_path / "other", [adapter], tmp_path / "merged"),
     ):
         with pytest.raises(ValueError, match="was trained on another base than"):
             call()

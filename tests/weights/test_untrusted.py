@@ -13,7 +13,7 @@ import torch
 
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors
-from k2mini.weights.adapter import merge_adapter, save_adapter
+from k2mini.weights.adapter import merge_adapters, save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import apply_delta, make_delta
 from k2mini.weights.model_directory import manifest_text
@@ -240,7 +240,7 @@ def test_an_incomplete_base_is_not_merged(folder):
     save_file(tensors, path)
     (folder / "adapter" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"lacks model.norm.weight"):
-        merge_adapter(folder / "base", folder / "adapter", folder / "out")
+        merge_adapters(folder / "base", [folder / "adapter"], folder / "out")
 
 
 def test_a_sum_that_is_not_finite_is_refused(folder):

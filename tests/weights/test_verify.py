@@ -10,7 +10,7 @@ import torch
 
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
-from k2mini.weights.adapter import merge_adapter, save_adapter
+from k2mini.weights.adapter import merge_adapters, save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import make_delta
 from k2mini.weights.model_directory import CheckpointReader, read_manifest
@@ -36,7 +36,7 @@ def written(tmp_path_factory, tiny_tokenizer):
     init_adapters(model, 0)
     fill_adapters(model)
     save_adapter(adapter_tensors(model), section, folder / "adapter", str(folder / "base"))
-    merge_adapter(folder / "base", folder / "adapter", folder / "merged")
+    merge_adapters(folder / "base", [folder / "adapter"], folder / "merged")
     convert(folder / "base", "bin", folder / "bin", shard_bytes=200_000)
     convert(folder / "base", "meta", folder / "meta")
     return folder
