@@ -1,4 +1,4 @@
-"""How many bytes tensors take at the peak of a step; works on fake tensors as well as on real ones."""
+"""How many bytes tensors take at the peak of a step, and how many a rank receives; on fake tensors and on real ones."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from k2mini.distributed import local_part
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that exist, within its `with` block.
+    """Counts the bytes of all tensor storages that exist, and of what FSDP communicates, within its `with` block.
 
     A storage is added when an operation returns a tensor on it, and subtracted when its last reference is gone. FSDP
     frees gathered weights by resizing their storage to 0 bytes, so resizing is counted as well.
 
     Args:
         model, optimizer: their parameters and state exist from the start.
+        replicas: whole copies of the model, between which gradients are summed.
+
+    Attributes:
+        peak: the most bytes at a time.
+        received: bytes from other ranks. Of n ranks in a ring each receives (n - 1) / n of what is gathered or reduced;
+            an all-reduce takes twice that.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: int = 1) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._replicas = model, replicas
         self._sizes: dict[int, int] = {}
-        self._now = self.peak = 0
+        self._now = self.peak = self.received = 0
         self._broken_down = self._gradients = 0
         weights = [local_part(parameter) for parameter in model.parameters()]
         moments = [local_part(v) for state in optimizer.state.values() for v in state.values() if v.ndim]
@@ -38,6 +44,11 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, out)
+        if func in (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default):
+            self.received += abs(args[0].nbytes - args[1].nbytes)  # the whole less the rank's own part
+        elif func is torch.ops.c10d.allreduce_.default:
+            whole = sum(tensor.nbytes for tensor in args[0])
+            self.received += 2 * (self._replicas - 1) * whole // self._replicas
         return out
 
     def __enter__(self) -> MemoryTracker:
