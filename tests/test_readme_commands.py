@@ -168,7 +168,7 @@ class Shell:
         self.folder, self.forks, self.unused, self.python = folder, forks, set(CHANGED), {}
 
     def run(self, text):
-        """Run a command in all its ranks; returns (status, standard output, standard error) of the first."""
+        """Run a command in all its ranks; returns (status, standard output, standard error), of a rank that failed."""
         for said, done in CHANGED.items():
             if said in text:
                 text = text.replace(said, done)
@@ -191,12 +191,13 @@ class Shell:
             there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
         environments = [{**there, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         requests = [
-            Request([words], str(folder), environment=environment if ranks > 1 else {}, limit=60)
+            Request([words], str(folder), environment=environment if ranks > 1 else {}, limit=300)
             for environment in environments
         ]
         ends = dict(self.forks.run(requests, at_once=ranks))
         print(f"{ends[0].seconds:.1f} s", text)
-        return max(end.status for end in ends.values()), ends[0].out, ends[0].err
+        failed = [end for end in ends.values() if end.status != 0]
+        return (failed or ends)[0].status, (failed or ends)[0].out, (failed or ends)[0].err
 
 
 def shown_blocks():
@@ -227,7 +228,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
                 status, out, err = shell.run(command)
                 assert status == 0, f"{where}: {command}\nended with {status}:\n{err[-2000:]}"
                 exact = command.startswith(EXACT)
-                if shown is not None and (REAL or "smollm2" not in command) and not agree(shown, out, exact):
+                if exact and "smollm2" in command and not REAL:
+                    continue
+                if shown is not None and not agree(shown, out, exact):
                     wrong.append(f"{where}: {command}\nprints\n{out}")
         assert not shell.unused, f"CHANGED has what is in no command: {shell.unused}"
     assert not wrong, "\n".join(wrong)
