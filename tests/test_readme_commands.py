@@ -292,14 +292,30 @@ def test_output_agrees_in_form_or_to_the_letter():
 # --- commands in prose
 
 
+def parsers(parser):
+    """A parser and those of its commands, with their arguments."""
+    with contextlib.suppress(ValueError):
+        parser.parse_args([])
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from parsers(command)
+
+
 @pytest.fixture
-def said(monkeypatch):
-    """A parser's error is a ValueError, in place of the end of the process."""
+def parser(monkeypatch):
+    """The command line's parser, which misses nothing, and whose error is a ValueError."""
 
     def error(parser, message):
         raise ValueError(message)
 
     monkeypatch.setattr(argparse.ArgumentParser, "error", error)
+    whole = build_parser()
+    for each in parsers(whole):
+        for argument in (*each._actions, *each._mutually_exclusive_groups):
+            monkeypatch.setattr(argument, "required", False)
+    return whole
 
 
 def documents():
@@ -313,20 +329,19 @@ def documents():
         yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
 
 
-def refusal(words):
-    """What the command line's parser says against words; '' where it takes them, or only misses more."""
+def refusal(parser, words):
+    """What the parser says against words; '' where it takes them."""
     try:
-        build_parser().parse_args(words)
+        parser.parse_args(words)
     except SystemExit:  # --help, --version
         return ""
     except ValueError as error:
-        why = str(error)
-        stands_for = re.search(r"invalid \w+ value: '([A-Z]+|.*…)'", why)  # K, N, …
-        return "" if stands_for or why.startswith("the following arguments are required") else why
+        placeholder = re.search(r"invalid \w+ value: '([A-Z]+|.*…)'", str(error))  # K, N, …
+        return "" if placeholder else str(error)
     return ""
 
 
-def test_commands_in_prose_are_commands(said):
+def test_commands_in_prose_are_commands(parser):
     """Every `k2mini …` and `torchrun … -m k2mini …` in backticks has a command and options that exist."""
     wrong, number = [], 0
     for where, text in documents():
@@ -337,26 +352,16 @@ def test_commands_in_prose_are_commands(said):
             elif words[0] == "k2mini":
                 words = words[1:]
             number += 1
-            if not re.fullmatch(r"[A-Z]+", words[0]) and (why := refusal(words)):
+            if not re.fullmatch(r"[A-Z]+", words[0]) and (why := refusal(parser, words)):
                 wrong.append(f"{where}: {command}: {why}")
     assert number > 20
     assert not wrong, "\n".join(wrong)
 
 
-def options_of(parser):
-    """All options of a parser's commands."""
-    with contextlib.suppress(ValueError):
-        parser.parse_args([])
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from options_of(command)
-        yield from action.option_strings
-
-
-def test_options_and_keys_in_prose_exist(said):
+def test_options_and_keys_in_prose_exist(parser):
     """`--option …` is one of some command or of torchrun, `section.key` is in a configuration."""
-    known = {*options_of(build_parser()), *(name for a in get_args_parser()._actions for name in a.option_strings)}
+    actions = [*get_args_parser()._actions, *(action for each in parsers(parser) for action in each._actions)]
+    known = {name for action in actions for name in action.option_strings}
     keys = {
         f"{section.name}.{key.name}"
         for config in (PretrainConfig, FinetuneConfig)
