@@ -336,8 +336,9 @@ def refusal(parser, words):
     except SystemExit:  # --help, --version
         return ""
     except ValueError as error:
-        placeholder = re.search(r"invalid \w+ value: '([A-Z]+|.*…)'", str(error))  # K, N, …
-        return "" if placeholder else str(error)
+        # K, N and … stand for a number; an option may be named without its value.
+        fine = re.search(r"invalid \w+ value: '([A-Z]+|.*…)'|expected (one|at least one) argument", str(error))
+        return "" if fine else str(error)
     return ""
 
 
