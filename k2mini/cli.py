@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("convert", weights.convert_arguments, "a model in another format, dtype or shard size", TARGET)
     add("verify", weights.verify_arguments, "compare a directory that k2mini wrote with its manifest", DEBUG)
     add("info", weights.info_arguments, "what a model or adapter is, from its headers alone", DEBUG)
-    add("eval", evaluation.eval_arguments, "score a model on GeoBench", MODEL, COMPUTE)
+    add("eval", evaluation.eval_arguments, "score a model on GeoBench, your own questions or texts", MODEL, COMPUTE)
     add("score", evaluation.score_arguments, "log-probabilities of a text, token by token", MODEL, COMPUTE)
     add("compare", evaluation.compare_arguments, "runs of eval side by side, with a paired test", DEBUG)
     add("audit", audit.audit_arguments, "look into a model: lens, attention, attribute, patch, diff")

@@ -71,7 +71,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=EvalConfig.num_fewshot,
         metavar="K",
-        help="K examples before each question, by --seed",
+        help="K examples before each question, drawn by --seed",
     )
     parser.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -275,7 +275,7 @@ def run_score(options: argparse.Namespace) -> None:
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `compare`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; compared with the first")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
     parser.add_argument("--force", action="store_true", help="replace FILE.png")
     parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")

@@ -81,7 +81,7 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
     number("--num-beams", int, 1, "N", "beam search with N beams; 1: none")
     number("--length-penalty", float, Beams.length_penalty, "X", "of beams: above 0, longer answers gain")
-    parser.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
+    parser.add_argument("--early-stopping", action="store_true", help="of beams: end when --num-beams have ended")
 
 
 def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
