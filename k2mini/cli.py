@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
             declare(self)
         words = [word.split("=")[0] for word in args or ()]
         for name, option in self._option_string_actions.items():
-            if words.count(name) > 1 and type(option) is argparse._StoreAction:  # those that take a list are `extend`
+            if words.count(name) > 1 and type(option) is argparse._StoreAction:  # lists are `extend`
                 self.error(f"{name} is given twice")
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # said with this command's own usage
@@ -41,11 +41,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns has `run`, the function of `commands/` that does the work."""
-    parser = argparse.ArgumentParser(
-        prog="k2mini",
-        description="The K2 geoscience LLM pipeline in plain PyTorch.",
-        epilog="k2mini COMMAND --help explains a command.",
-    )
+    about = "The K2 geoscience LLM pipeline in plain PyTorch."
+    parser = argparse.ArgumentParser("k2mini", description=about, epilog="k2mini COMMAND --help explains a command.")
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
 
@@ -56,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, COMPUTE)
     add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
     add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
+    add("config", training.config_arguments, "the keys of a run's configuration, or a file with all of them", DEBUG)
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)
     add("finetune", training.finetune_arguments, "instruction tuning with LoRA", CONFIG, COMPUTE)
     add("preview", training.preview_arguments, "what a run would be fed, token by token", CONFIG, DEBUG)
@@ -67,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("convert", weights.convert_arguments, "a model in another format, dtype or shard size", TARGET)
     add("verify", weights.verify_arguments, "compare a directory that k2mini wrote with its manifest", DEBUG)
     add("info", weights.info_arguments, "what a model or adapter is, from its headers alone", DEBUG)
-    add("eval", evaluation.eval_arguments, "score a model on GeoBench", MODEL, COMPUTE)
+    add("eval", evaluation.eval_arguments, "score a model on GeoBench, your own questions or texts", MODEL, COMPUTE)
     add("score", evaluation.score_arguments, "log-probabilities of a text, token by token", MODEL, COMPUTE)
     add("compare", evaluation.compare_arguments, "runs of eval side by side, with a paired test", DEBUG)
     add("audit", audit.audit_arguments, "look into a model: lens, attention, attribute, patch, diff")

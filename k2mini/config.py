@@ -46,8 +46,8 @@ def check_fields(content: Any, kinds: Mapping[str, type], where: str) -> None:
 class RunSection:
     """The directory of a run, and the seed of its random draws (order of samples, dropout, initialisation of LoRA)."""
 
-    dir: str
-    seed: int = 0
+    dir: str  # gets checkpoints, metrics.jsonl and the result; one run each
+    seed: int = 0  # the same seed, data and number of threads give the same run
     tensorboard: bool = False  # also write the metrics for TensorBoard (extra: tensorboard)
 
 
@@ -58,8 +58,8 @@ class ModelSection:
     Parameters that train, their gradients and AdamW's moments are kept in float32 at least.
     """
 
-    path: str
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    path: str  # a Hugging Face directory of a LLaMA, with its tokenizer.model; demo:base is the demo's
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
     quantize: Literal["int8"] | None = None  # the frozen base of LoRA in int8
 
 
@@ -70,11 +70,11 @@ class CorpusSection:
     Documents are prepared on first use, into `run.dir`.
     """
 
-    path: str
-    val_path: str | None = None  # None: the split `val` that `prepare --val-percent` made, if any
+    path: str  # the directory, a file, or a folder of files; demo:corpus.jsonl is the demo's
+    val_path: str | None = None  # documents to validate on; null: the split that `prepare --val-percent` made, if any
     seq_len: int = 1024  # tokens a block
     eos: bool = True  # EOS after each document (BOS stands before it in any case)
-    document_mask: bool = True  # False: attention runs across the documents of a block, K2's scheme
+    document_mask: bool = True  # if false, attention runs across the documents of a block, K2's scheme
     exceed_context: bool = False  # let seq_len be above the context that the model was trained for
 
 
@@ -82,12 +82,12 @@ class CorpusSection:
 class InstructionSection:
     """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`."""
 
-    path: str
-    val_path: str | None = None
+    path: str  # the file; demo:general.json and demo:expert.json are the demo's
+    val_path: str | None = None  # a file to validate on
     val_size: int = 0  # so many records of `path`, drawn by run.seed, validate and are not trained on
-    template: str = "alpaca"
+    template: str = "alpaca"  # of the prompt, as of `k2mini generate --template`
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
-    train_on_inputs: bool = False  # True: the prompt counts in the loss too, K2's choice
+    train_on_inputs: bool = False  # if true, the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
     on_error: Literal["raise", "skip"] = "raise"  # at a record of another form; skipped ones are counted
     exceed_context: bool = False  # let max_seq_len be above the context that the model was trained for
@@ -104,11 +104,11 @@ class InstructionSection:
 class LoraSection:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
+    rank: int = 8  # of the product that is added to a weight
+    alpha: float = 16.0  # the product is scaled by alpha / rank
+    dropout: float = 0.05  # of the adapters' input
     rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])  # what is adapted
     init_adapter: str | None = None  # start from this adapter's weights, with a fresh optimiser and schedule
 
     def __post_init__(self) -> None:
@@ -128,20 +128,20 @@ class LoraSection:
 class TrainSection:
     """The optimiser, its schedule, the length of the run and the sizes of batches."""
 
-    lr: float
+    lr: float  # the peak learning rate, reached at the end of warm-up
     global_batch_size: int = 128  # samples an optimiser step
     micro_batch_size: int = 4  # samples a forward pass
-    max_steps: int | None = None  # exactly one of max_steps and epochs
-    epochs: float | None = None
+    max_steps: int | None = None  # optimiser steps; exactly one of max_steps and epochs is set
+    epochs: float | None = None  # passes over the data, in place of max_steps
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # after warm-up; the latter two end at 0
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # steps in which the learning rate rises linearly
     warmup_ratio: float | None = None  # of all steps, in place of warmup_steps
     weight_decay: float = 0.0  # not on norms
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    val_every: int | None = None  # steps; None: at the end only
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.999  # AdamW's decay of the mean squared gradient
+    eps: float = 1e-8  # AdamW's, added to the root of the latter
+    max_grad_norm: float = 1.0  # gradients of a larger L2 norm are scaled down to it
+    val_every: int | None = None  # steps between validations; null: at the end only
     activation_checkpointing: int = 0  # recompute every n-th block in the backward pass: 1 all of them, 0 none
     compile: bool = False  # torch.compile, block by block
     tf32: bool = False  # float32 matrix products in TensorFloat-32, on GPUs that have it
@@ -172,8 +172,8 @@ class TrainSection:
 class CheckpointSection:
     """When checkpoints are saved, which are kept, and from which one a run goes on."""
 
-    every: int = 100  # steps
-    keep_last: int = 2
+    every: int = 100  # steps between checkpoints
+    keep_last: int = 2  # how many of the newest are kept
     keep_best: bool = True  # keep the one of the lowest validation loss as well
     resume: str = "auto"  # 'auto': from the newest complete one of this run; 'none': start anew; or a checkpoint's path
     ignore_changes: bool = False  # resume although data, tokenizer, schedule or seed changed
@@ -187,7 +187,7 @@ class ParallelSection:
     """How the ranks that torchrun started share the model; a single process keeps all of it."""
 
     replicate: int = 1  # whole copies of the model, each sharded over world size / replicate ranks
-    reshard_after_forward: bool = True  # True: ZeRO-3; False: ZeRO-2, more memory and less communication
+    reshard_after_forward: bool = True  # ZeRO-3; if false, ZeRO-2: more memory and less communication
     timeout_minutes: float = 10.0  # after which a rank gives up waiting for another
 
     def __post_init__(self) -> None:
@@ -198,12 +198,12 @@ class ParallelSection:
 class EvalSection:
     """A benchmark that is run while training, with settings of `k2mini eval`; its accuracies go into the metrics."""
 
-    benchmark: list[str] = field(default_factory=list)  # files
-    every: int = 0  # steps; 0: never
-    limit: int | None = None  # the first questions of each task
-    scoring: str = "letter"
-    template: str = "alpaca"
-    answer_prefix: str = ""
+    benchmark: list[str] = field(default_factory=list)  # files, as of `k2mini eval --benchmark`
+    every: int = 0  # steps between its runs, the last of them after the last step; 0: never
+    limit: int | None = None  # so many questions of each task, the first ones; null: all
+    scoring: str = "letter"  # as of `k2mini eval --scoring`
+    template: str = "alpaca"  # as of `k2mini eval --template`
+    answer_prefix: str = ""  # what the answer begins with, after the prompt
 
     def __post_init__(self) -> None:
         if self.every < 0 or (self.every and not self.benchmark):

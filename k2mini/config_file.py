@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
 import math
 import re
 import types
@@ -18,7 +20,7 @@ import yaml
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.errors import short
 
-Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
 
 
 MOST = 2**17  # bytes of a file
@@ -167,3 +169,42 @@ def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
         word = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[plain]
         errors.append(f"{name} must be {word}, not {short(value)}")
     return value
+
+
+def describe_keys() -> str:
+    """All keys of both kinds of configuration, as Markdown: type, default, and the comment beside each in config.py."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "What a file for `k2mini pretrain` or `k2mini finetune` may hold, section by section; `k2mini config --list`",
+        "prints this page. On the command line `section.key=value` replaces a value, and `null` unsets it.",
+    ]
+    kinds = {"pretrain": typing.get_type_hints(PretrainConfig), "finetune": typing.get_type_hints(FinetuneConfig)}
+    for name in dict.fromkeys(name for hints in kinds.values() for name in hints):
+        sections: dict[type, list[str]] = {}
+        for command, hints in kinds.items():
+            if name in hints:
+                sections.setdefault(hints[name], []).append(command)
+        for section, commands in sections.items():
+            only = f" ({commands[0]} only)" if len(commands) == 1 else ""
+            lines += ["", f"## {name}{only}", "", inspect.getdoc(section) or "", ""]
+            comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(section), re.MULTILINE))
+            hints = typing.get_type_hints(section)
+            for spec in fields(section):
+                given = spec.default if spec.default_factory is MISSING else spec.default_factory()
+                shown = given if given and isinstance(given, str) else json.dumps(given, default=str)
+                default = "required" if given is MISSING else f"default {shown}"
+                lines.append(f"- `{name}.{spec.name}` ({_kind(hints[spec.name])}; {default}): {comments[spec.name]}")
+    return "\n".join(lines)
+
+
+def _kind(kind: Any) -> str:
+    """A field's type in words."""
+    if typing.get_origin(kind) is list:
+        return "a list of words"
+    words = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return " or ".join(_kind(option) for option in typing.get_args(kind))

@@ -281,7 +281,7 @@ def test_an_option_given_twice_is_refused_or_adds_up(capsys):
 def test_a_command_line_with_an_option_twice(run, tiny_directory):
     for command in (
         ["generate", "--model", tiny_directory, "--prompt", "a", "--prompt", "a"],
-        ["merge", "--base", "b", "--adapter", "a", "--adapter", "b", "--out", "o"],
+        ["merge", "--base", "b", "--adapter", "a", "--base", "b", "--out", "o"],
         ["delta", "make", "--base", "a", "--tuned", "b", "--out", "o", "--base", "c"],
         ["audit", "patch", "--model", "m", "--replace", "a", "b", "--replace", "c", "d"],
         ["pretrain", "x.yaml", "--seed", "0", "--seed=0"],

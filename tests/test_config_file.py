@@ -1,7 +1,12 @@
+import re
+from dataclasses import fields
+from typing import get_type_hints
+
 import pytest
 
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.config_file import load_config
+from tests.conftest import ROOT
 
 GOOD = """
 run: {dir: runs/x}
@@ -148,3 +153,31 @@ def test_bytes_that_are_not_utf8(write):
     path.write_bytes(path.read_bytes() + b"#\xff")
     with pytest.raises(ValueError, match=r"config\.yaml is not valid YAML: 'utf-8' codec can't decode byte 0xff"):
         load_config(PretrainConfig, path)
+
+
+def test_the_page_of_all_keys(run):
+    """As the repository has it: `k2mini config --list > configs/README.md`."""
+    status, out, err = run("config", "--list")
+    assert (status, err) == (0, "")
+    assert out == (ROOT / "configs/README.md").read_text(encoding="utf-8")
+    for kind in (PretrainConfig, FinetuneConfig):
+        for name, section in get_type_hints(kind).items():
+            for key in fields(section):
+                assert re.search(rf"^- `{name}\.{key.name}` \(.+\): .+$", out, re.MULTILINE), f"{name}.{key.name}"
+    assert "- `train.lr` (number; required): the peak learning rate" in out
+    assert "- `train.schedule` (constant or linear or cosine; default linear): after warm-up" in out
+    assert "- `model.quantize` (int8 or null; default null)" in out
+    assert "\n## data (pretrain only)\n" in out
+    assert "\n## lora (finetune only)\n" in out
+
+
+def test_a_configuration_with_its_defaults_can_be_given_back(write, run, tmp_path):
+    for kind, section in ((PretrainConfig, ""), (FinetuneConfig, "lora: {rank: 4}\n")):
+        given, overrides = write(GOOD + section), ["train.eps=1e-9", "run.dir=\u00e9"]
+        status, out, err = run("config", given, *overrides)
+        assert (status, err) == (0, "")
+        assert "val_every: null" in out
+        (tmp_path / "whole.yaml").write_text(out, encoding="utf-8")
+        assert load_config(kind, tmp_path / "whole.yaml") == load_config(kind, given, overrides)
+    assert "unknown key train.lrr" in run("config", given, "train.lrr=3")[2]
+    assert run("config")[0] == run("config", "--list", given)[0] == 2

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import COMPUTE, DEBUG
+from k2mini.commands.common import COMPUTE, DEBUG, LIST
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def audit_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--force", action="store_true", help="replace FILE")
     output.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
     asked = argparse.ArgumentParser(add_help=False)
-    asked.add_argument(
-        "--model", required=True, nargs="+", action="extend", metavar="DIR", help="one, or several side by side"
-    )
+    asked.add_argument("--model", required=True, **LIST, metavar="DIR", help="one, or several side by side")
     asked.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the last model")
     prompt = asked.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", type=utf8, metavar="TEXT")

@@ -22,12 +22,13 @@ class PrintVersion(argparse.Action):
         parser.exit()
 
 
+LIST: Any = {"nargs": "+", "action": "extend"}  # an option that takes several values, and more where it is repeated
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 # Where a command writes a directory.
 TARGET = argparse.ArgumentParser(add_help=False, parents=[DEBUG])
-TARGET.add_argument("--out", required=True, type=Path, metavar="DIR")
+TARGET.add_argument("--out", required=True, type=Path, metavar="DIR", help="what is written, a new directory")
 TARGET.add_argument("--force", action="store_true", help="replace DIR, once what replaces it is complete")
 
 # How a command computes.
@@ -60,5 +61,5 @@ LOADED = ("adapter", "dtype", "quantize", "merge", "quantize_head")
 
 # The configuration of a run.
 CONFIG = argparse.ArgumentParser(add_help=False)
-CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of pretrain or finetune")
+CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as those in configs/")
 CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LOADED
+from k2mini.commands.common import LIST, LOADED
 from k2mini.data.prompts import TEMPLATES, utf8
 
 if TYPE_CHECKING:
@@ -30,19 +30,14 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--benchmark",
-        nargs="+",
-        action="extend",
+        **LIST,
         default=[],
         type=Path,
         metavar="FILE",
         help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
     )
     parser.add_argument(
-        "--tasks",
-        nargs="+",
-        action="extend",
-        metavar="TASK",
-        help="npee/choice, npee/tf, ap (default: these), npee/noun, …",
+        "--tasks", **LIST, metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
     )
     parser.add_argument(
         "--scoring",
@@ -76,7 +71,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=EvalConfig.num_fewshot,
         metavar="K",
-        help="K examples before each question, by --seed",
+        help="K examples before each question, drawn by --seed",
     )
     parser.add_argument("--shots-file", metavar="FILE", help="examples as they stand in a file, such as K2's own four")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -88,9 +83,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"questions at a time (default: {EvalConfig.batch_size})",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of open tasks (default: 128)")
-    parser.add_argument(
-        "--perplexity", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help="text files to predict"
-    )
+    parser.add_argument("--perplexity", **LIST, default=[], type=Path, metavar="FILE", help="text files to predict")
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
@@ -133,7 +126,7 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
-    made_by = _made_by(options, directory.fingerprint(), pairs, texts)
+    made_by = kept_by(options, directory.fingerprint(), pairs, texts)
     if out is not None:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
     wanted = {name: getattr(options, name) for name in LOADED}
@@ -165,7 +158,7 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
         log.info("the results are in %s", out)
 
 
-def _made_by(
+def kept_by(
     options: argparse.Namespace, fingerprint: str, pairs: dict[str, list[tuple[str, str]]], texts: list[str]
 ) -> dict[str, Any]:
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
@@ -282,7 +275,7 @@ def run_score(options: argparse.Namespace) -> None:
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `compare`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; the first is compared with")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; compared with the first")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
     parser.add_argument("--force", action="store_true", help="replace FILE.png")
     parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")

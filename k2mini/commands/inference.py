@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import signal
@@ -82,7 +81,7 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
     number("--num-beams", int, 1, "N", "beam search with N beams; 1: none")
     number("--length-penalty", float, Beams.length_penalty, "X", "of beams: above 0, longer answers gain")
-    parser.add_argument("--early-stopping", action="store_true", help="of beams: end when N have ended")
+    parser.add_argument("--early-stopping", action="store_true", help="of beams: end when --num-beams have ended")
 
 
 def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
@@ -121,6 +120,8 @@ def _decoding(options: argparse.Namespace) -> Decoding:
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
     elif idle and options.temperature == 0:
         log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
+    if beams is None and (options.length_penalty != Beams.length_penalty or options.early_stopping):
+        log.warning("--length-penalty, --early-stopping: no effect without --num-beams")
     return Decoding(
         options.max_new_tokens,
         sampling,
@@ -180,9 +181,10 @@ def _answer_all(
                 print(json.dumps(journal.entries, ensure_ascii=False))
             raise
         except KeyboardInterrupt:
-            if path is None or not journal.entries:
+            number = path.read_bytes().count(b"\n") if path is not None and path.exists() else 0
+            if not number:
                 raise
-            kept = f"{len(journal.entries)} of {len(asked)} answers are in {path}"
+            kept = f"{number} of {len(asked)} answers are in {path}"
             raise StoppedBySignalError(signal.SIGINT, kept) from None
     as_text = options.input is None and not options.json
     print(out or (journal.entries[0]["answer"] if as_text else whole))
@@ -191,24 +193,17 @@ def _answer_all(
 def _made_by(options: argparse.Namespace, decoding: Decoding) -> str:
     """A digest of all that answers follow from, but for what is asked."""
     from k2mini.build import pick_device, resolve_dtype
+    from k2mini.commands.evaluation import kept_by
+    from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
     from k2mini.weights.model_directory import ModelDirectory
 
     directory = ModelDirectory(options.model)
     directory.require_model()
     stored = directory.reader.dtype("model.embed_tokens.weight")
-    files = [directory.require_tokenizer().path]
-    if options.adapter is not None:
-        files += sorted(Path(options.adapter).glob("adapter_*"))
-    made_by = [
-        directory.fingerprint(),
-        asdict(directory.config),
-        str(resolve_dtype(options.dtype, stored, pick_device(options.device))),
-        [sha256(file) for file in files],
-        [options.merge, options.quantize, options.quantize_head, options.template],
-        asdict(decoding),
-    ]
-    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+    dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
+    model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
+    return digest([model, sha256(directory.require_tokenizer().path), options.template, asdict(decoding)])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -251,10 +246,8 @@ def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decodin
     print(stream.flush())
     if completion.finish == "length" and not stream.stopped:
         cut = new < decoding.max_new_tokens
-        log.info(
-            "stopped after %s",
-            f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}",
-        )
+        where = f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}"
+        log.info("stopped after %s", where)
 
 
 def run_chat(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The commands of training: `prepare`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
+"""The commands of training: `prepare`, `config`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from k2mini.training.run import Benchmark
 
 log = logging.getLogger("k2mini.commands")
+
+KEYS = "k2mini config --list explains every key of CONFIG."
 
 
 def prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +109,7 @@ def run_plot(options: argparse.Namespace) -> None:
 def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     """`pretrain` has a configuration and the common options, which `cli.py` adds."""
     parser.set_defaults(run=run_pretrain)
+    parser.epilog = KEYS
 
 
 def run_pretrain(options: argparse.Namespace) -> None:
@@ -119,6 +122,7 @@ def run_pretrain(options: argparse.Namespace) -> None:
 def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     """`finetune` has a configuration and the common options, which `cli.py` adds."""
     parser.set_defaults(run=run_finetune)
+    parser.epilog = KEYS
 
 
 def run_finetune(options: argparse.Namespace) -> None:
@@ -129,10 +133,11 @@ def run_finetune(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace, kind: type[Config], start: Callable[..., Path]) -> None:
-    """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 prints where its result is."""
+    """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 says what came, and prints where."""
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import config_kind, load_config
     from k2mini.distributed import ranks
+    from k2mini.training import loop
     from k2mini.training.run import run_directory
 
     set_threads(options.threads)
@@ -151,6 +156,10 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         config = _with_demo_files(config, is_main=world.is_main)
         out = start(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
+        metrics: Path = out.with_name(loop.FILE)
+        if metrics.exists():
+            for line in (*loop.summary(metrics).splitlines(), f"every step is in {metrics}, the {out.name} in {out}"):
+                log.info("%s", line)
         print(out)
 
 
@@ -163,6 +172,7 @@ def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     from k2mini.evaluation.evaluate import evaluate
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.report import summarise
+    from k2mini.training.loop import ACCURACY
 
     eval_config = EvalConfig(section.scoring, section.template, section.answer_prefix)
     questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
@@ -171,7 +181,7 @@ def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
         results = evaluate(model, tokenizer, questions, eval_config, shown=world.is_main)
         summaries = summarise(questions, results, eval_config.settings())
-        return {f"accuracy/{row['task']}": row["accuracy"] for row in summaries}
+        return {f"{ACCURACY}{row['task']}": row["accuracy"] for row in summaries}
 
     return benchmark
 
@@ -187,7 +197,7 @@ def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
     from k2mini.demo.sources import PREFIX, with_demo_files
 
-    paths = (config.model.path, config.data.path, config.data.val_path)
+    paths = (config.model.path, config.data.path, config.data.val_path, *config.eval.benchmark)
     named = any(path is not None and path.startswith(PREFIX) for path in paths)
     return with_demo_files(config, is_main=is_main) if named else config
 
@@ -195,9 +205,7 @@ def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
 def _either_config(options: argparse.Namespace) -> RunConfig:
     from k2mini.config_file import config_kind, load_config
 
-    if config_kind(options.config) is PretrainConfig:
-        return _with_demo_files(load_config(PretrainConfig, options.config, options.overrides))
-    return _with_demo_files(load_config(FinetuneConfig, options.config, options.overrides))
+    return load_config(config_kind(options.config), options.config, options.overrides)
 
 
 def preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +218,7 @@ def run_preview(options: argparse.Namespace) -> None:
     """Print the first samples that a run would take."""
     from k2mini.training.preview import preview
 
-    for line in preview(_either_config(options), options.number):
+    for line in preview(_with_demo_files(_either_config(options)), options.number):
         print(line)
 
 
@@ -219,6 +227,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
     parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 where the run does not fit")
     parser.set_defaults(run=run_plan)
 
 
@@ -229,20 +238,41 @@ def run_plan(options: argparse.Namespace) -> None:
     from k2mini.training.plan import plan_run, smallest_change
 
     memory = parse_size(options.gpu_memory, "--gpu-memory")
-    config = _either_config(options)
+    config = _with_demo_files(_either_config(options))
     found = plan_run(config, options.world_size)
     fits = found.peak <= PLAN_BUDGET * memory
     change = None if fits else smallest_change(config, options.world_size, memory, PLAN_BUDGET)
+    share, size = f"{100 * PLAN_BUDGET:.0f} % of {options.gpu_memory}", readable(found.peak)
     if options.json:
         print(json.dumps({**asdict(found), "fits": fits, "change": change}))
-        return
-    print(describe_plan(found, options.world_size))
-    share = f"{100 * PLAN_BUDGET:.0f} % of {options.gpu_memory}"
-    size = readable(found.peak)
-    if fits:
-        print(f"it fits: {size} are within {share}")
+    elif fits:
+        print(f"{describe_plan(found, config, options.world_size)}\nit fits: {size} are within {share}")
     else:
+        print(describe_plan(found, config, options.world_size))
         print(f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}")
+    if options.check and not fits:
+        raise SystemExit(1)
+
+
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `config`."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--list", action="store_true", help="every key of a configuration, its default and meaning")
+    either.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a file, printed with all defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+    parser.set_defaults(run=run_config)
+
+
+def run_config(options: argparse.Namespace) -> None:
+    """Print what can be configured, or all of a configuration, as YAML, before anything of it is looked for."""
+    import yaml
+
+    from k2mini.config_file import describe_keys
+
+    if options.list:
+        print(describe_keys())
+    else:
+        print(yaml.safe_dump(asdict(_either_config(options)), sort_keys=False, allow_unicode=True), end="")
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from k2mini.commands.common import TARGET
+from k2mini.commands.common import LIST, TARGET
 from k2mini.config import DTYPE_NAMES
 from k2mini.sizes import parse_size
 
@@ -18,12 +18,12 @@ log = logging.getLogger("k2mini.commands")
 
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `merge`."""
-    parser.add_argument("--base", required=True, metavar="DIR")
+    parser.add_argument("--base", required=True, metavar="DIR", help="the model that the adapters were trained on")
     parser.add_argument(
-        "--adapter", required=True, nargs="+", type=Path, metavar="DIR", help="one, or several of the same base"
+        "--adapter", required=True, **LIST, type=Path, metavar="DIR", help="one, or several of the same base"
     )
     parser.add_argument(
-        "--weights", nargs="+", type=float, default=[], metavar="W", help="of each adapter's product (default: 1 each)"
+        "--weights", **LIST, type=float, default=[], metavar="W", help="of each adapter's product (default: 1 each)"
     )
     parser.set_defaults(run=run_merge)
 
@@ -53,8 +53,8 @@ def _make_arguments(parser: argparse.ArgumentParser) -> None:
     from k2mini.weights.delta import FORMATS, make_delta
 
     kind = signature(make_delta).parameters["kind"].default
-    parser.add_argument("--base", required=True, metavar="DIR")
-    parser.add_argument("--tuned", required=True, metavar="DIR")
+    parser.add_argument("--base", required=True, metavar="DIR", help="the model that whoever applies the delta has")
+    parser.add_argument("--tuned", required=True, metavar="DIR", help="what became of it")
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -77,8 +77,8 @@ def run_delta_make(options: argparse.Namespace) -> None:
 
 
 def _apply_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, metavar="DIR")
-    parser.add_argument("--delta", required=True, metavar="DIR")
+    parser.add_argument("--base", required=True, metavar="DIR", help="the model that the delta was made from")
+    parser.add_argument("--delta", required=True, metavar="DIR", help="what `delta make` wrote, or a published one")
     parser.add_argument("--resize-vocab", action="store_true", help="tokens that the base lacks come from the delta")
     parser.set_defaults(run=run_delta_apply)
 
@@ -139,7 +139,7 @@ def run_convert(options: argparse.Namespace) -> None:
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `info`."""
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", metavar="DIR", help="a model's or an adapter's")
     parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
     parser.set_defaults(run=run_info)
 
@@ -155,7 +155,7 @@ def run_info(options: argparse.Namespace) -> None:
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `verify`."""
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", metavar="DIR", help="a model, an adapter, a corpus, a run or a checkpoint")
     parser.set_defaults(run=run_verify)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from k2mini.config import InstructionSection
+from k2mini.data.batches import shuffled
 from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
 from k2mini.data.prompts import Template
@@ -50,20 +52,20 @@ def _record(entry: Any, place: str) -> dict[str, str]:
 
 def encode_example(
     record: dict[str, str], tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
-) -> tuple[Example, bool]:
+) -> tuple[Example, int]:
     """One record as tokens: BOS, prompt, answer, EOS; prompt and answer are tokenised as one text.
 
     The first supervised token is the first one in which this text differs from the prompt alone, so all of the answer
     is supervised, even where its first letters share a token with the prompt. The last one is EOS, so that the model
     learns to end its answers.
 
-    Returns: the example, cut to `max_seq_len` tokens, and whether it was cut.
+    Returns: the example, cut to `max_seq_len` tokens, and how many it had before.
     """
     prompt = template.prompt(record["instruction"], record["input"])
     tokens = tokenizer.encode(prompt + record["output"], bos=True, eos=True)
     alone = tokenizer.encode(prompt, bos=True, eos=False)
     shared = next((i for i, (a, b) in enumerate(zip(alone, tokens, strict=False)) if a != b), len(alone))
-    return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens) > max_seq_len
+    return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens)
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section: InstructionSection) -> list[Example]:
@@ -88,28 +90,40 @@ def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section:
         log.warning("%s: %d records are skipped (data.on_error is skip), %d are left", path, len(bad), len(records))
     if not records:
         raise ValueError(f"{path}: every record was skipped, so there is nothing to train on")
-    examples, cut, dropped = [], 0, 0
+    examples, lengths, dropped = [], [], 0
     for record in records:
-        example, was_cut = encode_example(
+        example, length = encode_example(
             record, tokenizer, template, train_on_inputs=section.train_on_inputs, max_seq_len=section.max_seq_len
         )
+        lengths.append(length)
         if example.unsupervised >= len(example.tokens):
             dropped += 1
             continue
-        cut += was_cut
         examples.append(example)
+    cut = sum(length > section.max_seq_len for length in lengths) - dropped
     if cut or dropped:
         log.warning(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "
-            "(these are left out); %d are used",
+            "(these are left out); %d are used; 99 %% of all would be whole with %d, all with %d",
             path,
             section.max_seq_len,
             cut,
             dropped,
             len(examples),
+            max(section.max_seq_len, sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]),
+            max(lengths),
         )
     if not examples:
         raise ValueError(
             f"{path}: no example has any of its answer within data.max_seq_len ({section.max_seq_len} tokens)"
         )
     return examples
+
+
+def hold_out(examples: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and `size` that a seed draws to validate. ValueError: none is left to train on."""
+    if size >= len(examples):
+        raise ValueError(f"data.val_size ({size}) leaves nothing of the {len(examples)} examples to train on")
+    drawn = [shuffled(position, len(examples), seed) for position in range(size)]
+    aside = set(drawn)
+    return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from k2mini.config import RunConfig
 from k2mini.data.corpus import FORMAT, MANIFEST, is_prepared
 from k2mini.data.documents import list_files
 from k2mini.data.parts import RECORD, Settings, encode_all, keep_parts, part_of, printable
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import check_output, new_directory, output, progress_bar, read_json, sha256
+from k2mini.files import new_directory, output, progress_bar, read_json, sha256
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,9 @@ def prepare(
     vocab_size = Tokenizer(tokenizer).vocab_size
     settings = Settings(sha256(tokenizer), vocab_size, eos, float(val_percent), on_error)
     folder = _parts_folder(out)
-    with output(out, force=True, inputs=[*files, tokenizer]):
-        if not force:
-            remove_parts(out)
-        check_output(out, force=force)
+    if not force:
+        remove_parts(out)
+    with output(out, force=force, inputs=[*files, tokenizer]):
         parts = {file: part_of(folder, file, settings) for file in files}
         try:
             encode_all(parts, keep_parts(folder, set(parts.values())), tokenizer, settings, workers)
@@ -80,6 +80,14 @@ def prepare(
             with suppress(OSError):  # after an error it holds the parts that are complete, if there are any
                 folder.rmdir()
     return manifest
+
+
+def document_files(path: Path, config: RunConfig) -> list[Path]:
+    """The files of documents at `path`, but for those that the run itself writes, where `run.dir` is in it."""
+    files, run_dir = list_files([path]), Path(config.run.dir).resolve()
+    if path.resolve() not in (run_dir, *run_dir.parents):
+        return files
+    return [file for file in files if run_dir not in file.resolve().parents]
 
 
 def _parts_folder(out: Path) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
-from k2mini.demo.phrases import ANSWER
+from k2mini.demo.phrases import ANSWER, TEMPLATE
 from k2mini.files import write_text
 from k2mini.training.loop import read_metrics
 from k2mini.training.plot import plot_losses
@@ -48,24 +49,28 @@ def answer_table(answers: list[dict[str, Any]]) -> str:
 
 
 def commands(out: Path, control: bool) -> str:
-    """The commands that run each stage by hand on the demo's files, one a line."""
-    evaluate = (
-        f"k2mini eval --model {out}/pretrain/model --adapter {out}/stage2/adapter --template alpaca_short "
-        f"--answer-prefix '{ANSWER}' --scoring text --normalize none --score-end "
-        f"--benchmark {out}/data/questions_npee_unseen.json {out}/data/questions_ap_unseen.json"
-    )
+    """The commands that run each stage by hand on the demo's files, one a line; they write into `out/by_hand`."""
+
+    def at(path: str) -> str:
+        return shlex.quote(str(out / path))
+
+    def run(name: str) -> str:
+        return f"{at(f'configs/{name}.yaml')} {shlex.quote(f'run.dir={out}/by_hand/{name}')}"
+
+    tuned = f"--model {at('pretrain/model')} --adapter {at('stage2/adapter')}"
     lines = [
-        f"k2mini pretrain {out}/configs/pretrain.yaml run.dir=runs/pretrain",
-        f"k2mini delta make --base {out}/base --tuned {out}/pretrain/model --out runs/delta",
-        f"k2mini delta apply --base {out}/base --delta {out}/delta --out runs/restored",
-        f"k2mini finetune {out}/configs/stage1.yaml run.dir=runs/stage1",
-        f"k2mini finetune {out}/configs/stage2.yaml run.dir=runs/stage2",
-        f"k2mini merge --base {out}/pretrain/model --adapter {out}/stage2/adapter --out runs/merged",
-        f"k2mini generate --model {out}/merged --template alpaca_short --prompt 'What is the hardness of quartz?'",
-        evaluate,
+        f"k2mini pretrain {run('pretrain')}",
+        f"k2mini delta make --base {at('base')} --tuned {at('pretrain/model')} --out {at('by_hand/delta')}",
+        f"k2mini delta apply --base {at('base')} --delta {at('delta')} --out {at('by_hand/restored')}",
+        f"k2mini finetune {run('stage1')}",
+        f"k2mini finetune {run('stage2')}",
+        *(f"k2mini finetune {run(name)}" for name in ("control_stage1", "control") if control),
+        f"k2mini merge {tuned.replace('--model', '--base')} --out {at('by_hand/merged')}",
+        f"k2mini generate --model {at('merged')} --template {TEMPLATE} --prompt 'What is the hardness of quartz?' "
+        "--max-new-tokens 16",
+        f"k2mini eval {tuned} --template {TEMPLATE} --answer-prefix '{ANSWER}' --scoring text --normalize none "
+        f"--score-end --benchmark {at('data/questions_npee_unseen.json')} {at('data/questions_ap_unseen.json')}",
     ]
-    if control:
-        lines.insert(5, f"k2mini finetune {out}/configs/control.yaml run.dir=runs/control")
     return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """
     folder = Path(config.run.dir) / "demo"
 
-    def resolved(path: str | None) -> str | None:
+    def resolved(path: Any) -> Any:
         if path is None or not path.startswith(PREFIX):
             return path
         name = path.removeprefix(PREFIX)
@@ -78,11 +78,10 @@ def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
             raise ValueError(f"{path}: the demo has base, {names}")
         return str(folder / name)
 
-    model, data = resolved(config.model.path), resolved(config.data.path)
-    assert model is not None
-    assert data is not None
+    section: Any = config.data
     return replace(
         config,
-        model=replace(config.model, path=model),
-        data=replace(config.data, path=data, val_path=resolved(config.data.val_path)),
+        model=replace(config.model, path=resolved(config.model.path)),
+        data=replace(section, path=resolved(section.path), val_path=resolved(section.val_path)),
+        eval=replace(config.eval, benchmark=[resolved(path) for path in config.eval.benchmark]),
     )

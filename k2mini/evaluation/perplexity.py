@@ -15,7 +15,7 @@ from k2mini.evaluation.score import split_jointly
 from k2mini.inference.generate import check_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.training.loop import validation_loss
+from k2mini.training.validation import validation_loss
 
 
 @dataclass(frozen=True)

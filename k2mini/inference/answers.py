@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,12 @@ class Journal:
         if asked and not line.endswith(b"\n") and line[: len(begin)] == begin[: len(line)]:
             return []
         where = f"{self.path}, line {place + 1}"
-        entry = parse_json(line, where)
-        if isinstance(entry, dict):
-            entry.pop("sha256", None)
-        if not asked or not line.startswith(begin) or self._line(entry) != line:
-            wanted = f"this model's answer, with these settings, to {short(asked['prompt'])}" if asked else "asked for"
-            raise ValueError(f"{where} is not {wanted}; name another place, or replace it with --force")
-        return [entry]
+        with suppress(ValueError):
+            entry = parse_json(line, where) if asked and line.startswith(begin) else {}
+            if entry.pop("sha256", None) and self._line(entry) == line:
+                return [entry]
+        wanted = f"this model's answer, with these settings, to {short(asked['prompt'])}" if asked else "asked for"
+        raise ValueError(f"{where} is not {wanted}; name another place, or replace it with --force")
 
 
 def answers(
@@ -192,14 +192,8 @@ def answers(
                 progress.update(tokens[place])
     if cut:
         after = f"{min(cut)} to {max(cut)}" if min(cut) < max(cut) else cut[0]
-        context = model.config.max_seq_len
-        log.warning(
-            "%d of %d answers end after %s tokens, with the model's context of %d",
-            len(cut),
-            len(prompts),
-            after,
-            context,
-        )
+        said = "%d of %d answers end after %s tokens, with the model's context of %d"
+        log.warning(said, len(cut), len(prompts), after, model.config.max_seq_len)
 
 
 def _batch(

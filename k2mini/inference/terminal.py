@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from select import select
 from typing import TextIO
 
 import torch
@@ -14,6 +15,14 @@ from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.inference.generate import Completion, Decoding, collect, extend, steps
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
+
+QUOTES = '"""'
+HELP = f"""\
+/help          this
+/reset         forget the conversation
+/system TEXT   begin anew with TEXT before it; without TEXT, with nothing
+/exit          end, as Ctrl-D does; Ctrl-C stops an answer
+{QUOTES}            begins and ends a question of several lines, or with a / in front; a pasted paragraph needs none"""
 
 
 class Conversation:
@@ -94,35 +103,67 @@ class Conversation:
 def chat(conversation: Conversation) -> None:
     """Read prompts from standard input and answer them, until end of file or /exit."""
     with suppress(ImportError):
-        import readline  # noqa: F401  (line editing, where the platform has it)
-    print(
-        "/reset forgets the conversation, /system TEXT begins anew with TEXT before it, /exit or Ctrl-D ends it, "
-        "Ctrl-C stops an answer.",
-        file=sys.stderr,
-    )
+        import readline  # line editing, where the platform has it
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    print("/help for help", file=sys.stderr)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            text, quoted = _read()
         except EOFError:
             return
         except KeyboardInterrupt:
             print()
             continue
-        command = line.strip()
+        command = "" if quoted else next(iter(text.split(maxsplit=1)), "")
         if command == "/exit":
             return
-        if command == "/reset":
+        if command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command == "/reset":
             conversation.reset()
             print("(forgotten)", file=sys.stderr)
-        elif command.split(maxsplit=1)[:1] == ["/system"]:
-            conversation.system = command.removeprefix("/system").strip()
+        elif command == "/system":
+            conversation.system = text.removeprefix("/system").strip()
             conversation.reset()
             print("(begun anew)", file=sys.stderr)
-        elif command:
-            try:
-                history = conversation.extended(command)
-            except ValueError as error:
-                print(f"k2mini: {error}{'; /reset starts anew' if conversation.history else ''}", file=sys.stderr)
-                continue
-            conversation.answer(history, sys.stdout)
-            print(" [stopped]" if conversation.interrupted else "", flush=True)
+        elif command.startswith("/"):
+            print(f"k2mini: there is no {command}; /help says what there is", file=sys.stderr)
+        elif text:
+            _answer(conversation, text)
+
+
+def _read() -> tuple[str, bool]:
+    """What is typed or pasted next, and whether it stood in three quotes. Raises ValueError where these have no end."""
+    live = sys.stdin.isatty()
+    # What was typed while an answer came is a question a line. Lines that come at once later were pasted.
+    ahead = live and select([sys.stdin], [], [], 0)[0]
+    text = input("> " if live else "")
+    with suppress(EOFError):
+        while live and not ahead and select([sys.stdin], [], [], 0.05)[0]:
+            text += "\n" + input()
+    text = text.strip()
+    if not text.startswith(QUOTES):
+        return text, False
+    text = text.removeprefix(QUOTES)
+    try:
+        while not text.rstrip().endswith(QUOTES):
+            text += "\n" + input("... " if live else "")
+    except EOFError:
+        raise ValueError(f"a question that begins with {QUOTES} must end with {QUOTES}") from None
+    return text.rstrip().removesuffix(QUOTES).strip(), True
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    """Print an answer, and what is to be known of its end."""
+    try:
+        history = conversation.extended(text)
+    except ValueError as error:
+        print(f"k2mini: {error}{'; /reset starts anew' if conversation.history else ''}", file=sys.stderr)
+        return
+    completion = conversation.answer(history, sys.stdout)
+    print(" [stopped]" if conversation.interrupted else "", flush=True)
+    if completion.finish == "length":
+        cut = len(completion.tokens) < conversation.decoding.max_new_tokens
+        why = "the model's context ends; /reset starts anew" if cut else "--max-new-tokens says so"
+        print(f"k2mini: stopped after {len(completion.tokens)} tokens: {why}", file=sys.stderr)

@@ -92,6 +92,16 @@ def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[s
     sync_path(path.parent)
 
 
+def check_room(folder: Path, number: int, size: int, result: int) -> None:
+    """Raise ValueError unless the disk has room for the result and so many checkpoints of `size` bytes in all."""
+    needed = max(0, number - len(checkpoints(folder))) * size + result
+    if needed > (free := shutil.disk_usage(folder if folder.exists() else folder.parent).free):
+        raise ValueError(
+            f"{folder} needs {needed:,} bytes for {number} checkpoint(s) at a time and the run's result, {free:,} are "
+            "free on its disk; free some, set run.dir to another disk, or lower checkpoint.keep_last"
+        )
+
+
 def resume(
     folder: Path,
     section: CheckpointSection,

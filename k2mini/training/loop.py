@@ -1,9 +1,10 @@
-"""The one training loop, and what a run reports: metrics.jsonl, TensorBoard, the progress line."""
+"""The one training loop, and what a run reports: metrics.jsonl, TensorBoard, the progress line, the summary."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import signal
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,12 +27,15 @@ from k2mini.errors import StoppedBySignalError, need_extra
 from k2mini.files import parse_json, progress_bar, read_text, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import best_loss, check_finite, prune, resume, save_checkpoint
-from k2mini.training.step import build_optimizer, local_batches, loss_sum, rank_share, total_steps, train_step
+from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step
+from k2mini.training.validation import validation_loss
 
 FILE = "metrics.jsonl"
+NUMBERS = ("loss", "val_loss", "tokens", "tokens_per_second")  # what is read again, beside the scores of a benchmark
+ACCURACY = "accuracy/"  # begins a score's name
 NO_BENCHMARK = EvalSection()
-# Dense bf16 rates of makers' data sheets, in FLOP/s; the rate of any other device is measured.
-PEAKS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12}
+# Dense bf16 (V100: fp16) rates of makers' data sheets, in FLOP/s, of the fastest variant of each name.
+PEAKS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12}
 
 Evaluate = Callable[[Llama], dict[str, float]]
 
@@ -202,38 +207,46 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         where = f"{path}, line {number}"
         entry = parse_json(line, where)
         check_fields(entry, {"step": int}, where)
-        check_fields(entry, {key: float for key in ("loss", "val_loss") if key in entry}, where)
+        check_fields(entry, {key: float for key in entry if key in NUMBERS or key.startswith(ACCURACY)}, where)
         entries.append(entry)
     return entries
 
 
-@torch.no_grad()
-def validation_loss(model: Llama, samples: Samples, batch_size: int, world: World = ALONE) -> float:
-    """The mean loss (nats a token) over an epoch's supervised tokens, without dropout. ValueError: it is not finite."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0.0
-    for start in range(0, samples.num_samples, batch_size * world.size):
-        mine = start + world.rank * batch_size
-        size = min(batch_size, samples.num_samples - mine)
-        # A forward pass gathers weights from all ranks, so a rank without samples runs it as well.
-        batch = samples.batch(mine, size) if size > 0 else samples.batch(0, 1).unsupervised()
-        total += loss_sum(model, batch).item()
-        count += batch.num_supervised()
-    model.train(was_training)
-    reshard(model)
-    total, count = world.all_reduce(total, count)
-    if not math.isfinite(total):
-        raise ValueError(f"the validation loss is {total}; go on from the last checkpoint with a lower train.lr")
-    return total / max(1, count)
+def summary(path: Path) -> str:
+    """What a metrics file says of its run, as lines of text: length, losses, and what a benchmark found last."""
+    entries = read_metrics(path)
+    lines = []
+    if steps := [entry for entry in entries if entry.keys() >= {"loss", "tokens", "tokens_per_second"}]:
+        first, last, seconds, before = steps[0], steps[-1], 0.0, 0
+        for entry in steps:
+            seconds += (entry["tokens"] - before) / max(entry["tokens_per_second"], 0.1)
+            before = entry["tokens"]
+        pace = f"{last['tokens'] / max(seconds, 1e-9):,.0f} tokens/s, without validation and saving"
+        time_taken = timedelta(seconds=round(seconds))
+        lines.append(f"{last['step']:,} steps, {last['tokens']:,} tokens in {time_taken} ({pace})")
+        lines.append(f"training loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at {last['step']}")
+    if validated := [entry for entry in entries if "val_loss" in entry]:
+        lines.append(f"validation loss {_validated(validated[-1])}")
+        if (best := min(reversed(validated), key=lambda entry: entry["val_loss"])) is not validated[-1]:
+            lines.append(f"the lowest was {_validated(best)}")
+    scores = {key.removeprefix(ACCURACY): (e[key], e["step"]) for e in entries for key in e if key.startswith(ACCURACY)}
+    lines += [f"accuracy of {task} {100 * score:.1f} % at step {step}" for task, (score, step) in scores.items()]
+    return "\n".join(lines)
+
+
+def _validated(entry: dict[str, Any]) -> str:
+    perplexity = math.exp(min(entry["val_loss"], 700))
+    return f"{entry['val_loss']:.3f} at step {entry['step']} (perplexity {perplexity:.4g})"
 
 
 class Throughput:
     """The progress line: loss, learning rate, tokens a second, MFU, memory.
 
     MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), is the arithmetic that the
-    tokens need over the arithmetic that the devices could do in that time. A token needs 6 FLOP for each trained
-    parameter and 4 for each frozen one; attention and what activation checkpointing recomputes are not counted.
+    tokens need over the arithmetic that the devices could do in that time, by the data sheet (`PEAKS`), whatever the
+    run's dtype. It is left out on other devices, CPUs among them: a rate measured on some product is no peak, and those
+    of float32 and bfloat16 are far apart on some. A token needs 6 FLOP for each trained parameter and 4 for each frozen
+    one; attention and what activation checkpointing recomputes are not counted.
     """
 
     def __init__(self, model: Llama, world: World) -> None:
@@ -243,35 +256,20 @@ class Throughput:
             for parameter in model.parameters()
             if parameter is not embedding or model.lm_head is None
         )
-        self._device = world.device
-        self._peak = world.size * peak_flops(world.device, model.dtype)
+        self._device, self._ranks, self._peak = world.device, world.size, peak_flops(world.device)
 
     def line(self, figures: dict[str, float], rate: float) -> str:
         """What `train_step` returned, and a rate in tokens a second over all ranks, as text."""
-        mfu = 100 * rate * self._flops_per_token / self._peak
-        return (
-            f"loss {figures['loss']:.3f}, lr {figures['lr']:.1e}, {rate:,.0f} tokens/s, MFU {mfu:.0f} %, "
-            f"{memory_used(self._device) / 2**30:.1f} GiB"
-        )
+        said = f"loss {figures['loss']:.3f}, lr {figures['lr']:.1e}, {rate:,.0f} tokens/s, "
+        if self._peak is not None:
+            said += f"MFU {100 * rate * self._flops_per_token / (self._ranks * self._peak):.0f} %, "
+        return said + f"{memory_used(self._device) / 2**30:.1f} GiB"
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The FLOP/s of a device's matrix products: from the data sheet for known GPUs, else measured on one product."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in PEAKS.items():
-            if known in name:
-                return peak
-    size = 512 if device.type == "cpu" else 4096
-    # Many CPUs are slow in bf16, so their yardstick is fp32.
-    dtype = torch.float32 if device.type == "cpu" else dtype
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def peak_flops(device: torch.device) -> float | None:
+    """The FLOP/s of a GPU's dense bf16 matrix products by its data sheet; None of a device that `PEAKS` lacks."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_used(device: torch.device) -> int:

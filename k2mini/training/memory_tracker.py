@@ -1,4 +1,4 @@
-"""How many bytes an allocator keeps for the tensors of a step; works on fake tensors as well as on real ones."""
+"""How many bytes an allocator keeps for the tensors of a step, and how many a rank receives, without a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2mini.distributed import local_part
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that exist, within its `with` block, and adds up their peaks by stream.
+    """Counts the bytes of all tensor storages that exist, and of what FSDP communicates, within its `with` block.
 
     A storage is added when an operation returns a tensor on it, and subtracted when its last reference is gone. FSDP
     frees gathered weights by resizing their storage to 0 bytes, so resizing is counted as well. What one stream has
@@ -24,11 +24,17 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         model, optimizer: their parameters and state exist from the start.
+        replicas: whole copies of the model, between which gradients are summed.
+
+    Attributes:
+        peak: the bytes reserved.
+        received: bytes from other ranks. Of n ranks in a ring each receives (n - 1) / n of what is gathered or reduced;
+            an all-reduce takes twice that.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: int = 1) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._replicas, self.received = model, replicas, 0
         self._sizes: dict[int, tuple[int, torch.cpu.Stream]] = {}
         self._now: Counter[torch.cpu.Stream] = Counter()
         self._peaks: Counter[torch.cpu.Stream] = Counter()
@@ -42,6 +48,11 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, out)
+        if func in (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default):
+            self.received += abs(args[0].nbytes - args[1].nbytes)  # the whole less the rank's own part
+        elif func is torch.ops.c10d.allreduce_.default:
+            whole = sum(tensor.nbytes for tensor in args[0])
+            self.received += 2 * (self._replicas - 1) * whole // self._replicas
         return out
 
     def __enter__(self) -> MemoryTracker:
@@ -69,7 +80,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def peak(self) -> int:
-        """The bytes reserved so far."""
+        """The most bytes of each stream, added up."""
         return sum(self._peaks.values())
 
     def _count(self, storage: torch.UntypedStorage, size: int) -> None:

@@ -24,7 +24,6 @@ from k2mini.build import is_sharded, kept_dtype, make_trainable
 from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh
-from k2mini.dtypes import DTYPES
 from k2mini.model_config import PRESETS, ModelConfig, read_model_config
 from k2mini.nn.llama import Llama
 from k2mini.nn.loss import projected_loss
@@ -45,8 +44,9 @@ class Plan:
     Attributes:
         parameters, trained: how many the model has, and how many of them train.
         peak: the most memory that tensors take within a step; `kinds` splits it up.
-        received: bytes that a rank receives from others in a step.
+        received: bytes that a rank receives from others in a step; at most, where rows are packed.
         checkpoint: bytes on disk of each checkpoint, all ranks together.
+        step_tokens: of all ranks; at most, in instruction tuning.
         epoch_tokens, epoch_steps: None where the data is not prepared yet.
     """
 
@@ -81,16 +81,17 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     if world_size < 1:
         raise ValueError(f"--world-size must be at least 1, not {world_size}")
     micro_steps = rank_share(config.train, world_size) // config.train.micro_batch_size
+    tracked = min(2, micro_steps)  # from the second on there are gradients already; all others are like it
     shape = planned_shape(config.model.path)
     check_context(config, shape.max_seq_len)
     with _ranks(config, world_size) as mesh:
         if exact or shape.num_layers <= 8:
-            peak, parameters, trained, kinds = _track(config, shape, mesh, micro_steps)
+            peak, received, parameters, trained, kinds = _track(config, shape, mesh, tracked)
         else:
-            fewer, more = (_track(config, replace(shape, num_layers=n), mesh, micro_steps) for n in (4, 8))
+            fewer, more = (_track(config, replace(shape, num_layers=n), mesh, tracked) for n in (4, 8))
             blocks = (shape.num_layers - 8) / 4
-            pairs = zip(fewer[:3], more[:3], strict=True)
-            peak, parameters, trained = (int(b + (b - a) * blocks) for a, b in pairs)
+            pairs = zip(fewer[:4], more[:4], strict=True)
+            peak, received, parameters, trained = (int(b + (b - a) * blocks) for a, b in pairs)
             kinds = {}
     epoch_tokens = epoch_steps = None
     row = config.data.seq_len if isinstance(config, PretrainConfig) else config.data.max_seq_len
@@ -102,7 +103,7 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
         trained=trained,
         peak=peak,
         kinds=kinds,
-        received=_received(config, world_size, parameters, trained),
+        received=received * micro_steps // tracked,
         # Weights and AdamW's two moments, in float32 or float64.
         checkpoint=3 * trained * kept_dtype(config.model, None).itemsize,
         step_tokens=config.train.global_batch_size * row,
@@ -151,9 +152,9 @@ def _ranks(config: RunConfig, world_size: int) -> Iterator[DeviceMesh | None]:
 
 
 def _track(
-    config: RunConfig, shape: ModelConfig, mesh: DeviceMesh | None, micro_steps: int
-) -> tuple[int, int, int, dict[str, int]]:
-    """The peak of a step, the number of parameters and of those that train, and what the peak consists of."""
+    config: RunConfig, shape: ModelConfig, mesh: DeviceMesh | None, micro_batches: int
+) -> tuple[int, int, int, int, dict[str, int]]:
+    """Peak of a step, bytes received in it, number of parameters, of those trained, and the peak's kinds."""
     lora = _lora(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _of_dtype(shape, kept_dtype(config.model, lora))
@@ -161,14 +162,15 @@ def _track(
         # documents begin, and fake positions have no values.
         train = replace(config.train, compile=False)
         make_trainable(model, config.model, train, config.parallel, lora, torch.device("cuda"), mesh)
-        counts = [p.numel() for p in model.parameters()], [p.numel() for p in model.parameters() if p.requires_grad]
+        weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]  # that of int8 is none
+        counts = [p.numel() for p in weights], [p.numel() for p in weights if p.requires_grad]
         optimizer = build_optimizer(model, config.train)
         batch = _fake_batch(config)
 
         def step() -> None:
             # `train_step` without what reads a value, which fake tensors do not have: the loss, the gradient norm and
             # whether they are finite. The learning rate changes no memory.
-            for _ in range(min(2, micro_steps)):  # from the second on there are gradients already
+            for _ in range(micro_batches):
                 model.loss(*batch).backward()
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
@@ -177,10 +179,11 @@ def _track(
 
         model.train()
         step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
-        with MemoryTracker(model, optimizer) as tracker:
+        with MemoryTracker(model, optimizer, config.parallel.replicate) as tracker:
             step()
     lost = int(FRAGMENTATION * tracker.peak)
-    return tracker.peak + lost, sum(counts[0]), sum(counts[1]), {**tracker.kinds(), "fragmentation": lost}
+    kinds = {**tracker.kinds(), "fragmentation": lost}
+    return tracker.peak + lost, tracker.received, sum(counts[0]), sum(counts[1]), kinds
 
 
 def _of_dtype(shape: ModelConfig, dtype: torch.dtype) -> _Planned:
@@ -201,34 +204,22 @@ def _fake_batch(config: RunConfig) -> tuple[Tensor, Tensor | None, Tensor]:
     return tokens, torch.zeros_like(tokens) if masked else None, torch.zeros_like(tokens)
 
 
-def _received(config: RunConfig, world_size: int, parameters: int, trained: int) -> int:
-    """Bytes that a rank receives in a step.
-
-    For each micro-batch parameters are gathered (with ZeRO-3 again for the backward pass) and gradients reduced. Of n
-    ranks in a ring each receives (n - 1) / n of what is gathered or reduced; an all-reduce, between replicas, takes
-    twice that.
-    """
-    micro_steps = rank_share(config.train, world_size) // config.train.micro_batch_size
-    group = world_size // config.parallel.replicate
-    full = isinstance(config, PretrainConfig)
-    gathered = parameters * DTYPES[config.model.dtype].itemsize * (1 + config.parallel.reshard_after_forward)
-    reduced = trained * (4 if full else kept_dtype(config.model, None).itemsize)
-    between = 2 * (config.parallel.replicate - 1) / config.parallel.replicate * reduced / group
-    return int(micro_steps * ((gathered + reduced) * (group - 1) / group + between))
-
-
-def describe(plan: Plan, world_size: int) -> str:
+def describe(plan: Plan, config: RunConfig, world_size: int) -> str:
     """A plan as text for the terminal."""
     kinds = ", ".join(f"{name} {readable(size)}" for name, size in plan.kinds.items())
+    most = "at most " if isinstance(config, FinetuneConfig) else ""  # examples may be shorter than a row, or packed
+    received = f"{most}{readable(plan.received)} received a rank and step" if plan.received else "none"
+    ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     lines = [
-        f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {world_size} ranks",
+        f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {ranks}",
         f"peak memory     {readable(plan.peak)} a rank ({kinds})",
-        f"communication   {readable(plan.received)} received a rank and step",
+        f"communication   {received}",
         f"checkpoint      {readable(plan.checkpoint)} on disk",
-        f"a step          {plan.step_tokens:,} tokens",
+        f"a step          {most}{plan.step_tokens:,} tokens",
     ]
     if plan.epoch_steps is not None:
-        lines.append(f"an epoch        {plan.epoch_tokens:,} tokens, {plan.epoch_steps:,} steps")
+        steps = f"{plan.epoch_steps:,} step{'' if plan.epoch_steps == 1 else 's'}"
+        lines.append(f"an epoch        {plan.epoch_tokens:,} tokens, {steps}")
     return "\n".join(lines)
 
 

@@ -1,19 +1,19 @@
-"""`k2mini preview`: the samples of a run as text, token by token, with the tokens that count in its loss."""
+"""`k2mini preview`: the samples of a run, as text and token by token, with what counts in its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2mini.config import IGNORE_INDEX, FinetuneConfig, RunConfig, check_context
+from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig, RunConfig, check_context
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Corpus, Documents, is_prepared
 from k2mini.data.documents import read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Examples
+from k2mini.data.prepare import document_files
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.training.run import document_files
 from k2mini.weights.model_directory import ModelDirectory
 
 
@@ -30,7 +30,10 @@ def preview(config: RunConfig, number: int) -> Iterator[str]:
     samples = _samples(config, tokenizer)
     for index in range(min(number, samples.num_samples)):
         yield f"sample {index} of {samples.num_samples:,}"
-        yield from _table(samples.batch(index, 1), tokenizer)
+        batch = samples.batch(index, 1)
+        yield from _text(batch, tokenizer, documents=isinstance(config, PretrainConfig))
+        yield ""
+        yield from _table(batch, tokenizer)
 
 
 def _samples(config: RunConfig, tokenizer: Tokenizer) -> Blocks | Examples:
@@ -46,6 +49,32 @@ def _samples(config: RunConfig, tokenizer: Tokenizer) -> Blocks | Examples:
         ids for file in document_files(source, config) for ids in read_documents(file, tokenizer, eos=corpus.eos)
     ]
     return Blocks(Documents(documents), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
+
+
+def _text(batch: Batch, tokenizer: Tokenizer, *, documents: bool) -> Iterator[str]:
+    """A row as it reads, indented, under headings that say what is supervised and, of `documents`, where one begins.
+
+    A row's first token and BOS go with what follows: the one is never predicted, the other only across documents.
+    """
+    tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
+    supervised = [False, *(label != IGNORE_INDEX for label in labels)]  # of each token, whether it is to be predicted
+    ids = [*tokens, labels[-1]] if supervised[-1] else tokens
+    stream, heading, text = tokenizer.stream(), "", ""
+    for place, token in enumerate(ids):
+        begins = token == tokenizer.bos_id
+        judged = min(place + (begins or not place), len(ids) - 1)
+        said = "supervised" if supervised[judged] else "not supervised"
+        if documents and (begins or not place):
+            said += ", a document from its beginning" if begins else ", a document goes on"
+        if begins or not place or not heading.startswith(said):
+            yield from _indented(heading, text)
+            heading, text = said, ""
+        text += tokenizer.piece(token) if tokenizer.kind(token) == "control" else stream.push(token)
+    yield from _indented(heading, text + stream.flush())
+
+
+def _indented(heading: str, text: str) -> list[str]:
+    return [f"{heading}:", *(f"    {line}".rstrip() for line in text.split("\n"))] if text else []
 
 
 def _table(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:

@@ -14,24 +14,26 @@ from typing import Any
 
 import torch
 
-from k2mini.build import training_model
+from k2mini.build import kept_dtype, training_model
 from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context, settings_of
 from k2mini.config_file import load_config
-from k2mini.data.batches import Blocks, shuffled
+from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
-from k2mini.data.documents import list_files
-from k2mini.data.instructions import read_examples
-from k2mini.data.packing import Example, Examples, PackedExamples
-from k2mini.data.prepare import prepare, remove_parts
+from k2mini.data.instructions import hold_out, read_examples
+from k2mini.data.packing import Examples, PackedExamples
+from k2mini.data.prepare import document_files, prepare, remove_parts
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
+from k2mini.dtypes import DTYPES
 from k2mini.files import output, sha256, write_text
+from k2mini.model_config import tensor_shapes
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import changes, check_files, find_checkpoint, remove_leftovers
+from k2mini.training.checkpoint import changes, check_files, check_room, find_checkpoint, remove_leftovers
 from k2mini.training.export import export, export_adapter
 from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
+from k2mini.training.step import total_steps
 from k2mini.weights.adapter import load_adapter, read_adapter_config
 from k2mini.weights.model_directory import ModelDirectory, read_manifest
 
@@ -52,11 +54,8 @@ def pretrain(
 ) -> Path:
     """Train all parameters on plain documents, on all ranks. Returns the directory of the model, `run.dir/model`.
 
-    A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`).
-
-    Args:
-        label: of the progress line.
-        benchmark: run every `eval.every` steps; its scores go into the metrics.
+    A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`). `label` is that of
+    the progress line; `benchmark` is run every `eval.every` steps, and its scores go into the metrics.
     """
     out = Path(config.run.dir) / "model"
     with run_directory(config, world):
@@ -74,6 +73,7 @@ def _pretrain(config: PretrainConfig, world: World, label: str, benchmark: Bench
     def blocks(corpus: Corpus, seed: int | None) -> Blocks:
         return Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=seed)
 
+    _check_room(config, base)
     directory = _prepared(Path(data.path), config, base, world)
     val = None
     if data.val_path is not None:
@@ -82,7 +82,7 @@ def _pretrain(config: PretrainConfig, world: World, label: str, benchmark: Bench
         val = blocks(Corpus(directory, "val"), None)
     identity = _identity(config, fingerprint(directory), base, world)
     task = Task(blocks(Corpus(directory), seed), val, identity, label)
-    _accept(config, identity, world)
+    _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world)
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
     return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
@@ -117,7 +117,8 @@ def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Bench
     template, data, section, seed = get_template(config.data.template), config.data, config.lora, config.run.seed
     base = _base(config)
     tokenizer = base.require_tokenizer()
-    examples, held_out = _split(read_examples(Path(data.path), tokenizer, template, data), config)
+    _check_room(config, base)
+    examples, held_out = hold_out(read_examples(Path(data.path), tokenizer, template, data), data.val_size, seed)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
     pack = data.packing
@@ -125,22 +126,12 @@ def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Bench
     val = Examples(held_out, seed=None) if held_out else None
     identity = _identity(config, sha256(Path(data.path)), base, world)
     task = Task(samples, val, identity, label, save_best=True)
-    _accept(config, identity, world)
+    _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
     if section.init_adapter is not None:
         _start_from(model, section, Path(section.init_adapter))
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, tokenizer)
     return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
-
-
-def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, and the `data.val_size` examples that are drawn by run.seed to validate."""
-    size = config.data.val_size
-    if size >= len(examples):
-        raise ValueError(f"data.val_size ({size}) leaves nothing of the {len(examples)} examples to train on")
-    drawn = [shuffled(position, len(examples), config.run.seed) for position in range(size)]
-    aside = set(drawn)
-    return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]
 
 
 @contextmanager
@@ -200,7 +191,7 @@ def _is_complete(config: RunConfig, out: Path, world: World) -> bool:
         raise ValueError(f"{error}; or {remedy}") from None
     if manifest is None or not all((out / name).is_file() for name in manifest["files"]):
         raise ValueError(f"{out} is not complete (by its manifest.json); {remedy}")
-    noted = load_config(type(config), Path(config.run.dir) / CONFIG)  # type: ignore[type-var]
+    noted = load_config(type(config), Path(config.run.dir) / CONFIG)
     if changed := changes(settings_of(noted), settings_of(config)):
         raise ValueError(
             f"{out} was made with {', '.join(changed)}; set run.dir to a new folder, or restore what changed"
@@ -220,11 +211,28 @@ def _base(config: RunConfig) -> ModelDirectory:
     return base
 
 
-def _accept(config: RunConfig, identity: dict[str, Any], world: World) -> None:
+def _accept(config: RunConfig, base: ModelDirectory, task: Task, world: World) -> None:
     """Note the configuration in the run's directory, once it is known that the run may go on with it."""
-    find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, identity, world)
-    if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:  # type: ignore[type-var]
+    find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, task.identity, world)
+    _check_room(config, base, task)
+    if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:
         _write_config(config)
+
+
+def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = None) -> None:
+    """Raise ValueError where the disk lacks room for what the run keeps; without a task, for the least that it can."""
+    section, trained, number = config.checkpoint, base.config.num_parameters(), 1
+    itemsize = result = kept_dtype(config.model, None).itemsize
+    if isinstance(config, FinetuneConfig):
+        shapes, lora = tensor_shapes(base.config).items(), config.lora
+        trained = lora.rank * sum(sum(shape) for name, shape in shapes if name.split(".")[-2] in lora.target_modules)
+    else:
+        result = DTYPES[config.model.dtype].itemsize
+    if task is not None:
+        steps = total_steps(config.train, task.samples.num_samples)
+        saves = -(-steps // section.every) + task.save_best * -(-steps // (config.train.val_every or steps))
+        number = min(saves, section.keep_last + (section.keep_best and task.val is not None) + 1)  # one not yet pruned
+    check_room(Path(config.run.dir) / "checkpoints", number, 3 * trained * itemsize, trained * result)
 
 
 def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:
@@ -253,14 +261,6 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
         raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
     check_files(path, corpus_hashes(path), world, "prepare it again")
     return path
-
-
-def document_files(path: Path, config: RunConfig) -> list[Path]:
-    """The files of documents at `path`, but for those that the run itself writes, where `run.dir` is in it."""
-    files, run_dir = list_files([path]), Path(config.run.dir).resolve()
-    if path.resolve() not in (run_dir, *run_dir.parents):
-        return files
-    return [file for file in files if run_dir not in file.resolve().parents]
 
 
 def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:

@@ -70,10 +70,10 @@ def test_all_of_the_answer_and_its_end_is_supervised(tiny_tokenizer, llama_token
     for tokenizer in (tiny_tokenizer, llama_tokenizer):
         for name in ("alpaca", "alpaca_legacy", "none"):
             template = get_template(name)
-            example, cut = encode_example(RECORD, tokenizer, template, train_on_inputs=False, max_seq_len=512)
+            example, length = encode_example(RECORD, tokenizer, template, train_on_inputs=False, max_seq_len=512)
             prompt = template.prompt(RECORD["instruction"])
             supervised = tokenizer.decode(example.tokens[example.unsupervised :]).lstrip()
-            assert not cut
+            assert length == len(example.tokens)
             assert example.tokens[-1] == tokenizer.eos_id
             assert tokenizer.decode(example.tokens) == prompt + "granite"
             # Where the tokenizer joins the prompt's last letters with the answer's first, both are supervised.
@@ -91,6 +91,14 @@ def test_what_is_cut_is_counted(tiny_tokenizer, tmp_path, caplog):
     examples = read_examples(path, tiny_tokenizer, template, section)
     assert [len(example.tokens) <= 40 for example in examples] == [True, True]
     assert "1 examples lose the end of their answer and 1 their whole answer" in caplog.text
+    bos_eos = {"bos": True, "eos": True}
+    longest = max(
+        len(tiny_tokenizer.encode(text, **bos_eos))
+        for text in ("Name a rock." + "granite " * 40, "rock " * 100 + "granite")
+    )
+    assert f"2 are used; 99 % of all would be whole with {longest}, all with {longest}" in caplog.text
+    assert read_examples(path, tiny_tokenizer, template, replace(section, max_seq_len=longest))
+    assert len(caplog.records) == 1
     path.write_text(json.dumps([{**RECORD, "instruction": "rock " * 100}]))
     with pytest.raises(ValueError, match="no example has any of its answer"):
         read_examples(path, tiny_tokenizer, template, section)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.demo.phrases import ANSWER
 from k2mini.demo.pipeline import run_demo
 from k2mini.demo.sources import BASE
 from k2mini.training.loop import read_metrics
@@ -23,7 +23,7 @@ RUNS = ["pretrain", "stage1", "stage2", "control_stage1", "control"]
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo") / "out"
+    out = tmp_path_factory.mktemp("demo") / "the demo"
     return out, run_demo(out, quick=True, control=True)
 
 
@@ -113,36 +113,30 @@ def test_another_seed_needs_another_folder(demo, tmp_path):
         run_demo(tmp_path / "file", quick=True)
 
 
-def test_its_stages_are_the_products_commands(demo, tmp_path, run):
-    """The same losses by hand, from the files and commands that the demo leaves."""
+def test_its_stages_are_the_products_commands(demo, tmp_path, run, monkeypatch):
+    """The commands of report.md as they stand, in their order: the same losses and bytes by hand."""
     out, report = demo
-    assert run("pretrain", out / "configs/pretrain.yaml", f"run.dir={tmp_path}/pretrain")[0] == 0
-    assert run("finetune", out / "configs/stage1.yaml", f"run.dir={tmp_path}/stage1")[0] == 0
-    assert run("finetune", out / "configs/stage2.yaml", f"run.dir={tmp_path}/stage2")[0] == 0
-    by_hand, whole = losses(tmp_path), losses(out)
-    assert by_hand == {name: whole[name] for name in by_hand}
-    status, printed, err = run(
-        *("merge", "--base", out / "pretrain/model", "--adapter", out / "stage2/adapter", "--out", tmp_path / "merged")
-    )
-    assert (status, printed) == (0, f"{tmp_path}/merged\n"), err
-    assert (tmp_path / "merged/model.safetensors").read_bytes() == (out / "merged/model.safetensors").read_bytes()
-    for arguments in (
-        ("make", "--base", out / "base", "--tuned", out / "pretrain/model", "--out", tmp_path / "delta"),
-        ("apply", "--base", out / "base", "--delta", tmp_path / "delta", "--out", tmp_path / "restored"),
-    ):
-        assert run("delta", *arguments)[0] == 0
-    assert (tmp_path / "restored/model.safetensors").read_bytes() == (out / "restored/model.safetensors").read_bytes()
-    newest = sorted((out / "pretrain/checkpoints").iterdir())[-1]
-    assert run("export", newest, "--out", tmp_path / "exported")[0] == 0
-    exported = (tmp_path / "exported/model.safetensors").read_bytes()
-    assert exported == (out / "pretrain/model/model.safetensors").read_bytes()
-    questions = [out / f"data/questions_{layout}_unseen.json" for layout in ("npee", "ap")]
-    way = ("--template", "alpaca_short", "--answer-prefix", ANSWER, "--scoring", "text", "--normalize", "none")
-    way += ("--score-end", "--json")
-    adapter = ("--adapter", out / "stage2/adapter")
-    status, printed, _ = run("eval", "--model", out / "pretrain/model", *adapter, "--benchmark", *questions, *way)
+    monkeypatch.chdir(tmp_path)
+    block = (out / "report.md").read_text(encoding="utf-8").split("## Every stage by hand")[1]
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("k2mini ")]
+    names = "pretrain, delta, delta, finetune, finetune, finetune, finetune, merge, generate, eval"
+    assert ", ".join(name for _, name, *_ in commands) == names
+    for _, *arguments in commands:
+        status, printed, err = run(*arguments, *(["--json"] if arguments[0] == "eval" else []))
+        assert status == 0, err
+        assert printed
     correct = sum(task["accuracy"] * task["n"] for task in json.loads(printed)["tasks"])
     assert correct / 10 == pytest.approx(report["stages"][3]["unseen"])
+    assert not list(tmp_path.iterdir())
+    assert losses(out / "by_hand") == losses(out)
+    for name in ("restored", "merged", "pretrain/model"):
+        model = (out / "by_hand" / name / "model.safetensors").read_bytes()
+        assert model == (out / name / "model.safetensors").read_bytes()
+    newest = sorted((out / "pretrain/checkpoints").iterdir())[-1]
+    assert run("export", newest, "--out", tmp_path / "exported")[0] == 0
+    assert (tmp_path / "exported/model.safetensors").read_bytes() == (
+        out / "pretrain/model/model.safetensors"
+    ).read_bytes()
 
 
 def start(out):

@@ -1,11 +1,17 @@
 import csv
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from k2mini.config import FinetuneConfig
+from k2mini.config_file import load_config
 from k2mini.demo.phrases import ANSWER, GENERAL, GEOSCIENCE, HELD_OUT_QUESTIONS
+from k2mini.demo.sources import with_demo_files
 from k2mini.demo.world import TABLES, choice_questions, documents, instructions, read_facts, world_files
+from k2mini.evaluation.benchmarks import read_benchmark
+from tests.conftest import ROOT
 
 SIZES = {"copies": 2, "general": 50, "expert": 60, "questions": 20}
 
@@ -120,3 +126,13 @@ def test_documents_and_instructions_state_facts():
     assert len(records) == 70
     assert {record["output"] for record in records} == {ANSWER + fact.value for fact in facts}
     assert any(record["input"] for record in records)
+
+
+def test_a_shipped_configuration_asks_the_demos_questions(tmp_path):
+    path, overrides = ROOT / "configs/tiny_stage2.yaml", [f"run.dir={tmp_path}"]
+    config = with_demo_files(load_config(FinetuneConfig, path, overrides))
+    assert config.eval.every
+    assert [len(read_benchmark(Path(file))) for file in config.eval.benchmark] == [100, 100]
+    wrong = load_config(FinetuneConfig, path, [*overrides, "eval.benchmark=[demo:none.json]"])
+    with pytest.raises(ValueError, match=r"demo:none\.json: the demo has base, corpus\.jsonl"):
+        with_demo_files(wrong)

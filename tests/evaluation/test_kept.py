@@ -148,18 +148,18 @@ def test_what_is_known_without_the_model_is_compared_before_it_is_loaded(
     tokenizer = Tokenizer(tiny_directory / "tokenizer.model")
     config = tiny_config(vocab_size=tokenizer.vocab_size, max_seq_len=1024)
     save_model(tiny_llama(config, seed=1).state_dict(), config, tmp_path / "other", tokenizer=tokenizer)
-    common = ["eval", "--benchmark", task, "--out", tmp_path / "out", "--limit", 4]
-    assert run(*common, "--model", tiny_directory)[0] == 0
+    common = {"--benchmark": task, "--out": tmp_path / "out", "--limit": 4, "--model": tiny_directory}
+    assert run("eval", *(word for pair in common.items() for word in pair))[0] == 0
     monkeypatch.setattr("k2mini.build.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     for changed, said in (
-        (["--model", tmp_path / "other"], "holds results of another model"),
-        (["--adapter", adapters / "one"], "holds results of another adapter"),
-        (["--scoring", "text"], "holds results with scoring 'letter', not 'text'"),
-        (["--template", "none"], "holds results with template"),
-        (["--shots", 1], "holds results with shots 0, not 1"),
-        (["--limit", 3], "question 3 of 'rocks', which is not asked now"),
+        ({"--model": tmp_path / "other"}, "holds results of another model"),
+        ({"--adapter": adapters / "one"}, "holds results of another adapter"),
+        ({"--scoring": "text"}, "holds results with scoring 'letter', not 'text'"),
+        ({"--template": "none"}, "holds results with template"),
+        ({"--shots": 1}, "holds results with shots 0, not 1"),
+        ({"--limit": 3}, "question 3 of 'rocks', which is not asked now"),
     ):
-        status, out, err = run(*common, "--model", tiny_directory, *changed)
+        status, out, err = run("eval", *(word for pair in {**common, **changed}.items() for word in pair))
         assert (status, out) == (2, "")
         assert said in err.splitlines()[-1]
 

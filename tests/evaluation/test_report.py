@@ -8,6 +8,8 @@ def test_wilson_interval_is_the_published_one():
     # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
     for correct, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
         assert wilson_interval(correct, n) == pytest.approx((low, high), abs=5e-5)
+    for n in range(1, 60):  # none right, or all: an end is the proportion itself, which error bars are measured from
+        assert (wilson_interval(0, n)[0], wilson_interval(n, n)[1]) == (0, 1)
     assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 

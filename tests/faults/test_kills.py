@@ -21,6 +21,7 @@ WRITERS = {  # command lines
     "delta": ["delta make --base x_model --tuned x_tuned --force --out out",
               "delta apply --base x_model --delta out --force --out out2"],
     "convert": ["convert x_model --to hf --force --out out", "convert x_model --to gguf --force --out out.gguf"],
+    "generate": ["generate --model x_model --input x_docs.txt --max-new-tokens 3 --batch-size 1 --out out.jsonl"],
     "eval": ["eval --model x_model --benchmark x_user.jsonl x_npee.json --tasks x_user npee/tf npee/noun npee/qa "
              "--max-new-tokens 2 --out out"],
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,14 @@ import torch
 from k2mini.build import load_model
 from k2mini.cli import main
 from k2mini.data.prompts import get_template
+from k2mini.demo.report import commands
+from k2mini.evaluation.subjective import run_subjective
 from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.beam import beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, generate
 from k2mini.inference.sampling import Beams
-from tests.conftest import asset
+from tests.conftest import ROOT, asset
 from tests.helpers import fill_adapters
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
@@ -65,6 +68,9 @@ def test_beams_say_what_has_no_effect(tiny_directory, run):
         assert "--seed: no effect without --temperature" in run(*common, "--seed", seed)[2]
         assert "--seed: no effect with --num-beams 2" in run(*common, "--seed", seed, "--num-beams", 2)[2]
         assert "no effect" not in run(*common, "--seed", seed, "--temperature", 1)[2]
+    for option in (["--length-penalty", 2], ["--early-stopping"]):
+        assert f"{option[0]}" in run(*common, *option)[2]
+        assert "no effect" not in run(*common, *option, "--num-beams", 2)[2]
 
 
 def test_stop_strings_in_a_batch(tiny_directory):
@@ -172,11 +178,7 @@ BAD = {
     "top_p 0": (None, ["--prompt", "a", "--top-p", "0"], "--top-p must be above 0"),
     "no beams": (None, ["--prompt", "a", "--num-beams", "0"], "--num-beams must be at least 1, not 0"),
     "no rows": (None, ["--prompt", "a", "--batch-size", "0"], "--batch-size must be at least 1"),
-    "long": (
-        None,
-        ["--prompt", "granite " * 2000],
-        "no room for an answer in the model's context of 1024; shorten",
-    ),
+    "long": (None, ["--prompt", "granite " * 2000], "no room for an answer in the model's context of 1024"),
     "other input": (
         '[{"question": "a", "input": 1}]',
         ["--input", "FILE.json"],
@@ -388,6 +390,26 @@ def test_an_answer_ends_where_the_context_does(tiny_directory, tmp_path, run):
     assert "leaves no room for an answer in the model's context of 1024; shorten it by" in err.splitlines()[-1]
 
 
+def test_the_demos_report_prints_a_generate_that_runs(run):
+    """Its model has a context of 256 tokens, which is no more than the default of --max-new-tokens."""
+    (line,) = [line for line in commands(Path("demo"), False).splitlines() if line.startswith("k2mini generate ")]
+    words = shlex.split(line)[1:]
+    words[words.index("--model") + 1] = ROOT / "k2mini" / "demo" / "base"
+    assert "--max-new-tokens" not in words
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert out.strip()
+
+
+def test_open_tasks_too(tiny_directory):
+    """Only a question that leaves no room is left out."""
+    model, tokenizer = load_model(tiny_directory)
+    pairs = [("What is granite?", "rock"), ("granite " * 2000, "rock")]
+    decoding = Decoding(2000, stop=("a", "e", "i", "o", "u", " "))
+    found = run_subjective(model, tokenizer, pairs, decoding, task="npee/qa", template="none")
+    assert (found["n"], found["left_out"]) == (1, 1)
+
+
 MANY = [{"prompt": f"rock {n}", "input": "it is – hard"} if n % 3 else f"rock {n}" for n in range(23)]
 DRAWN = ["--temperature", "1", "--seed", "5", "--batch-size", "4", "--max-new-tokens", "30", "--template", "none"]
 
@@ -468,15 +490,17 @@ def test_answers_of_another_kind_are_refused_by_name(kept, tmp_path, tiny_direct
     for extra in (["--dtype", "bfloat16"], ["--quantize", "int8"], ["--stop", "a"]):
         assert as_before in run(*command, *extra, "--out", out)[2]
     for content, said in (
-        (b"mine", "a.jsonl, line 1 is not valid JSON"),
+        (b"mine", f"a.jsonl, line 1 {as_before}0'"),
+        (b"[\n", f"a.jsonl, line 1 {as_before}0'"),
         (b'{"text": "mine"}\n', f"line 1 {as_before}0'"),
         (b'["mine"]\n', f"line 1 {as_before}0'"),
         (b'{"prompt": "rock', None),
-        (b'{"prompt": "rock 0", "input"', "line 1 is not valid JSON"),
+        (b'{"prompt": "rock 0", "input"', f"line 1 {as_before}0'"),
+        (lines[0][:-3] + b"\n", f"line 1 {as_before}0'"),
         (lines[0] + lines[2], f"line 2 {as_before}1'"),
         (lines[0].replace(b"rock", b"ROCK", 1), f"line 1 {as_before}0'"),
         (lines[0] + lines[1].replace(b"length", b"eos"), f"line 2 {as_before}1'"),
-        (whole + b"{", "line 24 is not valid JSON"),
+        (whole + b"{", "line 24 is not asked for"),
     ):
         out.write_bytes(content)
         status, _, err = run(*command, "--out", out)
@@ -540,9 +564,9 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     bars = []
 
     class Bar(contextlib.nullcontext):
-        def __init__(self, total, label, unit, **_):
+        def __init__(self, total, label, unit, initial, **_):
             super().__init__(self)
-            self.total, self.moved, self.unit, self.said = total, [], unit, ""
+            self.total, self.initial, self.moved, self.unit, self.said = total, initial, [], unit, ""
             bars.append(self)
 
         def update(self, tokens):
@@ -555,5 +579,6 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     model, tokenizer = load_model(tiny_directory)
     prompts = [[1] + [7] * (length - 1) for length in (2, 30, 5)]
     list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering"))
-    (bar,) = bars
-    assert (bar.total, bar.moved, bar.unit, bar.said) == (49, [6, 34, 9], "tokens", "3/3 answers")
+    list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering", first=2))
+    found = [(bar.total, bar.initial, bar.moved, bar.unit, bar.said) for bar in bars]
+    assert found == [(49, 0, [6, 34, 9], "tokens", "3/3 answers"), (49, 40, [9], "tokens", "3/3 answers")]

@@ -1,4 +1,10 @@
 import io
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+from select import select
 
 import pytest
 import torch
@@ -84,7 +90,7 @@ def test_bytes_that_are_not_utf8_do_not_end_the_conversation(tiny_directory, run
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"gran\xffite\nquartz\n"), encoding="utf-8"))
     status, out, err = run("chat", "--model", tiny_directory, "--max-new-tokens", 4)
     assert status == 0
-    assert "gran\\udcff')" in err.splitlines()[-1]
+    assert "gran\\udcff')" in err
     assert len(out.splitlines()) >= 1
 
 
@@ -92,3 +98,133 @@ def test_a_model_that_is_not_finite_ends_the_conversation(broken, run, monkeypat
     monkeypatch.setattr("sys.stdin", io.StringIO("What is granite?\nAnd basalt?\n"))
     status, _, err = run("chat", "--model", broken / "head", "--max-new-tokens", 3)
     assert (status, err.count("the logits are not finite; lm_head.weight holds NaN")) == (2, 1)
+
+
+def answered(loaded, *questions, system="", new=4):
+    """What a conversation prints, question after question."""
+    model, tokenizer = loaded
+    talk, printed = Conversation(model, tokenizer, get_template("alpaca"), Decoding(new)), []
+    talk.system = system
+    for question in questions:
+        talk.turn(question, out := io.StringIO())
+        printed.append(out.getvalue() + "\n")
+    return printed
+
+
+def chat(run, tiny_directory, monkeypatch, typed, *options):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    return run("chat", "--model", tiny_directory, *(options or ["--max-new-tokens", 4]))
+
+
+def test_what_a_line_may_be(loaded, tiny_directory, run, monkeypatch):
+    typed = '/rest\n/help\n\n"""What is\n\n  granite?\n"""\n"""/exit is a word"""\n/etc/hosts is what?\n/exit\nquartz\n'
+    status, out, err = chat(run, tiny_directory, monkeypatch, typed)
+    assert status == 0
+    assert out == "".join(answered(loaded, "What is\n\n  granite?", "/exit is a word"))
+    lines = err.splitlines()
+    assert lines[1:3] == ["/help for help", "k2mini: there is no /rest; /help says what there is"]
+    for word in ("/help", "/reset", "/system TEXT", "/exit", "Ctrl-D", "Ctrl-C", '"""'):
+        assert word in err.split("/help says", 1)[1]
+    assert "k2mini: there is no /etc/hosts; /help says what there is" in lines
+
+
+def test_system_and_reset(loaded, tiny_directory, run, monkeypatch):
+    typed = "quartz\n/system You are a rock.\nquartz\n/reset\nquartz\n/system\nquartz\n"
+    status, out, err = chat(run, tiny_directory, monkeypatch, typed)
+    (plain,), (spoken,) = answered(loaded, "quartz"), answered(loaded, "quartz", system="You are a rock.")
+    assert (status, out) == (0, plain + spoken + spoken + plain)
+    assert (err.count("(begun anew)"), err.count("(forgotten)")) == (2, 1)
+
+
+def test_a_question_in_quotes_that_never_ends_is_not_lost_silently(tiny_directory, run, monkeypatch):
+    status, out, err = chat(run, tiny_directory, monkeypatch, '"""What is\ngranite?\n')
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == 'k2mini: a question that begins with """ must end with """'
+
+
+def test_chat_says_where_an_answer_was_cut(loaded, tiny_directory, run, monkeypatch):
+    tokenizer = loaded[1]
+    question = "granite " * 240
+    while (left := 1024 - len(tokenizer.encode(get_template("none").prompt(question), bos=True, eos=False))) > 30:
+        question += "a"
+    status, out, err = chat(run, tiny_directory, monkeypatch, f"{question.strip()}\nquartz\n", "--template", "none",
+                            "--max-new-tokens=40")  # fmt: skip
+    assert status == 0
+    said = err.splitlines()[-2:]
+    assert "tokens: the model's context ends; /reset starts anew" in said[0]
+    assert f"k2mini: stopped after {left}" in said[0] or f"k2mini: stopped after {left + 1}" in said[0]
+    assert "leaves no room for an answer in the model's context of 1024" in said[1]
+    assert said[1].endswith("; /reset starts anew")
+    assert len(out.splitlines()) >= 1
+
+
+class Terminal:
+    """`k2mini chat` in a terminal."""
+
+    def __init__(self, *command, **streams):
+        self.main, side = pty.openpty()
+        ends = {"stdin": side, "stdout": side, "stderr": side, **streams}
+        environment = {**os.environ, "TERM": "xterm"}
+        self.program = subprocess.Popen([sys.executable, "-m", "k2mini", "chat", *command], env=environment, **ends)
+        os.close(side)
+        self.said = ""
+
+    def read(self, until="> "):
+        """What it shows up to a prompt, or to its end."""
+        self.said = ""
+        with suppress(OSError):  # the other side is closed
+            while not self.said.endswith(until) and select([self.main], [], [], 60)[0]:
+                self.said += os.read(self.main, 10**5).decode(errors="replace").replace("\r\n", "\n")
+        return self.said
+
+    def type(self, text):
+        os.write(self.main, text.encode())
+        return self.read()
+
+
+QUESTION = "What is granite?\nAnd what is quartz,\n\nof which it is made?"
+
+
+def test_a_pasted_paragraph_is_one_question(loaded, tiny_directory):
+    (paragraph,) = answered(loaded, QUESTION)
+    one, two = answered(loaded, "What is granite?", "quartz")
+    terminal = Terminal("--model", str(tiny_directory), "--max-new-tokens", "4")
+    assert terminal.read().count("/help for help") == 1
+    pasted = QUESTION.replace("\n", "\r")
+    try:
+        # As terminals that know of it send it, and readline asks them to.
+        os.write(terminal.main, f"\x1b[200~{pasted}\x1b[201~".encode())
+        assert paragraph in terminal.type("\r")
+        terminal.type("/reset\r")
+        # As others do: at once, its last line ended or not.
+        assert paragraph in terminal.type(pasted + "\r")
+        terminal.type("/reset\r")
+        assert paragraph in terminal.type('"""' + pasted + '"""\r')
+        terminal.type("/reset\r")
+        # Two that are typed one after the other stay two.
+        assert one in terminal.type("What is granite?\r")
+        assert two in terminal.type("quartz\r")
+        terminal.type("/reset\r")
+        os.write(terminal.main, b"\x04")
+        assert terminal.program.wait(60) == 0
+    finally:
+        terminal.program.kill()
+        os.close(terminal.main)
+
+
+def test_a_paste_without_line_editing(loaded, tiny_directory, tmp_path):
+    """Standard output is a file, so Python reads plain lines."""
+    (paragraph,) = answered(loaded, QUESTION)
+    with (tmp_path / "out").open("w") as out:
+        terminal = Terminal("--model", str(tiny_directory), "--max-new-tokens", "4", stdout=out)
+        try:
+            while (tmp_path / "out").read_text() != "> ":  # its prompt
+                assert terminal.program.poll() is None
+            os.write(terminal.main, (QUESTION + "\n").encode())
+            terminal.read("says so\n")
+            os.write(terminal.main, b"/exit\n")
+            assert terminal.program.wait(60) == 0
+        finally:
+            terminal.program.kill()
+            os.close(terminal.main)
+    assert (tmp_path / "out").read_text() == f"> {paragraph}> "

@@ -92,11 +92,11 @@ def test_the_adapter_of_the_lowest_validation_loss_is_kept(tmp_path, data, caplo
     assert best != 12
     assert f"step_{best:07}" in caplog.text
     model, tokenizer = load_model(BASE, adapter=out)
-    from k2mini.training.loop import validation_loss
-    from k2mini.training.run import _split
+    from k2mini.data.instructions import hold_out
+    from k2mini.training.validation import validation_loss
 
     held_out = read_examples(data, tokenizer, get_template(TEMPLATE), run.data)
-    again = validation_loss(model, Examples(_split(held_out, run)[1], seed=None), 4)
+    again = validation_loss(model, Examples(hold_out(held_out, run.data.val_size, run.run.seed)[1], seed=None), 4)
     assert again == pytest.approx(found[best], rel=1e-5)
 
 
@@ -113,12 +113,12 @@ def test_stage_two_begins_where_stage_one_ended(tmp_path, data):
 
 
 def test_validation_rows_are_not_trained_on(tmp_path, data):
-    from k2mini.training.run import _split
+    from k2mini.data.instructions import hold_out
 
     _, tokenizer = load_model(BASE)
     run = config(tmp_path, data)
     whole = read_examples(data, tokenizer, get_template(TEMPLATE), run.data)
-    rest, aside = _split(whole, run)
+    rest, aside = hold_out(whole, run.data.val_size, run.run.seed)
     assert (len(rest), len(aside)) == (280, 20)
     assert sorted(map(id, rest + aside)) == sorted(map(id, whole))
     assert whole[:20] != aside

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 
@@ -11,9 +12,11 @@ import torch
 from k2mini.config import CheckpointSection, RunSection
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Documents
+from k2mini.distributed import ALONE
 from k2mini.errors import StoppedBySignalError
+from k2mini.training import loop
 from k2mini.training.checkpoint import checkpoints
-from k2mini.training.loop import Task, read_metrics, train
+from k2mini.training.loop import Task, Throughput, peak_flops, read_metrics, train
 from k2mini.training.step import accumulate, build_optimizer, lr_at, train_step
 from tests.conftest import tiny_llama
 from tests.helpers import section
@@ -196,3 +199,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     with pytest.raises(ValueError, match=r"stopped before step 1 \(samples 0 to 3\): its loss is nan"):
         run(tmp_path, model=model)
     assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
+
+
+def test_mfu_is_said_of_a_device_whose_peak_is_known_and_of_no_other(monkeypatch):
+    model, figures = tiny_llama(), {"loss": 1.0, "lr": 1e-3}
+    line = Throughput(model, ALONE).line(figures, 1e9)
+    assert re.fullmatch(r"loss 1\.000, lr 1\.0e-03, 1,000,000,000 tokens/s, [\d.]+ GiB", line)
+    names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA RTX A1000": None, "B9": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
+    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e12)
+    trained = model.config.num_parameters() - model.model.embed_tokens.weight.numel()
+    assert f", MFU {6 * trained * 1e6 / 1e10:.0f} %, " in Throughput(model, ALONE).line(figures, 1e6)

@@ -1,8 +1,6 @@
 """Plans against closed forms; against real ranks it is tools/bench_plan.py's business."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +70,16 @@ def test_a_second_micro_batch_meets_gradients(directory):
     assert one.kinds["gradients"] < two.kinds["gradients"]
 
 
+def tuning(directory):
+    return FinetuneConfig(
+        RunSection("x"),
+        ModelSection(str(directory)),
+        InstructionSection("x", max_seq_len=128),
+        TrainSection(lr=1e-3, max_steps=1, global_batch_size=16, micro_batch_size=4),
+        LoraSection(rank=4),
+    )
+
+
 def test_what_is_given_is_counted_exactly(directory):
     config = pretraining(directory)
     one, four = plan_run(config, 1), plan_run(config, 4)
@@ -82,8 +90,8 @@ def test_what_is_given_is_counted_exactly(directory):
     assert four.kinds["parameters"] == parameters
     assert one.checkpoint == four.checkpoint == 12 * parameters
     assert one.received == 0
-    # Four ranks, one micro-batch: gathered twice, reduced once, three quarters of it from others.
-    assert four.received == int(3 * 4 * parameters * 3 / 4)
+    # Four ranks, one micro-batch: gathered twice (head and norm once), reduced once, three quarters from others.
+    assert four.received == (3 * parameters - 2000 * 128 - 128) * 4 * 3 // 4
     assert sum(one.kinds.values()) == one.peak
     assert one.step_tokens == 16 * 128
 
@@ -101,21 +109,31 @@ def test_what_saves_memory_saves_it(directory):
     assert zero2.received < sharded.received
 
 
+def test_what_is_received(directory):
+    """By ZeRO-2, by replicas and by an int8 base; the last, beside matrices of a byte a weight, has scales."""
+    parameters = tiny_config(num_layers=9, dim=128, intermediate_dim=344, head_dim=32, vocab_size=2000).num_parameters()
+    config = pretraining(directory)
+    zero2 = replace(config, parallel=ParallelSection(reshard_after_forward=False))
+    assert plan_run(zero2, 4).received == 2 * parameters * 4 * 3 // 4
+    # Two groups of two ranks, which then sum half of the gradients each: of two replicas' every byte is received once.
+    replicated = replace(config, parallel=ParallelSection(replicate=2, reshard_after_forward=False))
+    assert plan_run(replicated, 4).received == 2 * parameters * 4 // 2 + parameters * 4 // 2
+    tuned = tuning(directory)
+    plain, int8 = (plan_run(replace(tuned, model=replace(tuned.model, quantize=q)), 4) for q in (None, "int8"))
+    assert int8.parameters == plain.parameters
+    assert 0.3 < int8.received / plain.received < 0.6
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_straight_line_foretells_more_blocks(directory, ranks):
     config = pretraining(directory)
-    assert plan_run(config, ranks, exact=False).peak == pytest.approx(plan_run(config, ranks).peak, rel=0.02)
+    foretold, exact = plan_run(config, ranks, exact=False), plan_run(config, ranks)
+    assert foretold.peak == pytest.approx(exact.peak, rel=0.02)
+    assert (foretold.received, foretold.parameters) == (exact.received, exact.parameters)
 
 
 def test_lora(directory):
-    config = FinetuneConfig(
-        RunSection("x"),
-        ModelSection(str(directory)),
-        InstructionSection("x", max_seq_len=128),
-        TrainSection(lr=1e-3, max_steps=1, global_batch_size=16, micro_batch_size=4),
-        LoraSection(rank=4),
-    )
-    found = plan_run(config, 1)
+    found = plan_run(tuning(directory), 1)
     assert found.trained == 9 * 3 * 2 * 4 * 128
     assert found.kinds["optimiser"] == 8 * found.trained
     assert found.peak < plan_run(pretraining(directory), 1).peak
@@ -129,17 +147,29 @@ def test_the_smallest_change_that_fits(directory):
     )
 
 
-def test_from_the_command_line():
-    def run(*arguments):
-        command = [sys.executable, "-m", "k2mini", "plan", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_from_the_command_line(tmp_path, run):
+    run_dir = f"run.dir={tmp_path}/run"  # where the demo's files go
+    config = (ROOT / "configs/tiny_pretrain.yaml", run_dir)
+    status, out, err = run("plan", *config, "--world-size", 2, "--gpu-memory", "1GiB", "--json", "--check")
+    assert status == 0, err
+    assert json.loads(out)["fits"]
+    status, out, _ = run("plan", *config, "--world-size", 1, "--gpu-memory", "20MiB")
+    assert status == 0
+    assert "of them trained, on 1 rank\n" in out
+    assert "\ncommunication   none\n" in out
+    assert "it does not fit" in out
+    assert "the smallest change that fits: train.activation_checkpointing=1" in out
 
-    done = run("configs/tiny_pretrain.yaml", "--world-size", "2", "--gpu-memory", "1GiB", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["fits"]
-    done = run("configs/tiny_pretrain.yaml", "--world-size", "2", "--gpu-memory", "20MiB")
-    assert "it does not fit" in done.stdout
-    assert "the smallest change that fits: train.activation_checkpointing=1" in done.stdout
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_check_tells_by_the_exit_status_whether_the_run_fits(tmp_path, run, form):
+    config = (ROOT / "configs/tiny_stage1.yaml", f"run.dir={tmp_path}/run", "--world-size", 2, *form)
+    for check, small in (((), 0), (("--check",), 1)):
+        for memory, expected in (("1GiB", 0), ("1MiB", small)):
+            status, out, err = run("plan", *config, "--gpu-memory", memory, *check)
+            assert (status, err) == (expected, "")
+            assert form or ("at most " in out and ("it fits" in out) == (memory == "1GiB"))
+    assert run("plan", *config, "--gpu-memory", "0GiB", "--check")[0] == 2
 
 
 def test_a_base_that_another_run_has_yet_to_make(tmp_path):

@@ -1,4 +1,4 @@
-"""`k2mini preview`: the tokens and labels that a run would take, one a line."""
+"""`k2mini preview`: the text that a run would take, and its tokens and labels, one a line."""
 
 import ast
 import json
@@ -44,8 +44,10 @@ def test_instructions(tiny_tokenizer, preview):
     """The prompt is read; the answer, with EOS, is to be predicted."""
     status, out, err = preview("data.json", RECORD, {"template": "alpaca_short"})
     assert status == 0, err
-    title, head, *lines, last = out.splitlines()
-    assert title == "sample 0 of 1"
+    text, table = out.split("\n\nposition")
+    head, *lines, last = f"position{table}".splitlines()
+    prompt = "### Instruction:\n    granite is\n\n    ### Response:\n"
+    assert text == f"sample 0 of 1\nnot supervised:\n    <s> {prompt}\nsupervised:\n    rock</s>"
     assert head.split() == ["position", "id", "piece", "supervised:", "the", "next", "token"]
     prompt = get_template("alpaca_short").prompt("granite is")
     start = len(tiny_tokenizer.encode(prompt, bos=True, eos=False))
@@ -63,13 +65,27 @@ def test_documents(tiny_tokenizer, preview):
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     status, out, err = preview("corpus.jsonl", content, {"seq_len": len(first) + len(second) - 1})
     assert status == 0, err
-    title, _, *lines, last = out.splitlines()
-    assert title == "sample 0 of 1"
+    text, table = out.split("\n\nposition")
+    begins = "supervised, a document from its beginning:\n    <s>"
+    assert text == f"sample 0 of 1\n{begins} {texts[0]}</s>\n{begins} {texts[1]}</s>"
+    _, *lines, last = table.splitlines()
     ids, labels = [*first, *second[:-1]], [*first[1:], None, *second[1:]]
     places = [*range(len(first)), *range(len(second) - 1)]
     pieces = [tiny_tokenizer.piece(token) for token in ids]
     assert parsed(lines) == list(zip(places, ids, pieces, labels, strict=True))
     assert last == f"{len(ids)} tokens, {len(ids) - 1} of them supervised"
+
+
+def test_where_all_is_supervised_and_where_a_document_goes_on(tiny_tokenizer, preview):
+    out = preview("data.json", RECORD, {"template": "alpaca_short", "train_on_inputs": True})[1]
+    assert "\nsupervised:\n    <s> ### Instruction:\n" in out
+    assert "not supervised" not in out
+    texts = ["granite is a rock", "basalt is made of quartz"]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    length = len(tiny_tokenizer.encode(texts[0], bos=True, eos=True)) - 2
+    out = preview("corpus.jsonl", content, {"seq_len": length}, "run.seed=1", "--number", 9)[1]
+    assert "\nsupervised, a document from its beginning:\n    <s> granite is a rock\n\n" in out
+    assert "\nsupervised, a document goes on:\n" in out
 
 
 @pytest.mark.parametrize(

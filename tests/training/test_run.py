@@ -1,7 +1,9 @@
 """A run's directory: one writer, nothing of refused runs, nothing reused that was made otherwise."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +15,10 @@ import torch
 
 from k2mini.config import PretrainConfig
 from k2mini.config_file import load_config
+from k2mini.model_config import tensor_shapes
 from k2mini.training.checkpoint import checkpoints, read_state
-from k2mini.training.loop import read_metrics
+from k2mini.training.loop import read_metrics, summary
+from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
@@ -138,6 +142,68 @@ def test_a_finished_run_is_not_taken_for_one_of_another_configuration(settings, 
         status, out, err = run("pretrain", settings, override)
         assert (status, out) == (0, f"{tmp_path}/run/model\n"), err
         assert "is complete" in err
+
+
+def test_room_for_checkpoints_and_result_is_checked_before_any_work(settings, tuning, base, tmp_path, run, monkeypatch):
+    """The least that a run writes before its documents are encoded, what it keeps at a time before its first step."""
+    usage, config = shutil.disk_usage(tmp_path), ModelDirectory(base).config
+    lora = 2 * sum(sum(shape) for name, shape in tensor_shapes(config).items() if re.search("[qkv]_proj", name))
+    for command, file, out, trained in (
+        ("pretrain", settings, "run", config.num_parameters()),
+        ("finetune", tuning, "tuned", lora),
+    ):
+        more = ("checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=false")
+        for number, free in ((1, 16 * trained - 1), (2, 28 * trained - 1)):
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+            status, _, err = run(command, file, *more)
+            assert status == 2
+            said = (
+                f"{out}/checkpoints needs {free + 1:,} bytes for {number} checkpoint(s) at a time and the run's result"
+            )
+            assert f"{said}, {free:,} are free on its disk" in err
+            assert ("encoding" in err) == (command == "pretrain" and number == 2)
+            assert not (tmp_path / out / "checkpoints").exists()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free + 1))
+        assert run(command, file, *more)[0] == 0
+    shutil.rmtree(tmp_path / "run/model")  # the checkpoints that are there take no more room
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=16 * config.num_parameters()))
+    assert run("pretrain", settings, *more)[0] == 0
+
+
+def test_a_run_ends_with_a_summary_and_a_complete_one_shows_it_again(tuning, tmp_path, run):
+    (tmp_path / "q.jsonl").write_text(
+        '{"question": "What is granite?", "choices": ["rock", "a fruit"], "answer": "A"}\n'
+    )
+    benchmark = ("train.val_every=1", f"eval.benchmark=[{tmp_path}/q.jsonl]", "eval.every=2")
+    status, out, err = run("finetune", tuning, *benchmark)
+    assert status == 0, err
+    said = [line for line in err.splitlines() if line.startswith("k2mini: ")][-5:]
+    metrics = read_metrics(tmp_path / "tuned/metrics.jsonl")
+    losses, validated = [e["loss"] for e in metrics if "loss" in e], [e["val_loss"] for e in metrics if "val_loss" in e]
+    tokens = next(e["tokens"] for e in reversed(metrics) if "tokens" in e)
+    assert re.fullmatch(
+        rf"k2mini: 4 steps, {tokens} tokens in 0:00:\d\d \([\d,]+ tokens/s, without validation and saving\)", said[0]
+    )
+    assert said[1] == f"k2mini: training loss {losses[0]:.3f} at step 1, {losses[-1]:.3f} at 4"
+    assert min(validated) == validated[-1]
+    perplexity = math.exp(validated[-1])
+    assert said[2] == f"k2mini: validation loss {validated[-1]:.3f} at step 4 (perplexity {perplexity:.4g})"
+    assert re.fullmatch(r"k2mini: accuracy of q [\d.]+ % at step 4", said[3])
+    assert (
+        said[4] == f"k2mini: every step is in {tmp_path}/tuned/metrics.jsonl, the adapter in {tmp_path}/tuned/adapter"
+    )
+    status, again, err = run("finetune", tuning, *benchmark)
+    assert (status, again) == (0, out)
+    assert err.splitlines()[-5:] == said
+
+
+def test_the_lowest_validation_loss_of_a_summary(tmp_path):
+    lines = [{"step": step, "val_loss": loss} for step, loss in ((2, 1.5), (4, 0.5), (6, 0.75))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert summary(tmp_path / "metrics.jsonl").splitlines() == [
+        "validation loss 0.750 at step 6 (perplexity 2.117)",
+        "the lowest was 0.500 at step 4 (perplexity 1.649)",
+    ]
 
 
 def test_a_result_without_its_manifest_is_not_complete(settings, tmp_path, run):
