@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
+from k2mini.gpu import use_gpu
 from k2mini.model_config import tensor_shapes
 from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
@@ -106,30 +106,12 @@ def set_threads(number: int | None) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of `--device`, made the current one; None or 'auto' is CUDA where there is one.
-
-    Without a number it is the first GPU or, under torchrun, the rank's own. Raises ValueError where there is none.
-    """
-    kind, _, index = (name or "auto").partition(":")
+    """`--device`; None or 'auto' is CUDA where there is one. Raises ValueError where there is no such device."""
     if name is None or name == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    elif not re.fullmatch("(cpu|cuda)(:[0-9]{1,2})?", name):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,2})?", name):
         raise ValueError(f"--device {name} is not a device that is supported; cpu, cuda and cuda:1, … are")
-    if kind == "cpu":
-        return torch.device(kind)
-    local, number = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
-    if index and local is not None:
-        raise ValueError(f"--device {name}: each rank takes a GPU of its own, of those in CUDA_VISIBLE_DEVICES")
-    if int(index or local or 0) >= number:
-        wanted = f"--device {name}" if local is None else f"rank {local} of torchrun has no GPU"
-        raise ValueError(f"{wanted}: this machine has {number} CUDA devices")
-    device = torch.device(kind, int(index or local or 0))
-    # A row's memory grows and shrinks, and gathered weights come and go: without this a tenth is lost between them.
-    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    # What asks for "the" GPU (graphs, Triton, checkpoints that are copied) asks for the current one.
-    torch.cuda.set_device(device)
-    return device
+    return use_gpu(name) if name.startswith("cuda") else torch.device("cpu")
 
 
 def is_sharded(section: ModelSection, lora: LoraSection | None, world_size: int) -> bool:
