@@ -30,6 +30,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   max-width: 100%; min-width: min(100%, 310px); }
 section > p { width: 0; min-width: 100%; }
 figure { margin: 0; max-width: max(50% - 7px, min(100%, 500px)); } figure:only-child { max-width: 100%; }
+@media (max-width: 1060px) { figure { max-width: 100%; } }
 figcaption { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; direction: rtl; } .scroll > * { direction: ltr; margin: 0 auto 0 0; }
 .scale { font-size: 12px; margin-bottom: 8px; display: flex; align-items: center; gap: 6px; }
@@ -45,7 +46,8 @@ th { color: var(--soft); font-weight: 500; text-align: left; }
 .map td:hover { outline: 1px solid var(--ink); }
 .map th { padding: 2px; max-width: 58px; }
 .map th:first-child { text-align: right; padding-right: 6px; position: sticky; left: 0; background: var(--card);
-  max-width: 90px; } .map tr:first-child th:first-child { white-space: pre; font-size: 11px; }
+  max-width: 90px; border-right: 1px solid var(--soft); }
+.map tr:first-child th:first-child { white-space: pre; font-size: 11px; }
 .map .turned { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 90px; text-align: left; }
 .bars td, .bars th { padding: 2px 6px 2px 0; } .bars td:nth-child(2) { text-align: right; }
 .bars i { display: block; height: 14px; min-width: 1px; border-radius: 2px; }
