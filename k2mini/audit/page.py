@@ -46,7 +46,7 @@ th { color: var(--soft); font-weight: 500; text-align: left; }
 .map td:hover { outline: 1px solid var(--ink); }
 .map th { padding: 2px; max-width: 58px; }
 .map th:first-child { text-align: right; padding-right: 6px; position: sticky; left: 0; background: var(--card);
-  max-width: 90px; border-right: 1px solid var(--soft); }
+  max-width: 90px; box-shadow: inset -1px 0 var(--soft); }
 .map tr:first-child th:first-child { white-space: pre; font-size: 11px; }
 .map .turned { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 90px; text-align: left; }
 .bars td, .bars th { padding: 2px 6px 2px 0; } .bars td:nth-child(2) { text-align: right; }

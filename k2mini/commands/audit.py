@@ -141,6 +141,7 @@ def _finish(options: argparse.Namespace, title: str, reports: list[Report]) -> N
 
 def _lens_arguments(parser: argparse.ArgumentParser) -> None:
     _target(parser)
+    parser.epilog = "Ranks count from 1; in the arrays of --json from 0, which is the likeliest token."
     parser.set_defaults(run=run_lens)
 
 

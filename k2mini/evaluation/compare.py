@@ -112,7 +112,8 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(max(5.0, 3.5 + len(found) * max(1.2, 0.5 * number)), 4), layout="constrained")
     axes = figure.add_subplot()
     first = Path(found[0]["runs"][0]["run"])
-    chances = {task["task"]: task.get("chance", math.nan) for task in read_json(first / "report.json")["tasks"]}
+    rows = read_json(first / "report.json").get("tasks", [])
+    chances = {row["task"]: 100 * row["chance"] for row in rows if "chance" in row}
     common = os.path.commonpath([Path(entry["run"]).absolute().parent for entry in found[0]["runs"]])
     for place in range(number):
         entries = [task["runs"][place] for task in found]
@@ -126,7 +127,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
         bars = axes.bar(where, heights, 0.8 / number, yerr=spread, capsize=3, label=label)
         axes.bar_label(bars, [f"{height:.0f}" for height in heights], padding=2, fontsize=9)
     left, right = ([task + side for task in range(len(found))] for side in (-0.45, 0.45))
-    levels = [100 * chances[task["task"]] for task in found]
+    levels = [chances.get(task["task"], math.nan) for task in found]
     axes.hlines(levels, left, right, colors="black", linestyles="dashed", linewidth=1, label="chance")
     axes.set_xticks(range(len(found)), [task["task"] for task in found])
     axes.set_ylabel("accuracy, %")

@@ -272,7 +272,8 @@ def test_layers_stand_in_one_order(tiny_directory, other, tmp_path, run):
 
 
 def test_the_target_is_shown_by_rank_and_log_probability(tiny_directory, tmp_path, run):
-    """People count ranks from 1, the field `rank` of --json from 0; the terminal and the page agree."""
+    """People count ranks from 1, the field `rank` of --json from 0, as the help says; terminal and page agree."""
+    assert "Ranks count from 1; in the arrays of --json from 0" in run("audit", "lens", "--help")[1]
     page = tmp_path / "page.html"
     asked = ["audit", "lens", "--model", tiny_directory, "--prompt", "granite is a", "--target", " rock"]
     (found,) = json.loads(run(*asked, "--json")[1])
