@@ -258,7 +258,7 @@ def patch_report(
     lead = "What part of the difference the clean run's value restores, put into the corrupted run"
     shown = (100 * positions[:, start:]).tolist()
     draw = partial(page.heat_map, values=shown, rows=[*map(str, range(len(shown)))], columns=columns[start:])
-    texts = [[f"{value:.0f}" for value in row] for row in shown] if len(columns) - start <= 12 else None
+    texts = [[str(round(value)) for value in row] for row in shown] if len(columns) - start <= 12 else None
     unit, same = "% of the difference", f" The first {start} tokens are the same in both, and are left out."
     sections = [
         page.Section(

@@ -42,7 +42,7 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
             axes.plot(*zip(*val, strict=True), "o--", color=line.get_color(), markersize=4, linewidth=1)
         start = train[-1][0] if chain else 0
     axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.set_ylabel("loss (nats per supervised token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
