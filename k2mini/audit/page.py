@@ -45,8 +45,8 @@ th { color: var(--soft); font-weight: 500; text-align: left; }
 .map td, .map th { text-align: center; overflow: hidden; text-overflow: ellipsis; }
 .map td:hover { outline: 1px solid var(--ink); }
 .map th { padding: 2px; max-width: 58px; vertical-align: bottom; }
-.map th:first-child { text-align: right; padding-right: 6px; position: sticky; left: 0; z-index: 1; background: var(--card);
-  max-width: 90px; vertical-align: middle; box-shadow: inset -1px 0 var(--soft); }
+.map th:first-child { text-align: right; padding-right: 6px; position: sticky; left: 0; z-index: 1;
+  background: var(--card); max-width: 90px; vertical-align: middle; box-shadow: inset -1px 0 var(--soft); }
 .map tr:first-child th:first-child { vertical-align: bottom; white-space: pre; font-size: 11px; }
 .map .turned { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 90px; text-align: left; }
 .bars td, .bars th { padding: 2px 6px 2px 0; } .bars td:nth-child(2) { text-align: right; }
