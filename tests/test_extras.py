@@ -42,7 +42,7 @@ def training(tmp_path):
 @pytest.fixture
 def evaluated(tmp_path):
     """Two runs of `eval --out`."""
-    row = {"task": "rocks", "accuracy": 0.5, "low": 0.1, "high": 0.9}
+    row = {"task": "rocks", "accuracy": 0.5, "low": 0.1, "high": 0.9, "chance": 0.25}
     result = Result("rocks", 0, "A", "A", [-1.0], [[3]], digest="of the question")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -166,8 +166,33 @@ def test_plot_draws_runs_over_one_another_or_in_a_chain(training, run, monkeypat
     steps = [list(line.get_xdata()) for line in axes.get_lines()]
     assert steps == [[1, 2, 3], [3], second, second[-1:]]
     assert list(axes.get_lines()[2].get_ydata()) == [3.0, 1.5, 1.0]
-    ticks = axes.get_xticks()
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    assert legend.get_title().get_text() == "solid: training\ndashed, dots: held out"
+    train, held_out = axes.get_lines()[:2]
+    assert (train.get_linestyle(), held_out.get_linestyle()) == ("-", "--")
+    assert train.get_color() == held_out.get_color() != axes.get_lines()[2].get_color()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 30, 1000])
+@pytest.mark.parametrize("number", [1, 8])
+def test_steps_are_whole_and_the_legend_stands_off_the_curves(training, run, monkeypatch, steps, number):
+    pytest.importorskip("matplotlib")
+    figures = drawn(monkeypatch)
+    runs = [training / f"run{place}" for place in range(number)]
+    for folder in runs:
+        folder.mkdir()
+        lines = [json.dumps({"step": step, "loss": 2 + 1 / step}) + "\n" for step in range(1, steps + 1)]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    assert run("plot", *runs, "--out", training / "loss.png")[0] == 0
+    (axes,), (legend,) = figures[0].axes, figures[0].legends
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks
     assert all(tick == int(tick) for tick in ticks)
+    assert [text.get_text() for text in legend.get_texts()] == [folder.name for folder in runs]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert len({line.get_color() for line in axes.get_lines()}) == number
 
 
 def test_plot_of_a_folder_without_losses(training, run):
@@ -179,13 +204,21 @@ def test_plot_of_a_folder_without_losses(training, run):
         assert f"{training / name} has no losses to draw" in err
 
 
-def test_compare_draws_a_chart(evaluated, run):
+def test_compare_draws_a_chart(evaluated, run, monkeypatch):
+    """Runs by what differs in their names, off the bars; the accuracy in each bar; chance as a dashed line."""
     pytest.importorskip("matplotlib")
+    figures = drawn(monkeypatch)
     chart = evaluated / "chart.png"
     status, out, err = run("compare", evaluated / "one", evaluated / "two", "--chart", chart)
     assert status == 0, err
     assert "rocks (1 questions)" in out
     assert chart.read_bytes().startswith(PNG)
+    (axes,), (legend,) = figures[0].axes, figures[0].legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["chance", "one", "two"]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert [text.get_text() for text in axes.texts] == ["100", "100"]
+    (levels,) = [lines for lines in axes.collections if lines.get_label() == "chance"]
+    assert [path.vertices[:, 1].tolist() for path in levels.get_paths()] == [[25.0, 25.0]]
 
 
 def test_tensorboard_gets_what_metrics_jsonl_has(pretraining, tmp_path, run):

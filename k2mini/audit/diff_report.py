@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from k2mini.audit import page
 from k2mini.audit.reports import Report, visible
 from k2mini.audit.weight_diff import Change, as_json, by_layer, by_module
@@ -22,21 +24,22 @@ def diff_report(
     layers, modules = by_layer(changes), by_module(changes)
     rows = [_row(change) for change in sorted(changes, key=lambda change: -change.relative)[:12]]
     known = tokenizer.vocab_size if tokenizer is not None else 0
-    tokens = [(visible(tokenizer, t) if tokenizer is not None and t < known else str(t), value) for t, value in moved]
+    names = {t: visible(tokenizer, t) if tokenizer is not None and t < known else str(t) for t, _ in moved}
+    tokens = [(names[t], value) for t, value in moved if value > 0]
     lines = [f"{name}: the largest of {len(changes)} changes, relative to the tensor's length"]
     lines += [f"  {row[0]:>8}  {row[1]:>7}  {row[2]:>14}  {row[3]:>6}  {row[4]}" for row in (COLUMNS, *rows)]
-    lead = "The change of each tensor, relative to its length (Frobenius norm)."
     how = "Effective rank: participation ratio of the singular values. In top: in the base's 64 strongest directions."
     sections = [
-        page.section(f"{name}: where it changed", lead, _change_map(changes, list(layers))),
-        page.section(f"{name}: the largest changes", how, page.table(COLUMNS, rows)),
+        _change_map(changes, list(layers)),
+        page.Section("The largest changes", how, lambda _scale: page.table(COLUMNS, rows)),
     ]
     if tokens:
         listed = ", ".join(f"{text} ({100 * value:.1f} %)" for text, value in tokens)
         lines.append(f"embeddings that moved most: {listed}")
-        texts, distances = [f"{text} " for text, _ in tokens], [value for _, value in tokens]
-        strip = page.text_strip(texts, distances, [f"{100 * value:.2f} %" for value in distances])
-        sections.append(page.section(f"{name}: embeddings that moved most", "The fuller, the farther.", strip))
+        texts, distances = [f"{text} " for text, _ in tokens], [100 * value for _, value in tokens]
+        draw = partial(page.text_strip, tokens=texts, values=distances, tips=[f"{value:.2f} %" for value in distances])
+        scale = page.span_of([distances], "% of the embedding's length")
+        sections.append(page.Section("Embeddings that moved most", "", draw, scale))
     values = {"model": name, "changes": as_json(changes), "by_layer": layers, "by_module": modules, "moved": tokens}
     return Report(lines, values, sections)
 
@@ -53,12 +56,16 @@ def _row(change: Change) -> list[str]:
     ]
 
 
-def _change_map(changes: list[Change], layers: list[int]) -> str:
-    """Layers by modules, coloured by the relative change; a module that did not change, or has no entry, is blank."""
+def _change_map(changes: list[Change], layers: list[int]) -> page.Section:
+    """Layers by modules, coloured by the relative change; a module that has no entry is blank."""
     inner = [change.name.removesuffix(".weight").split(".", 3)[3] for change in changes if ".layers." in change.name]
-    kinds = sorted(set(inner))
-    relative = {change.name: change.relative for change in changes}
-    grid = [[relative.get(f"model.layers.{layer}.{kind}.weight", 0.0) for kind in kinds] for layer in layers]
-    return page.heat_map(
-        grid, [f"layer {layer}" for layer in layers], [kind.split(".")[-1] for kind in kinds], width=54
-    )
+    kinds = list(dict.fromkeys(inner))
+    relative = {change.name: 100 * change.relative for change in changes}
+    found = [[relative.get(f"model.layers.{layer}.{kind}.weight") for kind in kinds] for layer in layers]
+    grid = [[value or 0.0 for value in row] for row in found]
+    texts = [["" if value is None else f"{value:.2g}" for value in row] for row in found]
+    columns = [kind.split(".")[-1].removesuffix("_proj").removesuffix("_layernorm") for kind in kinds]
+    draw = partial(page.heat_map, values=grid, rows=[*map(str, layers)], columns=columns, texts=texts)
+    lead = "The change of each tensor, relative to its length (Frobenius norm)."
+    scale = page.span_of(grid, "% of the tensor's length")
+    return page.Section("Where it changed", lead, partial(draw, axes=("layer", "module")), scale)

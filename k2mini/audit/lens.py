@@ -21,14 +21,14 @@ class Lens:
         top, top_probability: (L, T), the likeliest token and its probability.
         entropy: (L, T), in nats.
         divergence: (L, T), KL(model's own || layer's), in nats.
-        probability, rank: (L, T), of the target; rank 0 is the likeliest. None without a target.
+        logprob, rank: (L, T), of the target, in nats; rank 0 is the likeliest. None without a target.
     """
 
     top: Tensor
     top_probability: Tensor
     entropy: Tensor
     divergence: Tensor
-    probability: Tensor | None
+    logprob: Tensor | None
     rank: Tensor | None
 
 
@@ -37,7 +37,7 @@ def logit_lens(model: Llama, tokens: list[int], target: int | None = None) -> Le
     """Read the residual stream after every layer as if that layer were the last one.
 
     Args:
-        target: a token whose probability and rank are wanted as well.
+        target: a token whose log-probability and rank are wanted as well.
     """
     with trace(model, ["layers.*.residual_out"]) as cache:
         logits = model(torch.tensor([tokens], device=model.device))[0]  # (T, V)
@@ -53,7 +53,7 @@ def logit_lens(model: Llama, tokens: list[int], target: int | None = None) -> Le
         rows["kl"].append((final.exp() * (final - logprobs)).sum(dim=-1))
         if target is not None:
             own = logprobs[:, target]
-            rows["target"].append(own.exp())
+            rows["target"].append(own)
             rows["rank"].append((logprobs > own[:, None]).sum(dim=-1))
     stacked = {key: torch.stack(values).cpu() for key, values in rows.items() if values}
     return Lens(

@@ -53,9 +53,11 @@ def patch_positions(
     names = find_points(model, [f"layers.*.{point}"])
     with trace(model, names) as cache:
         final_logits(model, clean)
-    found = torch.zeros(len(names), len(clean))
+    # Up to the first token that differs the two runs are one: there is nothing to patch.
+    start = next((i for i, (one, other) in enumerate(zip(clean, corrupted, strict=True)) if one != other), len(clean))
+    found = torch.full((len(names), len(clean)), metric(final_logits(model, corrupted)))
     for layer, name in enumerate(names):
-        for position in range(len(clean)):
+        for position in range(start, len(clean)):
 
             def patch(tensor: Tensor, name: str = name, position: int = position) -> Tensor:
                 edited = tensor.clone()

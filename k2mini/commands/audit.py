@@ -94,7 +94,7 @@ def _read_prompt(options: argparse.Namespace) -> None:
             there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
             raise ValueError(f"{file} has no question {task} {number}; it has {there}")
         config, question = EvalConfig(template=options.template or EvalConfig.template), questions[task, number]
-        options.prompt = config.prompt(question)
+        options.prompt, options.asked = config.prompt(question), f"{task} {number}: {question.stem}"
         if getattr(options, "target", "") is None:
             options.target = question.answer
     elif options.template is not None:
@@ -122,7 +122,7 @@ def _page(options: argparse.Namespace) -> AbstractContextManager[None]:
     return output(options.html, file=True, force=options.force, inputs=inputs)
 
 
-def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Report]) -> None:
+def _finish(options: argparse.Namespace, title: str, reports: list[Report]) -> None:
     from k2mini.audit.page import html_page
     from k2mini.files import write_text
 
@@ -131,13 +131,17 @@ def _finish(options: argparse.Namespace, title: str, lead: str, reports: list[Re
     else:
         print("\n\n".join("\n".join(report.lines) for report in reports))
     if options.html is not None:
-        write_text(options.html, html_page(title, lead, [part for report in reports for part in report.sections]))
+        names = {"base": "base", "asked": "question", "prompt": "prompt", "corrupted": "corrupted"}
+        asked = {shown: getattr(options, name) for name, shown in names.items() if getattr(options, name, None)}
+        page = html_page(title, asked, [(report.values["model"], report.sections) for report in reports])
+        write_text(options.html, page)
         if not options.json:
             print(options.html)
 
 
 def _lens_arguments(parser: argparse.ArgumentParser) -> None:
     _target(parser)
+    parser.epilog = "Ranks count from 1; in the arrays of --json from 0, which is the likeliest token."
     parser.set_defaults(run=run_lens)
 
 
@@ -148,7 +152,7 @@ def run_lens(options: argparse.Namespace) -> None:
     _read_prompt(options)
     with _page(options):
         found = _over_models(options, lambda m, t, n: lens_report(m, t, n, options.prompt, options.target))
-        _finish(options, "Logit lens", options.prompt, found)
+        _finish(options, "Logit lens", found)
 
 
 def _attention_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +170,7 @@ def run_attention(options: argparse.Namespace) -> None:
         found = _over_models(
             options, lambda m, t, n: attention_report(m, t, n, options.prompt, options.layer, options.head)
         )
-        _finish(options, "Attention", options.prompt, found)
+        _finish(options, "Attention", found)
 
 
 def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +188,7 @@ def run_attribute(options: argparse.Namespace) -> None:
         found = _over_models(
             options, lambda m, t, n: attribution_report(m, t, n, options.prompt, options.target, options.foil)
         )
-        _finish(options, "Direct logit attribution", options.prompt, found)
+        _finish(options, "Direct logit attribution", found)
 
 
 def _patch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +215,7 @@ def run_patch(options: argparse.Namespace) -> None:
                 m, t, n, options.prompt, options.corrupted, options.target, options.foil, options.point
             ),
         )
-        _finish(options, "Activation patching", f"{options.prompt} / {options.corrupted}", found)
+        _finish(options, "Activation patching", found)
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -245,4 +249,4 @@ def run_diff(options: argparse.Namespace) -> None:
                 changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
                 moved = moved_rows(base.path, path)
             found.append(diff_report(f"{options.base} → {other}", changes, moved, base.tokenizer))
-        _finish(options, "What training changed", f"Against {options.base}.", found)
+        _finish(options, "What training changed", found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,12 +105,16 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """A bar chart with 95 % intervals, in a file that `check_picture` allows."""
+    """A bar chart with 95 % intervals and chance, in a file that `check_picture` allows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(5.0, 1.5 + 1.8 * len(found)), 4), layout="constrained")
-    axes = figure.add_subplot()
     number = len(found[0]["runs"])
+    figure = Figure(figsize=(max(5.0, 3.5 + len(found) * max(1.2, 0.5 * number)), 4), layout="constrained")
+    axes = figure.add_subplot()
+    first = Path(found[0]["runs"][0]["run"])
+    rows = read_json(first / "report.json").get("tasks", [])
+    chances = {row["task"]: 100 * row["chance"] for row in rows if "chance" in row}
+    common = os.path.commonpath([Path(entry["run"]).absolute().parent for entry in found[0]["runs"]])
     for place in range(number):
         entries = [task["runs"][place] for task in found]
         heights = [100 * entry["accuracy"] for entry in entries]
@@ -118,9 +123,16 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
             [100 * (entry["high"] - entry["accuracy"]) for entry in entries],
         ]
         where = [task + (place - (number - 1) / 2) * 0.8 / number for task in range(len(found))]
-        axes.bar(where, heights, 0.8 / number, yerr=spread, capsize=3, label=entries[0]["run"])
+        label = str(Path(entries[0]["run"]).absolute().relative_to(common))
+        bars = axes.bar(where, heights, 0.8 / number, yerr=spread, capsize=3, label=label)
+        axes.bar_label(bars, [f"{height:.0f}" for height in heights], padding=2, fontsize=9)
+    left, right = ([task + side for task in range(len(found))] for side in (-0.45, 0.45))
+    levels = [chances.get(task["task"], math.nan) for task in found]
+    axes.hlines(levels, left, right, colors="black", linestyles="dashed", linewidth=1, label="chance")
     axes.set_xticks(range(len(found)), [task["task"] for task in found])
     axes.set_ylabel("accuracy, %")
-    figure.legend(loc="outside upper left", frameon=False)  # above the bars: runs have long paths
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", frameon=False)  # off the bars
     with new_file(path) as beside:
         figure.savefig(beside, dpi=150, bbox_inches="tight", format=path.suffix[1:].lower())

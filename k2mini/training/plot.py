@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from k2mini.training.loop import read_metrics
 
 
 def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> None:
-    """Draw the training and validation losses of several runs over the steps.
+    """Draw the training and validation losses of several runs over the steps: a colour and a legend entry for each run.
 
     Args:
-        runs: label -> metrics.jsonl.
+        runs: label, such as run.dir -> metrics.jsonl. Paths are drawn without the folder that they have in common.
         chain: the runs are stages: each begins at the step at which the one before it ended. Otherwise all begin at 0.
 
     Raises ValueError as `check_picture` does, and where a run has no metrics yet.
@@ -25,22 +26,27 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    start = 0
+    start, held_out = 0, False
+    common = os.path.commonpath([Path(label).absolute().parent for label in runs])
     for label, path in runs.items():
         entries = read_metrics(path) if path.is_file() else []
         train = [(start + entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
         val = [(start + entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
         if not train:
             raise ValueError(f"{label} has no losses to draw ({path}); name the run.dir of a run that has begun")
-        (line,) = axes.plot(*zip(*train, strict=True), label=label, linewidth=1)
+        (line,) = axes.plot(
+            *zip(*train, strict=True), label=str(Path(label).absolute().relative_to(common)), linewidth=1
+        )
         if val:
-            axes.plot(*zip(*val, strict=True), "o", color=line.get_color(), label=f"{label}, held out")
+            held_out = True
+            axes.plot(*zip(*val, strict=True), "o--", color=line.get_color(), markersize=4, linewidth=1)
         start = train[-1][0] if chain else 0
     axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.set_ylabel("loss (nats per supervised token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    title = "solid: training\ndashed, dots: held out" if held_out else None
+    figure.legend(loc="outside right upper", frameon=False, title=title, alignment="left")  # off the curves
     with new_file(out) as beside:
         figure.savefig(beside, dpi=150, format=out.suffix[1:].lower())

@@ -1,12 +1,18 @@
 """`k2mini audit` as a user runs it, and its pages in a browser."""
 
+import colorsys
+import html
 import json
+import math
 import re
 import shutil
 import subprocess
 
 import pytest
 
+from k2mini.audit.page import STYLE
+from k2mini.audit.reports import visible
+from k2mini.cli import main
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
@@ -32,6 +38,32 @@ def other(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
+def sections_of(page):
+    """A page's sections: title -> for each model its name, the cells' (alpha, warm, text) by row, and their heads."""
+    found = {}
+    for part in page.read_text().split("<section>")[1:]:
+        title = html.unescape(re.search(r"<h2>(.*?)</h2>", part)[1])
+        found[title] = [
+            {
+                "model": html.unescape(re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]).split(": ")[0],
+                "rows": [
+                    [
+                        (float(alpha or 0), not cool, html.unescape(text))
+                        for alpha, cool, text in re.findall(
+                            r'<td(?: style="--a:([\d.]+)")?( class="n")?(?: title="[^"]*")?>([^<]*)', row
+                        )
+                    ]
+                    for row in figure.split("<tr>")[2:]
+                ],
+                "heads": [html.unescape(text) for text in re.findall(r"<tr><th[^>]*>([^<]*)", figure)],
+                "spans": re.findall(r'<span(?: style="--a:([\d.]+)")?', figure),
+                "scale": re.search(r'class="scale">(.*?)</div>', part),
+            }
+            for figure in part.split("<figure>")[1:]
+        ]
+    return found
+
+
 KINDS = {
     "lens": ["--target", " rock"],
     "attention": ["--layer", "1"],
@@ -48,7 +80,9 @@ def test_two_models_side_by_side(tiny_directory, other, tmp_path, run, kind):
     assert status == 0, err
     assert str(other / "model") in out
     text = page.read_text()
-    assert text.count("<svg") >= 2
+    sections = sections_of(page)
+    for title, figures in sections.items():
+        assert [figure["model"] for figure in figures] == [str(tiny_directory), str(other / "model")], title
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text), "nothing is fetched"
     assert not re.findall(r"https?://|@import|url\(|<script", text)
     found = json.loads(run(*common, "--json")[1])
@@ -61,7 +95,7 @@ def test_diff_of_models_and_adapters(tiny_directory, other, tmp_path, run):
     assert status == 0, err
     assert "effective rank" in out
     assert "embeddings that moved most" in out
-    assert page.read_text().count("<svg") == 1
+    assert list(sections_of(page)) == ["Where it changed", "The largest changes", "Embeddings that moved most"]
     found = json.loads(run("audit", "diff", other / "model", other / "adapter", "--json")[1])
     assert {change["rank"] for change in found[0]["changes"]} == {2}
 
@@ -204,12 +238,150 @@ def test_options_that_are_not_utf8(tiny_directory, run, option):
     assert f"argument {option}: 'a\\udcff' is not UTF-8" in err
 
 
+def test_one_scale_over_all_models(tiny_directory, other, tmp_path, run):
+    """The fullest cell of a section is full in one model only; the numbers beside the colours are those of both."""
+    page = tmp_path / "page.html"
+    asked = ["--model", tiny_directory, other / "model", "--prompt", "granite is a", "--target", " rock"]
+    found = json.loads(run("audit", "attribute", *asked, "--html", page, "--json")[1])
+    values = [[v for row in [*entry["heads"], entry["mlps"]] for v in row] for entry in found]
+    low, high = min(map(min, values)), max(map(max, values))
+    figures = sections_of(page)["Who says ␣ro"]
+    most = max(-low, high)
+    for figure, model in zip(figures, found, strict=True):
+        assert figure["scale"][1].startswith(f"{low:.3g}<span>")
+        assert figure["scale"][1].endswith(f"{high:.3g} logits")
+        for layer, row in enumerate(figure["rows"]):
+            for (alpha, warm, _), value in zip(row, [*model["heads"][layer], model["mlps"][layer]], strict=True):
+                assert alpha == pytest.approx(abs(value) / most, abs=0.006)
+                assert warm == (value >= 0) or alpha == 0
+
+
+def test_layers_stand_in_one_order(tiny_directory, other, tmp_path, run):
+    """Layer 0 on top, on all pages and in the terminal."""
+    page, asked = tmp_path / "page.html", ["--model", tiny_directory, "--prompt", "granite is a"]
+    commands = [[kind, *asked, *more] for kind, more in KINDS.items()] + [["diff", tiny_directory, other / "model"]]
+    for command in commands:
+        assert run("audit", *command, "--html", page, "--force")[0] == 0
+        figures = [figure["heads"] for figures in sections_of(page).values() for figure in figures]
+        maps = [heads for heads in figures if heads and heads[0].endswith("layer ↓")]
+        assert maps
+        assert all(heads[1:] == ["0", "1", "2"] for heads in maps), command
+        assert "0, at the top" in page.read_text()
+    lines = run("audit", "lens", *asked)[1].splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["0", "1", "2"]
+
+
+def test_the_target_is_shown_by_rank_and_log_probability(tiny_directory, tmp_path, run):
+    """People count ranks from 1, the field `rank` of --json from 0, as the help says; terminal and page agree."""
+    assert "Ranks count from 1; in the arrays of --json from 0" in run("audit", "lens", "--help")[1]
+    page = tmp_path / "page.html"
+    asked = ["audit", "lens", "--model", tiny_directory, "--prompt", "granite is a", "--target", " rock"]
+    (found,) = json.loads(run(*asked, "--json")[1])
+    lines = run(*asked, "--html", page)[1].splitlines()[2:-1]
+    (figure,) = sections_of(page)["The target ␣ro"]
+    even = math.log(json.loads((tiny_directory / "config.json").read_text())["vocab_size"])
+    for layer, line in enumerate(lines):
+        ranks, logprobs = found["rank"][layer], found["logprob"][layer]
+        assert line.split()[-2:] == [f"{logprobs[-1]:.2f}", str(ranks[-1] + 1)]
+        assert [text for _, _, text in figure["rows"][layer]] == [str(rank + 1) for rank in ranks]
+        shown = [max(0.0, 1 + logprob / even) for logprob in logprobs]
+        assert [alpha for alpha, _, _ in figure["rows"][layer]] == pytest.approx(shown, abs=0.006)
+        assert math.exp(logprobs[-1]) == pytest.approx(found["probability"][layer][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lens", "attribute", "patch"])
+def test_a_target_of_several_tokens_is_named_by_its_first(tiny_directory, run, kind):
+    more = [*KINDS[kind][2:]] if kind == "patch" else []
+    asked = ["audit", kind, "--model", tiny_directory, "--prompt", "granite is a", *more, "--target", " rock of quartz"]
+    status, _, err = run(*asked)
+    assert status == 0, err
+    said = "the target ' rock of quartz' is not one token after the prompt: only the first one, ␣ro, counts"
+    assert err.count(said) == 1
+    if kind == "patch":
+        assert "the foil ' crust' is not one token" in err
+    assert "the target" not in run(*asked[:-1], " ro")[2]
+
+
+def test_every_token_can_be_seen(tiny_tokenizer):
+    shown = [visible(tiny_tokenizer, token) for token in range(tiny_tokenizer.vocab_size)]
+    assert all(text and text.isprintable() and " " not in text and "\ufffd" not in text for text in shown)
+    newline, half = (shown[tiny_tokenizer.encode(text, bos=False, eos=False)[-1]] for text in ("\n", "\u00e9\u200b"))
+    assert newline == "⏎"
+    assert half == "<0x8B>"
+
+
+def test_a_long_question_is_folded(tiny_directory, other, benchmark, tmp_path, run):
+    """The question is read at once, the prompt with its template on demand; what a patch can't change is left out."""
+    page = tmp_path / "page.html"
+    asked = ["--model", tiny_directory, other / "model", "--question", benchmark, "rocks", "0"]
+    assert run("audit", "attention", *asked, "--html", page)[0] == 0
+    text = page.read_text()
+    assert 'question: <span class="said">rocks 0: What is granite?</span>' in text
+    assert re.search(r"<details><summary>prompt</summary><pre>[^<]*### Response:\n</pre></details>", text)
+    assert text.count("<summary>show</summary>") == 4, "the patterns of each head"
+    first = next(iter(sections_of(page)))
+    assert first == "Layer 2: where the last token looks"
+    assert run("audit", "attention", *asked, "--head", "1", "--html", page, "--force")[0] == 0
+    assert "<summary>show</summary>" not in page.read_text()
+    replaced = ["--replace", "granite", "basalt", "--foil", "B"]
+    (found, _) = json.loads(run("audit", "patch", *asked, *replaced, "--html", page, "--force", "--json")[1])
+    rows = sections_of(page)["Patched: residual_out"][0]["rows"]
+    left_out = len(found["tokens"]) - len(rows[0])
+    assert 10 < left_out < len(found["tokens"])
+    assert all(value == 0 for row in found["positions"] for value in row[:left_out])
+    assert f"The first {left_out} tokens are the same in both" in page.read_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_on_cells_can_be_read(scheme):
+    """WCAG 2.2, 1.4.3: a contrast of 4.5 between --ink and a cell of either hue, however full."""
+    blocks = dict(zip(("light", "dark"), re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL), strict=True))
+    colours = dict(re.findall(r"--(\w+): ([^;]+);", blocks[scheme]))
+
+    def rgb(text):
+        if text.startswith("#"):
+            return [int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        hue, saturation, lightness = (float(part.rstrip("%")) for part in text.split())
+        return colorsys.hls_to_rgb(hue / 360, lightness / 100, saturation / 100)
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one, other):
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    card = rgb(colours["card"])
+    for hue in ("up", "down"):
+        for alpha in (0, 0.25, 0.5, 0.75, 1):
+            cell = [alpha * a + (1 - alpha) * b for a, b in zip(rgb(colours[hue]), card, strict=True)]
+            assert contrast(rgb(colours["ink"]), cell) >= 4.5, (hue, alpha)
+        assert contrast(rgb(colours[hue]), card) > 2.5, "a full cell stands out"
+    assert contrast(rgb(colours["soft"]), card) >= 4.5
+    assert contrast(rgb(colours["soft"]), rgb(colours["paper"])) >= 4.5
+
+
+@pytest.fixture(scope="module")
+def pages(tiny_directory, other, benchmark, tmp_path_factory):
+    """A page of each kind, over two models and a benchmark's question, as `k2mini audit` writes them."""
+    folder = tmp_path_factory.mktemp("pages")
+    asked = ["--model", tiny_directory, other / "model", "--question", benchmark, "rocks", "0"]
+    replaced = ["--replace", "granite", "basalt", "--foil", "B"]
+    commands = {kind: [*asked, *(replaced if kind == "patch" else [])] for kind in KINDS}
+    commands["diff"] = [tiny_directory, other / "model", other / "model"]
+    for kind, arguments in commands.items():
+        with pytest.raises(SystemExit, match="0"):
+            main(["audit", kind, *map(str, arguments), "--html", str(folder / f"{kind}.html")])
+    return folder
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(tiny_directory, tmp_path, run, scheme):
+@pytest.mark.parametrize("kind", [*KINDS, "diff"])
+def test_the_pages_in_a_browser(pages, tmp_path, kind, scheme):
     """No error on the console, where a request off the page would be one, and a picture, in light and dark."""
-    page, picture = tmp_path / "page.html", tmp_path / "page.png"
-    run("audit", "lens", "--model", tiny_directory, "--prompt", "granite is a", "--target", " rock", "--html", page)
+    page, picture = pages / f"{kind}.html", tmp_path / "page.png"
     done = subprocess.run(
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
@@ -223,4 +395,5 @@ def test_the_page_in_a_browser(tiny_directory, tmp_path, run, scheme):
     )
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "Content-Security-Policy" in page.read_text()
+    assert not re.findall(r"https?://|@import|url\(|<script", page.read_text())
     assert picture.stat().st_size > 10_000

@@ -33,7 +33,7 @@ def test_the_last_layers_lens_is_the_models_distribution(shape):
     final = model(torch.tensor([CLEAN]))[0].log_softmax(-1)
     assert lens.top.shape == lens.divergence.shape == (shape.num_layers, len(CLEAN))
     assert torch.equal(lens.top[-1], final.argmax(-1))
-    torch.testing.assert_close(lens.probability[-1], final[:, 42].exp(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(lens.logprob[-1], final[:, 42], atol=1e-6, rtol=0)
     torch.testing.assert_close(lens.entropy[-1], -(final.exp() * final).sum(-1), atol=1e-5, rtol=0)
     assert lens.divergence[-1].abs().max() < 1e-6
     assert (lens.divergence[:-1] > 0).all()
