@@ -9,7 +9,8 @@ import torch
 from k2mini.cli import main
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
-from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.init import init_weights
+from k2mini.nn.llama import Llama
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor do programs that tests start

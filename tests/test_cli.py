@@ -16,8 +16,9 @@ from k2mini.cli import build_parser, main
 from k2mini.config import QUANTIZE_NAMES
 from k2mini.data.prompts import TEMPLATES
 from k2mini.evaluation.instances import EvalConfig
+from k2mini.inference.beam import Beams
 from k2mini.inference.generate import Decoding
-from k2mini.inference.sampling import Beams, Sampling
+from k2mini.inference.sampling import Sampling
 
 
 def parsers(parser=None, path=()):

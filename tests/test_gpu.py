@@ -12,10 +12,9 @@ from k2mini.build import pick_device
 from k2mini.config import TrainSection
 from k2mini.data.batches import Batch
 from k2mini.data.packing import PackedExamples
-from k2mini.inference.beam import beam_search
-from k2mini.inference.generate import Decoding, generate, prefill, steps
-from k2mini.inference.replay import can_replay
-from k2mini.inference.sampling import Beams, Sampling, sample, uniforms
+from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.generate import Decoding, can_replay, generate, prefill, steps
+from k2mini.inference.sampling import Sampling, sample, uniforms
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama

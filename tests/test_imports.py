@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "k2mini"
 LAYERS = [
     {"config", "errors", "files", "sizes"},
     {"dtypes", "model_config"},
-    {"config_file", "distributed"},
+    {"config_file", "distributed", "gpu"},
     {"nn"},
     {"data"},
     {"weights"},
@@ -26,7 +26,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RUNTIME = {"torch", "sentencepiece", "safetensors", "numpy", "yaml", "tqdm"}
 # Extras are imported where they are used, never at module level.
-EXTRAS = {"matplotlib", "tensorboard", "gguf"}
+EXTRAS = {"matplotlib", "tensorboard", "gguf", "triton"}
 
 
 def imports(path):

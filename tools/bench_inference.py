@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.beam import beam_search
+from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, prefill
-from k2mini.inference.sampling import Beams, Sampling
+from k2mini.inference.sampling import Sampling
 from k2mini.model_config import ModelConfig, hf_config
+from k2mini.nn.init import init_weights
 from k2mini.nn.kv_cache import KVCache
-from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.llama import Llama
 from k2mini.weights.convert import convert
 from k2mini.weights.model_files import save_model
 

@@ -26,7 +26,8 @@ from k2mini.data.batches import Batch
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ranks
 from k2mini.model_config import ModelConfig
-from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.init import init_weights
+from k2mini.nn.llama import Llama
 from k2mini.training.plan import plan_run
 from k2mini.training.step import build_optimizer, train_step
 from k2mini.weights.model_files import save_model

@@ -29,7 +29,8 @@ from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.packing import Example, PackedExamples
 from k2mini.model_config import ModelConfig
-from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.init import init_weights
+from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.loss import token_loss
 from k2mini.training.step import build_optimizer, train_step

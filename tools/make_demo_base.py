@@ -25,7 +25,8 @@ from k2mini.demo.phrases import ANSWER, TEMPLATE
 from k2mini.demo.sources import BASE
 from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.model_config import ModelConfig
-from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.init import init_weights
+from k2mini.nn.llama import Llama
 from k2mini.training.loop import Task, train
 from k2mini.weights.model_files import save_model
 

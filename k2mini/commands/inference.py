@@ -60,8 +60,9 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """What `generate` and `chat` share: the template, and the fields of `Decoding`, whose defaults they are."""
+    from k2mini.inference.beam import Beams
     from k2mini.inference.generate import Decoding
-    from k2mini.inference.sampling import Beams, Sampling
+    from k2mini.inference.sampling import Sampling
 
     def number(option: str, kind: type, default: float, metavar: str, what: str) -> None:
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{what} (default: {default:g})")
@@ -98,8 +99,9 @@ def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 
 def _decoding(options: argparse.Namespace) -> Decoding:
     """How to decode; what has no effect is said."""
+    from k2mini.inference.beam import Beams
     from k2mini.inference.generate import Decoding
-    from k2mini.inference.sampling import Beams, Sampling
+    from k2mini.inference.sampling import Sampling
 
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")

@@ -9,6 +9,7 @@ end go on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,11 +17,40 @@ from torch import Tensor
 
 from k2mini.data.prompts import rooms
 from k2mini.inference.generate import Completion, Decoding, check_finite, prefill
-from k2mini.inference.sampling import Beams, Sampling, as_history, constrain
+from k2mini.inference.sampling import Sampling, as_history, constrain
+from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
 LOW = -1e9  # what transformers takes for a score that can't win
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How many hypotheses a beam search keeps, and how it ranks them.
+
+    Args:
+        num_beams: hypotheses a prompt.
+        length_penalty: above 0, longer hypotheses gain; below, shorter ones.
+        early_stopping: True ends a prompt's search as soon as `num_beams` hypotheses have ended; False when the best
+            open one, at its present length, can't beat the worst of them; 'never' when it can't at any length.
+        num_return_sequences: hypotheses returned of each prompt.
+
+    Raises ValueError where a value is out of range.
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"--num-beams must be at least 1, not {self.num_beams}")
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(f"num_return_sequences must be 1 to num_beams ({self.num_beams})")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
 
 
 @torch.inference_mode()
@@ -44,7 +74,7 @@ def beam_search(
 
     Raises ValueError: an empty prompt, or one too long for the model's context.
     """
-    assert decoding.beams is not None
+    assert isinstance(decoding.beams, Beams)
     new = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len)
     if len(set(new)) > 1:  # the context cuts some of them shorter: one by one, as each would be searched alone
         search = partial(beam_search, model, decoding=decoding, stop_ids=stop_ids, vocab_size=vocab_size)
@@ -64,9 +94,25 @@ def beam_search(
         if not bool((state.improvable & ~state.full(beams)).any()) or length + 1 == max_new_tokens:
             break
         offsets = torch.arange(batch, device=device)[:, None] * width
-        cache.reorder((state.parents + offsets).flatten(), first_new)
+        _reorder(cache, (state.parents + offsets).flatten(), first_new)
         logits = model(state.running[:, :, length].reshape(-1, 1), cache=cache)[:, -1]
     return state.results(beams.num_return_sequences, stop_ids)
+
+
+def _reorder(cache: KVCache, rows: Tensor, since: int) -> None:
+    """Replace row i of a cache by row `rows[i]`. Only rows that change are copied, from slot `since` on.
+
+    Args:
+        rows: (B,) int64.
+        since: the tokens before this position are the same in all rows that change places.
+    """
+    moved = (rows != torch.arange(cache.batch_size, device=rows.device)).nonzero().flatten()
+    if not len(moved):
+        return
+    sources = rows[moved]
+    cache.lengths = cache.lengths[rows]
+    for held in (*cache.keys, *cache.values):
+        held[moved, :, since : cache.length] = held[sources, :, since : cache.length]
 
 
 def _next_scores(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from k2mini.data.prompts import rooms
-from k2mini.inference.replay import Replayed, can_replay
-from k2mini.inference.sampling import Beams, Sampler, Sampling
+from k2mini.inference.replay import Replayed
+from k2mini.inference.sampling import Sampler, Sampling
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -30,7 +31,7 @@ class Decoding:
         max_new_tokens: of each answer, at most; one also ends where the model's context does.
         seed: row i of a batch draws with seed + i.
         stop: strings that end an answer and are not part of it. Callers that make text look for them.
-        beams: search for the likeliest answer instead of sampling one.
+        beams: search for the likeliest answer instead of sampling one: `Beams` of beam.py, which imports this file.
         batch_size: prompts at a time.
         top_logprobs: None, or of how many of the likeliest tokens each step gives the log-probabilities.
 
@@ -41,7 +42,7 @@ class Decoding:
     sampling: Sampling = Sampling()  # noqa: RUF009 (it is frozen)
     seed: int = 0
     stop: tuple[str, ...] = ()
-    beams: Beams | None = None
+    beams: Any = None
     batch_size: int = 8
     top_logprobs: int | None = None
 
@@ -129,6 +130,11 @@ def not_finite(model: Llama) -> ValueError:
     name = nonfinite_tensor(model)
     overflow = f"all weights are finite, so activations overflow in {model.dtype}; try --dtype float32 or bfloat16"
     return ValueError(f"the logits are not finite; {f'{name} holds NaN or infinity' if name else overflow}")
+
+
+def can_replay(model: Llama) -> bool:
+    """Whether steps are replayed: on a GPU, where no hook of the audit looks at what passes."""
+    return model.device.type == "cuda" and "_hooks" not in model.__dict__
 
 
 def prefill(

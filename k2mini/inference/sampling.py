@@ -58,34 +58,6 @@ class Sampling:
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
-@dataclass(frozen=True)
-class Beams:
-    """How many hypotheses a beam search keeps, and how it ranks them.
-
-    Args:
-        num_beams: hypotheses a prompt.
-        length_penalty: above 0, longer hypotheses gain; below, shorter ones.
-        early_stopping: True ends a prompt's search as soon as `num_beams` hypotheses have ended; False when the best
-            open one, at its present length, can't beat the worst of them; 'never' when it can't at any length.
-        num_return_sequences: hypotheses returned of each prompt.
-
-    Raises ValueError where a value is out of range.
-    """
-
-    num_beams: int
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    num_return_sequences: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"--num-beams must be at least 1, not {self.num_beams}")
-        if not 1 <= self.num_return_sequences <= self.num_beams:
-            raise ValueError(f"num_return_sequences must be 1 to num_beams ({self.num_beams})")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping must be true, false or 'never', not {self.early_stopping!r}")
-
-
 def as_history(rows: Sequence[Sequence[int]], more: int, device: torch.device) -> Tensor:
     """Rows of tokens as (B, T) int64, -1 after each row's last, with room for so many more."""
     padded = [torch.tensor([*row, *[-1] * more], dtype=torch.int64) for row in rows]
@@ -98,11 +70,6 @@ def _among(tokens: Tensor, logits: Tensor) -> Tensor:
     places = torch.where((tokens < 0) | (tokens >= width), width, tokens)
     among = torch.zeros(logits.shape[0], width + 1, dtype=torch.bool, device=logits.device)
     return among.scatter_(1, places, True)[:, :width]
-
-
-def penalize_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Make every token of a row's history less likely. (B, V) -> (B, V)."""
-    return torch.where(_among(history, logits), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def ban_repeated_ngrams(logits: Tensor, history: Tensor, size: int) -> Tensor:
@@ -139,12 +106,15 @@ def constrain(logits: Tensor, sampling: Sampling, history: Tensor | None) -> Ten
         history: (B, T), each row's tokens so far, prompt included, as of `as_history`; None: not `sampling.looks_back`.
     """
     if history is not None and sampling.repetition_penalty != 1:
-        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
+        penalty = sampling.repetition_penalty
+        less_likely = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(_among(history, logits), less_likely, logits)
     if history is not None and sampling.no_repeat_ngram_size:
         logits = ban_repeated_ngrams(logits, history, sampling.no_repeat_ngram_size)
-    if sampling.forbidden:
-        ids = torch.tensor(sampling.forbidden, device=logits.device)
-        logits = logits.index_fill(-1, ids[ids < logits.shape[-1]], -torch.inf)
+    if banned := [token for token in sampling.forbidden if token < logits.shape[-1]]:
+        logits = logits.clone()
+        for token in banned:  # one by one: a list of them would have to be sent to the device
+            logits[:, token] = -torch.inf
     return logits
 
 
@@ -159,10 +129,7 @@ def transform(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def uniforms(seeds: Sequence[int], number: int) -> Tensor:
-    """What rows draw with: (B, number) float64 in [0, 1), row i's from a generator of its own, on the CPU.
-
-    So a row's tokens depend on its seed alone: not on other rows, not on the device.
-    """
+    """What rows draw with: (B, number) float64 in [0, 1), each row's from its own generator, on the CPU."""
     rows = [torch.rand(number, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) * (1 - 2**-40)  # times a sum, it stays below the sum
 
@@ -187,12 +154,7 @@ def sample(logits: Tensor, sampling: Sampling, drawn: Tensor | None = None, hist
 
 
 class Sampler:
-    """Chooses the next token of every row, step after step; all of its state is on the device.
-
-    Args:
-        rows: the tokens so far.
-        seeds: one a row.
-        most: steps that there may be.
+    """Chooses the next token of every row, which has a seed, for `most` steps; all of its state is on the device.
 
     Attributes:
         out: (B + 1,) int64: the tokens chosen last, and at the end 1 where all logits were finite, else 0.

@@ -19,7 +19,6 @@ from k2mini.nn.decode_ops import check_compiler
 log = logging.getLogger(__name__)
 
 ROWS = 64  # at most: of more, dequantising costs little beside the product
-BLOCK = (32, 128)  # rows of the weight of one program, and how much of them it reads at a time
 
 
 def takes_kernel(x: Tensor) -> bool:
@@ -49,9 +48,8 @@ def int8_rows(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = x.new_empty(len(rows), len(weight))
     block_rows = max(16, 1 << (len(rows) - 1).bit_length())  # what the processor's matrix units take
-    _kernel()[(-(-len(weight) // BLOCK[0]),)](
-        rows, weight, scale, out, len(rows), *weight.shape, BM=block_rows, BN=BLOCK[0], BK=BLOCK[1]
-    )
+    programs = (-(-len(weight) // 32),)
+    _kernel()[programs](rows, weight, scale, out, len(rows), *weight.shape, BM=block_rows)
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -65,7 +63,9 @@ def _kernel() -> Any:
     import triton  # comes with PyTorch for CUDA
     import triton.language as tl
 
-    def product(x, weight, scale, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def product(x, weight, scale, out, M, N, K, BM: tl.constexpr):  # type: ignore[no-untyped-def]
+        BN: tl.constexpr = 32  # rows of the weight of one program,
+        BK: tl.constexpr = 128  # and how much of them it reads at a time
         m, n = tl.arange(0, BM)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
         total = tl.zeros((BM, BN), tl.float32)
         for start in range(0, K, BK):

@@ -120,12 +120,10 @@ class KVCache:
             positions: (B, T) int64, each row's next positions in order, -1 for padding; None: every row continues
                 where it stopped.
 
-        Returns:
-            The positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query attends; None where
-            causal attention needs no mask.
+        Returns: the positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query attends, or None
+        where causal attention needs none.
 
-        Raises:
-            ValueError: the batch or the number of tokens does not fit, or the model's context is exceeded.
+        Raises ValueError: the batch or the number of tokens does not fit, or the model's context is exceeded.
         """
         device = self.lengths.device
         start, end = self.length, self.length + num_tokens
@@ -179,18 +177,3 @@ class KVCache:
         new.keys = [key[rows] for key in self.keys]
         new.values = [value[rows] for value in self.values]
         return new
-
-    def reorder(self, rows: Tensor, since: int) -> None:
-        """Replace row i by row `rows[i]`. Only rows that change are copied, from slot `since` on.
-
-        Args:
-            rows: (B,) int64.
-            since: the tokens before this position are the same in all rows that change places.
-        """
-        moved = (rows != torch.arange(self.batch_size, device=rows.device)).nonzero().flatten()
-        if not len(moved):
-            return
-        sources = rows[moved]
-        self.lengths = self.lengths[rows]
-        for held in (*self.keys, *self.values):
-            held[moved, :, since : self.length] = held[sources, :, since : self.length]

@@ -214,14 +214,3 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
-
-
-def init_weights(model: Llama, seed: int, std: float = 0.02) -> None:
-    """Fill a fresh model: normal matrices of the given standard deviation, norms of one. Repeats for a seed."""
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, std, generator=generator)

@@ -17,7 +17,8 @@ from k2mini.audit.patching import (
 )
 from k2mini.audit.weight_diff import by_layer, by_module, diff_adapter, diff_checkpoints, moved_rows
 from k2mini.config import LoraSection
-from k2mini.nn.llama import Llama, init_weights
+from k2mini.nn.init import init_weights
+from k2mini.nn.llama import Llama
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_files import save_model

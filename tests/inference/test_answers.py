@@ -20,10 +20,9 @@ from k2mini.data.prompts import get_template
 from k2mini.demo.report import commands
 from k2mini.evaluation.subjective import run_subjective
 from k2mini.inference.answers import answers, read_questions
-from k2mini.inference.beam import beam_search
+from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, generate
-from k2mini.inference.sampling import Beams
 from tests.conftest import ROOT, asset
 from tests.helpers import fill_adapters
 

@@ -8,8 +8,7 @@ from torch.utils._pytree import tree_leaves
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
 from k2mini.config import LoraSection
-from k2mini.inference.generate import Decoding, generate
-from k2mini.inference.replay import can_replay
+from k2mini.inference.generate import Decoding, can_replay, generate
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
