@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if options.debug and not isinstance(error, STOPPED):
             raise
         if not (_is_main() or isinstance(error, STOPPED)):
-            time.sleep(2)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
+            time.sleep(5)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
         status = end(error)
         if status is None:
             raise

@@ -66,8 +66,7 @@ def commands(out: Path, control: bool) -> str:
         f"k2mini finetune {run('stage2')}",
         *(f"k2mini finetune {run(name)}" for name in ("control_stage1", "control") if control),
         f"k2mini merge {tuned.replace('--model', '--base')} --out {at('by_hand/merged')}",
-        f"k2mini generate --model {at('merged')} --template {TEMPLATE} --prompt 'What is the hardness of quartz?' "
-        "--max-new-tokens 16",
+        f"k2mini generate --model {at('merged')} --template {TEMPLATE} --prompt 'What is the hardness of quartz?'",
         f"k2mini eval {tuned} --template {TEMPLATE} --answer-prefix '{ANSWER}' --scoring text --normalize none "
         f"--score-end --benchmark {at('data/questions_npee_unseen.json')} {at('data/questions_ap_unseen.json')}",
     ]

@@ -526,7 +526,10 @@ def test_a_signal_keeps_the_answers(kept, tmp_path, run, name, number):
     at = command.index("--input") + 1
     command = [*command[:at], str(tmp_path / "q.jsonl"), *command[at + 1 :], "--out", str(tmp_path / name)]
     part = tmp_path / (name if name == "a.jsonl" else "a.json.part")
-    with subprocess.Popen([sys.executable, "-m", "k2mini", *command], stderr=subprocess.PIPE, text=True) as program:
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run in the background
+    program = subprocess.Popen([sys.executable, "-m", "k2mini", *command], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, inherited)
+    with program:
         while program.poll() is None and not (part.exists() and part.stat().st_size):
             time.sleep(0.002)
         program.send_signal(number)
