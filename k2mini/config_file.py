@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -48,7 +49,8 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     values of the wrong type or out of range.
     """
     raw = _read(path)
-    errors: list[str] = []
+    given = Counter(override.partition("=")[0] for override in overrides)
+    errors = [f"{name[:99]} is given twice" for name, number in given.items() if number > 1]
     for override in overrides:
         _override(raw, override, errors)
     try:

@@ -143,19 +143,21 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
     if texts:
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
         report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
-    if options.json:
-        print(json.dumps(report, ensure_ascii=False))
-    else:
-        if questions:
+    try:
+        if options.json:
+            print(json.dumps(report, ensure_ascii=False))
+        elif questions:
             print(table(report["tasks"]))
-        if pairs:
+        if pairs and not options.json:
             print(subjective_table(report["subjective"]))
-        if texts:
+        if texts and not options.json:
             sums = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
             print(f"{sums}, over {found.tokens:,} tokens")
-    if out is not None:
-        write_report(out, report, results)
-        log.info("the results are in %s", out)
+        sys.stdout.flush()
+    finally:  # whoever reads what is printed may have gone
+        if out is not None:
+            write_report(out, report, results)
+            log.info("the results are in %s", out)
 
 
 def kept_by(
@@ -248,7 +250,7 @@ def run_score(options: argparse.Namespace) -> None:
     from k2mini.files import read_text
 
     text = read_text(options.input, None) if options.input is not None else options.text
-    text = sys.stdin.read() if options.text == "-" else text
+    text = sys.stdin.read().removeprefix("\ufeff") if options.text == "-" else text
     if not text:
         raise ValueError(f"{options.input or '--text'}: there is no text to score")
     if options.compile:

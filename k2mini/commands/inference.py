@@ -45,9 +45,9 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="write the answers there: a .jsonl as they come, else JSON in the end. Started again, it goes on",
+        help="write the answers there: a .jsonl as they come, else JSON in the end. After a stop it goes on",
     )
-    parser.add_argument("--force", action="store_true", help="replace FILE of --out, should it hold other answers")
+    parser.add_argument("--force", action="store_true", help="replace FILE of --out")
     parser.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
     parser.set_defaults(run=run_generate)
 
@@ -122,8 +122,10 @@ def _decoding(options: argparse.Namespace) -> Decoding:
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
     elif idle and options.temperature == 0:
         log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
-    if beams is None and (options.length_penalty != Beams.length_penalty or options.early_stopping):
-        log.warning("--length-penalty, --early-stopping: no effect without --num-beams")
+    idle = ["--length-penalty"] * (options.length_penalty != Beams.length_penalty)
+    idle += ["--early-stopping"] * options.early_stopping
+    if beams is None and idle:
+        log.warning("%s: no effect without --num-beams", ", ".join(idle))
     return Decoding(
         options.max_new_tokens,
         sampling,
@@ -183,25 +185,28 @@ def _answer_all(
                 print(json.dumps(journal.entries, ensure_ascii=False))
             raise
         except KeyboardInterrupt:
-            number = path.read_bytes().count(b"\n") if path is not None and path.exists() else 0
-            if not number:
+            if path is None or not journal.kept or not path.exists():
                 raise
+            number = path.read_bytes()[: journal.kept].count(b"\n")
             kept = f"{number} of {len(asked)} answers are in {path}"
             raise StoppedBySignalError(signal.SIGINT, kept) from None
     as_text = options.input is None and not options.json
-    print(out or (journal.entries[0]["answer"] if as_text else whole))
+    if out is not None and options.json:
+        log.info("the answers are in %s", out)
+        out = None
+    print(out or (journal.entries[0]["answer"] if as_text else json.dumps(journal.entries, ensure_ascii=False)))
 
 
 def _made_by(options: argparse.Namespace, decoding: Decoding) -> str:
     """A digest of all that answers follow from, but for what is asked."""
-    from k2mini.build import pick_device, resolve_dtype
+    from k2mini.build import empty_model, pick_device, resolve_dtype
     from k2mini.commands.evaluation import kept_by
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
     from k2mini.weights.model_directory import ModelDirectory
 
     directory = ModelDirectory(options.model)
-    directory.require_model()
+    empty_model(directory)  # says what is missing
     stored = directory.reader.dtype("model.embed_tokens.weight")
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
     model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]

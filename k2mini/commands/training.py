@@ -156,11 +156,11 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         config = _with_demo_files(config, is_main=world.is_main)
         out = start(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
+        print(out, flush=True)
         metrics: Path = out.with_name(loop.FILE)
         if metrics.exists():
             for line in (*loop.summary(metrics).splitlines(), f"every step is in {metrics}, the {out.name} in {out}"):
                 log.info("%s", line)
-        print(out)
 
 
 def _benchmark(config: RunConfig, world: World) -> Benchmark | None:

@@ -56,7 +56,11 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
         else:
             files.append(path)
     if not files:
-        raise ValueError(f"no {', '.join(SUFFIXES)} (or .gz of these) in {', '.join(map(str, inputs))}")
+        taken_of_folders = ", ".join(suffix for suffix in SUFFIXES if suffix != ".json")
+        there = f"; there are {', '.join(f'{n} {kind}' for kind, n in passed_over.items())}" if passed_over else ""
+        raise ValueError(
+            f"no {taken_of_folders} (or .gz of these) in {', '.join(map(str, inputs))}{there}; of .json, name each file"
+        )
     seen: set[Path] = set()
     for file in files:
         if (real := file.resolve()) in seen:

@@ -52,6 +52,8 @@ def evaluate(
     Raises ValueError naming the question that can't be asked, or the line of the journal that is no result of one.
     """
     done = _read_journal(journal, questions) if journal is not None else {}
+    if journal is not None and journal.exists():
+        write_text(journal, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
     tasks = dict.fromkeys(question.task for question in questions)
     builders = {
         task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
@@ -121,7 +123,6 @@ def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, 
         if (asked[key].digest, asked[key].answer) != (result.digest, result.answer):
             raise ValueError(f"{what}, which has another text or key now; name another --out")
         done[key] = replace(result, **_text(asked[key]))  # an older k2mini kept none
-    write_text(path, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
     return done
 
 

@@ -30,7 +30,8 @@ FIELDS = ("question", "prompt", "instruction")
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*["\[{\]]|\{\s*["}])')
 # A header of several cells, one of which names the questions.
 CSV_START = re.compile(
-    rf'(?=[^\n]*[,\t])(?:[ "]*\w+[ "]*[,\t])*[ "]*(?:{"|".join(FIELDS)})[ "]*(?:[,\t][ "]*\w+[ "]*)*\r?\n'
+    rf'(?=[^\n]*[,;\t])(?:[ "]*\w+[ "]*[,;\t])*[ "]*(?:{"|".join(FIELDS)})[ "]*(?:[,;\t][ "]*\w+[ "]*)*\r?\n',
+    re.IGNORECASE,
 )
 
 
@@ -39,7 +40,8 @@ def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, 
 
     The file holds a JSON list, or JSONL, of strings or of objects with one of `FIELDS` and, where there is one, an
     `input`; or CSV with a header that has them as columns; or plain text, a question a line. What it holds decides,
-    except that a file called .json, .jsonl, .csv or .tsv is never taken for plain text.
+    except that a file called .json, .jsonl, .csv or .tsv is never taken for plain text, and that JSONL of strings is
+    known by its name alone.
 
     Args:
         content: what stands in the file, where it has been read already (standard input).
@@ -108,11 +110,12 @@ class Journal:
         path: None keeps them in memory only.
         asked: what each is an answer to: `prompt`, and `input` where there is one.
         made_by: a digest of what answers follow from besides: model and settings. A line's hash is of it and the line.
-        batch_size: the rest of a batch is made anew, all of it: a row's numbers vary with its batch's.
+        batch_size: the rest of a batch is made anew, all of it: a row's last bits vary with its batch's.
         force: begin anew, once there is an answer, where the file holds something else.
 
     Attributes:
         entries: the answers so far.
+        kept: the bytes of the file that are theirs; what else it holds goes with the next answer.
 
     Raises ValueError naming the first line that is not such an answer; a last one that a kill cut short is left out.
     """
@@ -132,7 +135,7 @@ class Journal:
             del self.entries[len(self.entries) - len(self.entries) % batch_size :]
         if self.entries:
             log.info("%s has %d of %d answers already", path, len(self.entries), len(asked))
-        self._kept = sum(len(self._line(entry)) for entry in self.entries)  # bytes
+        self.kept = sum(len(self._line(entry)) for entry in self.entries)  # bytes
 
     def add(self, text: str, completion: Completion) -> None:
         """The next answer. Raises OSError where it can't be written."""
@@ -140,8 +143,8 @@ class Journal:
         self.entries.append({**self.asked[len(self.entries)], **fields})
         if self.path is not None:
             with self.path.open("ab") as file:
-                file.truncate(self._kept)
-                self._kept += file.write(self._line(self.entries[-1]))
+                file.truncate(self.kept)
+                self.kept += file.write(self._line(self.entries[-1]))
 
     def _line(self, entry: dict[str, Any]) -> bytes:
         own = hashlib.sha256(json.dumps([self.made_by, entry]).encode()).hexdigest()

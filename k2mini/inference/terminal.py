@@ -115,6 +115,11 @@ def chat(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             print()
             continue
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"\nk2mini: {error}", file=sys.stderr)
+            continue
         command = "" if quoted else next(iter(text.split(maxsplit=1)), "")
         if command == "/exit":
             return
@@ -140,7 +145,7 @@ def _read() -> tuple[str, bool]:
     ahead = live and select([sys.stdin], [], [], 0)[0]
     text = input("> " if live else "")
     with suppress(EOFError):
-        while live and not ahead and select([sys.stdin], [], [], 0.05)[0]:
+        while live and not ahead and not text.startswith("/") and select([sys.stdin], [], [], 0.05)[0]:
             text += "\n" + input()
     text = text.strip()
     if not text.startswith(QUOTES):

@@ -97,8 +97,8 @@ def check_room(folder: Path, number: int, size: int, result: int) -> None:
     needed = max(0, number - len(checkpoints(folder))) * size + result
     if needed > (free := shutil.disk_usage(folder if folder.exists() else folder.parent).free):
         raise ValueError(
-            f"{folder} needs {needed:,} bytes for {number} checkpoint(s) at a time and the run's result, {free:,} are "
-            "free on its disk; free some, set run.dir to another disk, or lower checkpoint.keep_last"
+            f"{folder} needs {needed:,} bytes (checkpoints at a time: {number}, and the result), {free:,} are free "
+            "on its disk; free some, or set run.dir to another disk" + "; or lower checkpoint.keep_last" * (number > 1)
         )
 
 

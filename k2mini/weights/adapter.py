@@ -196,6 +196,8 @@ def merge_adapters(
     if weights and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
         numbers = " ".join(f"{weight:g}" for weight in weights)
         raise ValueError(f"--weights {numbers}: as many finite numbers are needed as adapters, {len(adapters)}")
+    if len({adapter.resolve() for adapter in adapters}) < len(adapters):
+        raise ValueError(f"--adapter {' '.join(map(str, adapters))}: one is named twice; give it twice the weight")
     check_output(out, force=force, inputs=(base, *adapters))
     directory = ModelDirectory(base)
     directory.require_model()

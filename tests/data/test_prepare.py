@@ -139,7 +139,7 @@ def test_what_can_not_be_prepared(folder, tiny_tokenizer, tmp_path):
     damaged.write_bytes((folder / "below/b.jsonl.gz").read_bytes()[:-20])
     fails("damaged.jsonl.gz is damaged", damaged)
     (tmp_path / "nothing").mkdir()
-    fails("no .jsonl, .json, .txt, .md", tmp_path / "nothing")
+    fails("no .jsonl, .txt, .md", tmp_path / "nothing")
 
 
 def test_what_is_not_a_prepared_corpus(folder, tiny_tokenizer, tmp_path):
@@ -250,6 +250,14 @@ def test_listing_is_linear_and_counts_what_it_passes_over(folder, monkeypatch):
     assert len(list_files([folder], passed_over)) == 306
     assert len(compared) < 1000
     assert passed_over == {".csv": 1, ".pdf": 1, ".json": 1, "no suffix": 1}
+    other = folder.parent / "other"
+    other.mkdir()
+    for name in ("a.csv", "b.csv", "c.json"):
+        (other / name).touch()
+    with pytest.raises(
+        ValueError, match=r"in .*other; there are (2 .csv, 1 .json|1 .json, 2 .csv); of .json, name each"
+    ):
+        list_files([other], Counter())
 
 
 def test_a_folder_that_can_not_be_read_is_named(folder, monkeypatch):

@@ -106,7 +106,7 @@ def test_score_on_the_command_line(tiny_directory, tmp_path, run, monkeypatch):
     total = sum(entry["logprob"] for entry in entries)
     assert (found["total"], found["mean"]) == (total, total / len(entries))
     assert found["perplexity"] == pytest.approx(math.exp(-total / len(entries)))
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + text))
     status, lines, _ = run(*command, "--text", "-")
     assert status == 0
     head, *rows, last = lines.splitlines()

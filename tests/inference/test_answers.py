@@ -68,7 +68,7 @@ def test_beams_say_what_has_no_effect(tiny_directory, run):
         assert "--seed: no effect with --num-beams 2" in run(*common, "--seed", seed, "--num-beams", 2)[2]
         assert "no effect" not in run(*common, "--seed", seed, "--temperature", 1)[2]
     for option in (["--length-penalty", 2], ["--early-stopping"]):
-        assert f"{option[0]}" in run(*common, *option)[2]
+        assert f"k2mini: {option[0]}: no effect without --num-beams" in run(*common, *option)[2]
         assert "no effect" not in run(*common, *option, "--num-beams", 2)[2]
 
 
@@ -337,6 +337,12 @@ def test_tables_that_are_refused(tmp_path, content, said):
         read_questions(tmp_path / "q.csv")
 
 
+def test_a_table_on_standard_input_is_never_asked_line_by_line():
+    for text in ("id;question\n1;What is granite?\n", "Question,Answer\nWhat is granite?,A rock\n"):
+        with pytest.raises(ValueError, match="standard input must have one column"):
+            read_questions(Path("standard input"), text.encode())
+
+
 def test_text_that_is_no_table(tmp_path):
     for text in ("Ask one question, then wait\nquartz\n", "question\nquartz\n", "granite, quartz\nquestion, answer"):
         assert len(read_questions(Path("standard input"), text.encode())) == 2
@@ -513,6 +519,40 @@ def test_answers_of_another_kind_are_refused_by_name(kept, tmp_path, tiny_direct
     for name in ("a.jsonl", "b.json"):
         status, _, err = run(*command, "--out", tmp_path / name)
         assert (status, "is a symbolic link" in err) == (2, True)
+
+
+def test_an_interrupt_before_the_first_answer_speaks_of_no_others(kept, tmp_path, run, monkeypatch):
+    """With --force over answers of another kind, which stay until there is one."""
+    command, whole = kept
+    assert run(*command, "--stop", "q", "--out", tmp_path / "a.jsonl")[0] == 0
+    before = (tmp_path / "a.jsonl").read_bytes()
+
+    def interrupted(*_arguments, **_named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("k2mini.inference.answers.answers", interrupted)
+    status, _, err = run(*command, "--out", tmp_path / "a.jsonl", "--force")
+    assert (status, "answers are in" in err) == (130, False)
+    assert (tmp_path / "a.jsonl").read_bytes() == before != whole
+
+
+def test_json_is_printed_where_it_is_asked_for(kept, tmp_path, run):
+    command, _ = kept
+    status, out, err = run(*command, "--out", tmp_path / "a.json", "--json")
+    assert (status, json.loads(out)) == (0, json.loads((tmp_path / "a.json").read_text()))
+    assert f"the answers are in {tmp_path / 'a.json'}" in err
+
+
+def test_a_model_that_lacks_a_tensor_is_said_before_answers_are_kept(tiny_directory, tmp_path, run):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny_directory, tmp_path / "broken")
+    (broken / "manifest.json").unlink()
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    status, _, err = run("generate", "--model", broken, "--prompt", "a", "--out", tmp_path / "a.json")
+    assert (status, "lacks model.embed_tokens.weight" in err) == (2, True), err
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,13 @@ def test_a_pasted_paragraph_is_one_question(loaded, tiny_directory):
         terminal.type("/reset\r")
         assert paragraph in terminal.type('"""' + pasted + '"""\r')
         terminal.type("/reset\r")
+        # A command takes no line that follows it.
+        said = terminal.type("/reset\rWhat is granite?\r")
+        while one not in said:
+            said += (more := terminal.read())
+            assert more, said
+        assert said.count("(forgotten)") == 1
+        terminal.type("/reset\r")
         # Two that are typed one after the other stay two.
         assert one in terminal.type("What is granite?\r")
         assert two in terminal.type("quartz\r")

@@ -157,10 +157,9 @@ def test_room_for_checkpoints_and_result_is_checked_before_any_work(settings, tu
             monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
             status, _, err = run(command, file, *more)
             assert status == 2
-            said = (
-                f"{out}/checkpoints needs {free + 1:,} bytes for {number} checkpoint(s) at a time and the run's result"
-            )
+            said = f"{out}/checkpoints needs {free + 1:,} bytes (checkpoints at a time: {number}, and the result)"
             assert f"{said}, {free:,} are free on its disk" in err
+            assert ("keep_last" in err) == (number > 1)
             assert ("encoding" in err) == (command == "pretrain" and number == 2)
             assert not (tmp_path / out / "checkpoints").exists()
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free + 1))

@@ -156,6 +156,7 @@ def test_adapters_are_checked_before_anything_is_written(several, tmp_path, run)
         (folders, [0.7], "--weights 0.7: as many finite numbers are needed as adapters, 3"),
         (folders[:1], [1, 2], "--weights 1 2: as many finite numbers are needed as adapters, 1"),
         (folders[:2], [1, "nan"], "--weights 1 nan: as many finite numbers"),
+        ([folders[0], folders[0]], [], "one is named twice; give it twice the weight"),
         ([folders[0], tmp_path / "strange"], [], f"{tmp_path / 'strange'} was trained on another base than {base}"),
         ([folders[0], base], [], "has no adapter_config.json"),
         ([folders[0], tmp_path / "none"], [], f"there is no directory {tmp_path / 'none'}"),
