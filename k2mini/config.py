@@ -48,6 +48,7 @@ class RunSection:
 
     dir: str  # gets checkpoints, metrics.jsonl and the result; one run each
     seed: int = 0  # the same seed, data and number of threads give the same run
+    deterministic: bool = False  # on a GPU, repeat bit for bit, slower; a CPU does in any case
     tensorboard: bool = False  # also write the metrics for TensorBoard (extra: tensorboard)
 
 

@@ -27,3 +27,9 @@ def use_gpu(name: str) -> torch.device:
     # What asks for "the" GPU (graphs, Triton, checkpoints that are copied) asks for the current one.
     torch.cuda.set_device(device)
     return device
+
+
+def repeat_exactly() -> None:
+    """Let PyTorch take only algorithms that repeat bit for bit; an operation that has none raises an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(True)

@@ -12,6 +12,7 @@ import k2mini.build
 from k2mini.build import check_memory, load_model, pick_device, resolve_dtype, training_model
 from k2mini.config import ModelSection, ParallelSection, TrainSection
 from k2mini.distributed import World
+from k2mini.gpu import repeat_exactly
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -188,3 +189,12 @@ def test_quantize_head_alone_is_refused_in_the_options_words(tiny_directory, run
     status, out, err = run(*command, "--model", tiny_directory, "--quantize-head")
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == "k2mini: --quantize-head needs --quantize int8 or w8a8, which says how"
+
+
+def test_training_that_repeats(two_gpus, monkeypatch):
+    asked = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    repeat_exactly()
+    assert asked == [True]
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"

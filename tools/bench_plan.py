@@ -1,8 +1,8 @@
 """`k2mini plan` against what real ranks use on a CPU: python tools/bench_plan.py [CASE …] (four minutes).
 
 Each case runs three steps of a 118 M model (dim 768, 12 layers, vocabulary 32,000) in processes of its own; measured is
-the growth of the resident memory over what a process has before the model is made. Of several ranks less: a plan counts the
-peaks of a GPU's streams, which a CPU's memory does not keep apart.
+the growth of the resident memory over what a process has before the model is made. Of several ranks that is less: a
+plan counts the peaks of a GPU's streams, which a CPU's memory does not keep apart.
 """
 
 from __future__ import annotations

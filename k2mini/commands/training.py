@@ -137,6 +137,7 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import config_kind, load_config
     from k2mini.distributed import ranks
+    from k2mini.gpu import repeat_exactly
     from k2mini.training import loop
     from k2mini.training.run import run_directory
 
@@ -150,6 +151,8 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
             said = f"{options.config} is a file for k2mini finetune, not for pretrain (it has {keys})"
             raise ValueError(said) from None
         raise
+    if config.run.deterministic and device.type == "cuda":
+        repeat_exactly()
     lora = config.lora if isinstance(config, FinetuneConfig) else None
     alone_too = is_sharded(config.model, lora, 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
