@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
 import re
 import types
@@ -20,6 +21,8 @@ import yaml
 
 from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.errors import short
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
 
@@ -49,8 +52,10 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     values of the wrong type or out of range.
     """
     raw = _read(path)
-    given = Counter(override.partition("=")[0] for override in overrides)
-    errors = [f"{name[:99]} is given twice" for name, number in given.items() if number > 1]
+    for name, number in Counter(override.partition("=")[0] for override in overrides).items():
+        if number > 1:
+            log.warning("%s is given %d times: the last one holds", name[:99], number)
+    errors: list[str] = []
     for override in overrides:
         _override(raw, override, errors)
     try:
