@@ -71,7 +71,7 @@ COMMANDS = {
     "apply": "delta apply --base x_model --delta {m} --out out",
     "based": "delta apply --base {m} --delta x_delta --out out",
     "merge": "merge --base x_model --adapter {m} --out out",
-    "merges": "merge --base x_model --adapter x_adapter {m} --weights 0.5 -1 --out out",
+    "merges": "merge --base x_model --adapter x_second {m} --weights 0.5 -1 --out out",
     "adapted": f"generate --model x_model --adapter {{m}} {GENERATE}",
     "prepare": "prepare {m} --tokenizer x_model --out out",
     "skip": "prepare {m} --tokenizer x_model --out out --on-error skip",
@@ -180,6 +180,7 @@ def build(folder: Path, forks: Forks) -> Path:
     )
     assert end.status == 0, end
     (folder / "x_tune/adapter").rename(folder / "x_adapter")
+    shutil.copytree(folder / "x_adapter", folder / "x_second")
     for left in ("x_run/model", "x_run/checkpoints/step_0000002", "x_tune/checkpoints/step_0000002"):
         shutil.rmtree(folder / left)
     (folder / "x_fine.yaml").write_text((folder / "x_fine.yaml").read_text() + "lora:\n  rank: 2\n")
