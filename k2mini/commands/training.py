@@ -157,6 +157,7 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
     alone_too = is_sharded(config.model, lora, 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
         config = _with_demo_files(config, is_main=world.is_main)
+        world.barrier()  # until the first rank has made them
         out = start(config, world, benchmark=_benchmark(config, world))
     if world.is_main:
         print(out, flush=True)

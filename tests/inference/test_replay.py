@@ -89,7 +89,8 @@ def replaying(monkeypatch):
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:2], PROMPTS], ids=len)
 def test_tokens_are_those_of_the_step_itself(replaying, prompts, sampling):
     """Of one and of several rows, some of which end before the others; over the cache's growth step of 256."""
-    model, decoding = tiny_llama(tiny_config(max_seq_len=512)), Decoding(180, sampling, seed=5, top_logprobs=2)
+    new = 180 if sampling.temperature == 0.9 else 40  # 180 reach over the cache's growth step
+    model, decoding = tiny_llama(tiny_config(max_seq_len=512)), Decoding(new, sampling, seed=5, top_logprobs=2)
     replaying(False)
     expected = generate(model, prompts, decoding, stop_ids=[7, 8])
     assert Graph.made == 0
