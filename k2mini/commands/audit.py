@@ -220,7 +220,7 @@ def run_patch(options: argparse.Namespace) -> None:
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE")
-    parser.add_argument("others", nargs="+", metavar="OTHER", help="models, or adapters of BASE")
+    parser.add_argument("others", nargs="+", metavar="OTHER", help="models, or adapters of one of these or of BASE")
     parser.add_argument("--subspace", action="store_true", help="how much lies in the base's top subspace (slow)")
     parser.set_defaults(run=run_diff)
 
@@ -233,20 +233,23 @@ def run_diff(options: argparse.Namespace) -> None:
     from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     with _page(options):
-        base = ModelDirectory(options.base)
-        for path in map(Path, options.others):  # all of them before the first takes its minutes
-            if (path / CONFIG).is_file():
-                check_base(path, base)
-                read_adapter(path, read_adapter_config(path))
-            else:
+        base, paths = ModelDirectory(options.base), list(map(Path, options.others))
+        # All are checked before the first takes its minutes.
+        adapters = {path for path in paths if (path / CONFIG).is_file()}
+        for path in paths:
+            if path not in adapters:
                 check_shapes(base.path, model_directory(path))
+        models = [base, *(ModelDirectory(path) for path in paths if path not in adapters)]
+        bases = {path: check_base(path, *models) for path in adapters}
+        for path in adapters:
+            read_adapter(path, read_adapter_config(path))
         found = []
-        for other in options.others:
-            path = Path(other)
-            if (path / CONFIG).is_file():
-                changes, moved = diff_adapter(base.path, path), []
+        for path in paths:
+            own = bases.get(path, base)
+            if path in adapters:
+                changes, moved = diff_adapter(own.path, path), []
             else:
                 changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
                 moved = moved_rows(base.path, path)
-            found.append(diff_report(f"{options.base} → {other}", changes, moved, base.tokenizer))
+            found.append(diff_report(f"{own.path} → {path}", changes, moved, base.tokenizer))
         _finish(options, "What training changed", found)

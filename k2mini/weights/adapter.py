@@ -70,11 +70,17 @@ def save_adapter(
         write_manifest(beside, "adapter", content, note)
 
 
-def check_base(directory: Path, base: ModelDirectory) -> None:
-    """Raise ValueError where an adapter's manifest names another base. One that peft wrote has no manifest."""
+def check_base(directory: Path, *bases: ModelDirectory) -> ModelDirectory:
+    """The one of some models that an adapter was trained on by its manifest; without one, as peft writes it, the first.
+
+    Raises ValueError where it is none of them.
+    """
     note = (read_manifest(directory) or {}).get("base")
-    if note is not None and note != base.fingerprint():
-        raise ValueError(f"{directory} was trained on another base than {base.path}; they do not belong together")
+    for base in bases:
+        if note in (None, base.fingerprint()):
+            return base
+    named = ", ".join(str(base.path) for base in bases)
+    raise ValueError(f"{directory} was trained on another base than {named}; they do not belong together")
 
 
 def checked_adapter(directory: Path, base: ModelDirectory) -> LoraSection:

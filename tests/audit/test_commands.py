@@ -223,10 +223,19 @@ def test_findings_are_printed_though_the_page_can_not_be_written(tiny_directory,
 
 
 def test_all_that_is_compared_is_checked_first(tiny_directory, other, run, monkeypatch):
-    """An adapter of another base is named before the first comparison, which takes minutes."""
+    """An adapter of none of the models is named before the first comparison, which takes minutes."""
     monkeypatch.setattr("k2mini.audit.weight_diff.diff_checkpoints", lambda *_, **__: pytest.fail("compared"))
-    status, _, err = run("audit", "diff", tiny_directory, other / "model", other / "adapter")
+    status, _, err = run("audit", "diff", tiny_directory, tiny_directory, other / "adapter")
     assert (status, "was trained on another base" in err) == (2, True)
+
+
+def test_an_adapter_is_compared_with_its_own_base(tiny_directory, other, run):
+    """Further pretraining and the adapter over it, in one call."""
+    command = ["audit", "diff", "--json"]
+    both = json.loads(run(*command, tiny_directory, other / "model", other / "adapter")[1])
+    assert both[0] == json.loads(run(*command, tiny_directory, other / "model")[1])[0]
+    assert both[1] == json.loads(run(*command, other / "model", other / "adapter")[1])[0]
+    assert both[1]["model"] == f"{other / 'model'} → {other / 'adapter'}"
 
 
 @pytest.mark.parametrize("option", ["--target", "--prompt", "--foil", "--corrupted", "--replace"])
