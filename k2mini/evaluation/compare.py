@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from k2mini.evaluation.report import accuracy, read_results
 from k2mini.files import new_file, read_json
+from k2mini.training.plot import short_names
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +114,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     first = Path(found[0]["runs"][0]["run"])
     rows = read_json(first / "report.json").get("tasks", [])
     chances = {row["task"]: 100 * row["chance"] for row in rows if "chance" in row}
-    common = os.path.commonpath([Path(entry["run"]).absolute().parent for entry in found[0]["runs"]])
-    for place in range(number):
+    for place, name in enumerate(short_names(entry["run"] for entry in found[0]["runs"])):
         entries = [task["runs"][place] for task in found]
         heights = [100 * entry["accuracy"] for entry in entries]
         spread = [
@@ -123,8 +122,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
             [100 * (entry["high"] - entry["accuracy"]) for entry in entries],
         ]
         where = [task + (place - (number - 1) / 2) * 0.8 / number for task in range(len(found))]
-        label = str(Path(entries[0]["run"]).absolute().relative_to(common))
-        bars = axes.bar(where, heights, 0.8 / number, yerr=spread, capsize=3, label=label)
+        bars = axes.bar(where, heights, 0.8 / number, yerr=spread, capsize=3, label=name)
         axes.bar_label(bars, [f"{height:.0f}" for height in heights], padding=2, fontsize=9)
     left, right = ([task + side for task in range(len(found))] for side in (-0.45, 0.45))
     levels = [chances.get(task["task"], math.nan) for task in found]

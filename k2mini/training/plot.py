@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from k2mini.errors import check_picture
 from k2mini.files import new_file
 from k2mini.training.loop import read_metrics
+
+
+def short_names(runs: Iterable[str]) -> list[str]:
+    """The paths of runs without the folder that they have in common."""
+    paths = [Path(run).absolute() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(common)) for path in paths]
 
 
 def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> None:
@@ -27,16 +34,13 @@ def plot_losses(runs: Mapping[str, Path], out: Path, *, chain: bool = False) -> 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     start, held_out = 0, False
-    common = os.path.commonpath([Path(label).absolute().parent for label in runs])
-    for label, path in runs.items():
+    for name, (label, path) in zip(short_names(runs), runs.items(), strict=True):
         entries = read_metrics(path) if path.is_file() else []
         train = [(start + entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
         val = [(start + entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
         if not train:
             raise ValueError(f"{label} has no losses to draw ({path}); name the run.dir of a run that has begun")
-        (line,) = axes.plot(
-            *zip(*train, strict=True), label=str(Path(label).absolute().relative_to(common)), linewidth=1
-        )
+        (line,) = axes.plot(*zip(*train, strict=True), label=name, linewidth=1)
         if val:
             held_out = True
             axes.plot(*zip(*val, strict=True), "o--", color=line.get_color(), markersize=4, linewidth=1)
