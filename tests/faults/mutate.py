@@ -88,8 +88,8 @@ def _json(draw: random.Random, content: bytes, by_line: bool) -> tuple[str, byte
     whole = json.loads(lines[number])
     path = draw.choice([*_places(whole)])
     raw = draw.choice(VALUES)
-    if not path:
-        lines[number] = raw
+    if not path:  # all of it is another value, and no key stands twice
+        kind, lines[number] = "value", raw
     else:
         inside = whole
         for key in path[:-1]:

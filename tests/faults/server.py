@@ -84,6 +84,7 @@ class Forks:
             [sys.executable, "-m", "tests.faults.server"],
             cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self._sent = 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,17 +92,19 @@ class Forks:
 
     def run(self, requests: Iterable[Request], at_once: int = 2) -> Iterator[tuple[int, End]]:
         """(Place of a request, how it ended), in the order in which they end; requests are drawn as there is room."""
-        waiting, running, place = iter(requests), 0, 0
+        waiting, running, first = iter(requests), 0, self._sent
         write, read = self._process.stdin, self._process.stdout
         while True:
             while running < at_once and (request := next(waiting, None)) is not None:
-                print(json.dumps([place, asdict(request)]), file=write, flush=True)
-                running, place = running + 1, place + 1
+                print(json.dumps([self._sent, asdict(request)]), file=write, flush=True)
+                running, self._sent = running + 1, self._sent + 1
             if not running:
                 return
             number, *end = json.loads(read.readline())
+            if number < first:  # of a call that a failed test left
+                continue
             running -= 1
-            yield number, End(*end)
+            yield number - first, End(*end)
 
     def one(self, folder: Path, *lines: str, **settings: Any) -> End:
         """Run one request."""
