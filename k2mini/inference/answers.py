@@ -69,7 +69,7 @@ def _table(path: Path, text: str) -> list[tuple[str, str]]:
     """The questions of CSV, or of values separated by tabs. Columns that are not used are said."""
     tabs = path.suffix.lower() == ".tsv" or "\t" in text.partition("\n")[0]
     form: dict[str, Any] = {"delimiter": "\t" if tabs else ",", "skipinitialspace": True, "strict": True}
-    rows = csv.DictReader(io.StringIO(text, newline=""), restkey="more", **form)
+    rows = csv.DictReader(io.StringIO(text, newline=""), **form)
     questions = []
     try:
         rows.fieldnames = columns = [name.strip() for name in rows.fieldnames or []]
@@ -79,7 +79,7 @@ def _table(path: Path, text: str) -> list[tuple[str, str]]:
             raise ValueError(f"{path} must have one column {fields}; its columns are {short(columns)}")
         for row in rows:
             place = f"{path}, line {rows.line_num}"
-            if "more" in row:
+            if None in row:
                 raise ValueError(f"{place} has more cells than the header")
             questions.append(_question({name: row[name] for name in used if row[name]}, place))
     except csv.Error as error:

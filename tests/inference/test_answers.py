@@ -337,6 +337,11 @@ def test_tables_that_are_refused(tmp_path, content, said):
         read_questions(tmp_path / "q.csv")
 
 
+def test_columns_may_have_any_names(tmp_path):
+    (tmp_path / "q.csv").write_text("question,more\nWhat is granite?,x\nquartz\n")
+    assert read_questions(tmp_path / "q.csv") == [("What is granite?", ""), ("quartz", "")]
+
+
 def test_a_table_on_standard_input_is_never_asked_line_by_line():
     for text in ("id;question\n1;What is granite?\n", "Question,Answer\nWhat is granite?,A rock\n"):
         with pytest.raises(ValueError, match="standard input must have one column"):
