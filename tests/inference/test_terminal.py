@@ -169,6 +169,14 @@ class Terminal:
         os.close(side)
         self.said = ""
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.program.kill()
+        self.program.wait()
+        os.close(self.main)
+
     def read(self, until="> "):
         """What it shows up to a prompt, or to its end."""
         self.said = ""
@@ -188,10 +196,9 @@ QUESTION = "What is granite?\nAnd what is quartz,\n\nof which it is made?"
 def test_a_pasted_paragraph_is_one_question(loaded, tiny_directory):
     (paragraph,) = answered(loaded, QUESTION)
     one, two = answered(loaded, "What is granite?", "quartz")
-    terminal = Terminal("--model", str(tiny_directory), "--max-new-tokens", "4")
-    assert terminal.read().count("/help for help") == 1
     pasted = QUESTION.replace("\n", "\r")
-    try:
+    with Terminal("--model", str(tiny_directory), "--max-new-tokens", "4") as terminal:
+        assert terminal.read().count("/help for help") == 1
         # As terminals that know of it send it, and readline asks them to.
         os.write(terminal.main, f"\x1b[200~{pasted}\x1b[201~".encode())
         assert paragraph in terminal.type("\r")
@@ -214,24 +221,17 @@ def test_a_pasted_paragraph_is_one_question(loaded, tiny_directory):
         terminal.type("/reset\r")
         os.write(terminal.main, b"\x04")
         assert terminal.program.wait(60) == 0
-    finally:
-        terminal.program.kill()
-        os.close(terminal.main)
 
 
 def test_a_paste_without_line_editing(loaded, tiny_directory, tmp_path):
     """Standard output is a file, so Python reads plain lines."""
     (paragraph,) = answered(loaded, QUESTION)
-    with (tmp_path / "out").open("w") as out:
-        terminal = Terminal("--model", str(tiny_directory), "--max-new-tokens", "4", stdout=out)
-        try:
-            while (tmp_path / "out").read_text() != "> ":  # its prompt
-                assert terminal.program.poll() is None
-            os.write(terminal.main, (QUESTION + "\n").encode())
-            terminal.read("says so\n")
-            os.write(terminal.main, b"/exit\n")
-            assert terminal.program.wait(60) == 0
-        finally:
-            terminal.program.kill()
-            os.close(terminal.main)
+    command = ("--model", str(tiny_directory), "--max-new-tokens", "4")
+    with (tmp_path / "out").open("w") as out, Terminal(*command, stdout=out) as terminal:
+        while (tmp_path / "out").read_text() != "> ":  # its prompt
+            assert terminal.program.poll() is None
+        os.write(terminal.main, (QUESTION + "\n").encode())
+        terminal.read("says so\n")
+        os.write(terminal.main, b"/exit\n")
+        assert terminal.program.wait(60) == 0
     assert (tmp_path / "out").read_text() == f"> {paragraph}> "
