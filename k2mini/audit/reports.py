@@ -259,7 +259,10 @@ def patch_report(
     shown = (100 * positions[:, start:]).tolist()
     draw = partial(page.heat_map, values=shown, rows=[*map(str, range(len(shown)))], columns=columns[start:])
     texts = [[str(round(value)) for value in row] for row in shown] if len(columns) - start <= 12 else None
-    unit, same = "% of the difference", f" The first {start} tokens are the same in both, and are left out."
+    unit, same = (
+        "% of the difference",
+        f" The first {start} tokens are the same in both, and are left out." * (start > 0),
+    )
     sections = [
         page.Section(
             f"Patched: {point}",

@@ -176,9 +176,8 @@ def _answer_all(
                 label = "answering" if len(prompts) > 1 else None
                 for found in answers(model, tokenizer, prompts, decoding, label, first=done):
                     journal.add(*found)
-            whole = json.dumps(journal.entries, ensure_ascii=False, indent=None if out is None else 1)
             if path != out:
-                write_text(out, whole + "\n")
+                write_text(out, json.dumps(journal.entries, ensure_ascii=False, indent=1) + "\n")
                 path.unlink()
         except OSError:
             if path is not None and len(journal.entries) > done:

@@ -58,9 +58,8 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
     if not files:
         taken_of_folders = ", ".join(suffix for suffix in SUFFIXES if suffix != ".json")
         there = f"; there are {', '.join(f'{n} {kind}' for kind, n in passed_over.items())}" if passed_over else ""
-        raise ValueError(
-            f"no {taken_of_folders} (or .gz of these) in {', '.join(map(str, inputs))}{there}; of .json, name each file"
-        )
+        there += "; of .json, name each file" if passed_over and ".json" in passed_over else ""
+        raise ValueError(f"no {taken_of_folders} (or .gz of these) in {', '.join(map(str, inputs))}{there}")
     seen: set[Path] = set()
     for file in files:
         if (real := file.resolve()) in seen:

@@ -19,6 +19,7 @@ from k2mini.nn.decode_ops import check_compiler
 log = logging.getLogger(__name__)
 
 ROWS = 64  # at most: of more, dequantising costs little beside the product
+WIDTH = 32  # rows of the weight that one program multiplies
 
 
 def takes_kernel(x: Tensor) -> bool:
@@ -48,7 +49,7 @@ def int8_rows(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = x.new_empty(len(rows), len(weight))
     block_rows = max(16, 1 << (len(rows) - 1).bit_length())  # what the processor's matrix units take
-    programs = (-(-len(weight) // 32),)
+    programs = (-(-len(weight) // WIDTH),)
     _kernel()[programs](rows, weight, scale, out, len(rows), *weight.shape, BM=block_rows)
     return out.view(*x.shape[:-1], len(weight))
 
@@ -64,8 +65,8 @@ def _kernel() -> Any:
     import triton.language as tl
 
     def product(x, weight, scale, out, M, N, K, BM: tl.constexpr):  # type: ignore[no-untyped-def]
-        BN: tl.constexpr = 32  # rows of the weight of one program,
-        BK: tl.constexpr = 128  # and how much of them it reads at a time
+        BN: tl.constexpr = 32  # WIDTH
+        BK: tl.constexpr = 128  # how much of the weight's rows is read at a time
         m, n = tl.arange(0, BM)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
         total = tl.zeros((BM, BN), tl.float32)
         for start in range(0, K, BK):
@@ -76,5 +77,5 @@ def _kernel() -> Any:
         total *= tl.load(scale + n, mask=n < N, other=0.0)
         tl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
 
-    product.__globals__["tl"] = tl
+    product.__globals__["tl"] = tl  # where Triton looks up a kernel's names
     return triton.jit(product)
