@@ -9,10 +9,11 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
-from k2mini.inference.engine import CHUNK, Engine
+from k2mini.inference.engine import Engine
 from k2mini.inference.generate import Decoding, Step, generate
 from k2mini.inference.request import End, Prompt, QueueFullError, Request
 from k2mini.inference.sampling import Sampling
+from k2mini.inference.scheduler import CHUNK
 from k2mini.nn.lora import TARGETS, attach, init_adapters, lora_modules
 from tests.conftest import tiny_config, tiny_llama
 
@@ -306,9 +307,9 @@ def test_a_thread_answers_until_it_is_stopped():
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert all(each.end is not None and each.end.reason in ("length", "eos") for each in asked)
-    with pytest.raises(QueueFullError, match="ends"):
+    with pytest.raises(QueueFullError, match="the engine ends"):
         engine.submit(Asked([1]).request)
-    with pytest.raises(RuntimeError, match="ends"):
+    with pytest.raises(RuntimeError, match="the engine ends"):
         engine.between(lambda: None).result(timeout=60)
 
 
