@@ -19,9 +19,9 @@ from k2mini.training.checkpoint import (
     load_checkpoint,
     prune,
     read_state,
-    save_checkpoint,
 )
 from k2mini.training.metadata import SafeReader, StoredModel, _Unpickler
+from k2mini.training.save import Saver
 from k2mini.training.step import build_optimizer
 from k2mini.weights.model_directory import manifest_text
 from tests.conftest import tiny_llama
@@ -39,7 +39,8 @@ def stepped(seed=0):
 
 def saved(folder, step=1, **state):
     model, optimizer = stepped()
-    return model, save_checkpoint(folder, step, model, optimizer, {"identity": {}, "tokens": 0, **state}, World())
+    with Saver(folder, CheckpointSection(keep_last=9), World()) as saver:
+        return model, saver.save(step, model, optimizer, {"identity": {}, "tokens": 0, **state}, wait=True)
 
 
 def test_round_trip(tmp_path):
