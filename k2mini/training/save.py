@@ -96,6 +96,7 @@ class Saver:
             use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
         self._stager: Any = DefaultStager(options)
+        self._open.callback(self._stager.close)
         if self.world.size > 1:  # training has its own collectives meanwhile
             self._own = replace(self.world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
         else:
