@@ -51,7 +51,8 @@ class Saver:
         Args:
             wait: until the checkpoint is complete, not only for the copy.
 
-        Raises OSError as `wait` does, of this save or of the one before it, which has ended first.
+        Raises OSError as `wait` does, of this save or of the one before it, which is waited for; ValueError without
+        memory for the copy.
         """
         if self._last is None:
             self._begin()
@@ -68,17 +69,13 @@ class Saver:
             except RuntimeError as error:
                 remedy = "checkpoint.async_save=false needs no copy"
                 raise ValueError(f"{path} could not be copied to the host's memory ({error}); {remedy}") from None
-        self._last = self._pool.submit(self._write, path, tensors, {**state, "step": step})
+        self._last = self._pool.submit(_save, path, tensors, {**state, "step": step}, self.section, self._own)
         if wait or not self.section.async_save:
             self.wait()
         return path
 
     def wait(self) -> None:
-        """Wait until the last save has ended.
-
-        Raises OSError on all ranks where the disk has refused; there is no `step_N` then, and earlier ones are
-        untouched.
-        """
+        """Wait for the last save. Raises OSError on all ranks where the disk has refused: there is no `step_N` then."""
         if self._last is not None:
             self._last.result()
 
@@ -90,22 +87,12 @@ class Saver:
     def _begin(self) -> None:
         self._open.enter_context(quiet())  # here, since it is not safe in a thread
         self._pool = self._open.enter_context(ThreadPoolExecutor(1, "checkpoint"))
-        # Each copy is waited for, on its own device. The memory is kept from one save to the next.
-        pinned = self.world.device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-        )
-        self._stager: Any = DefaultStager(options)
+        # Pinned on a GPU, not shared; each copy is waited for, on its own device. Memory is kept for the next save.
+        self._stager: Any = DefaultStager(StagingOptions(self.world.device.type == "cuda", False, False, False))
         self._open.callback(self._stager.close)
-        if self.world.size > 1:  # training has its own collectives meanwhile
-            self._own = replace(self.world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
-        else:
-            self._own = self.world
-
-    def _write(self, path: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write a checkpoint and remove those that are not kept; in the thread."""
-        _save(path, tensors, state, self._own)
-        prune(self.folder, self.section, self._own)
+        # Training has its own collectives meanwhile.
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world.size > 1 else None
+        self._own = replace(self.world, patient=group)
 
     def __enter__(self) -> Saver:
         return self
@@ -117,12 +104,11 @@ class Saver:
         self._open.close()
 
 
-def _save(path: Path, tensors: dict[str, Any], state: dict[str, Any], world: World) -> None:
-    """Write what all ranks have into a folder beside `path`, which is renamed once it is complete."""
+def _save(path: Path, tensors: dict[str, Any], state: dict[str, Any], section: CheckpointSection, world: World) -> None:
+    """Write what all ranks have into a folder beside `path`, which is renamed once it is complete; then prune."""
     beside = path.with_name(f".{path.name}.tmp")
     if world.is_main:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
     world.barrier()
     error: BaseException | None = None
     try:
@@ -148,6 +134,7 @@ def _save(path: Path, tensors: dict[str, Any], state: dict[str, Any], world: Wor
             shutil.rmtree(beside, ignore_errors=True)
     if error is not None:
         raise OSError(f"{path} could not be saved ({error}); the checkpoints before it are untouched") from None
+    prune(path.parent, section, world)
 
 
 def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[str, str]]) -> None:

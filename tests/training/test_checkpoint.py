@@ -130,6 +130,12 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
     load_checkpoint(path, *stepped(), World())
 
 
+def test_a_folder_that_can_not_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"step_0000001 could not be saved \(.*Not a directory"):
+        saved(tmp_path / "file")
+
+
 @pytest.fixture
 def held(monkeypatch):
     """Writing begins when this event is set; the list gets the names of the checkpoints that there are then."""

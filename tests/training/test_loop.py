@@ -182,6 +182,21 @@ def test_a_save_that_has_failed_ends_the_next_step(tmp_path, monkeypatch):
     assert 100 < losses(tmp_path / "run")[-1]["step"] < 110
 
 
+def test_a_signal_does_not_say_saved_of_what_the_disk_refused(tmp_path, monkeypatch):
+    def fail(*arguments):
+        time.sleep(0.2)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(save, "_save", fail)
+    model = tiny_llama(seed=5)
+    model.model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if len(calls) == 2 else None)
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(0))
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path, steps=200, every=1000, model=model)
+    assert losses(tmp_path)[-1]["step"] == 3
+
+
 def test_a_save_goes_on_although_the_run_ends(tmp_path, monkeypatch, caplog):
     """It is complete, or its failure is logged beside the error that ended the run."""
     write = save._save
