@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from k2mini.errors import EXTRAS, sentence
 
+Result = tuple[str, str, str, str | None]  # name; passed, failed or skipped; what was found; what to do
 REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"
 
 
@@ -27,54 +26,51 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(options: argparse.Namespace) -> None:
     """Print what each check finds, as it comes; exit with status 1 where one has failed."""
-    if "LOCAL_RANK" in os.environ:
-        raise ValueError("doctor looks at one process; start it without torchrun")
-    results = []
-    for result in _results(options.device, options.debug):
-        results.append(result)
+    results, start = [], time.perf_counter()
+    for name, status, detail, remedy in _results(options.device, options.debug):
+        results.append({"name": name, "status": status, "detail": detail, "remedy": remedy})
+        seconds, start = time.perf_counter() - start, time.perf_counter()
         if not options.json:
-            print("{status:<7}  {name:<11}{seconds:>4.1f} s  {detail}".format(**result), flush=True)
-            print(f"{'':<9}what to do: {result['remedy']}\n" * bool(result["remedy"]), end="", flush=True)
+            more = f"\n{'':<9}what to do: {remedy}" if remedy else ""
+            print(f"{status:<7}  {name:<10} {seconds:>5.1f} s  {detail}{more}", flush=True)
     if options.json:
         print(json.dumps({"device": options.device, "checks": results}, ensure_ascii=False))
     if any(result["status"] == "failed" for result in results):
         raise SystemExit(1)
 
 
-def _results(wanted: str, debug: bool) -> Iterator[dict[str, Any]]:
-    """Of the checks, one after another. What needs a device or a compiler that has failed is skipped."""
+def _results(wanted: str, debug: bool) -> Iterator[Result]:
+    """Of one check after another. What needs a device or a compiler that did not pass is skipped."""
+    passed = set()
 
-    def result(name: str, status: str, detail: str, remedy: str | None = None, seconds: float = 0.0) -> dict[str, Any]:
-        passed[name] = status == "passed"
-        return {"name": name, "status": status, "detail": detail, "remedy": remedy, "seconds": round(seconds, 1)}
-
-    def do(name: str, remedy: str, work: Callable[..., str], *arguments: Any) -> dict[str, Any]:
-        start = time.perf_counter()
+    def do(name: str, remedy: str, work: Callable[..., str], *arguments: Any) -> Result:
         try:
-            return result(name, "passed", work(*arguments), seconds=time.perf_counter() - start)
+            found = work(*arguments)
         except Exception as error:
             if debug:
-                traceback.print_exc()
-            said = sentence(error) or f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            return result(name, "failed", said, remedy, time.perf_counter() - start)
+                raise
+            said = sentence(error) or f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return name, "failed", said, remedy
+        passed.add(name)
+        return name, "passed", found, None
 
-    passed: dict[str, bool] = {}
     yield do("versions", REINSTALL, versions)
     try:
-        from k2mini.doctor import CHECKS, DEVICE, GPU_ONLY, find_device, pick_device
+        from k2mini.build import pick_device
+        from k2mini.doctor import CHECKS, DEVICE, GPU_ONLY, examine, find_device
     except (ImportError, OSError) as error:  # a package is missing or too old, or lacks a library
-        yield result("imports", "failed", str(error), REINSTALL)
+        yield "imports", "failed", str(error), REINSTALL
         return
     yield do("device", DEVICE, find_device, wanted)
-    device = pick_device(wanted) if passed["device"] else None
-    for name, (work, remedy) in CHECKS.items():
+    device: Any = pick_device(wanted) if "device" in passed else None
+    for name, (_, remedy) in CHECKS.items():
         needed = "compiler" if name == "compile" else "device"
-        if not passed[needed]:
-            yield result(name, "skipped", f"{needed} has not passed")
-        elif name in GPU_ONLY and device is not None and device.type == "cpu":
-            yield result(name, "skipped", GPU_ONLY[name])
+        if needed not in passed:
+            yield name, "skipped", f"{needed} did not pass", None
+        elif name in GPU_ONLY and device.type == "cpu":
+            yield name, "skipped", GPU_ONLY[name], None
         else:
-            yield do(name, remedy, work, device)
+            yield do(name, remedy, examine, name, device)
 
 
 def versions() -> str:
@@ -87,15 +83,11 @@ def versions() -> str:
         try:
             has = version(parts[1])
         except PackageNotFoundError:
-            has = ""
-        found.append(f"{parts[1]} {has or 'not installed'}")
-        if (has or not parts[3]) and _numbers(has) < _numbers(parts[2]):
+            has = "not installed"
+        found.append(f"{parts[1]} {has}")
+        ours, least = ([int(number) for number in re.findall(r"\d+", text)[:3]] for text in (has, parts[2]))
+        if ours < least and (ours or not parts[3]):
             wrong.append(f"{found[-1]}, at least {parts[2]} is needed")
     if wrong:
         raise ValueError("; ".join(wrong))
     return ", ".join(found)
-
-
-def _numbers(text: str) -> list[int]:
-    """'2.13.0+cpu' -> [2, 13, 0]."""
-    return [int(part) for part in re.findall(r"\d+", text.split("+")[0])]
