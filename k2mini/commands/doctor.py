@@ -76,18 +76,16 @@ def _results(wanted: str, debug: bool) -> Iterator[Result]:
 def versions() -> str:
     """What is installed. Raises ValueError where a package is missing, or older than k2mini's metadata allows."""
     found, wrong = [f"Python {platform.python_version()}"], []
-    for line in requires("k2mini") or []:  # such as 'gguf>=0.17; extra == "gguf"'
-        parts = re.match(r"([\w-]+)>=([\d.]+)(?:.*extra == \W(\w+))?", line)
-        if parts is None or parts[3] not in (None, *EXTRAS):
-            continue
+    wanted = rf"(?m)^([\w-]+)>=([\d.]+)(?:.*extra == \W({'|'.join(EXTRAS)})\W)?$"  # gguf>=0.17; extra == "gguf"
+    for name, least, extra in re.findall(wanted, "\n".join(requires("k2mini") or [])):
         try:
-            has = version(parts[1])
+            has = version(name)
         except PackageNotFoundError:
             has = "not installed"
-        found.append(f"{parts[1]} {has}")
-        ours, least = ([int(number) for number in re.findall(r"\d+", text)[:3]] for text in (has, parts[2]))
-        if ours < least and (ours or not parts[3]):
-            wrong.append(f"{found[-1]}, at least {parts[2]} is needed")
+        found.append(f"{name} {has}")
+        ours, needed = ([int(number) for number in re.findall(r"\d+", text)[:3]] for text in (has, least))
+        if ours < needed and (ours or not extra):
+            wrong.append(f"{name} {has}, at least {least} is needed")
     if wrong:
         raise ValueError("; ".join(wrong))
     return ", ".join(found)
