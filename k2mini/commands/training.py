@@ -154,7 +154,7 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
     if config.run.deterministic and device.type == "cuda":
         repeat_exactly()
     lora = config.lora if isinstance(config, FinetuneConfig) else None
-    alone_too = is_sharded(config.model, lora, 1)
+    alone_too = is_sharded(config.model, config.parallel, lora, 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
         config = _with_demo_files(config, is_main=world.is_main)
         world.barrier()  # until the first rank has made them

@@ -137,12 +137,12 @@ def _lora(config: RunConfig) -> LoraSection | None:
 @contextmanager
 def _ranks(config: RunConfig, world_size: int) -> Iterator[DeviceMesh | None]:
     """The mesh of a process group of which only this rank exists; None where the run is not sharded."""
-    if not is_sharded(config.model, _lora(config), world_size):
+    if not is_sharded(config.model, config.parallel, _lora(config), world_size):
         yield None
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if world_size % config.parallel.replicate:
+    if world_size % (config.parallel.replicate or 1):
         raise ValueError(f"parallel.replicate ({config.parallel.replicate}) does not divide the {world_size} ranks")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
@@ -179,7 +179,7 @@ def _track(
 
         model.train()
         step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
-        with MemoryTracker(model, optimizer, config.parallel.replicate) as tracker:
+        with MemoryTracker(model, optimizer, config.parallel.replicate or 1) as tracker:
             step()
     lost = int(FRAGMENTATION * tracker.peak)
     kinds = {**tracker.kinds(), "fragmentation": lost}
