@@ -20,8 +20,9 @@ from k2mini.config import (
 )
 from k2mini.config_file import load_config
 from k2mini.sizes import parse_size
+from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes_less
 from k2mini.training.memory_tracker import MemoryTracker
-from k2mini.training.plan import plan_run, smallest_change
+from k2mini.training.plan import plan_run
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
@@ -118,7 +119,7 @@ def test_what_is_received(directory):
     # Two groups of two ranks, which then sum half of the gradients each: of two replicas' every byte is received once.
     replicated = replace(config, parallel=ParallelSection(replicate=2, reshard_after_forward=False))
     assert plan_run(replicated, 4).received == 2 * parameters * 4 // 2 + parameters * 4 // 2
-    tuned = tuning(directory)
+    tuned = replace(tuning(directory), parallel=ParallelSection(replicate=1))
     plain, int8 = (plan_run(replace(tuned, model=replace(tuned.model, quantize=q)), 4) for q in (None, "int8"))
     assert int8.parameters == plain.parameters
     assert 0.3 < int8.received / plain.received < 0.6
@@ -140,11 +141,53 @@ def test_lora(directory):
 
 
 def test_the_smallest_change_that_fits(directory):
-    config = pretraining(directory)
+    """Each alone before two together; halving a micro-batch, which costs least, before computing twice."""
+    config, rows = pretraining(directory), pretraining(directory, micro_batch_size=1)
+    halved = plan_run(pretraining(directory, micro_batch_size=2), 1).peak
+    assert smallest_change(config, 1, 1.03 * halved).startswith("train.micro_batch_size=2 (")
     recomputed = plan_run(pretraining(directory, activation_checkpointing=1), 1).peak
-    assert smallest_change(config, 1, int(recomputed / 0.9) + 1000, 0.9).startswith(
-        "train.activation_checkpointing=1 ("
+    single = plan_run(rows, 1).peak
+    expected = "train.activation_checkpointing=1 (" if recomputed < single else "train.micro_batch_size=1 ("
+    assert smallest_change(config, 1, 1.01 * min(recomputed, single)).startswith(expected)
+    both = plan_run(pretraining(directory, micro_batch_size=1, activation_checkpointing=1), 1).peak
+    assert smallest_change(config, 1, 1.01 * both).startswith("train.micro_batch_size=1 train.activation_checkpointing")
+
+
+def test_the_largest_micro_batch(directory):
+    """Of those that share out a rank's samples evenly."""
+    config = pretraining(directory, global_batch_size=24)
+    six, eight = (plan_run(pretraining(directory, global_batch_size=24, micro_batch_size=n), 1).peak for n in (6, 8))
+    assert largest_micro_batch(config, 1, (six + eight) / 2) == 6
+    assert largest_micro_batch(config, 1, 1e15) == 24
+    assert largest_micro_batch(config, 2, 1e15) == 12
+    assert largest_micro_batch(config, 1, 1000) is None
+
+
+def test_what_takes_less_is_named_once_and_if_not_taken(directory):
+    pretrained, tuned = pretraining(directory), tuning(directory)
+    assert what_takes_less(pretrained, 1) == (
+        "train.micro_batch_size=2, train.activation_checkpointing=1, model.dtype=bfloat16 take less, the "
+        "cheapest first; k2mini plan says what a run takes"
     )
+    bf16 = replace(tuned.model, dtype="bfloat16")
+    saving = replace(tuned, model=bf16, train=replace(tuned.train, micro_batch_size=1, activation_checkpointing=1))
+    assert what_takes_less(saving, 1).startswith("model.quantize=int8 takes less")
+    int8 = replace(saving, model=replace(bf16, quantize="int8"))
+    assert what_takes_less(int8, 1) == "k2mini plan says what a run takes"
+    assert what_takes_less(int8, 2).startswith("parallel.replicate=1 takes less")
+    zero2 = replace(int8, parallel=ParallelSection(replicate=1, reshard_after_forward=False))
+    assert what_takes_less(zero2, 2).startswith("parallel.reshard_after_forward=true takes less")
+
+
+def test_a_frozen_base_is_whole_on_every_rank(directory):
+    """So that a rank receives nothing but the adapters' gradients, once a step; shared where that is asked for."""
+    config = tuning(directory)
+    one, four = plan_run(config, 1), plan_run(replace(config, train=replace(config.train, global_batch_size=64)), 4)
+    assert (four.peak, one.received) == (one.peak, 0)
+    assert four.received == 2 * 3 * four.trained * 4 // 4
+    shared = plan_run(replace(config, parallel=ParallelSection(replicate=1)), 4)
+    assert shared.peak < four.peak
+    assert shared.received > four.received
 
 
 def test_from_the_command_line(tmp_path, run):
@@ -158,13 +201,17 @@ def test_from_the_command_line(tmp_path, run):
     assert "of them trained, on 1 rank\n" in out
     assert "\ncommunication   none\n" in out
     assert "it does not fit" in out
-    assert "the smallest change that fits: train.activation_checkpointing=1" in out
+    assert "the smallest change that fits: train." in out
+    assert "NCCL" not in out
+    status, out, _ = run("plan", *config, "--world-size", 2, "--gpu-memory", "1GiB", "--fit")
+    assert "\nnot counted     CUDA's context (some 0.5 GiB) and NCCL's buffers (some 1.5 GiB)\n" in out
+    assert out.endswith("\nthe largest micro-batch that fits: train.micro_batch_size=8\n")
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
 def test_check_tells_by_the_exit_status_whether_the_run_fits(tmp_path, run, monkeypatch, form):
     # What else would fit is looked for in half a minute where nothing does, and has a test of its own.
-    monkeypatch.setattr("k2mini.training.plan.smallest_change", lambda *_: None)
+    monkeypatch.setattr("k2mini.training.fit.smallest_change", lambda *_: None)
     config = (ROOT / "configs/tiny_stage1.yaml", f"run.dir={tmp_path}/run", "--world-size", 2, *form)
     for check, small in (((), 0), (("--check",), 1)):
         for memory, expected in (("1GiB", 0), ("1MiB", small)):
