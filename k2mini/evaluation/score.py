@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.generate import check_finite, extend, pad_right, shared_prefix
+from k2mini.inference.generate import check_finite, extend, pad_right
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.prompts import shared_prefix
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
 from k2mini.evaluation.score import Request, score, split_jointly, tokens_to_run
-from k2mini.inference.generate import shared_prefix
 from tests.conftest import asset, tiny_config, tiny_llama
 
 
