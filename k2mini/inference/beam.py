@@ -89,27 +89,34 @@ def beam_search(
     state = _State(prompts, decoding, new[0], stop_ids, model)
 
     def advance() -> None:
-        _reorder(cache, state.parents.flatten(), slice(first_new, cache.length if replayed is None else capacity))
+        _reorder(cache, state.parents.flatten(), first_new, capacity if replayed else None)
         state.choose(model(state.tokens, cache=cache)[:, -1], vocab_size)
 
     replayed = Replayed(advance, cache) if can_replay(model) else None
     state.choose(logits[spread], vocab_size)
-    while True:
+    for length in range(new[0]):
+        if length:
+            (replayed or advance)()
         goes_on, finite = state.flags.tolist()  # a GPU is waited for here, once a step
         if not finite:
             raise not_finite(model)
         if not goes_on:
-            return state.results(beams.num_return_sequences, stop_ids)
-        (replayed or advance)()
+            break
+    return state.results(beams.num_return_sequences, stop_ids)
 
 
-def _reorder(cache: KVCache, rows: Tensor, slots: slice) -> None:
-    """Replace row i of a cache by row `rows[i]`, (B,) int64, within some slots."""
+def _reorder(cache: KVCache, rows: Tensor, since: int, until: int | None) -> None:
+    """Replace row i of a cache by row `rows[i]`, (B,) int64, from slot `since` on.
+
+    Args:
+        until: where the slots end, whatever the cache holds: all rows are copied, which is the same work each time and
+            has no wait. None: what the cache holds, of the rows that change.
+    """
     moved = torch.arange(cache.batch_size, device=rows.device)
-    if rows.device.type == "cpu":
-        moved = (rows != moved).nonzero().flatten()  # a GPU copies them all, and is not waited for
+    if until is None:
+        moved, until = (rows != moved).nonzero().flatten(), cache.length
     for held in (*cache.keys, *cache.values):
-        held[moved, :, slots] = held[rows[moved], :, slots]
+        held[moved, :, since:until] = held[rows[moved], :, since:until]
 
 
 class _State:
@@ -120,7 +127,7 @@ class _State:
         parents: (B, W), the row of the cache, of B * W, that each open one continues; tokens: (B * W, 1), with what.
         ended: (B, W, max_new_tokens) tokens of the ended ones; lengths and ranks: (B, W), theirs.
         improvable: (B,), whether an open one may still win.
-        flags: (2,) bool: whether the search goes on, and whether all logits were finite.
+        flags: (2,) bool: whether the search may gain from more steps, and whether all logits were finite.
     """
 
     def __init__(
@@ -148,9 +155,8 @@ class _State:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens that the open ones have
         self._stop = torch.tensor(list(stop_ids), dtype=torch.int64).to(device, non_blocking=True)
         # What sums are divided by to rank hypotheses, by their number of tokens less one.
-        self._norms = (
-            torch.arange(1, max_new_tokens + 1, dtype=torch.float64, device=device) ** self.beams.length_penalty
-        )
+        norms = [float(number**self.beams.length_penalty) for number in range(1, max_new_tokens + 1)]
+        self._norms = torch.tensor(norms, dtype=torch.float64).to(device, non_blocking=True)
         self._history = None
         if self.sampling.looks_back:
             rows = [prompt for prompt in prompts for _ in range(width)]
@@ -199,8 +205,8 @@ class _State:
         hoped = self.scores[:, :1] / norm
         worst = torch.where(self.is_ended, self.ranks.amin(dim=1, keepdim=True), LOW)
         self.improvable &= (hoped > worst).any(dim=1)
-        goes_on = (self.improvable & ~self._full()).any() & ~last
-        self.flags.copy_(torch.cat([goes_on, logits.amax(dim=-1).isfinite().all().view(1)]))
+        goes_on = (self.improvable & ~self._full()).any()
+        self.flags.copy_(torch.stack([goes_on, logits.amax(dim=-1).isfinite().all()]))
 
     @staticmethod
     def _rows(hypotheses: Tensor, which: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from torch.utils._pytree import tree_leaves
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
 from k2mini.config import LoraSection
+from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.generate import Decoding, can_replay, generate
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import HostWaits
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 20, 21], [1] + [30, 31, 32] * 30]
 
@@ -65,7 +67,8 @@ def replaying(monkeypatch):
     """Whether `generate` replays; the graphs made are counted from 0."""
 
     def switch(on):
-        monkeypatch.setattr("k2mini.inference.generate.can_replay", lambda _model: on)
+        for place in ("generate", "beam"):
+            monkeypatch.setattr(f"k2mini.inference.{place}.can_replay", lambda _model: on)
 
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.Stream", Stream)
@@ -113,6 +116,26 @@ def test_int8_and_adapters(replaying, tiny_directory, quantize):
     replaying(True)
     assert generate(model, PROMPTS[:3], Decoding(20), stop_ids=[7]) == expected
     assert Graph.made == 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(repetition_penalty=1.3, no_repeat_ngram_size=2)], ids=str)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=len)
+def test_beams(replaying, prompts, sampling):
+    """To the end, with one read a step, and where the search ends early."""
+    model = tiny_llama(tiny_config(max_seq_len=512))
+    for beams, stop in ((Beams(4, num_return_sequences=4), [7, 8]), (Beams(3, 0.6, early_stopping=True), [*range(60)])):
+        decoding = Decoding(30, sampling, beams=beams)
+        replaying(False)
+        expected = beam_search(model, prompts, decoding, stop_ids=stop)
+        replaying(True)
+        with HostWaits() as waits:
+            found = beam_search(model, prompts, decoding, stop_ids=stop)
+        assert {*waits.found} == {"tolist"}
+        assert len(waits.found) <= 30 + 3
+        for ours, theirs in zip(found, expected, strict=True):
+            assert [(c.tokens, c.finish) for c in ours] == [(c.tokens, c.finish) for c in theirs]
+            assert [c.score for c in ours] == pytest.approx([c.score for c in theirs], abs=1e-5)
+    assert Graph.made == 2
 
 
 def test_a_row_that_the_context_ends_leaves_and_the_rest_is_captured_anew(replaying):
