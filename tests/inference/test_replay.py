@@ -1,5 +1,7 @@
 """Steps that are replayed, without a GPU: a stand-in records what a step does to tensors, and does it to them again."""
 
+import io
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,9 +10,11 @@ from torch.utils._pytree import tree_leaves
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
 from k2mini.config import LoraSection
+from k2mini.data.prompts import get_template
 from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.generate import Decoding, can_replay, generate
 from k2mini.inference.sampling import Sampling
+from k2mini.inference.terminal import Conversation
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from tests.conftest import tiny_config, tiny_llama
@@ -136,6 +140,18 @@ def test_beams(replaying, prompts, sampling):
             assert [(c.tokens, c.finish) for c in ours] == [(c.tokens, c.finish) for c in theirs]
             assert [c.score for c in ours] == pytest.approx([c.score for c in theirs], abs=1e-5)
     assert Graph.made == 2
+
+
+def test_turns_of_a_conversation(replaying, tiny_directory):
+    """Over a cache that goes on from turn to turn."""
+    model, tokenizer = load_model(tiny_directory)
+    answers = []
+    for on in (False, True):
+        replaying(on)
+        talk = Conversation(model, tokenizer, get_template("alpaca"), Decoding(12, Sampling(0.8)))
+        answers.append([talk.turn(question, io.StringIO()).tokens for question in ("granite", "and basalt", "why")])
+    assert answers[0] == answers[1]
+    assert Graph.made == 3
 
 
 def test_a_row_that_the_context_ends_leaves_and_the_rest_is_captured_anew(replaying):
