@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model, make_trainable, pick_device
-from k2mini.config import IGNORE_INDEX, CorpusSection, ModelSection, ParallelSection, PretrainConfig, RunSection
+from k2mini.config import (
+    IGNORE_INDEX,
+    CheckpointSection,
+    CorpusSection,
+    ModelSection,
+    ParallelSection,
+    PretrainConfig,
+    RunSection,
+)
 from k2mini.config import TrainSection as Train
 from k2mini.data.batches import Batch
 from k2mini.demo.sources import BASE
@@ -28,8 +36,9 @@ from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 from k2mini.nn.quant import int8_product, quantize_rows
 from k2mini.sizes import readable
-from k2mini.training.checkpoint import load_checkpoint, save_checkpoint
+from k2mini.training.checkpoint import load_checkpoint
 from k2mini.training.plan import BUDGET, plan_run
+from k2mini.training.save import Saver
 from k2mini.training.step import build_optimizer, loss_sum, train_step
 
 TINY = ModelConfig(128, 2, 4, 2, 32, 256, 320)  # D, layers, H, K, E, the MLP's width, V
@@ -133,7 +142,8 @@ def checkpoint(device: torch.device) -> Iterator[Compared]:
     first, second = ((model, build_optimizer(model, TRAIN)) for model in (_trainable(device), _trainable(device)))
     with TemporaryDirectory(prefix="k2mini-") as folder:
         _steps(first[0], 2, optimizer=first[1])
-        path = save_checkpoint(Path(folder), 2, *first, {"identity": {}, "tokens": 0, "val_loss": None}, ALONE)
+        with Saver(Path(folder), CheckpointSection(), World(device=device)) as saver:
+            path = saver.save(2, *first, {"identity": {}, "tokens": 0, "val_loss": None}, wait=True)
         load_checkpoint(path, *second, ALONE)
     expected, found = (_steps(model, 2, optimizer=optimizer) for model, optimizer in (first, second))
     yield "training steps from a checkpoint", found, expected, 0.0 if device.type == "cpu" else BOUNDS["float32"]

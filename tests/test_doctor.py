@@ -17,7 +17,7 @@ from k2mini.commands import doctor as command
 from k2mini.doctor import CHECKS, GPU_ONLY
 from k2mini.inference import generate as engine
 from k2mini.nn import kv_cache, llama, loss, quant
-from k2mini.training import checkpoint, step
+from k2mini.training import save, step
 
 FAULTS = {}
 
@@ -163,16 +163,16 @@ def no_temporary_folder(patch, folder):
 
 @fault("checkpoint", "could not be saved ([Errno 28] No space left on device)")
 def a_full_disk(patch, _):
-    patch.setattr(checkpoint, "save", raising(OSError(errno.ENOSPC, "No space left on device")))
+    patch.setattr(save, "save", raising(OSError(errno.ENOSPC, "No space left on device")))
 
 
 @fault("checkpoint", "is not what was saved (its SHA-256 differs)")
 def a_flipped_byte(patch, _):
-    def change(path, *_):
+    def change(path, *_, **__):
         flip(path / "__0_0.distcp")
         return path
 
-    wraps(patch, doctor, "save_checkpoint", change)
+    wraps(patch, save.Saver, "save", change)
 
 
 @fault("checkpoint", "training steps from a checkpoint: off by")
