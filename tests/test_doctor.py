@@ -136,7 +136,10 @@ def wrong_scales(patch, _):
 
 @fault("compile", "a compiled training step: off by")
 def compiled_code_that_errs(patch, _):
-    patch.setattr(llama.Block, "compile", lambda block: block.register_forward_hook(lambda *a: a[-1].roll(1, dims=-1)))
+    def compile(block, **_):
+        block.register_forward_hook(lambda *a: a[-1].roll(1, dims=-1))
+
+    patch.setattr(llama.Block, "compile", compile)
 
 
 @fault("compile", "RuntimeError: the backend's own words")
