@@ -32,7 +32,7 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | 
     """
     if places is None:
         places, labels = supervised(labels)
-    hidden = hidden.flatten(0, -2)[places]  # (N, D)
+    hidden = hidden.flatten(0, -2).index_select(0, places)  # (N, D); no place comes twice, so nothing has to be sorted
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return projected_loss(hidden, weight, labels)
     total = hidden.new_zeros((), dtype=_precise(hidden))
@@ -57,8 +57,9 @@ def _precise(x: Tensor) -> torch.dtype:
 
 
 def _keeps_sums(x: Tensor) -> bool:
-    """Whether products of x come in float32, as they are summed: on a GPU, of 16 bits (`out_dtype`, PyTorch 2.8)."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.addmm, "dtype_out")
+    """Whether products come in float32, as they are summed: of 16 bits, on a GPU from 8.0 on, with PyTorch 2.8."""
+    can = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.addmm, "dtype_out")
+    return can and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _logits(rows: Tensor, weight: Tensor) -> Tensor:
