@@ -22,6 +22,7 @@ from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
 from k2mini.nn.kv_cache import LayerCache
 from k2mini.nn.packed import varlen
+from k2mini.nn.slots import SlotLayer
 
 # Which positions a query attends to. (B or 1, 1, T, S) bool: those that are True. A list: the lengths of the documents
 # in all rows, row after row; (N+1) int32: their bounds, on a GPU. None: each row is one document.
@@ -182,7 +183,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -192,8 +193,9 @@ class Attention(nn.Module):
         if self.hook is not None:
             q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)
         if isinstance(mask, list) or (mask is not None and mask.ndim == 1):
-            out = self._by_document(q, k, v, mask)
-            return self.o_proj(out.view(batch_size, num_tokens, -1))
+            return self.o_proj(self._by_document(q, k, v, mask).view(batch_size, num_tokens, -1))
+        if isinstance(cache, SlotLayer):
+            return self.o_proj(cache.attend(q, k, v).view(batch_size, num_tokens, -1))
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
         else:

@@ -27,6 +27,9 @@ from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
 from k2mini.nn.packed import document_mask
+from k2mini.nn.slots import SlotBatch, SlotLayer
+
+Cache = KVCache | SlotBatch | None
 
 
 class MLP(nn.Module):
@@ -60,7 +63,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.hook is None:
             x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -73,8 +76,7 @@ class Block(nn.Module):
 def document_bounds(positions: Tensor) -> Tensor:
     """Where the documents of all rows begin, row after row, and where the last one ends: (N+1) int64, from 0 to B*T.
 
-    Args:
-        positions: (B, T) int64; 0 begins a document, -1 is padding, of which a run counts as a document.
+    positions: (B, T) int64; 0 begins a document, -1 is padding, of which a run counts as a document.
     """
     begins = positions == 0
     begins[:, 0] = True
@@ -98,7 +100,7 @@ class Decoder(nn.Module):
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None, mask: Mask = None
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None, mask: Mask = None
     ) -> Tensor:
         """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward` and `Llama.loss`."""
         num_tokens = tokens.shape[1]
@@ -147,7 +149,7 @@ class Llama(nn.Module):
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
         self.gathered_dtype: torch.dtype | None = None  # sharded weights are cast to it as they are gathered
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
         """Logits of the token after each one given.
 
         Args:
@@ -163,7 +165,7 @@ class Llama(nn.Module):
             return self.decode_logits(self, hidden)
         return self.logits(hidden) if self.hook is None else self.hook("logits", self.logits(hidden))
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
         """The final norm's output, of which `forward` makes logits: (B, T, D)."""
         return self.model(tokens, positions, cache)
 

@@ -103,10 +103,6 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            None,
-        )
+        hidden, weight = (None if kept is None else kept * scale.to(kept.dtype) for kept in ctx.saved_tensors)
+        return hidden, weight, None
