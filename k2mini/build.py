@@ -153,7 +153,7 @@ def make_trainable(
     if lora is not None:
         attach(model, lora)
     model.model.recompute_every = train.activation_checkpointing
-    # Compiled blocks need fixed shapes; and on a GPU one call under a mask is faster than one call a document.
+    # Compiled blocks need fixed shapes; and a GPU takes all documents in one call (see nn/packed.py).
     model.model.by_document = device.type == "cpu" and not train.compile
     if train.compile:
         check_compiler(device)

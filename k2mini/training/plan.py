@@ -26,9 +26,12 @@ from k2mini.build import is_sharded, kept_dtype, make_trainable
 from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh
+from k2mini.dtypes import DTYPES
 from k2mini.model_config import PRESETS, ModelConfig, read_model_config
+from k2mini.nn.layers import Mask
 from k2mini.nn.llama import Llama
 from k2mini.nn.loss import projected_loss
+from k2mini.nn.packed import takes_varlen
 from k2mini.sizes import readable
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.step import build_optimizer, rank_share
@@ -67,8 +70,10 @@ class Plan:
 class _Planned(Llama):
     """A Llama whose loss takes every position as supervised, since fake labels do not tell which ones are."""
 
-    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor, _places: Tensor | None = None) -> Tensor:
-        hidden = self.model(tokens, positions).flatten(0, 1)
+    def loss(
+        self, tokens: Tensor, positions: Tensor | None, labels: Tensor, _places: Tensor | None = None, mask: Mask = None
+    ) -> Tensor:
+        hidden = self.model(tokens, positions, mask=mask).flatten(0, 1)
         return projected_loss(hidden, self.head_weight, labels.flatten())
 
 
@@ -171,13 +176,15 @@ def _track(
         weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]  # that of int8 is none
         counts = [p.numel() for p in weights], [p.numel() for p in weights if p.requires_grad]
         optimizer = build_optimizer(model, config.train)
-        batch = _fake_batch(config)
+        batch, mask = _fake_batch(config), None
+        if batch[1] is not None and takes_varlen(torch.device("cuda"), DTYPES[config.model.dtype], shape.head_dim):
+            mask = torch.zeros(2, dtype=torch.int32)  # any number of documents takes the same memory
 
         def step() -> None:
             # `train_step` without what reads a value, which fake tensors do not have: the loss, the gradient norm and
             # whether they are finite. The learning rate changes no memory.
             for _ in range(micro_batches):
-                model.loss(*batch).backward()
+                model.loss(*batch, mask=mask).backward()
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
             optimizer.step()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from k2mini.errors import StoppedBySignalError
 from k2mini.training import loop, save
 from k2mini.training.checkpoint import checkpoints
 from k2mini.training.loop import Task, Throughput, peak_flops, read_metrics, train
-from k2mini.training.step import accumulate, build_optimizer, lr_at, train_step
-from tests.conftest import tiny_llama
+from k2mini.training.step import accumulate, build_optimizer, loss_sum, lr_at, train_step
+from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import section
 from tests.reference import to_transformers
 
@@ -310,3 +311,18 @@ def test_mfu_is_said_of_a_device_whose_peak_is_known_and_of_no_other(monkeypatch
     monkeypatch.setattr(loop, "peak_flops", lambda _: 1e12)
     trained = model.config.num_parameters() - model.model.embed_tokens.weight.numel()
     assert f", MFU {6 * trained * 1e6 / 1e10:.0f} %, " in Throughput(model, ALONE).line(figures, 1e6)
+
+
+@pytest.mark.parametrize(("dtype", "bounds"), [(torch.bfloat16, [0, 3, 8, 10, 13, 16]), (torch.float32, None)])
+def test_a_gpu_gets_the_bounds_of_documents_with_the_batch(dtype, bounds, monkeypatch):
+    """What is asked of the model, where a GPU has a kernel for packed rows and where it has none."""
+    for module in ("k2mini.training.step", "k2mini.nn.packed"):
+        monkeypatch.setattr(f"{module}.send", lambda values, _device: values)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    batch = Blocks(Documents([[1, 5, 5], [1, 5, 5, 5, 5], [1, 5]] * 2), 8, document_mask=True, seed=None).batch(0, 2)
+    model = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=tiny_config(), loss=lambda *args: args)
+    tokens, positions, labels, places, mask = loss_sum(model, batch)
+    assert (tokens is batch.tokens, positions is batch.positions) == (True, True)
+    assert torch.equal(labels, batch.labels.flatten()[places])
+    assert (mask if mask is None else mask.tolist()) == bounds
+    assert loss_sum(model, Batch(batch.tokens, None, batch.labels))[1::3] == (None, None)
