@@ -80,11 +80,11 @@ class Bench:
                 try:
                     rates[peer].append(measures[peer]())
                 except torch.OutOfMemoryError:
+                    if peer == "k2mini":
+                        raise
                     print(f"{label}, {peer}: out of memory")
                     del rates[peer]
-        own = rates.pop("k2mini", [])[1:]  # the first warms up: compilers, libraries, clocks
-        if not own:
-            return
+        own = rates.pop("k2mini")[1:]  # the first warms up: compilers, libraries, clocks
         rate, ratio = statistics.median(own), 0.0
         for peer, others in rates.items():
             ratios = [a / b for a, b in zip(own, others[1:], strict=True)]
@@ -93,33 +93,33 @@ class Bench:
             print(f"{label + ', ' + peer:44} {rate:9,.0f} {statistics.median(others[1:]):9,.0f}  {said}")
         share = 100 * rate * (moved / self.copied + flops / self.product)
         of = f"{share:.0f} % of the {'copy' if moved else 'product'}; " if share else ""
-        print(f"{'':44} {of}bar {self._judged(name, share or ratio, rate)}", flush=True)
-
-    def _judged(self, name: str, reached: float, rate: float) -> str:
         least, tokens = (0, 0) if self._card is None else ROWS[name][1][self._card]
         said = [f"{least:g}{' %' if least > 2 else ''}"] * bool(least) + [f"{tokens:,}"] * bool(tokens)
-        met = reached >= least and rate >= tokens
-        return f"{'; '.join(said)}: {'met' if met else 'NOT MET'}" if said else "-"
+        met = (share if least > 2 else ratio) >= least and rate >= tokens
+        print(f"{'':44} {of}bar {'; '.join(said) or '-'}{(': met' if met else ': NOT MET') * bool(said)}", flush=True)
 
 
-def now() -> float:
-    """Seconds, once the GPU has done all that it was given."""
+def timed(step: Callable[[], object], number: int, tokens: int) -> float:
+    """Tokens a second of a step that is done so many times, once the GPU has done all of them."""
     torch.cuda.synchronize()
-    return time.perf_counter()
+    start = time.perf_counter()
+    for _ in range(number):
+        step()
+    torch.cuda.synchronize()
+    return number * tokens / (time.perf_counter() - start)
 
 
+@torch.no_grad()
 def draw(model: Llama) -> Llama:
     """Random values in the place of none."""
-    model.to_empty(device="cuda")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = local_part(parameter)
-            if values.dtype == torch.int8:
-                values.random_(-127, 128)
-            elif values.ndim == 1:
-                values.fill_(0.02 / 73 if name.endswith(".scale") else 1.0)
-            else:
-                values.normal_(0.0, 0.02)
+    for name, parameter in model.to_empty(device="cuda").named_parameters():
+        values = local_part(parameter)
+        if values.dtype == torch.int8:
+            values.random_(-127, 128)
+        elif values.ndim == 1:
+            values.fill_(0.02 / 73 if name.endswith(".scale") else 1.0)
+        else:
+            values.normal_(0.0, 0.02)
     return model
 
 
@@ -164,22 +164,21 @@ def decode(model: Llama, rows: int, sampling: Sampling = Sampling()) -> float:  
     decoded = steps(model, logits, cache, prompts, Decoding(WARM + NEW, sampling), stop_ids=[])
     for _ in range(WARM):
         next(decoded)
-    start = now()
-    for _ in range(NEW):
-        next(decoded)
-    return rows * NEW / (now() - start)
+    return timed(partial(next, decoded), NEW, rows)
 
 
 @torch.inference_mode()
 def decode_plainly(forward: Forward, rows: int) -> float:
     """As many tokens in a plain loop of forward passes, each one's likeliest token read."""
     logits, cache = forward(tokens(rows, PROMPT).cuda(), None)
-    start = now()
-    for _ in range(NEW):
+
+    def step() -> None:
+        nonlocal logits, cache
         last = logits[:, -1:].argmax(-1)
         last.tolist()
         logits, cache = forward(last, cache)
-    return rows * NEW / (now() - start)
+
+    return timed(step, NEW, rows)
 
 
 def forwards(model: Llama) -> dict[str, Forward]:
@@ -210,13 +209,12 @@ def decoding(bench: Bench, name: str) -> None:
     rows = 1 if single else 64 if bench.memory > 60e9 else 16
     model = answering(bench.layers, int8=name == "int8", compiled=single)
     ours = partial(decode, model, rows)
-    if name == "sampling":
-        sampled = partial(decode, model, rows, PENALISED)
-        bench.row(name, f"sampled, penalty, {rows} rows", {"k2mini": sampled, "greedy": ours})
-        return
-    peers = {peer: partial(decode_plainly, forward, rows) for peer, forward in forwards(model).items()}
-    label = f"{'int8 with head' if name == 'int8' else 'bf16'}, {rows} row{'s' * (rows > 1)}"
-    bench.row(name, label, {"k2mini": ours, **peers}, moved=read_a_token(model, rows))
+    measures: dict[str, Measure] = {"k2mini": partial(decode, model, rows, PENALISED), "greedy": ours}
+    if name != "sampling":
+        peers = {peer: partial(decode_plainly, forward, rows) for peer, forward in forwards(model).items()}
+        measures = {"k2mini": ours, **peers}
+    kind = {"int8": "int8 with head", "sampling": "sampled with penalty"}.get(name, "bf16")
+    bench.row(name, f"{kind}, {rows} row{'s' * (rows > 1)}", measures, moved=read_a_token(model, rows))
 
 
 def prefilling(bench: Bench, name: str) -> None:
@@ -224,44 +222,33 @@ def prefilling(bench: Bench, name: str) -> None:
     model, ids = answering(bench.layers, compiled=False), tokens(4, 2048)
     prompts, there = ids.tolist(), ids.cuda()
 
-    @torch.inference_mode()
-    def rate(work: Callable[..., Any], *arguments: Any) -> float:
-        start = now()
-        work(*arguments)
-        return ids.numel() / (now() - start)
-
-    measures: dict[str, Measure] = {"k2mini": partial(rate, partial(prefill, model, prompts, capacity=2048))}
-    measures |= {peer: partial(rate, forward, there, None) for peer, forward in forwards(model).items()}
+    works: dict[str, Callable[[], object]] = {"k2mini": partial(prefill, model, prompts, capacity=2048)}
+    works |= {peer: partial(forward, there, None) for peer, forward in forwards(model).items()}
+    rate = torch.inference_mode()(timed)
+    measures: dict[str, Measure] = {peer: partial(rate, work, 1, ids.numel()) for peer, work in works.items()}
     bench.row(name, "prefill, 4 x 2,048", measures, flops=flops_of(model.model.layers) / 2)  # the forward half of 4
 
 
 def rate_of_training(model: Llama, batch: Batch) -> Measure:
     """Tokens a second of whole steps: loss, gradients, clipping, AdamW."""
     optimizer = build_optimizer(model.train(), COMPILED)
-
-    def rate() -> float:
-        start = now()
-        for step in range(STEPS):
-            train_step(model, optimizer, [batch], COMPILED, step, 10**6)
-        return STEPS * batch.num_tokens() / (now() - start)
-
-    return rate
+    step = partial(train_step, model, optimizer, [batch], COMPILED, 0, 10**6)
+    return partial(timed, step, STEPS, batch.num_tokens())
 
 
 def eagerly(model: Llama, rate: Measure) -> float:
     """A rate of the same model without what was compiled of its blocks."""
     calls = [vars(layer).pop("_compiled_call_impl", None) for layer in model.model.layers]
-    try:
-        return rate()
-    finally:
-        for layer, call in zip(model.model.layers, calls, strict=True):
-            vars(layer)["_compiled_call_impl"] = call
+    found = rate()
+    for layer, call in zip(model.model.layers, calls, strict=True):
+        vars(layer)["_compiled_call_impl"] = call
+    return found
 
 
 def flops_of(model: nn.Module) -> float:
     """Arithmetic of a trained token, as the progress line counts it."""
-    parts = [p for name, p in model.named_parameters() if not name.endswith(("embed_tokens.weight", ".scale"))]
-    return sum((6 if p.requires_grad else 4) * p.numel() for p in parts)
+    idle = ("embed_tokens.weight", ".scale")
+    return sum((6 if p.requires_grad else 4) * p.numel() for n, p in model.named_parameters() if not n.endswith(idle))
 
 
 def batch_of(lengths: list[int]) -> Batch:
@@ -275,17 +262,14 @@ def batch_of(lengths: list[int]) -> Batch:
 
 def training(bench: Bench, name: str) -> None:
     """All parameters of 8 blocks (fewer where they do not fit), kept in float32, computed in bfloat16."""
-    most = 8 if bench.memory > 70e9 else 4 if bench.memory > 40e9 else 2
-    blocks = min(most, bench.layers)
+    blocks = min(8 if bench.memory > 70e9 else 4 if bench.memory > 40e9 else 2, bench.layers)
     mesh, model = device_mesh(bench.world, ParallelSection()), empty(blocks, torch.float32)
     make_trainable(model, BF16, COMPILED, ParallelSection(), None, bench.world.device, mesh)
     plain = rate_of_training(draw(model), batch_of([LENGTH]))
-    if name == "training":
-        measures: dict[str, Measure] = {"k2mini": plain, "eager": partial(eagerly, model, plain)}
-        bench.row(name, f"training, {blocks} blocks, 4 x 1,024", measures, flops=flops_of(model))
-        return
-    packed = rate_of_training(model, batch_of([400, 300, 200, 100, 24]))
-    bench.row(name, f"packed, {blocks} blocks, 4 x 1,024", {"k2mini": packed, "unpacked": plain})
+    measures: dict[str, Measure] = {"k2mini": plain, "eager": partial(eagerly, model, plain)}
+    if name == "packed":
+        measures = {"k2mini": rate_of_training(model, batch_of([400, 300, 200, 100, 24])), "unpacked": plain}
+    bench.row(name, f"{name}, {blocks} blocks, 4 x 1,024", measures, flops=flops_of(model))
 
 
 def sharding(bench: Bench, name: str) -> None:
@@ -326,16 +310,13 @@ def peft_rate(model: Llama) -> Measure:
     optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-5, fused=True)
     ids = tokens(4, LENGTH).cuda()
 
-    def rate() -> float:
-        start = now()
-        for _ in range(STEPS):
-            peer(ids, labels=ids).loss.backward()
-            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return STEPS * ids.numel() / (now() - start)
+    def step() -> None:
+        peer(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return rate
+    return partial(timed, step, STEPS, ids.numel())
 
 
 # How each row is measured, and what it has to reach on each of `CARDS`: a share in per cent or (below 2) a ratio to the
@@ -361,7 +342,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer blocks, for a quick try; bars are not compared then")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
-    start = time.perf_counter()
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU")
     with ranks(pick_device("cuda"), ParallelSection(), alone_too=True) as world:
@@ -374,7 +354,6 @@ def main() -> None:
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
-    print(f"{time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
