@@ -2,8 +2,8 @@
 
     python tools/count_gpu.py [--rows WORD …] [--layers N]
 
-Not yet run on a GPU. Launches, graphs and kernels of cuDNN are counted by torch.profiler, waits by PyTorch's warnings of
-them; memory is what its allocator has reserved at most, beside what `k2mini plan` foretells. No time is measured.
+Not yet run on a GPU. Launches, graphs and kernels of cuDNN are counted by torch.profiler, waits by PyTorch's warnings
+of them; memory is what its allocator has reserved at most, beside what `k2mini plan` foretells. No time is measured.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def token(layers: int, rows: int, how: str) -> None:
     decoded = steps(model, logits, cache, prompts, Decoding(4 * STEPS, sampling), stop_ids=[])
     some = partial(lambda: list(islice(decoded, STEPS)))
     some()  # as it stands, captured, replayed
-    show(f"a token, {how}, {rows} rows", counted(some), STEPS)
+    show(f"a token, {how}, {rows} row{'s' * (rows > 1)}", counted(some), STEPS)
 
 
 def micro_batch(layers: int, world: World, config: RunConfig, length: int, label: str) -> None:
-    """A micro-batch, and the peak of whole steps of two."""
+    """A micro-batch of compiled blocks, and the peak of whole steps of two."""
     lora = config.lora if isinstance(config, FinetuneConfig) else None
     mesh = device_mesh(world, config.parallel) if lora is None else None
     model = empty(layers, torch.float32 if lora is None else torch.bfloat16)
@@ -107,7 +107,7 @@ def configurations() -> dict[str, tuple[RunConfig, int]]:
     int8 = ModelSection("llama-7b", dtype=BF16.dtype, quantize="int8")
     instructions = InstructionSection("unused", max_seq_len=512)
     tune = FinetuneConfig(run, int8, instructions, compiled, LoraSection(), parallel=parallel)
-    return {"training, 4 x 1,024, compiled": (pretrain, 1024), "LoRA over int8, 4 x 512, compiled": (tune, 512)}
+    return {"all, 4 x 1,024": (pretrain, 1024), "LoRA over int8, 4 x 512": (tune, 512)}
 
 
 def main() -> None:
@@ -125,10 +125,10 @@ def main() -> None:
         print(f"{'':40} launches   graphs    waits    cuDNN reserved  planned (GiB)")
         work: dict[str, Callable[[], None]] = {}
         for how, rows in (("bf16", 1), ("bf16", 64), ("penalty", 64), ("bf16 compiled", 1), ("int8 compiled", 1)):
-            work[f"token, {how}, {rows}"] = partial(token, options.layers, rows, how)
+            work[f"a token, {how}, {rows}"] = partial(token, options.layers, rows, how)
         for label, (config, length) in configurations().items():
             layers = options.layers if "LoRA" in label else min(8, options.layers)
-            work[label] = partial(micro_batch, layers, world, config, length, label)
+            work[label] = partial(micro_batch, layers, world, config, length, f"{label}, {layers} blocks")
         for label, each in work.items():
             if any(word in label for word in options.rows):
                 each()
