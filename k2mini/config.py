@@ -174,6 +174,7 @@ class CheckpointSection:
     """When checkpoints are saved, which are kept, and from which one a run goes on."""
 
     every: int = 100  # steps between checkpoints
+    async_save: bool = True  # train on while a copy in the host's memory is written; false: no copy, wait
     keep_last: int = 2  # how many of the newest are kept
     keep_best: bool = True  # keep the one of the lowest validation loss as well
     resume: str = "auto"  # 'auto': from the newest complete one of this run; 'none': start anew; or a checkpoint's path

@@ -19,6 +19,7 @@ LAYERS = [
     {"training", "inference"},
     {"evaluation", "audit"},
     {"demo"},
+    {"doctor"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -27,7 +27,8 @@ from k2mini.errors import StoppedBySignalError, need_extra
 from k2mini.files import parse_json, progress_bar, read_text, write_text
 from k2mini.gpu import peak_flops
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import best_loss, check_finite, prune, resume, save_checkpoint
+from k2mini.training.checkpoint import best_loss, prune, resume
+from k2mini.training.save import Saver, check_finite
 from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step
 from k2mini.training.validation import validation_loss
 
@@ -85,6 +86,7 @@ def train(
     with _signals() as received, ExitStack() as stack:
         step, tokens = resume(folder, checkpoint, model, optimizer, task.identity, world)
         metrics, throughput = Metrics(run, step, world), Throughput(model, world)
+        saver = stack.push(Saver(folder, checkpoint, world))
         best = world.broadcast(best_loss(folder))
         prefetcher = stack.enter_context(Prefetcher(partial(local_batches, task.samples, section=section, world=world)))
         progress = stack.enter_context(progress_bar(steps, task.label, "steps", step, shown=world.is_main))
@@ -94,7 +96,7 @@ def train(
             torch.manual_seed(_draw_seed(run.seed, step, world.rank))
             batches = prefetcher.get(step * batch_size, (step + 1) * batch_size if step + 1 < steps else None)
             figures = train_step(model, optimizer, batches, section, step, steps, world)
-            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received))
+            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received or saver.failed))
             step, tokens, rate = step + 1, tokens + int(seen), seen / (time.perf_counter() - start)
             metrics.write(step, **figures, tokens=tokens, tokens_per_second=round(rate, 1))
             progress.set_postfix_str(throughput.line(figures, rate), refresh=False)
@@ -111,8 +113,7 @@ def train(
                 best = val_loss
             if _due(step, steps, checkpoint.every) or stop or better:
                 state = {"identity": task.identity, "tokens": tokens, "val_loss": val_loss}
-                path = save_checkpoint(folder, step, model, optimizer, state, world)
-                prune(folder, checkpoint, world)
+                path = saver.save(step, model, optimizer, state, wait=bool(stop) or step == steps)
                 if stop and step < steps:
                     raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
     prune(folder, checkpoint, world)  # once more, for a process that was killed in it

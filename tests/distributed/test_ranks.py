@@ -76,6 +76,18 @@ def test_ranks_that_disagree_are_told_in_what(ranks):
         assert not {"checkpoints", "metrics.jsonl", "model"} & set(left)
 
 
+def test_a_save_that_fails_on_one_rank_fails_on_all(ranks):
+    """At a later step, the same on all of them; the checkpoint before it is there."""
+    size, _, many = ranks
+    ends, steps = many["refused"]
+    assert len(ends) == size
+    for told, left in ends:
+        assert told.endswith("step_0000020 could not be saved ([Errno 28] No space left on device); "
+                             "the checkpoints before it are untouched")  # fmt: skip
+        assert left == ["step_0000010"]
+    assert 20 < steps <= 30
+
+
 def test_a_benchmark_while_training(alone, ranks):
     """All ranks score what one process scores, and training goes on as if nothing had been."""
     _, one = alone

@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from k2mini.build import training_model
@@ -148,6 +150,32 @@ def disagreements(path, world, out):
     return world.all_gather([told, sorted(entry.name for entry in out.glob("disagreeing/*"))])
 
 
+def refused(path, world, out):
+    """What each rank is told where the disk of the last one refuses the second save, and the steps of the metrics.
+
+    The write fails only after that rank has gone on with training.
+    """
+    write, times = FileSystemWriter.write_data, iter(range(9))
+
+    def full(*arguments):
+        if next(times) == 0 or world.rank < world.size - 1:
+            return write(*arguments)
+        time.sleep(0.5)
+        raise OSError(28, "No space left on device")
+
+    FileSystemWriter.write_data = full
+    told = ""
+    try:
+        run(path, world, out / "refused", keep=CheckpointSection(every=10, keep_last=1))
+    except OSError as error:
+        told = str(error)
+    FileSystemWriter.write_data = write
+    steps = read_metrics(out / "refused/metrics.jsonl")[-1]["step"] if world.is_main else 0
+    world.barrier()
+    left = sorted(entry.name for entry in (out / "refused/checkpoints").iterdir())
+    return world.all_gather([told, left]), steps
+
+
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
@@ -166,6 +194,7 @@ def main(path, out):
             "kept": world.all_gather(sharding(path, world)),
         }
         if world.size > 1:
+            results["refused"] = refused(path, world, out)
             results["disagreements"] = disagreements(path, world, out)
             results["zero2"] = run(
                 path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few

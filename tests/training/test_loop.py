@@ -3,8 +3,13 @@
 import json
 import os
 import re
+import resource
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Documents
 from k2mini.distributed import ALONE, World
 from k2mini.errors import StoppedBySignalError
-from k2mini.training import loop
+from k2mini.training import loop, save
 from k2mini.training.checkpoint import checkpoints
 from k2mini.training.loop import Task, Throughput, read_metrics, train
 from k2mini.training.step import accumulate, build_optimizer, lr_at, train_step
@@ -146,6 +151,99 @@ def run_until(directory, step):
 
     model.model.register_forward_pre_hook(die)
     run(directory, model=model)
+
+
+@pytest.mark.parametrize("every", [3, 12])
+def test_a_disk_that_refuses_stops_the_run(tmp_path, every):
+    """One of its steps, before there is a second save, or its end."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"step_00000{every:02} could not be saved \(.*File too large"):
+            run(tmp_path, every=every)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert losses(tmp_path)[-1]["step"] <= every + 3
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_save_that_has_failed_ends_the_next_step(tmp_path, monkeypatch):
+    """No other save is due; and where something else ends the run, the failure is logged."""
+    failing = threading.Event()
+
+    def fail(*arguments):
+        failing.set()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(save, "_save", fail)
+    model = tiny_llama(seed=5)
+    model.model.register_forward_pre_hook(lambda *_: time.sleep(0.05 * failing.is_set()))
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path / "run", steps=200, every=100, model=model)
+    assert 100 < losses(tmp_path / "run")[-1]["step"] < 110
+
+
+def test_a_signal_does_not_say_saved_of_what_the_disk_refused(tmp_path, monkeypatch):
+    def fail(*arguments):
+        time.sleep(0.2)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(save, "_save", fail)
+    model = tiny_llama(seed=5)
+    model.model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if len(calls) == 2 else None)
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(0))
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path, steps=200, every=1000, model=model)
+    assert losses(tmp_path)[-1]["step"] == 3
+
+
+def test_a_save_goes_on_although_the_run_ends(tmp_path, monkeypatch, caplog):
+    """It is complete, or its failure is logged beside the error that ended the run."""
+    write = save._save
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        write(*arguments)
+
+    def fail(*arguments):
+        time.sleep(0.5)
+        raise OSError("the disk is full")
+
+    for name, replaced in (("slow", slow), ("full", fail)):
+        monkeypatch.setattr(save, "_save", replaced)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_until(tmp_path / name, 3)
+    assert [path.name for path in checkpoints(tmp_path / "slow/checkpoints")] == ["step_0000003"]
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["the disk is full"]
+
+
+def killed_in_a_save(directory):
+    """Train, and be killed while the checkpoint of step 6 is being written and step 8 is over."""
+    finish = save._finish
+
+    def kill(beside, path, *arguments):
+        if path.name == "step_0000006":
+            while losses(directory)[-1]["step"] < 8:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(beside, path, *arguments)
+
+    save._finish = kill
+    run(directory)
+
+
+def test_killed_while_training_went_on_beside_a_save(tmp_path):
+    code = "import sys, pathlib; from tests.training.test_loop import *; killed_in_a_save(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name[0] != "."] == ["step_0000003"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob(".*")] == [".step_0000006.tmp"]
+    resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
 
 
 @pytest.fixture(scope="module")
