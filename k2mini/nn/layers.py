@@ -208,8 +208,13 @@ class Attention(nn.Module):
         if torch.compiler.is_compiling() and attends_once(q, k):
             out = attend_once(q, k, v, mask)
         else:
-            causal = mask is None and num_tokens > 1
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+            bias: Any = mask
+            if mask is None and 1 < num_tokens < k.shape[2]:  # after tokens that the cache holds
+                from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+
+                bias = causal_lower_right(num_tokens, k.shape[2])
+            causal = bias is None and num_tokens > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=self.grouped)
         out = out.transpose(1, 2)  # (B, T, H, E)
         if self.hook is None:
             return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)

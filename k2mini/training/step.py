@@ -12,6 +12,7 @@ from k2mini.config import TrainSection
 from k2mini.data.batches import Batch, Samples
 from k2mini.distributed import ALONE, World, send
 from k2mini.nn.llama import Llama
+from k2mini.nn.lora import average_gradients
 from k2mini.nn.loss import supervised
 
 
@@ -136,6 +137,8 @@ def accumulate(model: Llama, batches: list[Batch], count: float, world: World = 
         # Gradients are averaged over the ranks when they are reduced; this makes the average a sum.
         (part * world.size).backward()
         total += part.detach()
+    if world.size > 1:
+        average_gradients(model, world)
     return total
 
 

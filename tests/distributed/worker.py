@@ -181,13 +181,17 @@ def main(path, out):
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
     with ranks(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv) as world:
         few = {"max_steps": STEPS // 3}
+        lora, shared = LoraSection(rank=2, dropout=0.0), ParallelSection(replicate=1)
+        halves = CheckpointSection(every=5)
         results = {
             "plain": run(path, world, out / "plain"),
             "float32": run(path, world, out / "float32", dtype="float32"),
             "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2, **few),
             "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
-            "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0), **few),
-            "int8": run(path, world, out / "int8", lora=LoraSection(rank=2, dropout=0.0), quantize="int8", **few),
+            "lora": run(path, world, out / "lora", lora=lora, keep=halves, **few),
+            "lora_shared": run(path, world, out / "lora_shared", lora=lora, parallel=shared, keep=halves, **few),
+            "int8": run(path, world, out / "int8", lora=lora, quantize="int8", **few),
+            "int8_shared": run(path, world, out / "int8_shared", lora=lora, quantize="int8", parallel=shared, **few),
             "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
             "gradients": gradients(path, world, 1),
             "gradients_accumulated": gradients(path, world, 8 // world.size),
