@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
-from k2mini.nn.kv_cache import LayerCache
 from k2mini.nn.packed import varlen
 from k2mini.nn.slots import SlotLayer
 

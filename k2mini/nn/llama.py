@@ -23,13 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k2mini.model_config import ModelConfig
-from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
 from k2mini.nn.packed import document_mask
-from k2mini.nn.slots import SlotBatch, SlotLayer
-
-Cache = KVCache | SlotBatch | None
+from k2mini.nn.slots import Cache, Cached
 
 
 class MLP(nn.Module):
@@ -63,7 +60,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cached) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.hook is None:
             x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)

@@ -15,14 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from k2mini import gpu
 from k2mini.config import CheckpointSection, RunSection
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Documents
-from k2mini.distributed import ALONE
+from k2mini.distributed import ALONE, World
 from k2mini.errors import StoppedBySignalError
 from k2mini.training import loop, save
 from k2mini.training.checkpoint import checkpoints
-from k2mini.training.loop import Task, Throughput, peak_flops, read_metrics, train
+from k2mini.training.loop import Task, Throughput, read_metrics, train
 from k2mini.training.step import accumulate, build_optimizer, loss_sum, lr_at, train_step
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import section
@@ -300,17 +301,60 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
 
 
-def test_mfu_is_said_of_a_device_whose_peak_is_known_and_of_no_other(monkeypatch):
+CARDS = {
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA GH200 144G HBM3e": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA B300 SXM6 AC": 2250,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A40": 150,
+    "NVIDIA A10G": 70,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 5090": 209,
+    "NVIDIA RTX A6000": 155,
+    "NVIDIA RTX 6000 Ada Generation": 364,
+    "Tesla V100-SXM2-16GB": 125,
+    "Tesla V100-PCIE-32GB": 112,
+    "Tesla T4": 65,
+}
+OTHERS = [
+    "NVIDIA RTX A1000",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA RTX 6000",
+    "B9",
+]
+
+
+def test_peaks_of_cards_are_known_by_name_or_measured(monkeypatch):
+    monkeypatch.setattr(gpu, "product_rate", lambda _: 6.121e14)
+    measured = 6.121e14, "612 TFLOP/s measured"
+    expected = {name: (peak * 1e12, f"the data sheet's {peak} TFLOP/s") for name, peak in CARDS.items()}
+    expected |= dict.fromkeys([*OTHERS, "NVIDIA A100-SXM4-80GB MIG 1g.10gb"], measured)
+    for name, found in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert gpu.peak_flops(torch.device("cuda")) == found, name
+
+
+def test_mfu_is_said_of_a_gpu_and_of_no_cpu(monkeypatch, caplog):
     model, figures = tiny_llama(), {"loss": 1.0, "lr": 1e-3}
     line = Throughput(model, ALONE).line(figures, 1e9)
     assert re.fullmatch(r"loss 1\.000, lr 1\.0e-03, 1,000,000,000 tokens/s, [\d.]+ GiB", line)
-    names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA RTX A1000": None, "B9": None}
-    for name, peak in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert peak_flops(torch.device("cuda")) == peak
-    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(loop, "peak_flops", lambda _: (1e12, "1 TFLOP/s measured"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "B9")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
     trained = model.config.num_parameters() - model.model.embed_tokens.weight.numel()
-    assert f", MFU {6 * trained * 1e6 / 1e10:.0f} %, " in Throughput(model, ALONE).line(figures, 1e6)
+    with caplog.at_level("INFO"):
+        throughput = Throughput(model, World(device=torch.device("cuda")))
+    assert caplog.messages == ["MFU is the share of 1 TFLOP/s measured (B9)"]
+    assert f", MFU {6 * trained * 1e6 / 1e10:.0f} %, " in throughput.line(figures, 1e6)
 
 
 @pytest.mark.parametrize(("dtype", "bounds"), [(torch.bfloat16, [0, 3, 8, 10, 13, 16]), (torch.float32, None)])
