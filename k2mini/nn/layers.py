@@ -182,7 +182,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cached) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -229,9 +229,8 @@ class Attention(nn.Module):
         outs = []
         for document in zip(q.split(documents), k.split(documents), v.split(documents), strict=True):
             own_q, own_k, own_v = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, t, E)
-            causal = own_q.shape[2] > 1
-            out = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=causal, enable_gqa=self.grouped)
-            outs.append(out.squeeze(0).transpose(0, 1))
+            own = {"is_causal": own_q.shape[2] > 1, "enable_gqa": self.grouped}
+            outs.append(F.scaled_dot_product_attention(own_q, own_k, own_v, **own).squeeze(0).transpose(0, 1))
         return torch.cat(outs)
 
 
