@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
 from k2mini.nn.packed import varlen
-from k2mini.nn.slots import SlotLayer
+from k2mini.nn.slots import Cached, SlotLayer
 
 # Which positions a query attends to. (B or 1, 1, T, S) bool: those that are True. A list: the lengths of the documents
 # in all rows, row after row; (N+1) int32: their bounds, on a GPU. None: each row is one document.
