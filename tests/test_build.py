@@ -74,20 +74,20 @@ def test_the_allocator_of_the_user_stays(two_gpus):
 
 
 def test_too_little_memory_says_what_fits(monkeypatch):
-    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 16 * 2**30)
+    monkeypatch.setattr(k2mini.build, "free_memory", lambda _device: 16 * 2**30)
     seven_billion = 6_738_415_616
     with pytest.raises(ValueError, match=r"25.1 GiB, 16.0 GiB are free on cpu; --dtype float16, as stored"):
         check_memory(seven_billion, torch.float32, torch.float16, CPU)
     with pytest.raises(ValueError, match="--dtype bfloat16 fits"):
         check_memory(seven_billion, torch.float32, torch.float32, CUDA)
     check_memory(seven_billion, torch.float16, torch.float32, CUDA)
-    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 2**30)
+    monkeypatch.setattr(k2mini.build, "free_memory", lambda _device: 2**30)
     with pytest.raises(ValueError, match="use a device with more memory"):
         check_memory(seven_billion, torch.float16, torch.float16, CUDA)
 
 
 def test_a_conversion_that_does_not_fit_is_refused_before_it_starts(tiny_directory, monkeypatch):
-    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 1000)
+    monkeypatch.setattr(k2mini.build, "free_memory", lambda _device: 1000)
     with pytest.raises(ValueError, match="are free on cpu"):
         load_model(tiny_directory, dtype="bfloat16")
     load_model(tiny_directory)  # as stored, it is mapped from the file and needs no memory of its own
@@ -198,6 +198,27 @@ def test_training_that_repeats(two_gpus, monkeypatch):
     repeat_exactly()
     assert asked == [True]
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
+def test_compiled_blocks_keep_int8_for_the_backward_pass(tiny_directory, monkeypatch):
+    """And no floats made of it, which would be as large as a model that is not quantised."""
+    how, whole = {"backend": "aot_eager_decomp_partition"}, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: whole(module, **how))
+    torch._dynamo.reset()
+    section, base = TrainSection(lr=1e-3, max_steps=1, compile=True), ModelSection(str(tiny_directory), quantize="int8")
+    model, _ = training_model(base, section, ParallelSection(), World(), LoraSection(rank=2))
+    matrices = {tuple(p.shape) for p in model.parameters() if p.dtype == torch.int8}
+    kept = []
+
+    @torch.compiler.disable
+    def keep(tensor):
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    tokens = torch.randint(3, 199, (3, 50))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().loss(tokens, None, tokens).backward()
+    assert {dtype for shape, dtype in kept if shape in matrices or shape[::-1] in matrices} == {torch.int8}
 
 
 @pytest.mark.parametrize("recomputed", [0, 1])
