@@ -35,19 +35,23 @@ class SlotLayer(NamedTuple):
         batch, (q, k, v) = self.batch, (q[0], k[0], v[0])
         self.keys[batch.slots, :, batch.places] = k
         self.values[batch.slots, :, batch.places] = v
-        singles = len(batch.rows)
+        singles, grouped = len(batch.rows), q.shape[1] != k.shape[1]
         parts = []
         if singles:
             used, width = batch.mask.shape[0], batch.mask.shape[-1]
             spread = q.new_zeros(used, *q.shape[1:]).index_copy_(0, batch.slots[:singles], q[:singles])
-            out = attend_written(spread, self.keys[:used, :, :width], self.values[:used, :, :width], batch.mask)
+            keys, values = self.keys[:used, :, :width], self.values[:used, :, :width]
+            if q.device.type == "cpu":
+                out = attend_written(spread, keys, values, batch.mask)
+            else:
+                each = spread.unsqueeze(2)  # (S, H, 1, E)
+                out = F.scaled_dot_product_attention(each, keys, values, batch.mask, enable_gqa=grouped).squeeze(2)
             parts.append(out[batch.slots[:singles]])
         if batch.chunk is not None:
             slot, start, end = batch.chunk
             # (T, H, E) -> (1, H, T, E), over (1, K, end, E)
             own = q[singles : singles + end - start].transpose(0, 1).unsqueeze(0)
             keys, values = self.keys[slot : slot + 1, :, :end], self.values[slot : slot + 1, :, :end]
-            grouped = q.shape[1] != k.shape[1]
             causal = batch.chunk_mask is None
             out = F.scaled_dot_product_attention(
                 own, keys, values, attn_mask=batch.chunk_mask, is_causal=causal and end - start > 1, enable_gqa=grouped
