@@ -158,7 +158,8 @@ def make_trainable(
         check_compiler(device)
         for layer in model.model.layers:
             layer.compile(dynamic=None if lora is None else True)  # instructions come in rows of any number and length
-        if section.quantize is not None:  # or floats made of int8 would be kept from the forward to the backward pass
+        if section.quantize is not None and train.activation_checkpointing != 1:
+            # Or floats made of int8 would be kept from the forward to the backward pass.
             torch._functorch.config.ban_recompute_materialized_backward = False
     if mesh is not None:
         compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
