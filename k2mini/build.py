@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
-from k2mini.gpu import free_memory, use_gpu
+from k2mini.gpu import use_gpu
 from k2mini.model_config import tensor_shapes
 from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
@@ -26,7 +27,6 @@ from k2mini.weights.adapter import check_base, checked_adapter, load_adapter, me
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
 
 log = logging.getLogger(__name__)
-
 KINDS = {"int8": quant.Int8Linear, "w8a8": quant.DynamicLinear}
 
 
@@ -158,8 +158,7 @@ def make_trainable(
         check_compiler(device)
         for layer in model.model.layers:
             layer.compile(dynamic=None if lora is None else True)  # instructions come in rows of any number and length
-        if section.quantize is not None and train.activation_checkpointing != 1:
-            # Or floats made of int8 would be kept from the forward to the backward pass.
+        if section.quantize is not None and train.activation_checkpointing != 1:  # or its floats are kept, too
             torch._functorch.config.ban_recompute_materialized_backward = False
     if mesh is not None:
         compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
@@ -283,10 +282,19 @@ def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, d
     free, needed = free_memory(device), num_parameters * dtype.itemsize
     if needed <= free:
         return
-    remedy = "use a device with more memory"
+    half = dtype.itemsize > 2 and num_parameters * 2 <= free
+    remedy = "--dtype bfloat16 fits" if half else "use a device with more memory"
     if device.type == "cpu" and stored.itemsize < dtype.itemsize:
         remedy = f"--dtype {NAMES[stored]}, as stored, is read from the file and fits"
-    elif dtype.itemsize > 2 and num_parameters * 2 <= free:
-        remedy = "--dtype bfloat16 fits"
-    sizes = f"take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}"
-    raise ValueError(f"{num_parameters:,} weights in {NAMES[dtype]} {sizes}; {remedy}")
+    sizes = f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}"
+    raise ValueError(f"{num_parameters:,} weights in {NAMES[dtype]} take {sizes}; {remedy}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on a device, a CPU's too; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):  # elsewhere than on Linux
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    return float("inf")

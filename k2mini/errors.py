@@ -17,6 +17,7 @@ EXTRAS = {
     "gguf": "GGUF, the format of llama.cpp,",
     "tensorboard": "run.tensorboard",
 }
+REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"
 
 
 class StoppedBySignalError(Exception):

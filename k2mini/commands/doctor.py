@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from k2mini.errors import EXTRAS, sentence
+from k2mini.errors import EXTRAS, REINSTALL, sentence
 
 Result = tuple[str, str, str, str | None]  # name; passed, failed or skipped; what was found; what to do
-REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
