@@ -276,7 +276,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: 
 
 def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:
     """Raise ValueError, saying what would fit, where the weights alone are larger than the memory that is free."""
-    free, needed = _free_memory(device), num_parameters * dtype.itemsize
+    free, needed = free_memory(device), num_parameters * dtype.itemsize
     if needed <= free:
         return
     remedy = "use a device with more memory"
@@ -288,7 +288,7 @@ def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, d
     raise ValueError(f"{num_parameters:,} weights in {NAMES[dtype]} {sizes}; {remedy}")
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
     """Bytes that can be allocated; infinite where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from k2mini.commands import audit, demo, evaluation, inference, training, weights
+from k2mini.commands import audit, demo, evaluation, inference, serving, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("demo", demo.demo_arguments, "the whole pipeline in miniature, in minutes: start here", DEBUG)
     add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, COMPUTE)
     add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
+    add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", COMPUTE)
     add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
     add("config", training.config_arguments, "the keys of a run's configuration, or a file with all of them", DEBUG)
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)

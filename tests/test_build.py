@@ -74,20 +74,20 @@ def test_the_allocator_of_the_user_stays(two_gpus):
 
 
 def test_too_little_memory_says_what_fits(monkeypatch):
-    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 16 * 2**30)
+    monkeypatch.setattr(k2mini.build, "free_memory", lambda _device: 16 * 2**30)
     seven_billion = 6_738_415_616
     with pytest.raises(ValueError, match=r"25.1 GiB, 16.0 GiB are free on cpu; --dtype float16, as stored"):
         check_memory(seven_billion, torch.float32, torch.float16, CPU)
     with pytest.raises(ValueError, match="--dtype bfloat16 fits"):
         check_memory(seven_billion, torch.float32, torch.float32, CUDA)
     check_memory(seven_billion, torch.float16, torch.float32, CUDA)
-    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 2**30)
+    monkeypatch.setattr(k2mini.build, "free_memory", lambda _device: 2**30)
     with pytest.raises(ValueError, match="use a device with more memory"):
         check_memory(seven_billion, torch.float16, torch.float16, CUDA)
 
 
 def test_a_conversion_that_does_not_fit_is_refused_before_it_starts(tiny_directory, monkeypatch):
-    monkeypatch.setattr(k2mini.build, "_free_memory", lambda _device: 1000)
+    monkeypatch.setattr(k2mini.build, "free_memory", lambda _device: 1000)
     with pytest.raises(ValueError, match="are free on cpu"):
         load_model(tiny_directory, dtype="bfloat16")
     load_model(tiny_directory)  # as stored, it is mapped from the file and needs no memory of its own
