@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -12,8 +10,6 @@ from types import FrameType
 from k2mini.errors import StoppedBySignalError, need_extra
 from k2mini.serving.app import App
 from k2mini.serving.service import Service
-
-log = logging.getLogger(__name__)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -70,17 +66,24 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
 
     thread = threading.Thread(target=work, name="engine", daemon=True)
     thread.start()
-    quiet = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", loop="asyncio", timeout_graceful_shutdown=5, **quiet
-    )  # type: ignore[arg-type]
-    server = Server(config)
-    server.run(sockets=[listening])
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    Server(config).run(sockets=[listening])
     if failed:
         raise failed[0]
     if app.service is not None:
         app.service.engine.stop(drain=False)
         thread.join()
     if signals:
-        unfinished = app.service is None or server.force_exit
-        raise StoppedBySignalError(signals[0], "all at once" if unfinished else "every accepted request was answered")
+        left = app.active or app.service is None
+        raise StoppedBySignalError(signals[0], "at once" if left else "every accepted request was answered")

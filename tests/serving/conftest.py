@@ -114,7 +114,9 @@ def http_get(path, headers=()):
 def http_post(path, content, headers=()):
     kind = "" if any(name.lower() == "content-type" for name, _ in headers) else "Content-Type: application/json\r\n"
     host = "" if any(name.lower() == "host" for name, _ in headers) else "Host: localhost\r\n"
-    head = f"POST {path} HTTP/1.1\r\n{host}{kind}{_lines(headers)}Content-Length: {len(content)}\r\nConnection: close\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\n{host}{kind}{_lines(headers)}Content-Length: {len(content)}\r\nConnection: close\r\n"
+    )
     return head.encode("latin-1") + b"\r\n" + content
 
 

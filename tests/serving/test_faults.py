@@ -19,7 +19,10 @@ from tests.serving.conftest import Server, http_post, read_answer
 
 LONG = {"model": "tiny", "prompt": [5] * 20, "max_tokens": 900, "temperature": 0, "logit_bias": {"2": -100}}
 SHORT = {**LONG, "max_tokens": 3}
-PATHS = {"/v1/completions": {"prompt": "granite"}, "/v1/chat/completions": {"messages": [{"role": "user", "content": "granite"}]}}
+PATHS = {
+    "/v1/completions": {"prompt": "granite"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "granite"}]},
+}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -159,7 +162,27 @@ def test_what_is_no_request_for_this_server(server):
     assert server.ask("/v1/completions", SHORT, [("Content-Encoding", "gzip")])[0] == 415
 
 
-WORDS = [None, True, 0, -1, 1.5, 1e308, 10**400, "", "a", "\x00", "é" * 99, [], {}, [[]], [None], {"a": {}}, "granite", [5, 6], 2]
+WORDS = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e308,
+    10**400,
+    "",
+    "a",
+    "\x00",
+    "é" * 99,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {}},
+    "granite",
+    [5, 6],
+    2,
+]
 
 
 def mutated(rng, names):
@@ -191,9 +214,9 @@ def mutated(rng, names):
 @pytest.mark.parametrize("number", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_requests(server, number, capfd, caplog):
     """No traceback, no 500, and memory stays."""
-    from k2mini.serving import asked
+    from k2mini.serving import fields
 
-    names = sorted({*asked.COMPLETION, *asked.CHAT, *asked.IDLE, "tokens", "unheard_of"})
+    names = sorted({*fields.COMPLETION, *fields.CHAT, "tokens", "unheard_of"})
     rng, statuses, size = random.Random(17), [], 0
 
     def resident():
@@ -236,7 +259,9 @@ class Process:
     def wait_until_busy(self, slots, waiting=0):
         """Wait until so many slots are busy, and so many requests wait."""
         end = time.monotonic() + 30
-        while not {f"k2mini_slots_busy {slots}", f"k2mini_waiting {waiting}"} <= {*self.ask("/metrics")[2].decode().splitlines()}:
+        while not {f"k2mini_slots_busy {slots}", f"k2mini_waiting {waiting}"} <= {
+            *self.ask("/metrics")[2].decode().splitlines()
+        }:
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -259,7 +284,9 @@ def test_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory):
         with connection:
             status, _, content = read_answer(connection)
         assert status == 200
-        assert content.endswith(b"[DONE]\n\n") if number % 2 else json.loads(content)["usage"]["completion_tokens"] == 400
+        assert (
+            content.endswith(b"[DONE]\n\n") if number % 2 else json.loads(content)["usage"]["completion_tokens"] == 400
+        )
     out, err = running.process.communicate(timeout=30)
     assert running.process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in err

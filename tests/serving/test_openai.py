@@ -79,7 +79,12 @@ def test_sampling_settings_arrive(server, client, models):
     assert found.choices[0].text == expected(server, models["tiny"], PROMPT, seed=3, **settings, **more)
     token = server.tokenizer.encode_more("quartz")[0]
     found = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=3, temperature=0, logit_bias={str(token): 100}, extra_body={"return_token_ids": True}
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=3,
+        temperature=0,
+        logit_bias={str(token): 100},
+        extra_body={"return_token_ids": True},
     )
     assert found.choices[0].token_ids == [token] * 3
 
@@ -98,7 +103,13 @@ def test_chat_is_asked_as_in_the_terminal(server, client, models):
     turns = [*first, *tokenizer.encode_more("a rock"), tokenizer.eos_id, *encode_prompt(tokenizer, template, "basalt")]
     assert found.choices[0].prompt_token_ids == turns
     assert found.choices[0].message.content == expected(server, models["tiny"], turns, 9)
-    parts = [{"role": "user", "content": [{"type": "text", "text": "gra"}, {"type": "text", "text": "nite"}], "input": "rocks"}]
+    parts = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "gra"}, {"type": "text", "text": "nite"}],
+            "input": "rocks",
+        }
+    ]
     found = client.chat.completions.create(
         model="tiny", messages=parts, max_tokens=2, extra_body={"template": "vigogne", "return_token_ids": True}
     )
@@ -185,11 +196,15 @@ def test_offsets_are_where_tokens_begin(server, client):
     found = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, seed=2, logprobs=0, echo=True)
     text, scores = found.choices[0].text, found.choices[0].logprobs
     assert text.startswith(PROMPT)
-    plain = [(name, place) for name, place in zip(scores.tokens, scores.text_offset, strict=True) if name[0] not in "b<"]
+    plain = [
+        (name, place) for name, place in zip(scores.tokens, scores.text_offset, strict=True) if name[0] not in "b<"
+    ]
     assert len(plain) > 10
     for name, place in plain[1:]:
         assert name in text[place : place + len(name) + 3]  # bytes that are no character come with the next token
-    streamed = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, seed=2, logprobs=0, echo=True, stream=True)
+    streamed = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=30, seed=2, logprobs=0, echo=True, stream=True
+    )
     chunks = [chunk.choices[0] for chunk in streamed]
     assert "".join(chunk.text for chunk in chunks) == text
     assert [place for chunk in chunks for place in chunk.logprobs.text_offset] == scores.text_offset
@@ -260,7 +275,9 @@ def test_why(server, models):
         assert last["probability"] == pytest.approx(logprobs[tokens[-1]].exp().item(), rel=1e-3)
         assert last["rank"] == (logprobs > logprobs[tokens[-1]]).sum()
         top = logprobs.topk(5)
-        assert [text for text, _ in last["top"]] == [token_text(server.tokenizer, token) for token in top.indices.tolist()]
+        assert [text for text, _ in last["top"]] == [
+            token_text(server.tokenizer, token) for token in top.indices.tolist()
+        ]
         assert [p for _, p in last["top"]] == pytest.approx(top.values.exp().tolist(), rel=1e-3)
     assert server.ask("/k2mini/why", {"model": "tiny", "tokens": [1]})[0] == 400
 
