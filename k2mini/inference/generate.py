@@ -223,9 +223,14 @@ def steps(
 def _details(logits: Tensor, chosen: list[int], top_logprobs: int | None) -> list[Step]:
     if top_logprobs is None:
         return [Step(token) for token in chosen]
-    logprobs = log_softmax(logits)  # (B, V)
+    return step_details(logits, chosen, top_logprobs)
+
+
+def step_details(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Step]:
+    """Tokens with their log-probabilities and those of the likeliest, of logits (N, V)."""
+    logprobs = log_softmax(logits)  # (N, V)
     own = logprobs.gather(-1, torch.tensor(chosen, device=logits.device)[:, None]).squeeze(-1).tolist()
-    values, ids = logprobs.topk(min(top_logprobs, logprobs.shape[-1]), dim=-1)
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
     return [
         Step(token, logprob, tuple(zip(names, scores, strict=True)))
         for token, logprob, names, scores in zip(chosen, own, ids.tolist(), values.tolist(), strict=True)

@@ -27,6 +27,11 @@ class Sampling:
             and multiplied where negative (Keskar et al. 2019, arXiv 1909.05858, section 4.1); 1 changes nothing.
         no_repeat_ngram_size: no n tokens in a row occur twice, those of the prompt included; 0 is off.
         forbidden: ids that are never chosen.
+        min_p: keep the tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024, arXiv
+            2407.01082); 0 keeps all.
+        presence_penalty, frequency_penalty: subtracted from the logits of new tokens that have occurred, once or as
+            often as they have (OpenAI's API).
+        logit_bias: (id, what is added to its logit).
 
     Raises ValueError where a value is out of range.
     """
@@ -37,6 +42,10 @@ class Sampling:
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     forbidden: tuple[int, ...] = ()
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -51,11 +60,18 @@ class Sampling:
             raise ValueError(f"--no-repeat-ngram-size must be 0 (off) or positive, not {self.no_repeat_ngram_size}")
         if any(token < 0 for token in self.forbidden):
             raise ValueError(f"forbidden must be token ids, not {min(self.forbidden)}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, not {self.min_p}")
 
     @property
     def looks_back(self) -> bool:
         """Whether the choice depends on a row's tokens so far."""
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+
+    @property
+    def counts_new(self) -> bool:
+        """Whether it depends on how often a row's new tokens have occurred."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def as_history(rows: Sequence[Sequence[int]], more: int, device: torch.device) -> Tensor:
@@ -99,12 +115,31 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
-def constrain(logits: Tensor, sampling: Sampling, history: Tensor | None) -> Tensor:
-    """Apply repetition penalty, n-gram ban and forbidden tokens to logits or log-probabilities. (B, V) -> (B, V).
+def penalize_new(logits: Tensor, new: Tensor, presence: float, frequency: float) -> Tensor:
+    """Subtract the penalties of tokens that occur in new (B, T), where -1 is none. (B, V) -> (B, V)."""
+    width = logits.shape[-1]
+    counts = logits.new_zeros(logits.shape[0], width + 1)
+    counts.scatter_add_(
+        1, torch.where((new < 0) | (new >= width), width, new), torch.ones_like(new, dtype=logits.dtype)
+    )
+    counts = counts[:, :width]
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def constrain(logits: Tensor, sampling: Sampling, history: Tensor | None, new: Tensor | None = None) -> Tensor:
+    """Apply bias, penalties, n-gram ban and forbidden tokens to logits or log-probabilities. (B, V) -> (B, V).
 
     Args:
         history: (B, T), each row's tokens so far, prompt included, as of `as_history`; None: not `sampling.looks_back`.
+        new: those without the prompt; None: not `sampling.counts_new`.
     """
+    for token, bias in sampling.logit_bias:
+        if token < logits.shape[-1]:
+            logits = logits.index_add(
+                1, torch.tensor([token], device=logits.device), logits.new_full((len(logits), 1), bias)
+            )
+    if new is not None:
+        logits = penalize_new(logits, new, sampling.presence_penalty, sampling.frequency_penalty)
     if history is not None and sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
         less_likely = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -119,12 +154,16 @@ def constrain(logits: Tensor, sampling: Sampling, history: Tensor | None) -> Ten
 
 
 def transform(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, then top-p, in `promote_types(logits.dtype, float32)`. (B, V) -> (B, V)."""
+    """Temperature, then top-k, top-p and min-p, in `promote_types(logits.dtype, float32)`. (B, V) -> (B, V)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p:
+        probabilities = logits.softmax(dim=-1)
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, -torch.inf)
     return logits
 
 
@@ -134,17 +173,23 @@ def uniforms(seeds: Sequence[int], number: int) -> Tensor:
     return torch.stack(rows) * (1 - 2**-40)  # times a sum, it stays below the sum
 
 
-def sample(logits: Tensor, sampling: Sampling, drawn: Tensor | None = None, history: Tensor | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    sampling: Sampling,
+    drawn: Tensor | None = None,
+    history: Tensor | None = None,
+    new: Tensor | None = None,
+) -> Tensor:
     """Choose each row's next token, on the logits' device; the host waits for nothing.
 
     Args:
         logits: (B, V).
         drawn: (B,) of `uniforms`. Not used when greedy.
-        history: as in `constrain`.
+        history, new: as in `constrain`.
 
     Returns: (B,) int64.
     """
-    logits = constrain(logits, sampling, history)
+    logits = constrain(logits, sampling, history, new)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     assert drawn is not None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
 from k2mini.nn.kv_cache import LayerCache
+from k2mini.nn.slots import SlotLayer
 
 # Which positions a query attends to. A tensor: (B or 1, 1, T, S) bool, True where it does. A list: the lengths of the
 # documents in all rows, row after row. None: each row is one document.
@@ -185,7 +186,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -197,6 +198,8 @@ class Attention(nn.Module):
         if isinstance(mask, list):
             out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
             return self.o_proj(out.view(batch_size, num_tokens, -1))
+        if isinstance(cache, SlotLayer):
+            return self.o_proj(cache.attend(q, k, v).view(batch_size, num_tokens, -1))
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
         else:

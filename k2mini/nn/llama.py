@@ -26,6 +26,9 @@ from k2mini.model_config import ModelConfig
 from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
+from k2mini.nn.slots import SlotBatch, SlotLayer
+
+Cache = KVCache | SlotBatch | None
 
 
 class MLP(nn.Module):
@@ -59,7 +62,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.hook is None:
             x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -109,7 +112,7 @@ class Decoder(nn.Module):
         self.decode_block: Callable[..., Tensor] | None = None  # a block's call for single tokens over a fixed cache
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
         """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward`."""
         num_tokens = tokens.shape[1]
         if positions is not None and positions.shape != tokens.shape:
@@ -158,7 +161,7 @@ class Llama(nn.Module):
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
         self.gathered_dtype: torch.dtype | None = None  # sharded weights are cast to it as they are gathered
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
         """Logits of the token after each one given.
 
         Args:
@@ -174,7 +177,7 @@ class Llama(nn.Module):
             return self.decode_logits(self, hidden)
         return self.logits(hidden) if self.hook is None else self.hook("logits", self.logits(hidden))
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
         """The final norm's output, of which `forward` makes logits: (B, T, D)."""
         return self.model(tokens, positions, cache)
 

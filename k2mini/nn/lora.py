@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from k2mini.config import LoraSection
 from k2mini.distributed import fill, local_part
 from k2mini.nn.layers import Linear, product
 from k2mini.nn.quant import Int8Linear, int8_product
+
+# An adapter that does not train: module name -> A (R, in), B (out, R), scaling.
+Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -101,3 +106,43 @@ def merged_weight(weight: Tensor, *adapters: tuple[Tensor, Tensor, float]) -> Te
     if not torch.isfinite(merged).all():
         raise ValueError(f"merging gives values that are not finite in {weight.dtype}")
     return merged
+
+
+class StackedLora(Linear):
+    """A linear layer and several adapters, in inference: each token has one of them, or none.
+
+    Attributes:
+        parts: which of N tokens have which adapter; -1 is none. No product has a single row, so a token's bits do not
+            depend on its company.
+    """
+
+    def __init__(self, base: Linear, adapters: Mapping[int, tuple[Tensor, Tensor, float]]) -> None:
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features)
+        self.weight = base.weight
+        self.base, self.adapters = base, adapters  # number -> A (R, in), B (out, R), scaling
+        self.parts: list[tuple[int, slice]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, N, in) -> (1, N, out)."""
+        out: Tensor = self.base(x)
+        for number, part in self.parts:
+            if number in self.adapters:
+                lora_a, lora_b, scaling = self.adapters[number]
+                rows = x[0, part]
+                doubled = rows if len(rows) > 1 else rows.expand(2, -1)
+                out[0, part] += (product(product(doubled, lora_a), lora_b) * scaling)[: len(rows)]
+        return out
+
+
+def stack_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> list[StackedLora]:
+    """Put several adapters beside the model's linear layers."""
+    stacked = []
+    for name in sorted({name for adapter in adapters for name in adapter}):
+        parent, _, child = name.rpartition(".")
+        base = model.get_submodule(name)
+        assert isinstance(base, Linear)
+        layer = StackedLora(base, {number: adapter[name] for number, adapter in enumerate(adapters) if name in adapter})
+        setattr(model.get_submodule(parent), child, layer)
+        stacked.append(layer)
+    return stacked

@@ -16,7 +16,9 @@ from k2mini.distributed import fill
 from k2mini.errors import short
 from k2mini.files import check_output, new_directory, read_json
 from k2mini.model_config import number, tensor_shapes
-from k2mini.nn.lora import TARGETS, lora_modules, merged_weight
+from k2mini.nn.layers import Linear
+from k2mini.nn.llama import Llama
+from k2mini.nn.lora import TARGETS, Adapter, lora_modules, merged_weight
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, read_manifest
 from k2mini.weights.model_files import find_tokenizer, save_model, write_manifest
 from k2mini.weights.stream import Tensors, Written, write_safetensors
@@ -184,6 +186,27 @@ def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> Non
             raise ValueError(f"{directory}: {name} has another shape than the model's")
         fill(module.lora_A, lora_a)
         fill(module.lora_B, lora_b)
+
+
+def load_adapters(model: Llama, base: ModelDirectory, directories: Mapping[str, Path]) -> dict[str, Adapter]:
+    """Adapters by name, in the dtype and on the device of a model that was loaded from `base`; it stays as it is.
+
+    Raises ValueError, naming the directory, where one does not fit.
+    """
+    loaded: dict[str, Adapter] = {}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name, directory in directories.items():
+        section = checked_adapter(directory, base)
+        loaded[name] = adapter = {
+            module: (lora_a.to(model.device, model.dtype), lora_b.to(model.device, model.dtype), section.scaling)
+            for module, (lora_a, lora_b) in read_adapter(directory, section).items()
+        }
+        for module, (lora_a, lora_b, _) in adapter.items():
+            if module not in modules:
+                raise ValueError(f"{directory}: {module} is not in the model; they do not belong together")
+            if modules[module].weight.shape != (lora_b.shape[0], lora_a.shape[1]):
+                raise ValueError(f"{directory}: {module} has another shape than the model's")
+    return loaded
 
 
 def merge_adapters(

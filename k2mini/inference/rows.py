@@ -1,0 +1,104 @@
+"""The rows of the engine: who is in which slot, and the choice of their next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2mini.inference.generate import Step, step_details
+from k2mini.inference.request import Prompt, Request
+from k2mini.inference.sampling import Sampling, as_history, sample
+
+
+@dataclass
+class Row:
+    """A request in its slot.
+
+    Attributes:
+        number: of requests before it.
+        most: tokens that it may get.
+        adapter: its number; -1 is the base.
+        length: tokens in the cache.
+        reused: those of them that stood in the cache already.
+        new: the answer so far.
+        draws: (most,) float64, one a token.
+    """
+
+    request: Request
+    number: int
+    most: int
+    adapter: int
+    length: int = 0
+    reused: int = 0
+    new: list[int] = field(default_factory=list)
+    draws: Tensor | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's tokens."""
+        return self.request.tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the whole prompt has been read."""
+        return self.length >= len(self.prompt)
+
+
+@dataclass
+class Slot:
+    """A row of the cache: who uses it, and what stays in it for requests that begin alike.
+
+    Attributes:
+        tokens: whole chunks of a prompt, from its first token on, made with `adapter`.
+        scores: their log-probabilities and the one after them, where they were asked for, with `num_top` likeliest
+            tokens each; otherwise num_top is -1.
+        used: the step in which its last request ended.
+    """
+
+    number: int
+    row: Row | None = None
+    tokens: list[int] = field(default_factory=list)
+    adapter: int = -1
+    scores: Prompt = field(default_factory=lambda: Prompt([], []))
+    num_top: int = -1
+    used: int = 0
+
+
+def choose(rows: Sequence[Row], logits: Tensor) -> list[Step | None]:
+    """Each row's next token; None where its logits are not finite. logits: (N, V). A GPU is waited for once."""
+    finite = logits.amax(dim=-1).isfinite()
+    places, parts = [], [finite.long()]
+    for sampling, group in _groups([row.request.decoding.sampling for row in rows]):
+        parts.append(_sample([rows[place] for place in group], logits[group], sampling))
+        places += group
+    values = torch.cat(parts).tolist()
+    good, picked = values[: len(rows)], values[len(rows) :]
+    steps: list[Step | None] = [None] * len(rows)
+    for place, token in zip(places, picked, strict=True):
+        steps[place] = Step(token)
+    for number, group in _groups([row.request.decoding.top_logprobs for row in rows]):
+        if number is not None:
+            tokens = [step.token for place in group if (step := steps[place]) is not None]
+            for place, step in zip(group, step_details(logits[group], tokens, number), strict=True):
+                steps[place] = step
+    return [step if good[place] else None for place, step in enumerate(steps)]
+
+
+def _groups(keys: Sequence[Hashable]) -> Iterator[tuple[Any, list[int]]]:
+    """The places of equal keys."""
+    for key in dict.fromkeys(keys):
+        yield key, [place for place, other in enumerate(keys) if other == key]
+
+
+def _sample(rows: Sequence[Row], logits: Tensor, sampling: Sampling) -> Tensor:
+    """The next tokens of rows of the same settings, on the logits' device. (N, V) -> (N,) int64."""
+    device, drawn = logits.device, None
+    if sampling.temperature:
+        drawn = torch.stack([row.draws[len(row.new)] for row in rows if row.draws is not None]).to(device)
+    history = as_history([row.prompt + row.new for row in rows], 0, device) if sampling.looks_back else None
+    new = as_history([row.new for row in rows], 0, device) if sampling.counts_new else None
+    return sample(logits, sampling, drawn, history, new)
