@@ -91,7 +91,7 @@ def get_template(name: str) -> Template:
 def encode_prompt(
     tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str = ""
 ) -> list[int]:
-    """The token ids, BOS first, of an instruction and its input in a template, and of what stands before a conversation.
+    """The token ids, BOS first, of an instruction and its input in a template; `system` begins a conversation.
 
     Raises ValueError where the instruction is empty.
     """

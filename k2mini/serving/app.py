@@ -94,9 +94,9 @@ class Call:
         every = {
             "content-type": kind,
             **self.more,
-            **{name.replace("_", "-"): value for name, value in headers.items()},
+            **headers,
         }
-        encoded = [(name.encode(), str(value).encode("latin-1")) for name, value in every.items()]
+        encoded = [(name.replace("_", "-").encode(), str(value).encode("latin-1")) for name, value in every.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def write(self, content: bytes, *, more: bool = False) -> None:

@@ -135,8 +135,8 @@ def _limit(given: Mapping[str, Any], served: Served) -> int | None:
     limit = given[names[0]] if names else None
     if len(names) > 1:
         raise refuse(names[1], "and `max_tokens` are the same; leave one")
-    if limit is not None and limit > (served.max_tokens or limit):
-        raise refuse(names[0], f"must be at most {served.max_tokens}, not {limit}")
+    if limit is not None and limit > (most := served.max_tokens or served.capacity):
+        raise refuse(names[0], f"must be at most {most:,}, not {limit}")
     return limit
 
 

@@ -57,7 +57,8 @@ class Choice:
         self._before = self._place = 0  # characters of the prompt, and of all text so far
         self._held: list[Token] = []
         self._keep_eos, self._eos = not asked.chat and top is not None, False
-        self.made, self.end = 0, None
+        self.made = 0
+        self.end: End | None = None
         self.started, self.first, self.last = time.perf_counter(), 0.0, 0.0
         if asked.echo and scored is None:
             self._echo(None)
@@ -70,7 +71,7 @@ class Choice:
             elif self.end is None:
                 self._take(event)
         except ValueError as error:  # a damaged tokenizer
-            self.end: End | None = End("error", str(error))
+            self.end = End("error", str(error))
             self._put(Part(self.index, end=self.end))
         return self._eos or self._text.stopped or self.end is not None
 

@@ -70,7 +70,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), between(float, -100, 100)(bias)) for token, bias in value.items())
 
 
-FLAG, ROWS, TOP, NEW = only(bool), between(int, 1, MOST_ROWS), between(int, 0, 20), between(int, 1, 2**31)
+FLAG, ROWS, TOP = only(bool), between(int, 1, MOST_ROWS), between(int, 0, 20)
 SAMPLING: dict[str, Check] = {
     "temperature": between(float, 0, 2),
     "top_p": between(float, 1e-6, 1),
@@ -86,40 +86,36 @@ IDLE: dict[str, Check] = {
     **dict.fromkeys(("tools", "functions"), only([])),
     **dict.fromkeys(("tool_choice", "function_call"), only("none", "auto")),
     **dict.fromkeys(("audio", "prediction", "verbosity", "web_search_options"), only()),
-    **{"metadata": only(dict), "store": only(False), "suffix": only(""), "parallel_tool_calls": FLAG},
-    **{"response_format": only({"type": "text"}), "modalities": only(["text"]), "reasoning_effort": only("none")},
+    "metadata": only(dict),
+    "store": only(False),
+    "suffix": only(""),
+    "response_format": only({"type": "text"}),
+    "modalities": only(["text"]),
+    "parallel_tool_calls": FLAG,
+    "reasoning_effort": only("none"),
     "service_tier": only("auto", "default"),
 }
-USAGE = only({}, {"include_usage": True}, {"include_usage": False})
-SEED = between(int, -(2**62), 2**62)
-SHARED: dict[str, Check] = dict(
-    SAMPLING | IDLE,
-    model=only(str),
-    stream=FLAG,
-    stream_options=USAGE,
-    n=ROWS,
-    stop=_stops,
-    seed=SEED,
-    return_token_ids=FLAG,
-)
+SHARED: dict[str, Check] = {
+    **SAMPLING,
+    **IDLE,
+    **dict.fromkeys(("stream", "return_token_ids"), FLAG),
+    "stream_options": only({}, {"include_usage": True}, {"include_usage": False}),
+    "model": only(str),
+    "n": ROWS,
+    "stop": _stops,
+    "seed": between(int, -(2**62), 2**62),
+}
 COMPLETION: dict[str, Check] = dict(
     SHARED, prompt=only(str, list), echo=FLAG, best_of=ROWS, logprobs=TOP, max_tokens=between(int, 0, 2**31)
 )
-CHAT: dict[str, Check] = dict(
-    SHARED,
-    messages=only(list),
-    template=only(*TEMPLATES),
-    logprobs=FLAG,
-    top_logprobs=TOP,
-    max_tokens=NEW,
-    max_completion_tokens=NEW,
-)
-MESSAGE: dict[str, Check] = dict(
-    dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "annotations"), only([])),
-    role=only("system", "developer", "user", "assistant"),
-    content=only(str, list),
-    input=only(str),
-)
+CHAT: dict[str, Check] = dict(SHARED, messages=only(list), template=only(*TEMPLATES), logprobs=FLAG, top_logprobs=TOP)
+CHAT |= dict.fromkeys(("max_tokens", "max_completion_tokens"), between(int, 1, 2**31))
+MESSAGE: dict[str, Check] = {
+    **dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "annotations"), only([])),
+    "role": only("system", "developer", "user", "assistant"),
+    "content": only(str, list),
+    "input": only(str),
+}
 
 
 def read(body: Mapping[str, Any], fields: Mapping[str, Check]) -> dict[str, Any]:

@@ -61,7 +61,9 @@ class Service:
         given = read(body, {"model": only(str), "prompt": only(str), "add_special_tokens": FLAG})
         tokenizer, text, bos = self.served.tokenizer, given.get("prompt", ""), given.get("add_special_tokens", True)
         control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
-        tokens = control.get(text) or await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
+        tokens = (
+            control[text] if text in control else await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
+        )
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.served.capacity}
 
     async def detokenize(self, body: dict[str, Any]) -> dict[str, Any]:

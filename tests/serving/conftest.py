@@ -31,7 +31,7 @@ class SlowEngine(Engine):
     delay = 0.0
 
     def step(self) -> bool:
-        if self.delay and any(slot.row is not None for slot in self._slots):
+        if self.delay and self._scheduler.free < self.slots:
             time.sleep(self.delay)
         return super().step()
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_pages_of_other_sites_can_not_ask(server, tiny_directory):
     assert (status, headers["access-control-allow-origin"]) == (200, "https://friend.example")
     assert allowing.ask("/v1/completions", SHORT, [("Origin", "https://evil.example")])[0] == 403
     with allowing.raw(b"OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                      b"Origin: https://friend.example\r\nAccess-Control-Request-Method: POST\r\n\r\n") as connection:  # fmt: skip
+                      b"Origin: https://friend.example\r\n\r\n") as connection:  # fmt: skip
         status, headers, _ = read_answer(connection)
     assert (status, "content-type" in headers["access-control-allow-headers"]) == (204, True)
     allowing.stop()
@@ -220,7 +221,7 @@ def test_malformed_requests(server, number, capfd, caplog):
     rng, statuses, size = random.Random(17), [], 0
 
     def resident():
-        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")  # noqa: SIM115
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def send(request):
         with server.raw(request) as connection:
@@ -259,9 +260,8 @@ class Process:
     def wait_until_busy(self, slots, waiting=0):
         """Wait until so many slots are busy, and so many requests wait."""
         end = time.monotonic() + 30
-        while not {f"k2mini_slots_busy {slots}", f"k2mini_waiting {waiting}"} <= {
-            *self.ask("/metrics")[2].decode().splitlines()
-        }:
+        wanted = {f"k2mini_slots_busy {slots}", f"k2mini_waiting {waiting}"}
+        while not wanted <= {*self.ask("/metrics")[2].decode().splitlines()}:
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -269,7 +269,7 @@ class Process:
 def test_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory):
     running = Process("--model", tiny_directory, "--adapter", f"rocks={adapter_directory}", "--port", 0, "--slots", 2)
     assert running.line.endswith(f"serves {tiny_directory.name}, rocks: 2 slots of 1,024 tokens\n")
-    asked = {**LONG, "model": "rocks", "max_tokens": 400}
+    asked = {**LONG, "model": "rocks", "max_tokens": 100}
     connections = [running.post("/v1/completions", {**asked, "stream": bool(number % 2)}) for number in range(6)]
     running.wait_until_busy(2, waiting=4)
     running.process.send_signal(signal.SIGTERM)
@@ -284,14 +284,13 @@ def test_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory):
         with connection:
             status, _, content = read_answer(connection)
         assert status == 200
-        assert (
-            content.endswith(b"[DONE]\n\n") if number % 2 else json.loads(content)["usage"]["completion_tokens"] == 400
-        )
-    out, err = running.process.communicate(timeout=30)
+        assert number % 2 or json.loads(content)["usage"]["completion_tokens"] == 100
+        assert content.endswith(b"[DONE]\n\n" if number % 2 else b"}")
+    _, err = running.process.communicate(timeout=30)
     assert running.process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in err
     assert "every accepted request was answered" in err.splitlines()[-1]
-    assert re.search(r"POST /v1/completions 200 [\d.]+ s, 20 \+ 400 tokens", err)
+    assert re.search(r"POST /v1/completions 200 [\d.]+ s, 20 \+ 100 tokens", err)
 
 
 def test_a_killed_server_leaves_its_port_and_a_second_signal_ends(tiny_directory):
@@ -304,7 +303,7 @@ def test_a_killed_server_leaves_its_port_and_a_second_signal_ends(tiny_directory
     with running.post("/v1/completions", {**LONG, "n": 30}):
         running.wait_until_busy(1, waiting=29)
         running.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(0.2)
         assert running.process.poll() is None
         running.process.send_signal(signal.SIGINT)
         _, err = running.process.communicate(timeout=30)

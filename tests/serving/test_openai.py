@@ -118,8 +118,9 @@ def test_chat_is_asked_as_in_the_terminal(server, client, models):
 
 
 def test_without_a_limit_a_chat_goes_on_to_the_end_of_the_context(server, client):
-    messages = [{"role": "user", "content": "granite"}]
+    messages = [{"role": "user", "content": "granite " * 450}]
     found = client.chat.completions.create(model="tiny", messages=messages, temperature=0, logit_bias={"5": 100})
+    assert 10 < found.usage.completion_tokens < 200
     assert (found.choices[0].finish_reason, found.usage.total_tokens) == ("length", server.engine.capacity)
 
 
@@ -211,7 +212,7 @@ def test_offsets_are_where_tokens_begin(server, client):
 
 
 def test_eos_is_a_token_of_a_scored_completion(server, client):
-    """lm-evaluation-harness leaves out the last token as the new one; were there none, it would miss one of the text."""
+    """lm-evaluation-harness leaves out the last token as the new one; without any it would miss one of the text."""
     tokenizer = server.tokenizer
     asked = {"model": "tiny", "max_tokens": 5, "temperature": 0, "logit_bias": {str(tokenizer.eos_id): 100}}
     found = client.completions.create(**asked, prompt=[5, 20, 40], logprobs=1, echo=True)
@@ -295,9 +296,8 @@ def test_info_health_and_metrics(server):
     assert values["k2mini_slots_busy"] == values["k2mini_waiting"] == 0
     assert values["k2mini_new_tokens_total"] >= 4
     for name in ("k2mini_time_to_first_token_seconds", "k2mini_time_per_token_seconds"):
-        buckets = [value for key, value in values.items() if key.startswith(f"{name}_bucket")]
-        assert buckets == sorted(buckets)
-        assert buckets[-1] == values[f"{name}_count"] > 0
+        assert values[f"{name}_count"] > 0
+        assert values[f"{name}_sum"] > 0
 
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "granite"}], "max_tokens": 2}
