@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,9 +48,8 @@ def test_a_slot_is_free_two_steps_after_its_client_has_gone(server, stream, when
             server.wait_until(lambda counts: counts.new_tokens > made + 2)
         connection.close()
         step = server.engine.counts.steps
-        server.wait_until(lambda counts: counts.cancelled == before + 1)
+        server.wait_until(lambda counts: counts.cancelled == before + 1 and counts.slots_busy == len(others))
         assert server.engine.counts.steps <= step + 2
-        assert server.engine.counts.slots_busy == len(others)
         if when == "prefill":
             assert server.engine.counts.new_tokens == made
         for other in others:
@@ -249,20 +249,29 @@ class Process:
 
     def __init__(self, *arguments):
         command = [sys.executable, "-m", "k2mini", "serve", "--threads", "1", *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would stop it)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.err, text=True, cwd=ROOT)
         self.line = self.process.stdout.readline()
         found = re.match(r"http://127\.0\.0\.1:(\d+) serves", self.line)
-        assert found, self.process.communicate()[1]
+        assert found, self.end()
         self.port = int(found[1])
 
     ask, post, raw = Server.ask, Server.post, Server.raw
+
+    def end(self, *signals):
+        """Send it signals. Returns its exit status, and what it said, once it has ended."""
+        for number in signals:
+            self.process.send_signal(number)
+        self.process.communicate(timeout=30)
+        self.err.seek(0)
+        return self.process.returncode, self.err.read()
 
     def wait_until_busy(self, slots, waiting=0):
         """Wait until so many slots are busy, and so many requests wait."""
         end = time.monotonic() + 30
         wanted = {f"k2mini_slots_busy {slots}", f"k2mini_waiting {waiting}"}
         while not wanted <= {*self.ask("/metrics")[2].decode().splitlines()}:
-            assert time.monotonic() < end
+            assert time.monotonic() < end, self.end(signal.SIGKILL)
             time.sleep(0.01)
 
 
@@ -286,8 +295,8 @@ def test_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory):
         assert status == 200
         assert number % 2 or json.loads(content)["usage"]["completion_tokens"] == 100
         assert content.endswith(b"[DONE]\n\n" if number % 2 else b"}")
-    _, err = running.process.communicate(timeout=30)
-    assert running.process.returncode == 128 + signal.SIGTERM
+    status, err = running.end()
+    assert status == 128 + signal.SIGTERM
     assert "Traceback" not in err
     assert "every accepted request was answered" in err.splitlines()[-1]
     assert re.search(r"POST /v1/completions 200 [\d.]+ s, 20 \+ 100 tokens", err)
@@ -297,17 +306,15 @@ def test_a_killed_server_leaves_its_port_and_a_second_signal_ends(tiny_directory
     killed = Process("--model", tiny_directory, "--port", 0)
     with killed.post("/v1/completions", LONG):
         killed.wait_until_busy(1)
-        killed.process.kill()
-        killed.process.communicate()
+        killed.end(signal.SIGKILL)
     running = Process("--model", tiny_directory, "--port", killed.port, "--slots", 1)
     with running.post("/v1/completions", {**LONG, "n": 30}):
         running.wait_until_busy(1, waiting=29)
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         assert running.process.poll() is None
-        running.process.send_signal(signal.SIGINT)
-        _, err = running.process.communicate(timeout=30)
-    assert running.process.returncode == 128 + signal.SIGTERM
+        status, err = running.end(signal.SIGINT)
+    assert status == 128 + signal.SIGTERM
     assert "Traceback" not in err
 
 
