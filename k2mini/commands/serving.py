@@ -72,6 +72,9 @@ def run_serve(options: argparse.Namespace) -> None:
     directory = ModelDirectory(options.model)
     directory.require_model()
     directory.require_tokenizer()
+    base = "pretrain" if options.demo else directory.path.resolve().name
+    if base in adapters:
+        raise ValueError(f"--adapter {base} has the name of the model")
     for path in adapters.values():
         checked_adapter(path, directory)
     template = options.template or _template([*adapters.values()])
@@ -89,7 +92,7 @@ def run_serve(options: argparse.Namespace) -> None:
         log.info("chats are asked in the template %s", template)
 
     app = App(Access(keys, options.cors, LOOPBACK if local and not keys else ()))
-    serve(app, listening, partial(_load, options, directory, adapters, template), ready)
+    serve(app, listening, partial(_load, options, directory, base, adapters, template), ready)
 
 
 def _template(adapters: list[Path]) -> str:
@@ -107,7 +110,9 @@ def _template(adapters: list[Path]) -> str:
     return found.pop() if found else InstructionSection.template
 
 
-def _load(options: argparse.Namespace, directory: ModelDirectory, adapters: dict[str, Path], template: str) -> Service:
+def _load(
+    options: argparse.Namespace, directory: ModelDirectory, base: str, adapters: dict[str, Path], template: str
+) -> Service:
     """The model with its adapters, in an engine whose slots are as long as the model's context, or as memory allows."""
     from k2mini.build import free_memory, open_model
     from k2mini.inference.compile import compile_decoding
@@ -134,8 +139,5 @@ def _load(options: argparse.Namespace, directory: ModelDirectory, adapters: dict
         queue=options.queue,
         adapters=load_adapters(model, directory, adapters),
     )
-    base = "pretrain" if options.demo else directory.path.resolve().name
-    if base in adapters:
-        raise ValueError(f"--adapter {base} has the name of the model")
-    models = {base: None, **{name: name for name in adapters}}
+    models = {name: name if name in adapters else None for name in (base, *adapters)}
     return Service(engine, Served(tokenizer, models, template, capacity, options.max_tokens, options.seed))

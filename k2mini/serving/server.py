@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from k2mini.errors import StoppedBySignalError, need_extra
 from k2mini.serving.app import App
@@ -66,19 +67,9 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
 
     thread = threading.Thread(target=work, name="engine", daemon=True)
     thread.start()
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    Server(config).run(sockets=[listening])
+    plain: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "loop": "asyncio", "server_header": False}
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}  # the app logs
+    Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **plain, **quiet)).run(sockets=[listening])
     if failed:
         raise failed[0]
     if app.service is not None:

@@ -20,6 +20,7 @@ from tests.serving.conftest import Server
 # Its prompts end without white space, which the harness would take for the answer's.
 CONFIG = EvalConfig(template="alpaca_legacy")
 
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, llama_tokenizer):
     """A tiny random model with LLaMA's own tokenizer."""
