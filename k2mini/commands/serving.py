@@ -104,9 +104,7 @@ def _template(adapters: list[Path]) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):
             found.add(str(read_json(path.parent / "config.yaml")["data"]["template"]))
     if len(found) > 1:
-        raise ValueError(
-            f"the adapters were tuned with {' and '.join(sorted(found))}; --template says with which to ask"
-        )
+        raise ValueError(f"the adapters were tuned with {' and '.join(sorted(found))}; --template names the one to use")
     return found.pop() if found else InstructionSection.template
 
 

@@ -73,7 +73,9 @@ class Access:
         key = headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin-1")
         known = [hmac.compare_digest(key, each) for each in self.keys]  # all of them, in any case
         if self.keys and not public and not any(known):
-            raise RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
+            raise RefusedError(
+                401, "the API key is missing or wrong", None, "invalid_api_key", www_authenticate="Bearer"
+            )
 
 
 class Call:
@@ -91,12 +93,8 @@ class Call:
     async def start(self, status: int, kind: str, **headers: Any) -> None:
         """Send the status and the headers."""
         self.status = status
-        every = {
-            "content-type": kind,
-            **self.more,
-            **headers,
-        }
-        encoded = [(name.replace("_", "-").encode(), str(value).encode("latin-1")) for name, value in every.items()]
+        every = ({"content-type": kind} | self.more | headers).items()
+        encoded = [(name.replace("_", "-").encode(), str(value).encode("latin-1")) for name, value in every]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def write(self, content: bytes, *, more: bool = False) -> None:

@@ -34,7 +34,7 @@ def between(kind: type, low: float, high: float) -> Check:
 
     def check(value: Any) -> Any:
         if type(value) not in (int, kind) or not low <= value <= high:
-            raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low:g} to {high:g}")
+            raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low:,} to {high:,}")
         return kind(value)
 
     return check

@@ -58,9 +58,8 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
 
     def work() -> None:
         try:
-            service = load()
-            ready(service)
-            app.service = service
+            app.service = service = load()
+            ready(service)  # only now: whoever reads of it may ask
             service.engine.run()
         except BaseException as error:
             failed.append(error)
