@@ -70,11 +70,11 @@ def test_health_answers_while_the_engine_works(server):
 def test_a_client_that_does_not_read_holds_no_slot(server):
     """Its answer waits in memory, of which max_tokens is the bound."""
     asked = {**LONG, "logprobs": 20, "stream": True, "n": 2, "max_tokens": 200}
+    made = server.engine.counts.new_tokens
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect(("127.0.0.1", server.port))
     connection.sendall(http_post("/v1/completions", json.dumps(asked).encode()))
-    made = server.engine.counts.new_tokens
     server.wait_until(lambda counts: counts.new_tokens == made + 400)
     assert server.app.active == 1
     server.wait_until(lambda counts: counts.slots_busy == 0)
