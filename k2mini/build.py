@@ -74,8 +74,7 @@ def load_model(
     if adapter is not None and merge:
         reader = merged_reader(opened, [Path(adapter)])
     elif adapter is not None:
-        section = checked_adapter(Path(adapter), opened)
-        attach(model, section)
+        attach(model, section := checked_adapter(Path(adapter), opened))
     _materialise(model, reader, device)
     if adapter is not None and not merge:
         load_adapter(model, Path(adapter), section)
@@ -114,9 +113,11 @@ def pick_device(name: str | None) -> torch.device:
     return use_gpu(name) if name.startswith("cuda") else torch.device("cpu")
 
 
-def is_sharded(section: ModelSection, lora: LoraSection | None, world_size: int) -> bool:
-    """Whether FSDP keeps what trains: over several ranks, and alone where float32 weights compute in bfloat16."""
-    return world_size > 1 or (section.dtype == "bfloat16" and lora is None)
+def is_sharded(section: ModelSection, parallel: ParallelSection, lora: LoraSection | None, world_size: int) -> bool:
+    """Whether FSDP keeps the model: what trains on several ranks or in bfloat16; a frozen base if that is asked for."""
+    if lora is not None:
+        return (parallel.replicate or world_size) < world_size
+    return world_size > 1 or section.dtype == "bfloat16"
 
 
 def kept_dtype(section: ModelSection, lora: LoraSection | None) -> torch.dtype:
@@ -124,8 +125,7 @@ def kept_dtype(section: ModelSection, lora: LoraSection | None) -> torch.dtype:
 
     Adapters are kept in float32 at least in any case (see `nn/lora.py`).
     """
-    compute = DTYPES[section.dtype]
-    return compute if lora is not None else torch.promote_types(compute, torch.float32)
+    return DTYPES[section.dtype] if lora is not None else torch.promote_types(DTYPES[section.dtype], torch.float32)
 
 
 def make_trainable(
@@ -153,17 +153,20 @@ def make_trainable(
     if lora is not None:
         attach(model, lora)
     model.model.recompute_every = train.activation_checkpointing
-    # Compiled blocks need fixed shapes; and on a GPU one call under a mask is faster than one call a document.
+    # Compiled blocks need fixed shapes; and a GPU takes all documents in one call (see nn/packed.py).
     model.model.by_document = device.type == "cpu" and not train.compile
     if train.compile:
         check_compiler(device)
         for layer in model.model.layers:
-            layer.compile()
+            layer.compile(dynamic=None if lora is None else True)  # instructions come in rows of any number and length
     if mesh is not None:
         compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
         cast = compute if kept_dtype(section, lora) != compute else None
         shard(model, model.units(), ("loss", "hidden", "logits"), mesh, cast, reshard_after_forward=reshard)
         model.gathered_dtype = compute
+    if train.compile and lora is not None:
+        # Or the first block would be a graph of its own: its input has no gradient, the inputs of the others have.
+        model.model.embed_tokens.register_forward_hook(lambda *x: x[-1].requires_grad_(torch.is_grad_enabled()))
 
 
 def training_model(
@@ -190,9 +193,8 @@ def training_model(
     directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
         check_base(Path(lora.init_adapter), directory)
-    kept = kept_dtype(section, lora)
-    model.to(kept)
-    mesh = device_mesh(world, parallel) if is_sharded(section, lora, world.size) else None
+    model.to(kept := kept_dtype(section, lora))
+    mesh = device_mesh(world, parallel) if is_sharded(section, parallel, lora, world.size) else None
     make_trainable(model, section, train, parallel, lora, world.device, mesh)
     if mesh is not None:
         model.to_empty(device=world.device)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from k2mini.commands import audit, demo, evaluation, inference, serving, training, weights
+from k2mini.commands import audit, demo, doctor, evaluation, inference, serving, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, declare=declare, help=what, parents=parents)
 
     add("demo", demo.demo_arguments, "the whole pipeline in miniature, in minutes: start here", DEBUG)
+    add("doctor", doctor.doctor_arguments, "whether this machine computes what it should, in under a minute", DEBUG)
     add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, COMPUTE)
     add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
     add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", COMPUTE)
@@ -113,8 +114,7 @@ def _is_main() -> bool:
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    package, handler = logging.getLogger("k2mini"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("k2mini: %(message)s"))
-    package = logging.getLogger("k2mini")
     package.handlers = [handler]
     package.setLevel(logging.INFO if _is_main() else logging.ERROR)  # of the ranks that torchrun starts, one speaks

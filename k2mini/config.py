@@ -174,6 +174,7 @@ class CheckpointSection:
     """When checkpoints are saved, which are kept, and from which one a run goes on."""
 
     every: int = 100  # steps between checkpoints
+    async_save: bool = True  # train on while a copy in the host's memory is written; false: no copy, wait
     keep_last: int = 2  # how many of the newest are kept
     keep_best: bool = True  # keep the one of the lowest validation loss as well
     resume: str = "auto"  # 'auto': from the newest complete one of this run; 'none': start anew; or a checkpoint's path
@@ -185,14 +186,18 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """How the ranks that torchrun started share the model; a single process keeps all of it."""
+    """How the ranks that torchrun started share the model; a single process keeps all of it.
 
-    replicate: int = 1  # whole copies of the model, each sharded over world size / replicate ranks
+    LoRA's frozen base is not shared: each rank keeps all of it, and receives the adapters' gradients and nothing else.
+    `replicate: 1` shares it, where it is too large.
+    """
+
+    replicate: int | None = None  # copies, each sharded over world size / replicate ranks; null: 1, of LoRA one a rank
     reshard_after_forward: bool = True  # ZeRO-3; if false, ZeRO-2: more memory and less communication
     timeout_minutes: float = 10.0  # after which a rank gives up waiting for another
 
     def __post_init__(self) -> None:
-        _check_positive(self, "parallel", "replicate", "timeout_minutes")
+        _check_positive(self, "parallel", *["replicate"] * (self.replicate is not None), "timeout_minutes")
 
 
 @dataclass(frozen=True)

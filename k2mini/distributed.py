@@ -91,7 +91,7 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
         yield World(device=device)
         return
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
-    if size % section.replicate:
+    if size % (section.replicate or 1):
         raise ValueError(f"parallel.replicate ({section.replicate}) does not divide the {size} ranks")
     made = not dist.is_initialized()
     if made:
@@ -117,7 +117,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 def device_mesh(world: World, section: ParallelSection) -> DeviceMesh:
     """The mesh that shards the model: (world size,), or (replicate, shard) where `parallel.replicate` is above 1."""
-    if section.replicate == 1:
+    if section.replicate in (None, 1):
         return init_device_mesh(world.device.type, (world.size,))
     shape = (section.replicate, world.size // section.replicate)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))

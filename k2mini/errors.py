@@ -89,15 +89,17 @@ def sentence(error: Exception) -> str | None:
     if isinstance(error, OSError):
         words = error.strerror or " ".join(map(str, error.args)) or type(error).__name__
         return f"{error.filename}: {words}" if error.filename else words
+    notes = getattr(error, "__notes__", [])  # a training run's, of its own settings
     if isinstance(error, RuntimeError) and (full := _NO_DEVICE_MEMORY.search(str(error))):
         wanted, number, total, free = full.groups()
-        remedy = "smaller batches, shorter texts or --quantize int8 take less; k2mini plan says what a run takes"
+        remedy = notes[-1] if notes else "a smaller --batch-size, fewer --max-new-tokens or --quantize int8 take less"
         return f"GPU {number} is out of memory: {wanted} more were wanted, {free} of its {total} are free; {remedy}"
     if isinstance(error, RuntimeError) and "no kernel image is available" in str(error):
         return "the installed PyTorch has no code for this GPU; install a version that has, or use --device cpu"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         words = next(iter(str(error).splitlines()), "")
-        return f"not enough memory{words and f' ({words})'}; use a smaller batch, less context or a smaller model"
+        remedy = notes[-1] if notes else "use a smaller batch, less context or a smaller model"
+        return f"not enough memory{words and f' ({words})'}; {remedy}"
     if isinstance(error, RecursionError):
         return "something that was read is nested too deeply"
     if isinstance(error, OverflowError):

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+import time
+from collections.abc import Callable
 
 import torch
+
+# Dense products of bfloat16 with float32 sums (V100, T4: of float16), in TFLOP/s, as the makers' data sheets have them,
+# by the names that cards go by. Where two fit, the first counts.
+PEAKS = {
+    "GB[23]00": 2500, "B[23]00": 2250, "H200 NVL": 835, "G?H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "V100-PCIE": 112,
+    "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "RTX 6000 Ada": 364, "RTX A6000": 155,
+}  # fmt: skip
+# What may follow: its memory and how it is built in. A "Ti", a laptop's or a MIG slice of a card is another one.
+VARIANT = r"([ -](SXM\d?|PCIE?|\d+GB?|HBM\d?e?|AC|Generation))*"
 
 
 def use_gpu(name: str) -> torch.device:
@@ -33,3 +46,33 @@ def repeat_exactly() -> None:
     """Let PyTorch take only algorithms that repeat bit for bit; an operation that has none raises an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(True)
+
+
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """The FLOP/s of a GPU's dense bf16 products, by the data sheet or measured; and which of the two, as text."""
+    name = torch.cuda.get_device_name(device)
+    for known, peak in PEAKS.items():
+        if re.fullmatch(f"((NVIDIA|Tesla|GeForce) )*{known}{VARIANT}", name, re.IGNORECASE):
+            return peak * 1e12, f"the data sheet's {peak} TFLOP/s"
+    rate = product_rate(device)
+    return rate, f"{rate / 1e12:.0f} TFLOP/s measured"
+
+
+def product_rate(device: torch.device, size: int = 4096) -> float:
+    """The FLOP/s of bf16 products of square matrices on a GPU."""
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    out = a @ a
+    return 2 * size**3 / best_seconds(lambda: torch.mm(a, a, out=out))
+
+
+def best_seconds(work: Callable[[], object]) -> float:
+    """The seconds that a GPU takes for some work, the best of three means over thirty times."""
+    means = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(30):
+            work()
+        torch.cuda.synchronize()
+        means.append((time.perf_counter() - start) / 30)
+    return min(means)

@@ -1,6 +1,7 @@
 """Adapters, examples and settings that several test modules use."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from k2mini.config import LoraSection, TrainSection
 from k2mini.data.packing import Example
@@ -42,3 +43,20 @@ def examples(number=23):
 
 def section(**changes):
     return TrainSection(**{"lr": 1e-3, "global_batch_size": 4, "micro_batch_size": 4, "max_steps": 20, **changes})
+
+
+class HostWaits(TorchFunctionMode):
+    """What inside of it would make the host wait for a GPU, in `found`: names of tensors' methods."""
+
+    NAMES = ("tolist", "item", "__bool__", "__float__", "__int__", "nonzero", "numpy", "cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        places = args[1] if func.__name__ in ("__getitem__", "__setitem__") else None
+        places = places if isinstance(places, tuple) else (places,)
+        if func.__name__ in self.NAMES or any(isinstance(p, torch.Tensor) and p.dtype == torch.bool for p in places):
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ import torch
 
 import k2mini.build
 from k2mini.build import check_memory, load_model, pick_device, resolve_dtype, training_model
-from k2mini.config import ModelSection, ParallelSection, TrainSection
+from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
 from k2mini.distributed import World
 from k2mini.gpu import repeat_exactly
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
@@ -198,3 +198,40 @@ def test_training_that_repeats(two_gpus, monkeypatch):
     repeat_exactly()
     assert asked == [True]
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_compiled_blocks_of_lora_share_one_graph(tiny_directory, monkeypatch, recomputed):
+    """Whichever block, length or number of rows; a single row, which compilers treat apart, has another."""
+    graphs, whole = [], torch.nn.Module.compile
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: whole(module, backend=counting, **how))
+    torch._dynamo.reset()
+    lora, base = LoraSection(rank=2, dropout=0.0), ModelSection(str(tiny_directory), quantize="int8")
+
+    def model(**how):
+        section = TrainSection(lr=1e-3, max_steps=1, activation_checkpointing=recomputed, **how)
+        return training_model(base, section, ParallelSection(), World(), lora)[0].train()
+
+    compiled, plain = model(compile=True), model()
+    for rows, length, expected in ((4, 40, 1), (4, 40, 1), (4, 24, 1), (3, 40, 1), (1, 40, 2), (1, 24, 2), (4, 56, 2)):
+        tokens = torch.randint(3, 199, (rows, length), generator=torch.Generator().manual_seed(length))
+        positions = torch.arange(length).repeat(rows, 1)
+        ours, theirs = (each.loss(tokens, positions, tokens) for each in (compiled, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        ours.backward()
+        theirs.backward()
+        assert len(graphs) == expected, (rows, length)
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    assert plain.model.layers[0].self_attn.q_proj.lora_B.grad.any()
+    with torch.no_grad():
+        for length in (40, 24):
+            tokens = torch.ones(4, length, dtype=torch.int64)
+            compiled.loss(tokens, torch.arange(length).repeat(4, 1), tokens)
+    assert len(graphs) == 3

@@ -1,24 +1,33 @@
 """What only a GPU can show, against the CPU: python -m pytest -m gpu tests/test_gpu.py."""
 
 import copy
-import shutil
+import itertools
+import signal
 import subprocess
 import sys
+import time
+import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from k2mini.build import pick_device
-from k2mini.config import TrainSection
+from k2mini.config import LoraSection, TrainSection
 from k2mini.data.batches import Batch
 from k2mini.data.packing import PackedExamples
 from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, can_replay, generate, prefill, steps
-from k2mini.inference.sampling import Sampling, sample, uniforms
+from k2mini.inference.replay import Replayed
+from k2mini.inference.sampling import Sampler, Sampling, sample, uniforms
+from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.kv_cache import KVCache
-from k2mini.nn.llama import Llama
-from k2mini.nn.quant import int8_product, quantize_rows
+from k2mini.nn.layers import log_softmax
+from k2mini.nn.lora import attach, init_adapters
+from k2mini.nn.quant import fill_int8, int8_product, quantize_blocks, quantize_rows
 from k2mini.training.loop import read_metrics
 from k2mini.training.plan import plan_run
 from k2mini.training.step import accumulate, build_optimizer, loss_sum, train_step
@@ -47,9 +56,34 @@ def on_gpu(model):
 
 
 def close(found, expected, bound):
-    """Within `bound` of the largest value."""
-    worst = (found.cpu().double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-12)
-    assert worst <= bound, float(worst)
+    """The relative error, in the Frobenius norm, is at most `bound`; a single value may be off by twice as much."""
+    expected = expected.detach().double().cpu()
+    off = found.detach().double().cpu() - expected
+    assert off.norm() <= bound * expected.norm()
+    assert off.abs().max() <= 2 * bound * expected.abs().max()
+
+
+def in_int8(model):
+    """The same model with its blocks' matrices in int8."""
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_blocks(model.model.layers)
+    for name, tensor in values.items():
+        if ".layers." in name and tensor.ndim == 2:
+            fill_int8(model.get_submodule(name.removesuffix(".weight")), *quantize_rows(tensor))
+    return model
+
+
+@pytest.fixture
+def compiler():
+    """A compiler, and the counts of dynamo from zero on."""
+    try:
+        check_compiler(torch.device("cuda"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
@@ -66,7 +100,7 @@ def test_logits_and_gradients(shape, dtype, bound):
     losses = [float(accumulate(each, batches, count)) for each in (model, reference)]
     assert losses[0] == pytest.approx(losses[1], rel=bound)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        close(ours.grad, theirs.grad, 2 * bound)
+        close(ours.grad, theirs.grad, 2 * bound)  # bfloat16 on a CPU is off by 2 % as well
 
 
 def test_adapters_in_bfloat16_over_int8():
@@ -78,7 +112,7 @@ def test_adapters_in_bfloat16_over_int8():
     for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
         if theirs.grad is not None:
             assert mine.grad.dtype == torch.float32
-            close(mine.grad, theirs.grad, 6e-2)
+            close(mine.grad, theirs.grad, 4e-2)
 
 
 @pytest.mark.parametrize("chunk", [7, 512])
@@ -89,8 +123,29 @@ def test_prefill_of_ragged_rows_in_chunks(chunk):
     close(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(no_repeat_ngram_size=2, repetition_penalty=1.2)], ids=str)
-def test_graphs_decode_what_the_full_forward_pass_does(sampling):
+@pytest.mark.parametrize("kind", ["float32", "grouped", "int8", "compiled", "compiled int8"])
+@torch.inference_mode()
+def test_graphs_decode_what_the_full_forward_pass_does(kind, request):
+    """Ragged rows, over several capacities of the cache, against one pass over a row and its answer."""
+    model = tiny_llama(tiny_config(max_seq_len=640, num_kv_heads=2 if kind == "grouped" else 4))
+    model = on_gpu(in_int8(model) if "int8" in kind else model)
+    if "compiled" in kind:
+        found = request.getfixturevalue("compiler")
+        compile_decoding(model)
+    answers = generate(model, PROMPTS, Decoding(300, top_logprobs=2), stop_ids=[])
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        tokens = torch.tensor([prompt + answer.tokens], device="cuda")
+        logprobs = log_softmax(model(tokens)[0, len(prompt) - 1 : -1])
+        close(torch.tensor(answer.logprobs), logprobs.gather(1, tokens[0, len(prompt) :, None])[:, 0], 1e-3)
+    if "compiled" in kind:
+        assert not found["graph_break"]
+
+
+TRANSFORMS = [Sampling(), Sampling(no_repeat_ngram_size=2, repetition_penalty=1.2), Sampling(0.9, 50, 0.9)]
+
+
+@pytest.mark.parametrize("sampling", TRANSFORMS, ids=["greedy", "constrained", "sampled"])
+def test_answers_are_those_of_the_cpu(sampling):
     model = on_gpu(tiny_llama(tiny_config(max_seq_len=512)))
     assert can_replay(model)
     found = generate(model, PROMPTS, Decoding(180, sampling), stop_ids=[7, 8])
@@ -125,37 +180,93 @@ def test_int8_products(rows, dtype, bound):
 
 
 def waits_of(work):
-    """Do something in which waiting for the GPU is an error."""
+    """How often the host waits for the GPU in some work."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(each.message) for each in said)
+
+
+def calls_of(work):
+    """What some work calls of CUDA, and its kernels: (name) -> how often; and the sum of the launches."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    return calls, sum(count for name, count in calls.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+
+
+def micro_batch(model):
+    """A packed micro-batch, after two steps with it: forward and backward pass, and the whole step."""
+    section = TrainSection(lr=1e-3, max_steps=9)
+    optimizer = build_optimizer(model, section)
+    (batch, *_) = PackedExamples(examples(), 64, seed=0).rank_batches(0, 12, 2, 0, 1)
+    step = partial(train_step, model, optimizer, [batch], section, 0, 9)
+    step(), step()
+    return lambda: loss_sum(model, batch).backward(), step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_micro_batch_waits_for_nothing_and_a_step_once(dtype):
+    backward, step = micro_batch(on_gpu(tiny_llama(dtype=dtype)))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        return work()
+        backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert waits_of(step) <= 1
+    assert not [name for name in calls_of(step)[0] if "cudnn" in name.lower()]
 
 
-def test_a_micro_batch_waits_for_nothing():
-    model = on_gpu(tiny_llama())
-    optimizer, section = build_optimizer(model, TrainSection(lr=1e-3, max_steps=9)), TrainSection(lr=1e-3, max_steps=9)
-    (batch, *_) = PackedExamples(examples(), 64, seed=0).rank_batches(0, 12, 2, 0, 1)
-    train_step(model, optimizer, [batch], section, 0, 9)
-    waits_of(lambda: loss_sum(model, batch).backward())
+@pytest.mark.parametrize("lora", [False, True], ids=["all", "LoRA over int8"])
+def test_compiled_blocks_are_one_graph(compiler, lora):
+    model = tiny_llama(tiny_config(num_layers=6), dtype=torch.bfloat16)
+    if lora:
+        attach(in_int8(model), LoraSection())
+        init_adapters(model, 0)
+    model = on_gpu(model.train())
+    launches = [calls_of(micro_batch(model)[0])[1]]
+    for layer in model.model.layers:
+        layer.compile()
+    launches.append(calls_of(micro_batch(model)[0])[1])
+    assert not compiler["graph_break"]
+    assert compiler["stats"]["unique_graphs"] <= 2  # the first block's input may need no gradient
+    assert launches[1] < launches[0]
 
 
 @torch.inference_mode()
 def test_a_step_of_decoding_is_one_graph_and_waits_once():
-    model = on_gpu(tiny_llama())
+    model = on_gpu(tiny_llama(dtype=torch.bfloat16))
     sampling = Sampling(0.9, 20, 0.9, repetition_penalty=1.2)
     cache, logits = prefill(model, PROMPTS[:2], capacity=64)
-    decoded = steps(model, logits, cache, PROMPTS[:2], Decoding(20, sampling), stop_ids=[])
-    for _ in range(4):
-        next(decoded)
-    with torch.profiler.profile() as profile:
-        for _ in range(8):
-            next(decoded)
-    calls = {event.key: event.count for event in profile.key_averages()}
+    decoded = steps(model, logits, cache, PROMPTS[:2], Decoding(40, sampling), stop_ids=[])
+    some = partial(list, itertools.islice(decoded, 4)), partial(list, itertools.islice(decoded, 8))
+    some[0]()
+    assert waits_of(some[1]) <= 8
+    calls, launches = calls_of(partial(list, itertools.islice(decoded, 8)))
     assert calls["cudaGraphLaunch"] == 8
-    assert calls.get("cudaLaunchKernel", 0) + calls.get("cudaLaunchKernelExC", 0) == 0
-    assert calls["cudaMemcpyAsync"] == 8
+    assert launches <= 16
+    assert not [name for name in calls if "cudnn" in name.lower()]
+
+
+@torch.inference_mode()
+def test_a_replayed_step_waits_for_nothing():
+    model = on_gpu(tiny_llama())
+    cache, logits = prefill(model, PROMPTS[:2], capacity=64)
+    sampler = Sampler(Sampling(0.9, 20, 0.9, repetition_penalty=1.2), PROMPTS[:2], [0, 1], 20, model.device)
+    sampler(logits)
+    step = Replayed(lambda: sampler(model(sampler.out[:-1, None], cache=cache)[:, -1]), cache)
+    step(), step()  # as it stands, then captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.inference_mode()
@@ -167,31 +278,33 @@ def test_the_cache_of_another_device_is_not_taken():
     assert model(torch.tensor([[1, 2]], device=model.device), cache=cache).device.index == 1
 
 
-def train(folder, *overrides, device="cuda:0"):
+def train(folder, *overrides, device="cuda:0", kill_at=None):
+    """The losses of 40 steps, with a checkpoint every 10. `kill_at`: end the process, as soon as it is that far."""
     command = [sys.executable, "-m", "k2mini", "pretrain", "configs/tiny_pretrain.yaml", f"run.dir={folder}"]
-    done = subprocess.run(
-        [*command, "train.max_steps=12", "checkpoint.every=4", "--device", device, *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    command += ["train.max_steps=40", "train.val_every=40", "checkpoint.every=10", *overrides, "--device", device]
+    metrics = folder / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while kill_at is not None and process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= kill_at:
+                process.kill()
+            time.sleep(0.001)
+        said = process.stderr.read()
+    assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), said
+    return [row for row in read_metrics(metrics) if "loss" in row]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-def test_checkpoints_go_on(tmp_path, dtype, device):
-    """NCCL with one rank for bfloat16. What either GPU saved goes on to the bit as if never stopped."""
+def test_what_was_killed_goes_on_to_the_bit(tmp_path, dtype, device):
+    """From a checkpoint of either GPU; for bfloat16 NCCL runs with one rank."""
     if int(device[-1]) >= torch.cuda.device_count():
         pytest.skip(f"there is no {device}")
-    overrides = ("run.deterministic=true", f"model.dtype={dtype}")
+    overrides, exact = ("run.deterministic=true", f"model.dtype={dtype}"), ("step", "loss", "grad_norm")
     whole = train(tmp_path / "whole", *overrides, device=device)
-    train(tmp_path / "part", *overrides, device=device)
-    for step in (8, 12):  # as if killed after step 4
-        shutil.rmtree(tmp_path / f"part/checkpoints/step_{step:07}")
-    shutil.rmtree(tmp_path / "part/model")
-    again, exact = train(tmp_path / "part", *overrides, device=device), ("step", "loss", "grad_norm")
+    before = train(tmp_path / "part", *overrides, device=device, kill_at=15)
+    assert (tmp_path / "part/checkpoints/step_0000010").exists()
+    again = train(tmp_path / "part", *overrides, device=device)
+    assert 15 <= len(before) < 40
     assert [[row[key] for key in exact] for row in again] == [[row[key] for key in exact] for row in whole]
 
 
@@ -203,7 +316,7 @@ def test_the_plan_is_what_the_allocator_reserves(tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
-    model = on_gpu(Llama(shape))
+    model = on_gpu(tiny_llama(shape))
     optimizer, rows = build_optimizer(model, config.train), torch.randint(3, 199, (16, 129))
     batches = [Batch(rows[:, :-1], None, rows[:, 1:].clone())] * 2
     for step in range(3):

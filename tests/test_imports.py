@@ -19,6 +19,7 @@ LAYERS = [
     {"training", "inference"},
     {"evaluation", "audit"},
     {"demo", "serving"},
+    {"doctor"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -199,7 +199,7 @@ def _pattern(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.to(precise) @ k.to(precise).transpose(2, 3) / q.shape[-1] ** 0.5
     if mask is None and q.shape[2] > 1:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1).to(q.dtype)

@@ -134,11 +134,13 @@ def run_finetune(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, kind: type[Config], start: Callable[..., Path]) -> None:
     """Read a configuration of a kind, join the ranks, and `start` the run; rank 0 says what came, and prints where."""
+    from torch import OutOfMemoryError
+
     from k2mini.build import is_sharded, pick_device, set_threads
     from k2mini.config_file import config_kind, load_config
     from k2mini.distributed import ranks
     from k2mini.gpu import repeat_exactly
-    from k2mini.training import loop
+    from k2mini.training import fit, loop
     from k2mini.training.run import run_directory
 
     set_threads(options.threads)
@@ -147,18 +149,20 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         config = load_config(kind, options.config, _overrides(options))
     except ValueError:
         if kind is PretrainConfig and options.config.is_file() and config_kind(options.config) is FinetuneConfig:
-            keys = "lora, data.template or data.max_seq_len"
-            said = f"{options.config} is a file for k2mini finetune, not for pretrain (it has {keys})"
-            raise ValueError(said) from None
+            why = "not for pretrain (it has lora, data.template or data.max_seq_len)"
+            raise ValueError(f"{options.config} is a file for k2mini finetune, {why}") from None
         raise
     if config.run.deterministic and device.type == "cuda":
         repeat_exactly()
-    lora = config.lora if isinstance(config, FinetuneConfig) else None
-    alone_too = is_sharded(config.model, lora, 1)
+    alone_too = is_sharded(config.model, config.parallel, getattr(config, "lora", None), 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
         config = _with_demo_files(config, is_main=world.is_main)
         world.barrier()  # until the first rank has made them
-        out = start(config, world, benchmark=_benchmark(config, world))
+        try:
+            out = start(config, world, benchmark=_benchmark(config, world))
+        except OutOfMemoryError as error:
+            error.add_note(fit.what_takes_less(config, world.size))  # which `errors.sentence` says
+            raise
     if world.is_main:
         print(out, flush=True)
         metrics: Path = out.with_name(loop.FILE)
@@ -231,29 +235,31 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
     parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
+    parser.add_argument("--fit", action="store_true", help="also find the largest train.micro_batch_size that fits")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where the run does not fit")
     parser.set_defaults(run=run_plan)
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    """Print the memory, communication and length of a run, and whether it fits."""
-    from k2mini.training.plan import BUDGET as PLAN_BUDGET
-    from k2mini.training.plan import describe as describe_plan
-    from k2mini.training.plan import plan_run, smallest_change
+    """Print the memory, communication and length of a run, whether it fits, and what would."""
+    from k2mini.training import fit, plan
 
-    memory = parse_size(options.gpu_memory, "--gpu-memory")
-    config = _with_demo_files(_either_config(options))
-    found = plan_run(config, options.world_size)
-    fits = found.peak <= PLAN_BUDGET * memory
-    change = None if fits else smallest_change(config, options.world_size, memory, PLAN_BUDGET)
-    share, size = f"{100 * PLAN_BUDGET:.0f} % of {options.gpu_memory}", readable(found.peak)
-    if options.json:
-        print(json.dumps({**asdict(found), "fits": fits, "change": change}))
-    elif fits:
-        print(f"{describe_plan(found, config, options.world_size)}\nit fits: {size} are within {share}")
-    else:
-        print(describe_plan(found, config, options.world_size))
-        print(f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}")
+    memory, ranks = parse_size(options.gpu_memory, "--gpu-memory"), options.world_size
+    config, room = _with_demo_files(_either_config(options)), plan.BUDGET * memory
+    found = plan.plan_run(config, ranks)
+    fits = found.peak <= room
+    change = None if fits else fit.smallest_change(config, ranks, room)
+    rows = fit.largest_micro_batch(config, ranks, room) if options.fit else None
+    share, size = f"{100 * plan.BUDGET:.0f} % of {options.gpu_memory}", readable(found.peak)
+    said = [plan.describe(found, config, ranks), f"it fits: {size} are within {share}"]
+    if not fits:
+        said[1] = (
+            f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}"
+        )
+    if options.fit:
+        said += [f"the largest micro-batch that fits: {'none' if rows is None else f'train.micro_batch_size={rows}'}"]
+    fields = {**asdict(found), "fits": fits, "change": change, "micro_batch_size": rows}
+    print(json.dumps(fields) if options.json else "\n".join(said))
     if options.check and not fits:
         raise SystemExit(1)
 

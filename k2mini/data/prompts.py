@@ -116,6 +116,13 @@ def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str =
     return min(max_new_tokens, max_seq_len - prompt_tokens)
 
 
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    first, last = (list(pick(prompts, key=list)) for pick in (min, max))  # in lexical order, all lie between them
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(common, *(len(prompt) - 1 for prompt in prompts))
+
+
 def rooms(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> list[int]:
     """Each prompt's `room`. Raises ValueError where there is no prompt, or where one is empty or too long."""
     if not prompts:

@@ -12,7 +12,7 @@ from torch import Tensor
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.score import split_jointly
-from k2mini.inference.generate import check_finite
+from k2mini.inference.generate import not_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 from k2mini.training.validation import validation_loss
@@ -59,13 +59,14 @@ def text_perplexity(
 
     Raises ValueError where there is no text, window and stride do not fit, or the logits are not finite.
     """
-    total, tokens, num_bytes = 0.0, 0, 0
+    nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
     for text in texts:
         num_bytes += len(text.encode())
         for own, _ in _predicted(model, tokenizer.encode(text, bos=True, eos=False), 1, window, stride):
-            total -= own.sum().item()
+            nats = nats - own.sum()
             tokens += len(own)
-    return _summary(total, tokens, num_bytes)
+        _finite(model, nats)  # a GPU is waited for here, once a text
+    return _summary(_finite(model, nats), tokens, num_bytes)
 
 
 @torch.inference_mode()
@@ -79,11 +80,11 @@ def score_text(
     Raises ValueError where the text is empty, or the logits are not finite.
     """
     before, (ids,) = split_jointly(tokenizer, context, [text])
-    total, entries = 0.0, list[tuple[float, int]]()
+    nats, entries = torch.zeros((), dtype=torch.float64, device=model.device), list[tuple[float, int]]()
     for own, logprobs in _predicted(model, [*before, *ids], len(before)):
-        total -= own.sum().item()
+        nats = nats - own.sum()
         entries += zip(own[:, 0].tolist(), (logprobs > own).sum(dim=-1).tolist(), strict=True)
-    found = _summary(total, len(ids), len(text.encode()))
+    found = _summary(_finite(model, nats), len(ids), len(text.encode()))
     return found, [(token, *entry) for token, entry in zip(ids, entries, strict=True)]
 
 
@@ -96,15 +97,21 @@ def _predicted(
     if not 1 <= stride < window:
         raise ValueError(f"--stride must be at least 1 and below the window of {window} tokens, not {stride}")
     for start in range(0, len(ids), stride):
-        row = torch.tensor(ids[start : start + window], device=model.device)
+        row = torch.tensor(ids[start : start + window]).to(model.device, non_blocking=True)
         if scored < start + len(row):
             new = slice(max(0, scored - start - 1), len(row) - 1)
             hidden = model.model(row[None, :-1])[0, new]  # (T, D)
             logprobs = log_softmax(model.logits(hidden))
             own = logprobs.gather(-1, row[1:][new, None])  # (T, 1)
-            check_finite(model, own)
             yield own, logprobs
             scored = start + len(row)
+
+
+def _finite(model: Llama, total: Tensor) -> float:
+    number = total.item()
+    if not math.isfinite(number):
+        raise not_finite(model)
+    return number
 
 
 def _summary(total: float, tokens: int, num_bytes: int) -> Perplexity:

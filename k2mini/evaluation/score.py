@@ -6,6 +6,7 @@ the model once, and a context once for all its options; an option of one token i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.generate import check_finite, extend, pad_right, shared_prefix
+from k2mini.inference.generate import extend, not_finite, pad_right
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -153,27 +155,31 @@ def _options(model: Llama, cache: KVCache, after: Tensor, requests: Sequence[Req
     """Each request's options: their first tokens from `after` (B, V), the others from one more pass."""
     rows = [row for row, request in enumerate(requests) for _ in request.options]
     options = [option for request in requests for option in request.options]
-    first = torch.tensor([option[0] for option in options], device=after.device)
-    total = after[torch.tensor(rows, device=after.device), first]  # (N,)
+    total = after[_sent(rows, model), _sent([option[0] for option in options], model)]  # (N,)
     long = [number for number, option in enumerate(options) if len(option) > 1]
     if long:
-        rest = _rest(model, cache, torch.tensor([rows[n] for n in long]), [options[n] for n in long])
-        total[torch.tensor(long, device=after.device)] += rest
-    check_finite(model, total[:, None])  # one NaN or infinite logit makes all log-probabilities of its row NaN
-    flat = iter(total.tolist())
+        rest = _rest(model, cache, _sent([rows[n] for n in long], model), [options[n] for n in long])
+        total[_sent(long, model)] += rest
+    scores = total.tolist()  # a GPU is waited for here, once a batch
+    if not all(map(math.isfinite, scores)):  # one NaN or infinite logit makes all log-probabilities of its row NaN
+        raise not_finite(model)
+    flat = iter(scores)
     return [[next(flat) for _ in request.options] for request in requests]
+
+
+def _sent(numbers: Sequence[int], model: Llama) -> Tensor:
+    return torch.tensor(numbers).to(model.device, non_blocking=True)
 
 
 def _rest(model: Llama, cache: KVCache, rows: Tensor, options: Sequence[Sequence[int]]) -> Tensor:
     """The sum of log-probabilities of each option's tokens after its first. (N,)"""
     tokens, offsets = pad_right(options, model.device)  # (N, T)
-    rows = rows.to(model.device)
-    starts = cache.lengths[rows]  # (N,)
     # The last token of an option predicts nothing that is scored.
-    inputs, targets, scored = tokens[:, :-1], tokens[:, 1:], offsets[:, 1:] >= 0
-    positions = torch.where(scored, offsets[:, :-1] + starts[:, None], -1)
-    hidden = model.hidden(inputs, positions, cache.select(rows))  # (N, T-1, D)
-    logprobs = log_softmax(model.logits(hidden[scored]))  # only what is scored meets the vocabulary
-    picked = torch.zeros(scored.shape, dtype=logprobs.dtype, device=logprobs.device)
-    picked[scored] = logprobs.gather(-1, targets[scored][:, None]).squeeze(-1)
-    return picked.sum(dim=-1)
+    positions = torch.where(offsets[:, 1:] >= 0, offsets[:, :-1] + cache.lengths[rows, None], -1)
+    hidden = model.hidden(tokens[:, :-1], positions, cache.select(rows))  # (N, T-1, D)
+    scored = [row * hidden.shape[1] + i for row, option in enumerate(options) for i in range(len(option) - 1)]
+    places = _sent(scored, model)  # of N * (T-1)
+    logprobs = log_softmax(model.logits(hidden.flatten(0, 1)[places]))  # only what is scored meets the vocabulary
+    picked = torch.zeros(positions.numel(), dtype=logprobs.dtype, device=logprobs.device)
+    picked[places] = logprobs.gather(-1, tokens[:, 1:].flatten()[places, None]).squeeze(-1)
+    return picked.view_as(positions).sum(dim=-1)

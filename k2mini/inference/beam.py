@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from k2mini.data.prompts import rooms
-from k2mini.inference.generate import Completion, Decoding, check_finite, prefill
-from k2mini.inference.sampling import Sampling, as_history, constrain
+from k2mini.inference.generate import Completion, Decoding, can_replay, not_finite, prefill
+from k2mini.inference.replay import Replayed
+from k2mini.inference.sampling import as_history, constrain
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -79,126 +80,133 @@ def beam_search(
     if len(set(new)) > 1:  # the context cuts some of them shorter: one by one, as each would be searched alone
         search = partial(beam_search, model, decoding=decoding, stop_ids=stop_ids, vocab_size=vocab_size)
         return [found for prompt in prompts for found in search([prompt])]
-    beams, max_new_tokens = decoding.beams, new[0]
-    width, batch, device = beams.num_beams, len(prompts), model.device
-    cache, logits = prefill(model, prompts, capacity=max(map(len, prompts)) + max_new_tokens)
-    spread = torch.arange(batch, device=device).repeat_interleave(width)
-    cache, logits = cache.select(spread), logits[spread]
+    beams, longest = decoding.beams, max(map(len, prompts))
+    capacity = longest + new[0]
+    cache, logits = prefill(model, prompts, capacity=capacity)
+    spread = torch.arange(len(prompts), device=model.device).repeat_interleave(beams.num_beams)
+    cache = cache.select(spread)
     first_new = min(map(len, prompts))  # before this slot, all beams of a prompt hold the same
-    state = _State(batch, width, max_new_tokens, device)
-    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    for length in range(max_new_tokens):
-        check_finite(model, logits)
-        scores = _next_scores(logits, state, prompts, decoding.sampling, length, vocab_size)
-        state.choose(scores, stop, length, last=length + 1 == max_new_tokens, beams=beams)
-        if not bool((state.improvable & ~state.full(beams)).any()) or length + 1 == max_new_tokens:
+    state = _State(prompts, decoding, new[0], stop_ids, model)
+
+    def advance() -> None:
+        _reorder(cache, state.parents.flatten(), first_new, capacity if replayed else None)
+        state.choose(model(state.tokens, cache=cache)[:, -1], vocab_size)
+
+    replayed = Replayed(advance, cache) if can_replay(model) else None
+    state.choose(logits[spread], vocab_size)
+    for length in range(new[0]):
+        if length:
+            (replayed or advance)()
+        goes_on, finite = state.flags.tolist()  # a GPU is waited for here, once a step
+        if not finite:
+            raise not_finite(model)
+        if not goes_on:
             break
-        offsets = torch.arange(batch, device=device)[:, None] * width
-        _reorder(cache, (state.parents + offsets).flatten(), first_new)
-        logits = model(state.running[:, :, length].reshape(-1, 1), cache=cache)[:, -1]
     return state.results(beams.num_return_sequences, stop_ids)
 
 
-def _reorder(cache: KVCache, rows: Tensor, since: int) -> None:
-    """Replace row i of a cache by row `rows[i]`. Only rows that change are copied, from slot `since` on.
+def _reorder(cache: KVCache, rows: Tensor, since: int, until: int | None) -> None:
+    """Replace row i of a cache by row `rows[i]`, (B,) int64, from slot `since` on.
 
     Args:
-        rows: (B,) int64.
-        since: the tokens before this position are the same in all rows that change places.
+        until: where the slots end, whatever the cache holds: all rows are copied, which is the same work each time and
+            has no wait. None: what the cache holds, of the rows that change.
     """
-    moved = (rows != torch.arange(cache.batch_size, device=rows.device)).nonzero().flatten()
-    if not len(moved):
-        return
-    sources = rows[moved]
-    cache.lengths = cache.lengths[rows]
+    moved = torch.arange(cache.batch_size, device=rows.device)
+    if until is None:
+        moved, until = (rows != moved).nonzero().flatten(), cache.length
     for held in (*cache.keys, *cache.values):
-        held[moved, :, since : cache.length] = held[sources, :, since : cache.length]
-
-
-def _next_scores(
-    logits: Tensor,
-    state: _State,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    length: int,
-    vocab_size: int | None,
-) -> Tensor:
-    """Every continuation's score so far. (B, W * V)"""
-    logprobs = log_softmax(logits)[:, :vocab_size]
-    history = None
-    if sampling.looks_back:
-        made = state.running[:, :, :length].tolist()
-        rows = [[*prompt, *row] for prompt, rows in zip(prompts, made, strict=True) for row in rows]
-        history = as_history(rows, 0, logits.device)
-    logprobs = constrain(logprobs, sampling, history)
-    batch, width = state.scores.shape
-    return (logprobs.view(batch, width, -1) + state.scores[:, :, None]).flatten(1)
+        held[moved, :, since:until] = held[rows[moved], :, since:until]
 
 
 class _State:
-    """Of each prompt (B) the open hypotheses (W), and the best that have ended.
+    """Of each prompt (B) the open hypotheses (W), and the best that have ended; all of it stays where it is.
 
     Attributes:
-        running: (B, W, max_new_tokens) tokens of the open ones; scores: (B, W), their sums.
-        parents: (B, W), which hypothesis of the step before each open one continues.
+        running: (B, W, max_new_tokens) tokens of the open ones, -1 where there is none yet; scores: (B, W), their sums.
+        parents: (B, W), the row of the cache, of B * W, that each open one continues; tokens: (B * W, 1), with what.
         ended: (B, W, max_new_tokens) tokens of the ended ones; lengths and ranks: (B, W), theirs.
         improvable: (B,), whether an open one may still win.
+        flags: (2,) bool: whether the search may gain from more steps, and whether all logits were finite.
     """
 
-    def __init__(self, batch: int, width: int, max_new_tokens: int, device: torch.device) -> None:
-        self.running = torch.zeros(batch, width, max_new_tokens, dtype=torch.int64, device=device)
-        self.scores = torch.full((batch, width), LOW, device=device)
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        model: Llama,
+    ) -> None:
+        self.beams, self.sampling = decoding.beams, decoding.sampling
+        batch, width, device = len(prompts), self.beams.num_beams, model.device
+        precise = torch.promote_types(model.dtype, torch.float32)
+        self.running = torch.full((batch, width, max_new_tokens), -1, dtype=torch.int64, device=device)
+        self.scores = torch.full((batch, width), LOW, dtype=precise, device=device)
         self.scores[:, 0] = 0  # all are the prompt: the first one's continuations are enough
         self.parents = torch.zeros(batch, width, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(batch * width, 1, dtype=torch.int64, device=device)
         self.ended = torch.zeros_like(self.running)
-        self.ranks = torch.full((batch, width), LOW, device=device)
+        self.ranks = torch.full_like(self.scores, LOW)
         self.lengths = torch.zeros_like(self.parents)
         self.is_ended = torch.zeros(batch, width, dtype=torch.bool, device=device)
         self.improvable = torch.ones(batch, dtype=torch.bool, device=device)
+        self.flags = torch.ones(2, dtype=torch.bool, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)  # tokens that the open ones have
+        self._stop = torch.tensor(list(stop_ids), dtype=torch.int64).to(device, non_blocking=True)
+        # What sums are divided by to rank hypotheses, by their number of tokens less one.
+        norms = [float(number**self.beams.length_penalty) for number in range(1, max_new_tokens + 1)]
+        self._norms = torch.tensor(norms, dtype=torch.float64).to(device, non_blocking=True)
+        self._history = None
+        if self.sampling.looks_back:
+            rows = [prompt for prompt in prompts for _ in range(width)]
+            self._history = as_history(rows, max_new_tokens, device)
+            new = torch.arange(max_new_tokens, device=device)
+            self._new = (self._history >= 0).sum(dim=1, keepdim=True) + new  # where in the history running stands
 
-    def full(self, beams: Beams) -> Tensor:
+    def _full(self) -> Tensor:
         """Which prompts have all the hypotheses that `early_stopping` wants. (B,)"""
-        return self.is_ended.all(dim=1) & (beams.early_stopping is True)
+        return self.is_ended.all(dim=1) & (self.beams.early_stopping is True)
 
-    def choose(self, scores: Tensor, stop: Tensor, length: int, *, last: bool, beams: Beams) -> None:
-        """One step: from all continuations to the next open hypotheses and the best ended ones.
-
-        Args:
-            scores: (B, W * V).
-            length: tokens that the open ones have so far.
-            last: no more tokens may follow.
-        """
-        width = self.scores.shape[1]
-        vocab = scores.shape[1] // width
-        values, places = scores.topk(max(2, 1 + len(stop)) * width, dim=1)  # (B, C)
-        parents, tokens = places // vocab, places % vocab
-        candidates = self._rows(self.running, parents)
-        candidates[:, :, length] = tokens
-        ends = torch.isin(tokens, stop) | last
+    def choose(self, logits: Tensor, vocab_size: int | None) -> None:
+        """One step: from logits (B * W, V) to the next open hypotheses and the best ended ones."""
+        width, last = self.beams.num_beams, self._step + 1 == self.running.shape[2]
+        if self._history is not None:
+            self._history.scatter_(1, self._new, self.running.flatten(0, 1))
+        logprobs = constrain(log_softmax(logits)[:, :vocab_size], self.sampling, self._history)
+        scores = (logprobs.unflatten(0, self.scores.shape) + self.scores[:, :, None]).flatten(1)  # (B, W * V)
+        values, places = scores.topk(max(2, 1 + len(self._stop)) * width, dim=1)  # (B, C)
+        parents, tokens = places // logprobs.shape[1], places % logprobs.shape[1]
+        candidates = self._rows(self.running, parents).index_copy_(2, self._step, tokens[:, :, None])
+        ends = torch.isin(tokens, self._stop) | last
         # Those that go on.
         open_values = values + ends.to(values.dtype) * LOW
         chosen = open_values.topk(width, dim=1).indices  # (B, W)
-        before = self.improvable & ~self.full(beams)
-        self.running = self._rows(candidates, chosen)
-        self.scores = open_values.gather(1, chosen)
-        self.parents = parents.gather(1, chosen)
+        before = self.improvable & ~self._full()
+        self.running.copy_(self._rows(candidates, chosen))
+        self.scores.copy_(open_values.gather(1, chosen))
+        first = torch.arange(0, self.parents.numel(), width, device=logits.device)[:, None]
+        self.parents.copy_(parents.gather(1, chosen) + first)
+        self.tokens.copy_(tokens.gather(1, chosen).view(-1, 1))
         # Those that have ended, of the first `width`.
         counts = ends & (torch.arange(ends.shape[1], device=ends.device) < width)
-        ranks = values / (length + 1) ** beams.length_penalty
-        ranks = ranks + (~before[:, None]).to(ranks.dtype) * LOW + (~counts).to(ranks.dtype) * LOW
+        norm = self._norms.index_select(0, self._step).squeeze(0)
+        ranks = values / norm + (~before[:, None]).to(values.dtype) * LOW + (~counts).to(values.dtype) * LOW
         all_ranks = torch.cat([self.ranks, ranks], dim=1)
         best = all_ranks.topk(width, dim=1).indices
-        self.ended = self._rows(torch.cat([self.ended, candidates], dim=1), best)
-        self.lengths = torch.cat([self.lengths, torch.full_like(places, length + 1)], dim=1).gather(1, best)
-        self.is_ended = torch.cat([self.is_ended, counts], dim=1).gather(1, best)
-        self.ranks = all_ranks.gather(1, best)
+        self.ended.copy_(self._rows(torch.cat([self.ended, candidates], dim=1), best))
+        self._step += 1
+        self.lengths.copy_(torch.cat([self.lengths, self._step.expand_as(places)], dim=1).gather(1, best))
+        self.is_ended.copy_(torch.cat([self.is_ended, counts], dim=1).gather(1, best))
+        self.ranks.copy_(all_ranks.gather(1, best))
         # Whether the best open one, as long as it may get, beats the worst that has ended.
-        horizon = length + 1
-        if beams.early_stopping == "never" and beams.length_penalty > 0:
-            horizon = self.running.shape[2]
-        hoped = self.scores[:, :1] / horizon**beams.length_penalty
+        if self.beams.early_stopping == "never" and self.beams.length_penalty > 0:
+            norm = self._norms[-1]
+        hoped = self.scores[:, :1] / norm
         worst = torch.where(self.is_ended, self.ranks.amin(dim=1, keepdim=True), LOW)
-        self.improvable = self.improvable & (hoped > worst).any(dim=1)
+        self.improvable &= (hoped > worst).any(dim=1)
+        goes_on = (self.improvable & ~self._full()).any()
+        self.flags.copy_(torch.stack([goes_on, logits.amax(dim=-1).isfinite().all()]))
 
     @staticmethod
     def _rows(hypotheses: Tensor, which: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from k2mini.data.prompts import rooms
+from k2mini.data.prompts import rooms, shared_prefix
 from k2mini.inference.replay import Replayed
 from k2mini.inference.sampling import Sampler, Sampling
-from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.kv_cache import GROWTH_STEP, KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
-PREFILL_CHUNK = 512  # tokens of each row in one forward pass of a long prompt
+PREFILL_CHUNK = 512  # tokens of each row in one forward pass of a long prompt; on a GPU, more of few rows:
+PREFILL_TOKENS = 8192  # of all rows together
 SHARED_AT_LEAST = 8  # tokens: a common prefix of at least this length is computed once
 StoppingCriteria = Callable[[int, int], bool]  # (row, its new token) -> whether the row ends here
 
@@ -86,34 +87,31 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     """Rows of different lengths as one batch: tokens (B, T) and positions (B, T), -1 where padded."""
     tokens = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     positions = pad_sequence([torch.arange(len(row)) for row in rows], batch_first=True, padding_value=-1)
-    return tokens.to(device), positions.to(device)
+    return tokens.to(device, non_blocking=True), positions.to(device, non_blocking=True)
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own."""
-    first, last = (list(pick(prompts, key=list)) for pick in (min, max))  # in lexical order, all lie between them
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(common, *(len(prompt) - 1 for prompt in prompts))
-
-
-def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:
+def extend(model: Llama, rows: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None) -> Tensor:
     """Run more tokens of every row through the model into the cache, whose rows all have the same length so far.
 
     Args:
-        chunk: tokens of each row in one forward pass, which bounds the memory of a long prompt.
+        chunk: tokens of each row in one forward pass, which bounds the memory of a long prompt; None: as many as suit.
 
-    Returns: the hidden state after each row's last token, (B, D).
+    Returns: the hidden state after each row's last token, (B, D). The host does not wait for it.
     """
     tokens, offsets = pad_right(rows, model.device)  # (B, T)
     start, ends = cache.length, offsets.amax(dim=1)  # (B,)
     ragged = len({len(row) for row in rows}) > 1
-    positions = torch.where(offsets >= 0, offsets + start, -1)
-    last = torch.zeros(len(rows), model.config.dim, dtype=model.dtype, device=model.device)
+    # Without a mask, padding is taken for tokens: it comes after the row's own, which do not see it.
+    positions = torch.where(offsets >= 0, offsets + start, -1) if ragged and not cache.maskless else None
+    chunk = chunk or (max(PREFILL_CHUNK, PREFILL_TOKENS // len(rows)) if cache.maskless else PREFILL_CHUNK)
+    last, here = torch.empty(0), torch.arange(len(rows), device=model.device)
     for begin in range(0, tokens.shape[1], chunk):
         part = slice(begin, begin + chunk)
-        hidden = model.hidden(tokens[:, part], positions[:, part] if ragged else None, cache)  # (B, t, D)
-        here = ((ends >= begin) & (ends < begin + hidden.shape[1])).nonzero().flatten()
-        last[here] = hidden[here, ends[here] - begin]
+        hidden = model.hidden(tokens[:, part], None if positions is None else positions[:, part], cache)  # (B, t, D)
+        newest = hidden[here, (ends - begin).clamp(0, hidden.shape[1] - 1)]  # of rows that end here
+        last = torch.where((ends >= begin)[:, None], newest, last) if begin else newest
+    if ragged and positions is None:
+        cache.end(start + ends + 1)
     return last
 
 
@@ -137,8 +135,14 @@ def can_replay(model: Llama) -> bool:
     return model.device.type == "cuda" and "_hooks" not in model.__dict__
 
 
+def new_cache(model: Llama, batch_size: int, capacity: int = GROWTH_STEP) -> KVCache:
+    """An empty cache for a model's steps: fixed where they are compiled or replayed."""
+    fixed = model.model.decode_block is not None or can_replay(model)
+    return KVCache(model.config, batch_size, dtype=model.dtype, device=model.device, capacity=capacity, fixed=fixed)
+
+
 def prefill(
-    model: Llama, prompts: Sequence[Sequence[int]], *, capacity: int, chunk: int = PREFILL_CHUNK
+    model: Llama, prompts: Sequence[Sequence[int]], *, capacity: int, chunk: int | None = None
 ) -> tuple[KVCache, Tensor]:
     """Run prompts through the model. A prefix that all of them share is computed once and copied to every row.
 
@@ -147,15 +151,12 @@ def prefill(
 
     Returns: the cache, and the logits after each prompt's last token, (B, V).
     """
-    common = shared_prefix(prompts) if len(prompts) > 1 else 0
-    fixed = model.model.decode_block is not None or can_replay(model)
-    make = partial(KVCache, model.config, dtype=model.dtype, device=model.device, capacity=capacity, fixed=fixed)
-    if common < SHARED_AT_LEAST:
-        cache = make(len(prompts))
-        return cache, model.logits(extend(model, prompts, cache, chunk))
-    cache = make(1)
-    extend(model, [prompts[0][:common]], cache, chunk)
-    cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=model.device))
+    shared = shared_prefix(prompts) if len(prompts) > 1 else 0
+    common = shared if shared >= SHARED_AT_LEAST else 0
+    cache = new_cache(model, 1 if common else len(prompts), capacity)
+    if common:
+        extend(model, [prompts[0][:common]], cache, chunk)
+        cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=model.device))
     return cache, model.logits(extend(model, [prompt[common:] for prompt in prompts], cache, chunk))
 
 
@@ -202,9 +203,7 @@ def steps(
             result[row] = entry if row not in ended else None
         yield result
         for row, token in zip(rows, chosen, strict=True):
-            if row in ended:
-                continue
-            stop = token in stop_ids or (stopping_criteria and stopping_criteria(row, token))
+            stop = row not in ended and (token in stop_ids or (stopping_criteria and stopping_criteria(row, token)))
             if stop or step + 1 == most[row]:
                 ended.add(row)
         open_rows = [place for place, row in enumerate(rows) if row not in ended]
@@ -212,7 +211,7 @@ def steps(
             return
         few = 2 * len(open_rows) <= len(rows) and replayed is None  # a graph is of so many rows
         if few or any(step + 1 == most[row] for row in rows):
-            kept = torch.tensor(open_rows, device=model.device)
+            kept = torch.tensor(open_rows).to(model.device, non_blocking=True)
             cache, rows = cache.select(kept), [rows[place] for place in open_rows]
             sampler.select(kept)
             cache.truncate(step + max(len(prompts[row]) for row in rows))  # no longer than the rows that are left

@@ -77,7 +77,7 @@ class Sampling:
 def as_history(rows: Sequence[Sequence[int]], more: int, device: torch.device) -> Tensor:
     """Rows of tokens as (B, T) int64, -1 after each row's last, with room for so many more."""
     padded = [torch.tensor([*row, *[-1] * more], dtype=torch.int64) for row in rows]
-    return pad_sequence(padded, batch_first=True, padding_value=-1).to(device)
+    return pad_sequence(padded, batch_first=True, padding_value=-1).to(device, non_blocking=True)
 
 
 def _among(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.history = as_history(rows, most, device) if sampling.looks_back else None
-        self.draws = uniforms(seeds, most).to(device) if sampling.temperature else None  # (B, most)
+        self.draws = uniforms(seeds, most).to(device, non_blocking=True) if sampling.temperature else None  # (B, most)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.out = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
         self.logits = torch.empty(0)

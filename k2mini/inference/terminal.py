@@ -12,8 +12,7 @@ import torch
 
 from k2mini.data.prompts import Template, encode_prompt, room
 from k2mini.data.tokenizer import TextStream, Tokenizer
-from k2mini.inference.generate import Completion, Decoding, collect, extend, steps
-from k2mini.nn.kv_cache import KVCache
+from k2mini.inference.generate import Completion, Decoding, collect, extend, new_cache, steps
 from k2mini.nn.llama import Llama
 
 QUOTES = '"""'
@@ -40,13 +39,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget all turns."""
         self.history: list[int] = []  # every token so far
-        self.cache = KVCache(
-            self.model.config,
-            1,
-            dtype=self.model.dtype,
-            device=self.model.device,
-            fixed=self.model.model.decode_block is not None,
-        )
+        self.cache = new_cache(self.model, 1)
 
     def turn(self, prompt: str, out: TextIO) -> Completion:
         """Answer one prompt, streaming to `out` (see `extended` and `answer`)."""

@@ -12,6 +12,7 @@ from k2mini.model_config import ModelConfig
 
 GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
 ALIGNED = 8  # a GPU's attention wants masks over a multiple of it
+MASKLESS = ["cuda"]  # where causal attention over more keys than queries needs no mask, which would be slow
 
 
 class LayerCache(NamedTuple):
@@ -20,13 +21,13 @@ class LayerCache(NamedTuple):
     Attributes:
         keys, values: (B, K, capacity + 1, E).
         slots: of the new tokens: a slice where they are the same in all rows, else (B, T) int64.
-        length: how many slots queries attend to; None: all of them, under the mask.
+        length: how many slots queries attend to, or are masked from.
     """
 
     keys: Tensor
     values: Tensor
     slots: slice | Tensor
-    length: int | None
+    length: int
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values, each (B, T, K, E), of the tokens announced to `KVCache.advance`.
@@ -40,8 +41,6 @@ class LayerCache(NamedTuple):
             rows = torch.arange(key.shape[0], device=key.device)[:, None]  # (B, 1), against slots (B, T)
             self.keys[rows, :, self.slots] = key
             self.values[rows, :, self.slots] = value
-        if self.length is None:
-            return self.keys, self.values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
@@ -81,6 +80,7 @@ class KVCache:
         self.capacity = 0
         self._in_step = True  # all rows have the same length, `self.length`
         self._slots: slice | Tensor = slice(0, 0)
+        self.maskless = self.lengths.device.type in MASKLESS
         shape = (batch_size, config.num_kv_heads, 1, config.head_dim)
         # Zeros, not empty: a masked slot weighs 0, and 0 x NaN would still be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
@@ -120,49 +120,46 @@ class KVCache:
             positions: (B, T) int64, each row's next positions in order, -1 for padding; None: every row continues
                 where it stopped.
 
-        Returns: the positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query attends, or None
-        where causal attention needs none.
+        Returns: the positions, (B or 1, T), and the mask, (B or 1, 1, T, S) bool, True where a query attends, or None:
+        attention is causal, and the last query attends to all.
 
-        Raises ValueError: the batch or the number of tokens does not fit, or the model's context is exceeded.
+        Raises ValueError where the model's context is exceeded.
         """
-        device = self.lengths.device
         start, end = self.length, self.length + num_tokens
         single = positions is None and self.fixed and num_tokens == 1
-        if end > self.max_seq_len and positions is None and (single or self._in_step):
-            over = end - self.max_seq_len
-            raise ValueError(f"{end} tokens are {over} more than the model's context of {self.max_seq_len}")
-        if single:
-            self.reserve(end)
-            self._slots, self.length = self.lengths[:, None].clone(), end  # (B, 1)
-            self.lengths += 1
-            slots = torch.arange(self.capacity + 1, device=device)
-            return self._slots, (slots <= self._slots[..., None]).unsqueeze(1)
-        if positions is None and self._in_step:
-            positions = torch.arange(start, end, device=device).unsqueeze(0)  # (1, T)
+        together = positions is None and self._in_step and not single
+        if end > self.max_seq_len and (single or together):
+            most = self.max_seq_len
+            raise ValueError(f"{end} tokens are {end - most} more than the model's context of {most}")
+        self.reserve(end)
+        self.length = self._seen = end
+        if together:
             self._slots = slice(start, end)
             self.lengths += num_tokens
+            positions = torch.arange(start, end, device=self.lengths.device).unsqueeze(0)  # (1, T)
+            if start == 0 or num_tokens == 1 or self.maskless:
+                return positions, None
         else:
             if positions is None:
-                positions = self.lengths[:, None] + torch.arange(num_tokens, device=device)  # (B, T)
-            if positions.shape != (self.batch_size, num_tokens):
-                raise ValueError(
-                    f"positions must be {(self.batch_size, num_tokens)} (rows, tokens), not {tuple(positions.shape)}"
-                )
-            self._in_step = False
+                positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # (B, T)
             self._slots = positions
-            self.lengths = torch.maximum(self.lengths, positions.amax(dim=1) + 1)
-        self.reserve(end)
-        self.length = end
-        if self._in_step and (start == 0 or num_tokens == 1):
-            return positions, None
+            if single:
+                self._seen = self.capacity + 1
+                self.lengths += 1  # in place: a graph goes on from it
+            else:
+                self._in_step, self.lengths = False, torch.maximum(self.lengths, positions.amax(dim=1) + 1)
+                self._seen = -(-end // ALIGNED) * ALIGNED if self.maskless else end
         # A padding query sees slot 0, so that its (ignored) softmax is not 0/0.
-        slots = torch.arange(end, device=device)
+        slots = torch.arange(self._seen, device=positions.device)
         return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
 
     def layer(self, layer: int) -> LayerCache:
         """The cache of one layer, for the tokens last announced to `advance`."""
-        whole = self.fixed and isinstance(self._slots, Tensor) and self._slots.shape[1] == 1
-        return LayerCache(self.keys[layer], self.values[layer], self._slots, None if whole else self.length)
+        return LayerCache(self.keys[layer], self.values[layer], self._slots, self._seen)
+
+    def end(self, lengths: Tensor) -> None:
+        """Let rows end after so many tokens, (B,) int64. Padding that was stored after them is overwritten unseen."""
+        self.lengths, self._in_step = lengths, False
 
     def truncate(self, length: int) -> None:
         """Forget every row's tokens from position `length` on."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from k2mini.model_config import Llama3RopeScaling, ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
-from k2mini.nn.kv_cache import LayerCache
-from k2mini.nn.slots import SlotLayer
+from k2mini.nn.packed import varlen
+from k2mini.nn.slots import Cached, SlotLayer
 
-# Which positions a query attends to. A tensor: (B or 1, 1, T, S) bool, True where it does. A list: the lengths of the
-# documents in all rows, row after row. None: each row is one document.
+# Which positions a query attends to. (B or 1, 1, T, S) bool: those that are True. A list: the lengths of the documents
+# in all rows, row after row; (N+1) int32: their bounds, on a GPU. None: each row is one document.
 Mask = Tensor | list[int] | None
 
 # Reads or replaces an activation (audit/hooks.py): called with its name and value, returns the value to go on with.
@@ -59,9 +59,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out = _Product.apply(x, weight)
-        assert isinstance(out, Tensor)
-        return out
+        return cast(Tensor, _Product.apply(x, weight))
     return _onednn(x, weight)
 
 
@@ -132,9 +130,7 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.d
     """Angular frequencies theta_i = rope_theta^(-2i/E) in radians a position (Su et al., section 3.2.2). (E/2,)"""
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim  # (E/2,)
     frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is not None:
-        frequencies = _llama3_scaled(frequencies, config.rope_scaling)
-    return frequencies
+    return frequencies if config.rope_scaling is None else _llama3_scaled(frequencies, config.rope_scaling)
 
 
 def _llama3_scaled(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
@@ -186,7 +182,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim)
         self.o_proj = Linear(q_dim, config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cached) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
@@ -195,9 +191,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads)  # (B, T, K, E)
         if self.hook is not None:
             q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)
-        if isinstance(mask, list):
-            out = self._by_document(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
-            return self.o_proj(out.view(batch_size, num_tokens, -1))
+        if isinstance(mask, list) or (mask is not None and mask.ndim == 1):
+            return self.o_proj(self._by_document(q, k, v, mask).view(batch_size, num_tokens, -1))
         if isinstance(cache, SlotLayer):
             return self.o_proj(cache.attend(q, k, v).view(batch_size, num_tokens, -1))
         if cache is None:
@@ -208,8 +203,13 @@ class Attention(nn.Module):
         if torch.compiler.is_compiling() and attends_once(q, k):
             out = attend_once(q, k, v, mask)
         else:
-            causal = mask is None and num_tokens > 1
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+            bias: Any = mask
+            if mask is None and 1 < num_tokens < k.shape[2]:  # after tokens that the cache holds
+                from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+
+                bias = causal_lower_right(num_tokens, k.shape[2])
+            causal = bias is None and num_tokens > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=self.grouped)
         out = out.transpose(1, 2)  # (B, T, H, E)
         if self.hook is None:
             return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
@@ -218,17 +218,19 @@ class Attention(nn.Module):
         out = self.hook("head_out", out)
         return self.hook("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))
 
-    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    def _by_document(self, q: Tensor, k: Tensor, v: Tensor, documents: list[int] | Tensor) -> Tensor:
         """Causal attention within each document of packed rows; what a mask would hide is not computed.
 
-        q: (B*T, H, E); k, v: (B*T, K, E); `lengths` add up to B*T. Returns (B*T, H, E).
+        q: (B, T, H, E); k, v: (B, T, K, E); `documents`: a `Mask`. Returns (B*T, H, E).
         """
+        row, (q, k, v) = q.shape[1], (part.flatten(0, 1) for part in (q, k, v))
+        if isinstance(documents, Tensor):
+            return varlen(q, k, v, documents, row, grouped=self.grouped)
         outs = []
-        for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        for document in zip(q.split(documents), k.split(documents), v.split(documents), strict=True):
             own_q, own_k, own_v = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, t, E)
-            causal = own_q.shape[2] > 1
-            out = F.scaled_dot_product_attention(own_q, own_k, own_v, is_causal=causal, enable_gqa=self.grouped)
-            outs.append(out.squeeze(0).transpose(0, 1))
+            own = {"is_causal": own_q.shape[2] > 1, "enable_gqa": self.grouped}
+            outs.append(F.scaled_dot_product_attention(own_q, own_k, own_v, **own).squeeze(0).transpose(0, 1))
         return torch.cat(outs)
 
 

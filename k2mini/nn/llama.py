@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from k2mini.model_config import ModelConfig
-from k2mini.nn.kv_cache import KVCache, LayerCache
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
-from k2mini.nn.slots import SlotBatch, SlotLayer
-
-Cache = KVCache | SlotBatch | None
+from k2mini.nn.packed import document_mask
+from k2mini.nn.slots import Cache, Cached
 
 
 class MLP(nn.Module):
@@ -62,7 +60,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: LayerCache | SlotLayer | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cached) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.hook is None:
             x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -72,29 +70,15 @@ class Block(nn.Module):
         return self.hook("residual_out", x + self.mlp(self.post_attention_layernorm(x)))
 
 
-def document_mask(positions: Tensor) -> Tensor:
-    """The attention mask of rows that hold several documents, each starting at position 0: causal, within a document.
+def document_bounds(positions: Tensor) -> Tensor:
+    """Where the documents of all rows begin, row after row, and where the last one ends: (N+1) int64, from 0 to B*T.
 
-    Args:
-        positions: (B, T) int64; -1 is padding.
-
-    Returns: (B, 1, T, T) bool.
-    """
-    document = (positions == 0).cumsum(dim=1)  # (B, T)
-    return (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
-
-
-def document_lengths(positions: Tensor) -> list[int]:
-    """The lengths of the documents in all rows, row after row; a run of padding counts as a document.
-
-    Args:
-        positions: (B, T) int64; 0 begins a document, -1 is padding.
+    positions: (B, T) int64; 0 begins a document, -1 is padding, of which a run counts as a document.
     """
     begins = positions == 0
     begins[:, 0] = True
     begins[:, 1:] |= (positions[:, 1:] < 0) & (positions[:, :-1] >= 0)
-    places = begins.flatten().nonzero().flatten().tolist()
-    return [stop - start for start, stop in zip(places, [*places[1:], positions.numel()], strict=True)]
+    return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel())
 
 
 class Decoder(nn.Module):
@@ -112,20 +96,21 @@ class Decoder(nn.Module):
         self.decode_block: Callable[..., Tensor] | None = None  # a block's call for single tokens over a fixed cache
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
-        """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward`."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None, mask: Mask = None
+    ) -> Tensor:
+        """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward` and `Llama.loss`."""
         num_tokens = tokens.shape[1]
         if positions is not None and positions.shape != tokens.shape:
             raise ValueError(f"positions {tuple(positions.shape)} must have the shape of tokens {tuple(tokens.shape)}")
-        mask: Mask
         if cache is not None:
             if cache.batch_size != tokens.shape[0]:
                 raise ValueError(f"a cache of {cache.batch_size} rows was given for {tokens.shape[0]} rows of tokens")
             positions, mask = cache.advance(num_tokens, positions)
-        elif positions is not None:
-            mask = document_lengths(positions) if self.by_document else document_mask(positions)
-        else:
-            positions, mask = torch.arange(num_tokens, device=tokens.device).unsqueeze(0), None
+        elif positions is None:
+            positions = torch.arange(num_tokens, device=tokens.device).unsqueeze(0)
+        elif mask is None:
+            mask = document_bounds(positions).diff().tolist() if self.by_document else document_mask(positions)
         x = self.embed_tokens(tokens)  # (B, T, D)
         if self.hook is not None:
             x = self.hook("embed", x)
@@ -183,19 +168,20 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary projection of the final norm's output: (…, D) -> (…, V)."""
-        if self.quantized_head is not None:
-            return self.quantized_head(hidden)
-        return product(hidden, self.head_weight)
+        return product(hidden, self.head_weight) if self.quantized_head is None else self.quantized_head(hidden)
 
-    def loss(self, tokens: Tensor, positions: Tensor | None, labels: Tensor, places: Tensor | None = None) -> Tensor:
+    def loss(
+        self, tokens: Tensor, positions: Tensor | None, labels: Tensor, places: Tensor | None = None, mask: Mask = None
+    ) -> Tensor:
         """The training loss: cross-entropy in nats, summed over supervised tokens; the logits never exist at once.
 
         Args:
             tokens, positions: as in `forward`.
             labels: (B, T) int64, the token that each position should predict, or `IGNORE_INDEX`.
             places: (N) int64, the supervised positions, of which alone `labels` are, (N). None: they are looked for.
+            mask: the documents that positions say, if they are known already (on a GPU, `nn/packed.py`).
         """
-        return token_loss(self.model(tokens, positions), self.head_weight, labels, places)
+        return token_loss(self.model(tokens, positions, mask=mask), self.head_weight, labels, places)
 
     def units(self) -> list[nn.Module]:
         """The modules that FSDP gathers one at a time: all but the last norm and the head."""
@@ -209,9 +195,7 @@ class Llama(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        if self.gathered_dtype is not None:
-            return self.gathered_dtype
-        return self.model.embed_tokens.weight.dtype
+        return self.gathered_dtype or self.model.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection
-from k2mini.distributed import fill, local_part
+from k2mini.distributed import World, fill, local_part
 from k2mini.nn.layers import Linear, product
 from k2mini.nn.quant import Int8Linear, int8_product
 
@@ -77,6 +79,16 @@ def init_adapters(model: nn.Module, seed: int) -> None:
             start = torch.empty(module.lora_A.shape, dtype=module.lora_A.dtype)
             fill(module.lora_A, start.uniform_(-bound, bound, generator=generator))
             local_part(module.lora_B).zero_()
+
+
+def average_gradients(model: nn.Module, world: World) -> None:
+    """Average over the ranks, in one message, the gradients of what each of them keeps whole; FSDP does the rest."""
+    whole = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    if whole:
+        summed = torch.cat([gradient.flatten() for gradient in whole])
+        dist.all_reduce(summed)
+        parts = (summed / world.size).split([gradient.numel() for gradient in whole])
+        torch._foreach_copy_(whole, [part.view_as(gradient) for part, gradient in zip(parts, whole, strict=True)])
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

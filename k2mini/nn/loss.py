@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,12 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | 
     """
     if places is None:
         places, labels = supervised(labels)
-    hidden = hidden.flatten(0, -2)[places]  # (N, D)
+    hidden = hidden.flatten(0, -2).index_select(0, places)  # (N, D); no place comes twice, so nothing has to be sorted
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return projected_loss(hidden, weight, labels)
     total = hidden.new_zeros((), dtype=_precise(hidden))
     for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-        total += F.cross_entropy(product(rows, weight).to(total.dtype), targets, reduction="sum")
+        total += F.cross_entropy(_logits(rows, weight), targets, reduction="sum")
     return total
 
 
@@ -49,13 +49,23 @@ def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def projected_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """`token_loss` with gradients, where every position is supervised: hidden (N, D), weight (V, D), labels (N)."""
-    loss = _ProjectedLoss.apply(hidden, weight, labels)
-    assert isinstance(loss, Tensor)
-    return loss
+    return cast(Tensor, _ProjectedLoss.apply(hidden, weight, labels))
 
 
 def _precise(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _keeps_sums(x: Tensor) -> bool:
+    """Whether products come in float32, as they are summed: of 16 bits, on a GPU from 8.0 on, with PyTorch 2.8."""
+    can = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.addmm, "dtype_out")
+    return can and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _logits(rows: Tensor, weight: Tensor) -> Tensor:
+    if _keeps_sums(rows):
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    return product(rows, weight).to(_precise(rows))
 
 
 class _ProjectedLoss(torch.autograd.Function):
@@ -70,7 +80,7 @@ class _ProjectedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=precise) if wants_weight else None
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
-            logits = product(rows, weight).to(precise)  # (N, V)
+            logits = _logits(rows, weight)  # (N, V)
             largest = logits.amax(dim=-1, keepdim=True)
             picked = logits.gather(-1, targets) - largest
             exponentials = logits.sub_(largest).exp_()
@@ -84,6 +94,8 @@ class _ProjectedLoss(torch.autograd.Function):
                 grad_hidden[start : start + CHUNK_ROWS] = product(grad, weight.T)
             if grad_weight is not None and grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.T, rows)
+            elif grad_weight is not None and _keeps_sums(rows):
+                torch.addmm(grad_weight, grad.T, rows, out_dtype=precise, out=grad_weight)
             elif grad_weight is not None:
                 grad_weight += grad.T @ rows
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -91,10 +103,6 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            None,
-        )
+        hidden, weight = (None if kept is None else kept * scale.to(kept.dtype) for kept in ctx.saved_tensors)
+        return hidden, weight, None

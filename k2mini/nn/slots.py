@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k2mini.model_config import ModelConfig
+from k2mini.nn.kv_cache import KVCache, LayerCache
 
 WIDTH = 256  # single tokens attend over a multiple of so many places, which are summed up by so many
 
@@ -148,3 +149,7 @@ class Slots:
         """Forget what is not finite: a masked NaN would still be one."""
         for part in (*self.keys, *self.values):
             part[slot].zero_()
+
+
+Cache = KVCache | SlotBatch | None  # what a model is called with
+Cached = LayerCache | SlotLayer | None  # one layer of it

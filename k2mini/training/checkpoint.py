@@ -1,4 +1,4 @@
-"""Checkpoints: saving, resuming, and which of a run's are kept.
+"""Checkpoints: which there are, which are kept, resuming from one. `save.py` writes them.
 
 A checkpoint is a folder `step_N`: the parameters that train and AdamW's moments, sharded
 (torch.distributed.checkpoint), and `state.json` with everything else and the SHA-256 of each file. It is written under
@@ -18,13 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from k2mini.config import CheckpointSection, check_fields
-from k2mini.distributed import World, local_part
-from k2mini.files import parse_json, read_text, sha256, sync_path
+from k2mini.distributed import World
+from k2mini.files import parse_json, read_text, sha256
 from k2mini.training.metadata import SafeReader, quiet
 from k2mini.weights.model_directory import manifest_text
 
@@ -33,63 +31,6 @@ log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = "state.json"
 FORMAT = "k2mini checkpoint 1"
-
-
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World
-) -> Path:
-    """Write `folder/step_N`: the parameters that train, AdamW's moments and `state` (plain JSON). All ranks call it.
-
-    Raises OSError on all ranks where the disk refuses; there is no `step_N` then, and earlier ones are untouched.
-    """
-    path = folder / f"step_{step:07}"
-    beside = folder / f".{path.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    world.barrier()
-    tensors: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
-    error: BaseException | None = None
-    try:
-        with quiet():
-            save(tensors, storage_writer=FileSystemWriter(beside), no_dist=not dist.is_initialized())
-    except CheckpointException as failure:
-        error = next(iter(failure.failures.values()))[0]
-    except OSError as failure:
-        error = failure
-    try:
-        hashes = {} if error else {file.name: sha256(file) for file in sorted(beside.glob(f"__{world.rank}_*"))}
-        parts = world.all_gather(error or hashes)
-        error = next((part for part in parts if isinstance(part, BaseException)), None)
-        if error is None and world.is_main:
-            try:
-                _finish(beside, path, {**state, "step": step}, parts)
-            except OSError as failure:
-                error = failure
-        error = world.broadcast(error)
-    finally:
-        if world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-    if error is not None:
-        raise OSError(f"{path} could not be saved ({error}); the checkpoints before it are untouched") from None
-    return path
-
-
-def _finish(beside: Path, path: Path, state: dict[str, Any], hashes: list[dict[str, str]]) -> None:
-    """Add `state.json` to the tensors that all ranks have written, sync, and rename. Rank 0 calls it."""
-    files = {name: digest for part in hashes for name, digest in part.items()}
-    files[".metadata"] = sha256(beside / ".metadata")
-    content = {"format": FORMAT, **state, "files": dict(sorted(files.items()))}
-    (beside / STATE).write_text(manifest_text(content), encoding="utf-8")
-    for file in beside.iterdir():
-        sync_path(file)
-    sync_path(beside)
-    beside.rename(path)
-    sync_path(path.parent)
 
 
 def check_room(folder: Path, number: int, size: int, result: int) -> None:
@@ -242,20 +183,6 @@ def check_files(path: Path, hashes: dict[str, str], world: World, remedy: str) -
     found = [problem for part in world.all_gather(problems) for problem in part]
     if found:
         raise ValueError(f"{found[0]}; {remedy}")
-
-
-def check_finite(model: nn.Module, step: int, world: World) -> None:
-    """Raise ValueError on all ranks, naming a parameter, where one that trains is not finite after `step`."""
-    parts = {name: local_part(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
-    # The largest magnitude is NaN where a value is, and needs no memory.
-    largest = {n: torch.linalg.vector_norm(part, torch.inf) for n, part in parts.items() if part.numel()}
-    finite = torch.stack(list(largest.values())).isfinite().tolist() if largest else []
-    bad = [name for name, good in zip(largest, finite, strict=True) if not good]
-    if found := [name for part in world.all_gather(bad[:1]) for name in part]:
-        raise ValueError(
-            f"step {step} has made {found[0]} infinite or NaN, so nothing is saved of it; go on from the checkpoint "
-            "before it with a lower train.lr, or in a wider model.dtype"
-        )
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import re
 import resource
 import signal
 import sys
@@ -25,18 +25,19 @@ from k2mini.data.batches import Prefetcher, Samples
 from k2mini.distributed import ALONE, World, reshard
 from k2mini.errors import StoppedBySignalError, need_extra
 from k2mini.files import parse_json, progress_bar, read_text, write_text
+from k2mini.gpu import peak_flops
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import best_loss, check_finite, prune, resume, save_checkpoint
+from k2mini.training.checkpoint import best_loss, prune, resume
+from k2mini.training.save import Saver, check_finite
 from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step
 from k2mini.training.validation import validation_loss
+
+log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 NUMBERS = ("loss", "val_loss", "tokens", "tokens_per_second")  # what is read again, beside the scores of a benchmark
 ACCURACY = "accuracy/"  # begins a score's name
 NO_BENCHMARK = EvalSection()
-# Dense bf16 (V100: fp16) rates of makers' data sheets, in FLOP/s, of the fastest variant of each name.
-PEAKS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "RTX 3090": 71e12, "RTX 4090": 165e12}
-
 Evaluate = Callable[[Llama], dict[str, float]]
 
 
@@ -85,6 +86,7 @@ def train(
     with _signals() as received, ExitStack() as stack:
         step, tokens = resume(folder, checkpoint, model, optimizer, task.identity, world)
         metrics, throughput = Metrics(run, step, world), Throughput(model, world)
+        saver = stack.push(Saver(folder, checkpoint, world))
         best = world.broadcast(best_loss(folder))
         prefetcher = stack.enter_context(Prefetcher(partial(local_batches, task.samples, section=section, world=world)))
         progress = stack.enter_context(progress_bar(steps, task.label, "steps", step, shown=world.is_main))
@@ -94,7 +96,7 @@ def train(
             torch.manual_seed(_draw_seed(run.seed, step, world.rank))
             batches = prefetcher.get(step * batch_size, (step + 1) * batch_size if step + 1 < steps else None)
             figures = train_step(model, optimizer, batches, section, step, steps, world)
-            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received))
+            seen, stop = world.all_reduce(sum(batch.num_tokens() for batch in batches), bool(received or saver.failed))
             step, tokens, rate = step + 1, tokens + int(seen), seen / (time.perf_counter() - start)
             metrics.write(step, **figures, tokens=tokens, tokens_per_second=round(rate, 1))
             progress.set_postfix_str(throughput.line(figures, rate), refresh=False)
@@ -111,8 +113,7 @@ def train(
                 best = val_loss
             if _due(step, steps, checkpoint.every) or stop or better:
                 state = {"identity": task.identity, "tokens": tokens, "val_loss": val_loss}
-                path = save_checkpoint(folder, step, model, optimizer, state, world)
-                prune(folder, checkpoint, world)
+                path = saver.save(step, model, optimizer, state, wait=bool(stop) or step == steps)
                 if stop and step < steps:
                     raise StoppedBySignalError(received[0] if received else signal.SIGTERM, f"saved {path}")
     prune(folder, checkpoint, world)  # once more, for a process that was killed in it
@@ -243,10 +244,10 @@ class Throughput:
     """The progress line: loss, learning rate, tokens a second, MFU, memory.
 
     MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), is the arithmetic that the
-    tokens need over the arithmetic that the devices could do in that time, by the data sheet (`PEAKS`), whatever the
-    run's dtype. It is left out on other devices, CPUs among them: a rate measured on some product is no peak, and those
-    of float32 and bfloat16 are far apart on some. A token needs 6 FLOP for each trained parameter and 4 for each frozen
-    one; attention and what activation checkpointing recomputes are not counted.
+    tokens need over the arithmetic that the GPUs could do in that time in bfloat16, whatever the run's dtype; the log
+    says once by what peak (see `gpu.peak_flops`). It is left out on a CPU, whose rate in float32 and in bfloat16 can be
+    far apart. A token needs 6 FLOP for each trained parameter and 4 for each frozen one; attention and what activation
+    checkpointing recomputes are not counted.
     """
 
     def __init__(self, model: Llama, world: World) -> None:
@@ -256,20 +257,17 @@ class Throughput:
             for parameter in model.parameters()
             if parameter is not embedding or model.lm_head is None
         )
-        self._device, self._ranks, self._peak = world.device, world.size, peak_flops(world.device)
+        self._device, self._ranks, self._peak = world.device, world.size, 0.0
+        if world.device.type == "cuda":
+            self._peak, source = peak_flops(world.device)
+            log.info("MFU is the share of %s (%s)", source, torch.cuda.get_device_name(world.device))
 
     def line(self, figures: dict[str, float], rate: float) -> str:
         """What `train_step` returned, and a rate in tokens a second over all ranks, as text."""
         said = f"loss {figures['loss']:.3f}, lr {figures['lr']:.1e}, {rate:,.0f} tokens/s, "
-        if self._peak is not None:
+        if self._peak:
             said += f"MFU {100 * rate * self._flops_per_token / (self._ranks * self._peak):.0f} %, "
         return said + f"{memory_used(self._device) / 2**30:.1f} GiB"
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The FLOP/s of a GPU's dense bf16 matrix products by its data sheet; None of a device that `PEAKS` lacks."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_used(device: torch.device) -> int:

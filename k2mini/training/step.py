@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 from k2mini.config import TrainSection
 from k2mini.data.batches import Batch, Samples
 from k2mini.distributed import ALONE, World, send
-from k2mini.nn.llama import Llama
+from k2mini.nn.llama import Llama, document_bounds
+from k2mini.nn.lora import average_gradients
 from k2mini.nn.loss import supervised
+from k2mini.nn.packed import sent_bounds
 
 
 def build_optimizer(model: nn.Module, section: TrainSection) -> torch.optim.AdamW:
@@ -136,6 +138,8 @@ def accumulate(model: Llama, batches: list[Batch], count: float, world: World = 
         # Gradients are averaged over the ranks when they are reduced; this makes the average a sum.
         (part * world.size).backward()
         total += part.detach()
+    if world.size > 1:
+        average_gradients(model, world)
     return total
 
 
@@ -153,4 +157,7 @@ def loss_sum(model: Llama, batch: Batch) -> torch.Tensor:
     places, labels = supervised(batch.labels)  # on the CPU: a GPU would be waited for
     tokens, labels, places = (send(part, model.device) for part in (batch.tokens, labels, places))
     positions = None if batch.positions is None else send(batch.positions, model.device)
-    return model.loss(tokens, positions, labels, places)
+    mask = None
+    if batch.positions is not None and model.device.type == "cuda":
+        mask = sent_bounds(document_bounds(batch.positions), model.device, model.dtype, model.config.head_dim)
+    return model.loss(tokens, positions, labels, places, mask)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from k2mini.build import training_model
-from k2mini.config import CheckpointSection, ModelSection, ParallelSection
+from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection
 from k2mini.distributed import World
 from tests.distributed import worker
 
@@ -49,9 +49,11 @@ def test_losses_and_norms_equal_those_of_one_process(alone, ranks):
     _, one = alone
     _size, _, many = ranks
     assert len([row for row in one["plain"] if len(row) == 2]) == worker.STEPS
-    for name in ("plain", "recomputed", "accumulated", "lora"):
+    for name in ("plain", "recomputed", "accumulated", "lora", "lora_shared"):
         close(many[name], one[name], 1e-12)
-    close(many["int8"], one["int8"], 1e-6)  # its adapters are float32
+    for name in ("int8", "int8_shared"):
+        close(many[name], one["int8"], 1e-6)  # its adapters are float32
+    close(many["lora"], many["lora_shared"], 1e-12)
     close(many["zero2"], one["recomputed"], 1e-12)
     close(many["replicated"], one["recomputed"], 1e-12)
     close(one["accumulated"], one["recomputed"], 1e-12)
@@ -74,6 +76,18 @@ def test_ranks_that_disagree_are_told_in_what(ranks):
             assert sentence.startswith(f"{key} is ")
             assert f"on rank {size - 1}; start all ranks with the same configuration and files" in sentence
         assert not {"checkpoints", "metrics.jsonl", "model"} & set(left)
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all(ranks):
+    """At a later step, the same on all of them; the checkpoint before it is there."""
+    size, _, many = ranks
+    ends, steps = many["refused"]
+    assert len(ends) == size
+    for told, left in ends:
+        assert told.endswith("step_0000020 could not be saved ([Errno 28] No space left on device); "
+                             "the checkpoints before it are untouched")  # fmt: skip
+        assert left == ["step_0000010"]
+    assert 20 < steps <= 30
 
 
 def test_a_benchmark_while_training(alone, ranks):
@@ -111,6 +125,16 @@ def test_a_checkpoint_of_many_ranks_goes_on_in_one_process(ranks, tiny_directory
     close(rows, [*[row for row in many["plain"] if len(row) > 1][10:], many["plain"][-1]], 1e-12)
 
 
+@pytest.mark.parametrize("shared", ["", "_shared"])
+def test_adapters_of_many_ranks_go_on_in_one_process(ranks, tiny_directory, tmp_path, shared):
+    """Whether each rank kept the frozen base whole, which is the default, or all ranks shared it."""
+    _, out, many = ranks
+    keep = CheckpointSection(resume=str(out / f"lora{shared}/checkpoints/step_0000005"), every=5)
+    lora = LoraSection(rank=2, dropout=0.0)
+    rows = worker.run(tiny_directory, World(), tmp_path / "resumed", lora=lora, keep=keep, max_steps=10)
+    close(rows, many["lora"][5:], 1e-12)
+
+
 def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_path):
     _, out, _ = ranks
     training = worker.section(World())
@@ -131,7 +155,8 @@ def test_bf16_alone_keeps_float32_weights(tiny_directory):
         "import torch\nfrom k2mini.build import is_sharded, training_model\n"
         "from k2mini.config import *\nfrom k2mini.distributed import ranks\n"
         f"section = ModelSection({str(tiny_directory)!r}, 'bfloat16')\n"
-        "with ranks(torch.device('cpu'), ParallelSection(), alone_too=is_sharded(section, None, 1)) as world:\n"
+        "assert is_sharded(section, ParallelSection(), None, 1)\n"
+        "with ranks(torch.device('cpu'), ParallelSection(), alone_too=True) as world:\n"
         "    model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), world)\n"
         "    tokens = torch.ones(1, 9, dtype=torch.int64)\n"
         "    loss = model.loss(tokens, None, tokens)\n"

@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from k2mini.build import training_model
@@ -148,24 +150,55 @@ def disagreements(path, world, out):
     return world.all_gather([told, sorted(entry.name for entry in out.glob("disagreeing/*"))])
 
 
+def refused(path, world, out):
+    """What each rank is told where the disk of the last one refuses the second save, and the steps of the metrics.
+
+    The write fails only after that rank has gone on with training.
+    """
+    write, times = FileSystemWriter.write_data, iter(range(9))
+
+    def full(*arguments):
+        if next(times) == 0 or world.rank < world.size - 1:
+            return write(*arguments)
+        time.sleep(0.5)
+        raise OSError(28, "No space left on device")
+
+    FileSystemWriter.write_data = full
+    told = ""
+    try:
+        run(path, world, out / "refused", keep=CheckpointSection(every=10, keep_last=1))
+    except OSError as error:
+        told = str(error)
+    FileSystemWriter.write_data = write
+    steps = read_metrics(out / "refused/metrics.jsonl")[-1]["step"] if world.is_main else 0
+    world.barrier()
+    left = sorted(entry.name for entry in (out / "refused/checkpoints").iterdir())
+    return world.all_gather([told, left]), steps
+
+
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
     with ranks(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv) as world:
         few = {"max_steps": STEPS // 3}
+        lora, shared = LoraSection(rank=2, dropout=0.0), ParallelSection(replicate=1)
+        halves = CheckpointSection(every=5)
         results = {
             "plain": run(path, world, out / "plain"),
             "float32": run(path, world, out / "float32", dtype="float32"),
             "recomputed": run(path, world, out / "recomputed", activation_checkpointing=2, **few),
             "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
-            "lora": run(path, world, out / "lora", lora=LoraSection(rank=2, dropout=0.0), **few),
-            "int8": run(path, world, out / "int8", lora=LoraSection(rank=2, dropout=0.0), quantize="int8", **few),
+            "lora": run(path, world, out / "lora", lora=lora, keep=halves, **few),
+            "lora_shared": run(path, world, out / "lora_shared", lora=lora, parallel=shared, keep=halves, **few),
+            "int8": run(path, world, out / "int8", lora=lora, quantize="int8", **few),
+            "int8_shared": run(path, world, out / "int8_shared", lora=lora, quantize="int8", parallel=shared, **few),
             "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
             "gradients": gradients(path, world, 1),
             "gradients_accumulated": gradients(path, world, 8 // world.size),
             "kept": world.all_gather(sharding(path, world)),
         }
         if world.size > 1:
+            results["refused"] = refused(path, world, out)
             results["disagreements"] = disagreements(path, world, out)
             results["zero2"] = run(
                 path, world, out / "zero2", parallel=ParallelSection(reshard_after_forward=False), **few

@@ -9,6 +9,7 @@ from k2mini.evaluation.compare import mcnemar
 from k2mini.evaluation.measures import rouge_l, token_f1
 from k2mini.evaluation.perplexity import score_text, text_perplexity
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import HostWaits
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,13 @@ def test_a_text_that_is_not_scored(tiny_directory, run, options):
     status, out, err = run("score", "--model", tiny_directory, *options)
     assert (status, out) == (2, "")
     assert "there is no text to score" in err or "usage: k2mini score" in err
+
+
+def test_a_text_is_read_once(tiny_tokenizer):
+    model = tiny_llama(tiny_config(vocab_size=tiny_tokenizer.vocab_size))
+    with HostWaits() as waits:
+        text_perplexity(model, tiny_tokenizer, TEXTS, window=8)
+    assert waits.found == ["item"] * (len(TEXTS) + 1)
 
 
 def test_a_stride_that_is_refused(tiny_directory):

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.prompts import shared_prefix
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
 from k2mini.evaluation.score import Request, score, split_jointly, tokens_to_run
-from k2mini.inference.generate import shared_prefix
 from tests.conftest import asset, tiny_config, tiny_llama
+from tests.helpers import HostWaits
 
 
 def test_white_space_that_ends_a_context_belongs_to_the_option(llama_tokenizer):
@@ -115,6 +116,14 @@ def test_progress_counts_the_tokens_that_run(monkeypatch, share):
     shared = sum(shared_prefix(prefixes) for prefixes in groups) if share else 0
     assert sum(tokens_to_run(requests, share=share)) == ran - shared
     assert min(tokens_to_run(requests, share=share)) > 0
+
+
+def test_a_batch_is_read_once():
+    model, requests = tiny_llama(), random_requests()
+    with HostWaits() as waits:
+        found = list(score(model, requests, batch_size=64, share=False))
+    assert len(found) == len(requests) > 20
+    assert waits.found == ["tolist"] * 2  # one batch of each group
 
 
 def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import os
 import pkgutil
@@ -217,10 +218,9 @@ def _streams(request: Request, scratch: Path) -> None:
 def _watch(request: Request, counted: Path) -> None:
     """Note each event that changes files below the folder, and die at the chosen one, before it takes place."""
     descriptor = os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    left = request.kill
+    places = itertools.count(1)  # a checkpoint is written in a thread
 
     def event(name: str, arguments: Sequence[Any]) -> None:
-        nonlocal left
         if name == "open":
             if not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
@@ -232,8 +232,7 @@ def _watch(request: Request, counted: Path) -> None:
             if text.startswith("/") and not text.startswith(request.folder):
                 return
         os.write(descriptor, b".")
-        left -= 1
-        if left == 0:
+        if next(places) == request.kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
     real = os.fsync

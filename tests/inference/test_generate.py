@@ -3,12 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.attention.bias
 
 from k2mini.build import load_model
-from k2mini.inference.generate import Decoding, extend, generate, prefill, shared_prefix
+from k2mini.data.prompts import shared_prefix
+from k2mini.inference.generate import Decoding, extend, generate, prefill
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import HostWaits
 from tests.reference import to_transformers
 
 PROMPTS = [[1, 5, 9, 77, 3], [1, 40], [1, 8, 8, 120, 60, 33, 2, 18, 190]]
@@ -151,17 +154,44 @@ def test_logprobs_are_those_of_the_whole_text():
         assert [token for token, _ in top] == logprobs[2 + place].topk(3).indices.tolist()
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 512])
-def test_prefill_in_chunks(shape, chunk):
+@pytest.mark.parametrize("chunk", [1, 4, 7, 512, None])
+@pytest.mark.parametrize("maskless", [[], ["cpu"]], ids=["masks", "no masks"])
+def test_prefill_in_chunks(shape, chunk, maskless, monkeypatch):
+    """As on a CPU and as on a GPU; the rows then go on, over what was stored of the padding."""
+    monkeypatch.setattr("k2mini.nn.kv_cache.MASKLESS", maskless)
     model = tiny_llama(shape)
     rows = [list(range(1, 24)), [5, 6], list(range(40, 55)), [9]]
     with torch.inference_mode():
         cache = KVCache(shape, 4)
-        hidden = extend(model, rows, cache, chunk)
-        for row, tokens in enumerate(rows):
-            alone = model.model(torch.tensor([tokens]))[0, -1]
-            torch.testing.assert_close(hidden[row], alone, rtol=0, atol=1e-5)
+        assert cache.maskless == bool(maskless)
+        with HostWaits() as waits:
+            hidden = extend(model, rows, cache, chunk)
+        assert waits.found == []
         assert cache.lengths.tolist() == [23, 2, 15, 1]
+        later = model(torch.tensor([[7, 8]] * 4), cache=cache)
+        for row, tokens in enumerate(rows):
+            alone = model.model(torch.tensor([[*tokens, 7, 8]]))[0]
+            torch.testing.assert_close(hidden[row], alone[-3], rtol=0, atol=1e-5)
+            torch.testing.assert_close(later[row], model.logits(alone[-2:]), rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_later_parts_of_a_prompt_need_no_mask(shape, monkeypatch):
+    monkeypatch.setattr("k2mini.nn.kv_cache.MASKLESS", ["cpu"])
+    model, seen = tiny_llama(shape), []
+    place, bias = "torch.nn.attention.bias.causal_lower_right", torch.nn.attention.bias.causal_lower_right
+    monkeypatch.setattr(place, lambda *sizes: (seen.append(sizes), bias(*sizes))[1])
+    prefill(model, [list(range(1, 30)), list(range(40, 50))], capacity=40, chunk=10)
+    assert seen == [(10, 20)] * shape.num_layers + [(9, 29)] * shape.num_layers
+
+
+def test_chunks_are_larger_on_a_gpu_where_there_are_few_rows(monkeypatch):
+    monkeypatch.setattr("k2mini.nn.kv_cache.MASKLESS", ["cpu"])
+    model, seen = tiny_llama(tiny_config(max_seq_len=2048, num_layers=1)), []
+    monkeypatch.setattr(model, "hidden", lambda t, *_: (seen.append(t.shape[1]), torch.zeros(*t.shape, 64))[1])
+    for rows in (1, 8, 40):
+        extend(model, [[5] * 1500] * rows, KVCache(model.config, rows))
+    assert seen == [1500, 1024, 476, 512, 512, 476]
 
 
 def test_a_common_prefix_is_computed_once(shape, monkeypatch):

@@ -1,5 +1,7 @@
 """Steps that are replayed, without a GPU: a stand-in records what a step does to tensors, and does it to them again."""
 
+import io
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,11 +10,15 @@ from torch.utils._pytree import tree_leaves
 from k2mini.audit.hooks import trace
 from k2mini.build import load_model
 from k2mini.config import LoraSection
+from k2mini.data.prompts import get_template
+from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.generate import Decoding, can_replay, generate
 from k2mini.inference.sampling import Sampling
+from k2mini.inference.terminal import Conversation
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import HostWaits
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 20, 21], [1] + [30, 31, 32] * 30]
 
@@ -65,7 +71,8 @@ def replaying(monkeypatch):
     """Whether `generate` replays; the graphs made are counted from 0."""
 
     def switch(on):
-        monkeypatch.setattr("k2mini.inference.generate.can_replay", lambda _model: on)
+        for place in ("generate", "beam"):
+            monkeypatch.setattr(f"k2mini.inference.{place}.can_replay", lambda _model: on)
 
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.Stream", Stream)
@@ -113,6 +120,38 @@ def test_int8_and_adapters(replaying, tiny_directory, quantize):
     replaying(True)
     assert generate(model, PROMPTS[:3], Decoding(20), stop_ids=[7]) == expected
     assert Graph.made == 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(repetition_penalty=1.3, no_repeat_ngram_size=2)], ids=str)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=len)
+def test_beams(replaying, prompts, sampling):
+    """To the end, with one read a step, and where the search ends early."""
+    model = tiny_llama(tiny_config(max_seq_len=512))
+    for beams, stop in ((Beams(4, num_return_sequences=4), [7, 8]), (Beams(3, 0.6, early_stopping=True), [*range(60)])):
+        decoding = Decoding(30, sampling, beams=beams)
+        replaying(False)
+        expected = beam_search(model, prompts, decoding, stop_ids=stop)
+        replaying(True)
+        with HostWaits() as waits:
+            found = beam_search(model, prompts, decoding, stop_ids=stop)
+        assert {*waits.found} == {"tolist"}
+        assert len(waits.found) <= 30 + 3
+        for ours, theirs in zip(found, expected, strict=True):
+            assert [(c.tokens, c.finish) for c in ours] == [(c.tokens, c.finish) for c in theirs]
+            assert [c.score for c in ours] == pytest.approx([c.score for c in theirs], abs=1e-5)
+    assert Graph.made == 2
+
+
+def test_turns_of_a_conversation(replaying, tiny_directory):
+    """Over a cache that goes on from turn to turn."""
+    model, tokenizer = load_model(tiny_directory)
+    answers = []
+    for on in (False, True):
+        replaying(on)
+        talk = Conversation(model, tokenizer, get_template("alpaca"), Decoding(12, Sampling(0.8)))
+        answers.append([talk.turn(question, io.StringIO()).tokens for question in ("granite", "and basalt", "why")])
+    assert answers[0] == answers[1]
+    assert Graph.made == 3
 
 
 def test_a_row_that_the_context_ends_leaves_and_the_rest_is_captured_anew(replaying):

@@ -53,6 +53,13 @@ def test_turns_build_on_each_other_as_if_computed_anew(loaded):
     assert talk.turn("granite", io.StringIO()) == first
 
 
+def test_the_cache_is_fixed_where_steps_are_replayed(loaded, monkeypatch):
+    """A graph writes to the slots that `lengths` says; one that is not fixed would write to the same slot for ever."""
+    assert not conversation(loaded).cache.fixed
+    monkeypatch.setattr("k2mini.inference.generate.can_replay", lambda _model: True)
+    assert conversation(loaded).cache.fixed
+
+
 class Interrupting(io.StringIO):
     """Ctrl-C while the third piece is written."""
 

@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 
+from k2mini.audit.hooks import trace
 from k2mini.nn.kv_cache import GROWTH_STEP, KVCache
 from tests.conftest import tiny_config, tiny_llama
 
@@ -24,6 +27,39 @@ def test_slots_are_aligned_and_no_more_than_the_context_needs(fixed):
         slots = cache.keys[0].shape[2]
         assert slots % 8 == 0
         assert length < slots == cache.capacity + 1 <= 2056
+
+
+@torch.no_grad()
+def test_masks_of_a_gpu_are_aligned(monkeypatch):
+    """And what they add is not seen."""
+    monkeypatch.setattr("k2mini.nn.kv_cache.MASKLESS", ["cpu"])
+    model, tokens = tiny_llama(), torch.randint(199, (2, 13))
+    cache = KVCache(model.config, 2)
+    model(tokens[:, :10], cache=cache)
+    cache.end(torch.tensor([10, 4]))
+    positions = torch.tensor([[10, 11, 12], [4, 5, -1]])
+    _, mask = copy.deepcopy(cache).advance(3, positions)
+    assert mask.shape == (2, 1, 3, 16)
+    logits = model(tokens[:, 10:], positions, cache)
+    torch.testing.assert_close(logits[0], model(tokens)[0, 10:], rtol=0, atol=1e-5)
+    other = torch.cat([tokens[1:, :4], tokens[1:, 10:12]], dim=1)
+    torch.testing.assert_close(logits[1, :2], model(other)[0, 4:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_pattern_of_later_tokens(monkeypatch):
+    """Without a mask, the last query attends to all."""
+    model, tokens = tiny_llama(), torch.randint(199, (1, 12))
+    found = []
+    for maskless in ([], ["cpu"]):
+        monkeypatch.setattr("k2mini.nn.kv_cache.MASKLESS", maskless)
+        cache = KVCache(model.config, 1)
+        model(tokens[:, :5], cache=cache)
+        with trace(model, ["layers.1.attention.pattern"]) as seen:
+            model(tokens[:, 5:], cache=cache)
+        found.append(seen["layers.1.attention.pattern"])
+    assert found[0].shape == (1, 4, 7, 12)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_select_copies_rows_and_leaves_the_source_alone():

@@ -7,7 +7,7 @@ from k2mini.build import load_model
 from k2mini.config import IGNORE_INDEX
 from k2mini.model_config import PRESETS
 from k2mini.nn.kv_cache import KVCache
-from k2mini.nn.llama import Llama, document_lengths
+from k2mini.nn.llama import Llama, document_bounds
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import naive_logits, to_transformers
 
@@ -151,7 +151,7 @@ def test_documents_one_by_one_equal_documents_under_a_mask(shape):
     positions = torch.tensor(
         [[0, 1, 2, 3, 0, 1, 0, 0, 1, 2], [2, 3, 0, 1, 2, 3, 4, -1, -1, -1], [0, 1, 2, -1, -1, -1, -1, -1, -1, -1]]
     )
-    assert document_lengths(positions) == [4, 2, 1, 3, 2, 5, 3, 3, 7]
+    assert document_bounds(positions).diff().tolist() == [4, 2, 1, 3, 2, 5, 3, 3, 7]
     tokens, labels = tokens_like(shape, 3, 10), tokens_like(shape, 3, 10, seed=1)
     labels[positions < 0] = IGNORE_INDEX
     results = []

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from k2mini.config import IGNORE_INDEX
+from k2mini.nn import loss
 from k2mini.nn.loss import CHUNK_ROWS, token_loss
 
 
@@ -62,3 +63,30 @@ def test_bf16_is_summed_in_fp32():
     torch.testing.assert_close(total, plain(hidden, weight, labels), rtol=1e-3, atol=0)
     total.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_what_a_gpu_sums_in_fp32_is_not_rounded_between(monkeypatch):
+    """`out_dtype`, which has no kernel here, stood in for: logits and the weight's gradient are of exact products."""
+
+    def mm(a, b, *, out_dtype):
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def addmm(total, a, b, *, out_dtype, out):
+        assert out is total
+        return total.add_(mm(a, b, out_dtype=out_dtype))
+
+    hidden, weight, labels = rows(CHUNK_ROWS + 40, dtype=torch.bfloat16)
+    counts = labels != IGNORE_INDEX
+    kept, targets = hidden.detach()[counts].double(), labels[counts]
+    logits = kept @ weight.detach().double().T
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    pull = (logits.softmax(dim=-1) - F.one_hot(targets, len(weight))).bfloat16().double()
+    monkeypatch.setattr(loss, "_keeps_sums", lambda _x: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    total = token_loss(hidden, weight, labels)
+    total.backward()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight.grad.double(), pull.T @ kept, rtol=4e-3, atol=1e-3)  # rounded to bf16 once
+    with torch.no_grad():
+        torch.testing.assert_close(token_loss(hidden, weight, labels).double(), expected, rtol=1e-6, atol=0)

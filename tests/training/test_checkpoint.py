@@ -3,6 +3,7 @@
 import pickle
 import resource
 import shutil
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from k2mini.config import CheckpointSection
 from k2mini.distributed import World
 from k2mini.files import sha256
+from k2mini.training import save
 from k2mini.training.checkpoint import (
     best_checkpoint,
     checkpoints,
     load_checkpoint,
     prune,
     read_state,
-    save_checkpoint,
 )
 from k2mini.training.metadata import SafeReader, StoredModel, _Unpickler
+from k2mini.training.save import Saver
 from k2mini.training.step import build_optimizer
 from k2mini.weights.model_directory import manifest_text
 from tests.conftest import tiny_llama
@@ -39,7 +41,8 @@ def stepped(seed=0):
 
 def saved(folder, step=1, **state):
     model, optimizer = stepped()
-    return model, save_checkpoint(folder, step, model, optimizer, {"identity": {}, "tokens": 0, **state}, World())
+    with Saver(folder, CheckpointSection(keep_last=9), World()) as saver:
+        return model, saver.save(step, model, optimizer, {"identity": {}, "tokens": 0, **state}, wait=True)
 
 
 def test_round_trip(tmp_path):
@@ -125,6 +128,67 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_0000001"]
     assert sha256(path / "__0_0.distcp") == before
     load_checkpoint(path, *stepped(), World())
+
+
+def test_a_folder_that_can_not_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"step_0000001 could not be saved \(.*Not a directory"):
+        saved(tmp_path / "file")
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing begins when this event is set; the list gets the names of the checkpoints that there are then."""
+    event, found, write = threading.Event(), [], save.save
+
+    def wait(*arguments, storage_writer, **options):
+        assert event.wait(60)
+        found.append([path.name for path in checkpoints(Path(storage_writer.path).parent)])
+        return write(*arguments, storage_writer=storage_writer, **options)
+
+    monkeypatch.setattr(save, "save", wait)
+    return event, found
+
+
+def test_training_goes_on_while_what_was_is_written(tmp_path, held):
+    """Bit for bit what a save that is waited for writes, also from memory that an earlier copy was in."""
+    (event, found), state = held, {"identity": {}, "tokens": 0}
+    event.set()
+    model, optimizer = stepped()
+    with Saver(tmp_path / "waited", CheckpointSection(async_save=False, keep_last=1), World()) as saver:
+        saver.save(1, model, optimizer, state, wait=False)
+        expected = saver.save(2, model, optimizer, state, wait=False)
+        assert checkpoints(tmp_path / "waited") == [expected]
+    event.clear()
+    with Saver(tmp_path / "run", CheckpointSection(keep_last=1), World()) as saver:
+        first = saver.save(1, model, optimizer, state, wait=False)
+        assert not checkpoints(tmp_path / "run")
+        threading.Timer(0.2, event.set).start()
+        second = saver.save(2, model, optimizer, state, wait=False)  # waits for the first
+        saver.wait()
+        event.clear()
+        third = saver.save(3, model, optimizer, state, wait=False)
+        for parameter in model.parameters():
+            parameter.data.fill_(7)
+            optimizer.state[parameter]["exp_avg"].fill_(7)
+        assert checkpoints(tmp_path / "run") == [second]
+        assert not saver.failed
+        event.set()
+        saver.wait()
+        assert checkpoints(tmp_path / "run") == [third]
+    assert found[2:] == [[], [first.name], [second.name]]  # the last complete one stays while another is written
+    assert (third / "__0_0.distcp").read_bytes() == (expected / "__0_0.distcp").read_bytes()
+    assert sorted(tmp_path.glob("run/.*")) == []
+
+
+def test_no_memory_for_the_copy_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Pinning memory failed with error-code: 2")
+
+    monkeypatch.setattr(save.DefaultStager, "stage", refuse)
+    said = r"step_0000001 could not be copied to the host's memory \(Pin.*\); checkpoint.async_save=false needs no copy"
+    with pytest.raises(ValueError, match=said):
+        saved(tmp_path)
 
 
 def test_another_model_is_refused(tmp_path):

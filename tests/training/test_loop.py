@@ -3,22 +3,29 @@
 import json
 import os
 import re
+import resource
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from k2mini import gpu
 from k2mini.config import CheckpointSection, RunSection
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.corpus import Documents
-from k2mini.distributed import ALONE
+from k2mini.distributed import ALONE, World
 from k2mini.errors import StoppedBySignalError
-from k2mini.training import loop
+from k2mini.training import loop, save
 from k2mini.training.checkpoint import checkpoints
-from k2mini.training.loop import Task, Throughput, peak_flops, read_metrics, train
-from k2mini.training.step import accumulate, build_optimizer, lr_at, train_step
-from tests.conftest import tiny_llama
+from k2mini.training.loop import Task, Throughput, read_metrics, train
+from k2mini.training.step import accumulate, build_optimizer, loss_sum, lr_at, train_step
+from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import section
 from tests.reference import to_transformers
 
@@ -147,6 +154,99 @@ def run_until(directory, step):
     run(directory, model=model)
 
 
+@pytest.mark.parametrize("every", [3, 12])
+def test_a_disk_that_refuses_stops_the_run(tmp_path, every):
+    """One of its steps, before there is a second save, or its end."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"step_00000{every:02} could not be saved \(.*File too large"):
+            run(tmp_path, every=every)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert losses(tmp_path)[-1]["step"] <= every + 3
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_save_that_has_failed_ends_the_next_step(tmp_path, monkeypatch):
+    """No other save is due; and where something else ends the run, the failure is logged."""
+    failing = threading.Event()
+
+    def fail(*arguments):
+        failing.set()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(save, "_save", fail)
+    model = tiny_llama(seed=5)
+    model.model.register_forward_pre_hook(lambda *_: time.sleep(0.05 * failing.is_set()))
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path / "run", steps=200, every=100, model=model)
+    assert 100 < losses(tmp_path / "run")[-1]["step"] < 110
+
+
+def test_a_signal_does_not_say_saved_of_what_the_disk_refused(tmp_path, monkeypatch):
+    def fail(*arguments):
+        time.sleep(0.2)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(save, "_save", fail)
+    model = tiny_llama(seed=5)
+    model.model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM) if len(calls) == 2 else None)
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(0))
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path, steps=200, every=1000, model=model)
+    assert losses(tmp_path)[-1]["step"] == 3
+
+
+def test_a_save_goes_on_although_the_run_ends(tmp_path, monkeypatch, caplog):
+    """It is complete, or its failure is logged beside the error that ended the run."""
+    write = save._save
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        write(*arguments)
+
+    def fail(*arguments):
+        time.sleep(0.5)
+        raise OSError("the disk is full")
+
+    for name, replaced in (("slow", slow), ("full", fail)):
+        monkeypatch.setattr(save, "_save", replaced)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_until(tmp_path / name, 3)
+    assert [path.name for path in checkpoints(tmp_path / "slow/checkpoints")] == ["step_0000003"]
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["the disk is full"]
+
+
+def killed_in_a_save(directory):
+    """Train, and be killed while the checkpoint of step 6 is being written and step 8 is over."""
+    finish = save._finish
+
+    def kill(beside, path, *arguments):
+        if path.name == "step_0000006":
+            while losses(directory)[-1]["step"] < 8:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(beside, path, *arguments)
+
+    save._finish = kill
+    run(directory)
+
+
+def test_killed_while_training_went_on_beside_a_save(tmp_path):
+    code = "import sys, pathlib; from tests.training.test_loop import *; killed_in_a_save(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name[0] != "."] == ["step_0000003"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob(".*")] == [".step_0000006.tmp"]
+    resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The losses of a long run."""
@@ -201,14 +301,72 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
 
 
-def test_mfu_is_said_of_a_device_whose_peak_is_known_and_of_no_other(monkeypatch):
+CARDS = {
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H200": 989,
+    "NVIDIA GH200 144G HBM3e": 989,
+    "NVIDIA B200": 2250,
+    "NVIDIA B300 SXM6 AC": 2250,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A40": 150,
+    "NVIDIA A10G": 70,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 5090": 209,
+    "NVIDIA RTX A6000": 155,
+    "NVIDIA RTX 6000 Ada Generation": 364,
+    "Tesla V100-SXM2-16GB": 125,
+    "Tesla V100-PCIE-32GB": 112,
+    "Tesla T4": 65,
+}
+OTHERS = [
+    "NVIDIA RTX A1000",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA RTX 6000",
+    "B9",
+]
+
+
+def test_peaks_of_cards_are_known_by_name_or_measured(monkeypatch):
+    monkeypatch.setattr(gpu, "product_rate", lambda _: 6.121e14)
+    measured = 6.121e14, "612 TFLOP/s measured"
+    expected = {name: (peak * 1e12, f"the data sheet's {peak} TFLOP/s") for name, peak in CARDS.items()}
+    expected |= dict.fromkeys([*OTHERS, "NVIDIA A100-SXM4-80GB MIG 1g.10gb"], measured)
+    for name, found in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert gpu.peak_flops(torch.device("cuda")) == found, name
+
+
+def test_mfu_is_said_of_a_gpu_and_of_no_cpu(monkeypatch, caplog):
     model, figures = tiny_llama(), {"loss": 1.0, "lr": 1e-3}
     line = Throughput(model, ALONE).line(figures, 1e9)
     assert re.fullmatch(r"loss 1\.000, lr 1\.0e-03, 1,000,000,000 tokens/s, [\d.]+ GiB", line)
-    names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA RTX A1000": None, "B9": None}
-    for name, peak in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert peak_flops(torch.device("cuda")) == peak
-    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(loop, "peak_flops", lambda _: (1e12, "1 TFLOP/s measured"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "B9")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
     trained = model.config.num_parameters() - model.model.embed_tokens.weight.numel()
-    assert f", MFU {6 * trained * 1e6 / 1e10:.0f} %, " in Throughput(model, ALONE).line(figures, 1e6)
+    with caplog.at_level("INFO"):
+        throughput = Throughput(model, World(device=torch.device("cuda")))
+    assert caplog.messages == ["MFU is the share of 1 TFLOP/s measured (B9)"]
+    assert f", MFU {6 * trained * 1e6 / 1e10:.0f} %, " in throughput.line(figures, 1e6)
+
+
+@pytest.mark.parametrize(("dtype", "bounds"), [(torch.bfloat16, [0, 3, 8, 10, 13, 16]), (torch.float32, None)])
+def test_a_gpu_gets_the_bounds_of_documents_with_the_batch(dtype, bounds, monkeypatch):
+    """What is asked of the model, where a GPU has a kernel for packed rows and where it has none."""
+    for module in ("k2mini.training.step", "k2mini.nn.packed"):
+        monkeypatch.setattr(f"{module}.send", lambda values, _device: values)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    batch = Blocks(Documents([[1, 5, 5], [1, 5, 5, 5, 5], [1, 5]] * 2), 8, document_mask=True, seed=None).batch(0, 2)
+    model = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=tiny_config(), loss=lambda *args: args)
+    tokens, positions, labels, places, mask = loss_sum(model, batch)
+    assert (tokens is batch.tokens, positions is batch.positions) == (True, True)
+    assert torch.equal(labels, batch.labels.flatten()[places])
+    assert (mask if mask is None else mask.tolist()) == bounds
+    assert loss_sum(model, Batch(batch.tokens, None, batch.labels))[1::3] == (None, None)

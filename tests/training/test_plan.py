@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from k2mini.config import (
 )
 from k2mini.config_file import load_config
 from k2mini.sizes import parse_size
+from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes_less
 from k2mini.training.memory_tracker import MemoryTracker
-from k2mini.training.plan import plan_run, smallest_change
+from k2mini.training.plan import plan_run
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
@@ -118,7 +120,7 @@ def test_what_is_received(directory):
     # Two groups of two ranks, which then sum half of the gradients each: of two replicas' every byte is received once.
     replicated = replace(config, parallel=ParallelSection(replicate=2, reshard_after_forward=False))
     assert plan_run(replicated, 4).received == 2 * parameters * 4 // 2 + parameters * 4 // 2
-    tuned = tuning(directory)
+    tuned = replace(tuning(directory), parallel=ParallelSection(replicate=1))
     plain, int8 = (plan_run(replace(tuned, model=replace(tuned.model, quantize=q)), 4) for q in (None, "int8"))
     assert int8.parameters == plain.parameters
     assert 0.3 < int8.received / plain.received < 0.6
@@ -139,12 +141,73 @@ def test_lora(directory):
     assert found.peak < plan_run(pretraining(directory), 1).peak
 
 
-def test_the_smallest_change_that_fits(directory):
+@pytest.fixture
+def quick_plans(monkeypatch):
+    """Plans by a formula of micro-batch, recomputation and ranks, for searches that make many."""
+
+    def plan(config, world_size, *, exact):
+        train = config.train
+        if train.global_batch_size // world_size % train.micro_batch_size:
+            raise ValueError("uneven")
+        a_row = 2 if train.activation_checkpointing else 5
+        return SimpleNamespace(peak=(80 // world_size + train.micro_batch_size * a_row) * 2**20)
+
+    monkeypatch.setattr("k2mini.training.fit.plan_run", plan)
+
+
+def test_the_smallest_change_that_fits(directory, quick_plans):
+    """Halving a micro-batch, which costs least, before computing twice; each alone, then together; then more ranks."""
     config = pretraining(directory)
-    recomputed = plan_run(pretraining(directory, activation_checkpointing=1), 1).peak
-    assert smallest_change(config, 1, int(recomputed / 0.9) + 1000, 0.9).startswith(
-        "train.activation_checkpointing=1 ("
+    for room, expected in (
+        (95, "train.micro_batch_size=2 (90.0 MiB)"),
+        (85, "train.micro_batch_size=1 (85.0 MiB)"),
+        (82, "train.micro_batch_size=1 train.activation_checkpointing=1 (82.0 MiB)"),
+        (60, "--world-size 2 (60.0 MiB)"),
+        (
+            48,
+            "train.micro_batch_size=1 train.activation_checkpointing=1 model.dtype=bfloat16 --world-size 2 (42.0 MiB)",
+        ),
+        (1, None),
+    ):
+        assert smallest_change(config, 1, room * 2**20) == expected
+    single = pretraining(directory, micro_batch_size=1)
+    assert smallest_change(single, 1, 82 * 2**20) == "train.activation_checkpointing=1 (82.0 MiB)"
+
+
+def test_the_largest_micro_batch(directory, quick_plans):
+    """Of those that share out a rank's samples evenly."""
+    config = pretraining(directory, global_batch_size=24)
+    assert largest_micro_batch(config, 1, (80 + 5 * 7) * 2**20) == 6
+    assert largest_micro_batch(config, 1, 1e9) == 24
+    assert largest_micro_batch(config, 2, 1e9) == 12
+    assert largest_micro_batch(config, 1, 84 * 2**20) is None
+
+
+def test_what_takes_less_is_named_once_and_if_not_taken(directory):
+    pretrained, tuned = pretraining(directory), tuning(directory)
+    assert what_takes_less(pretrained, 1) == (
+        "train.micro_batch_size=2, train.activation_checkpointing=1, model.dtype=bfloat16 take less, the "
+        "cheapest first; k2mini plan says what a run takes"
     )
+    bf16 = replace(tuned.model, dtype="bfloat16")
+    saving = replace(tuned, model=bf16, train=replace(tuned.train, micro_batch_size=1, activation_checkpointing=1))
+    assert what_takes_less(saving, 1).startswith("model.quantize=int8 takes less")
+    int8 = replace(saving, model=replace(bf16, quantize="int8"))
+    assert what_takes_less(int8, 1) == "k2mini plan says what a run takes"
+    assert what_takes_less(int8, 2).startswith("parallel.replicate=1 takes less")
+    zero2 = replace(int8, parallel=ParallelSection(replicate=1, reshard_after_forward=False))
+    assert what_takes_less(zero2, 2).startswith("parallel.reshard_after_forward=true takes less")
+
+
+def test_a_frozen_base_is_whole_on_every_rank(directory):
+    """So that a rank receives nothing but the adapters' gradients, once a step; shared where that is asked for."""
+    config = tuning(directory)
+    one, four = plan_run(config, 1), plan_run(replace(config, train=replace(config.train, global_batch_size=64)), 4)
+    assert (four.peak, one.received) == (one.peak, 0)
+    assert four.received == 2 * 3 * four.trained * 4 // 4
+    shared = plan_run(replace(config, parallel=ParallelSection(replicate=1)), 4)
+    assert shared.peak < four.peak
+    assert shared.received > four.received
 
 
 def test_from_the_command_line(tmp_path, run):
@@ -153,18 +216,23 @@ def test_from_the_command_line(tmp_path, run):
     status, out, err = run("plan", *config, "--world-size", 2, "--gpu-memory", "1GiB", "--json", "--check")
     assert status == 0, err
     assert json.loads(out)["fits"]
-    status, out, _ = run("plan", *config, "--world-size", 1, "--gpu-memory", "20MiB")
+    peak = json.loads(run("plan", *config, "--world-size", 1, "--gpu-memory", "1GiB", "--json")[1])["peak"]
+    status, out, _ = run("plan", *config, "--world-size", 1, "--gpu-memory", f"{peak // 2**20}MiB")
     assert status == 0
     assert "of them trained, on 1 rank\n" in out
     assert "\ncommunication   none\n" in out
     assert "it does not fit" in out
-    assert "the smallest change that fits: train.activation_checkpointing=1" in out
+    assert "the smallest change that fits: train.micro_batch_size=2 (" in out
+    assert "NCCL" not in out
+    status, out, _ = run("plan", *config, "--world-size", 2, "--gpu-memory", "1GiB", "--fit")
+    assert "\nnot counted     CUDA's context (some 0.5 GiB) and NCCL's buffers (some 1.5 GiB)\n" in out
+    assert out.endswith("\nthe largest micro-batch that fits: train.micro_batch_size=4\n")
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
 def test_check_tells_by_the_exit_status_whether_the_run_fits(tmp_path, run, monkeypatch, form):
     # What else would fit is looked for in half a minute where nothing does, and has a test of its own.
-    monkeypatch.setattr("k2mini.training.plan.smallest_change", lambda *_: None)
+    monkeypatch.setattr("k2mini.training.fit.smallest_change", lambda *_: None)
     config = (ROOT / "configs/tiny_stage1.yaml", f"run.dir={tmp_path}/run", "--world-size", 2, *form)
     for check, small in (((), 0), (("--check",), 1)):
         for memory, expected in (("1GiB", 0), ("1MiB", small)):

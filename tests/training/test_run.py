@@ -358,6 +358,25 @@ def test_more_than_the_context_is_refused_unless_asked_for(settings, tuning, tmp
     assert run("finetune", tuning, "data.max_seq_len=1100", "data.exceed_context=true")[0] == 0
 
 
+def test_out_of_memory_names_what_takes_less(settings, tuning, run, monkeypatch):
+    """Of this run's own settings, in the order of what they cost, and only those that are not taken yet."""
+
+    def full(*_arguments):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24.00 GiB of "
+            "which 1.00 GiB is free."
+        )
+
+    monkeypatch.setattr("k2mini.training.run.train", full)
+    begin = "k2mini: GPU 0 is out of memory: 2.00 GiB more were wanted, 1.00 GiB of its 24.00 GiB are free; "
+    end = ", the cheapest first; k2mini plan says what a run takes"
+    status, _, err = run("finetune", tuning, "model.dtype=bfloat16")
+    taken = "train.micro_batch_size=1, train.activation_checkpointing=1, model.quantize=int8 take less"
+    assert (status, err.splitlines()[-1]) == (2, f"{begin}{taken}{end}")
+    status, _, err = run("pretrain", settings, "train.micro_batch_size=1", "train.activation_checkpointing=1")
+    assert (status, err.splitlines()[-1]) == (2, f"{begin}model.dtype=bfloat16 takes less{end}")
+
+
 def test_a_file_of_finetune_given_to_pretrain_says_so(tuning, run):
     status, _, err = run("pretrain", tuning)
     assert status == 2

@@ -1,0 +1,89 @@
+"""What would make a run fit the memory of its devices: the cheapest change, the largest micro-batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from k2mini.build import is_sharded
+from k2mini.config import RunConfig
+from k2mini.sizes import readable
+from k2mini.training.plan import plan_run
+
+
+def smallest_change(config: RunConfig, world_size: int, room: float) -> str | None:
+    """The cheapest of a few changes that make a run fit into `room` bytes a rank, and its peak; None: none does."""
+    for overrides, ranks in _changes(config, world_size):
+        try:
+            found = plan_run(_changed(config, overrides), ranks, exact=False)
+        except ValueError:
+            continue
+        if found.peak <= room:
+            named = [_override(config, *item) for item in overrides.items()]
+            named += [f"--world-size {ranks}"] * (ranks != world_size)
+            return f"{' '.join(named)} ({readable(found.peak)})"
+    return None
+
+
+def largest_micro_batch(config: RunConfig, world_size: int, room: float) -> int | None:
+    """The largest `train.micro_batch_size` that fits into `room` bytes a rank; None where one sample does not."""
+    share = config.train.global_batch_size // world_size
+    sizes = [rows for rows in range(1, share + 1) if share % rows == 0]
+
+    def too_large(rows: int) -> bool:
+        return plan_run(_changed(config, {"micro_batch_size": rows}), world_size, exact=False).peak > room
+
+    fitting = bisect_left(sizes, True, key=too_large)
+    return sizes[fitting - 1] if fitting else None
+
+
+def what_takes_less(config: RunConfig, world_size: int) -> str:
+    """For whoever has run out of memory: settings with which the run takes less."""
+    named = [_override(config, key, values[0]) for key, values in _cheaper(config, world_size).items()]
+    first = f"{', '.join(named)} {'take' if len(named) > 1 else 'takes'} less, the cheapest first; " if named else ""
+    return f"{first}k2mini plan says what a run takes"
+
+
+def _cheaper(config: RunConfig, world_size: int) -> dict[str, list[Any]]:
+    """Keys not set yet and the values to try, those first that cost the least time and exactness: none before int8."""
+    train, parallel, lora = config.train, config.parallel, getattr(config, "lora", None)
+    rows, shared = train.micro_batch_size, is_sharded(config.model, parallel, lora, world_size)
+    tried: dict[str, tuple[bool, list[Any]]] = {
+        "micro_batch_size": (rows > 1, [rows >> n for n in range(1, rows.bit_length())]),
+        "activation_checkpointing": (train.activation_checkpointing != 1, [1]),
+        "quantize": (lora is not None and config.model.quantize is None, ["int8"]),
+        "reshard_after_forward": (shared and not parallel.reshard_after_forward, [True]),
+        "replicate": (lora is not None and world_size > 1 and parallel.replicate != 1, [1]),
+        "dtype": (config.model.dtype != "bfloat16", ["bfloat16"]),
+    }
+    return {key: values for key, (use, values) in tried.items() if use}
+
+
+def _changes(config: RunConfig, world_size: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """(overrides, ranks) to try, the cheapest first: each alone, each with those before it, then more ranks, too."""
+    cheaper, together = _cheaper(config, world_size), {}
+    yield from (({key: value}, world_size) for key, values in cheaper.items() for value in values)
+    for key, values in cheaper.items():
+        together[key] = values[-1]
+        yield dict(together), world_size
+    for factor in (2, 4, 8, 16):
+        yield {}, world_size * factor
+        yield together, world_size * factor
+
+
+def _changed(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """The configuration with other values of some keys; no two of its sections have one in common."""
+    for key, value in overrides.items():
+        name = _section(config, key)
+        config = replace(config, **{name: replace(getattr(config, name), **{key: value})})
+    return config
+
+
+def _section(config: RunConfig, key: str) -> str:
+    return next(name for name in ("train", "parallel", "model") if hasattr(getattr(config, name), key))
+
+
+def _override(config: RunConfig, key: str, value: Any) -> str:
+    return f"{_section(config, key)}.{key}={str(value).lower()}"
