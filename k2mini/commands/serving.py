@@ -57,15 +57,15 @@ def run_serve(options: argparse.Namespace) -> None:
     for name in ("slots", "queue", "max_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    pairs = [word.partition("=")[::2] for word in options.adapter]
     if options.demo:
-        options.model, adapters = str(DEMO / "pretrain/model"), {n: DEMO / n / "adapter" for n in ("stage1", "stage2")}
-        if missing := [path for path in (Path(options.model), *adapters.values()) if not path.exists()]:
+        options.model = str(DEMO / "pretrain" / "model")
+        pairs += [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
+        if missing := [path for path in (options.model, *dict(pairs).values()) if not Path(path).exists()]:
             raise ValueError(f"there is no {missing[0]}; `k2mini demo` makes it, in minutes")
-    else:
-        pairs = [word.partition("=") for word in options.adapter]
-        adapters = {name: Path(path) for name, _, path in pairs}
-        if not all(name and path for name, _, path in pairs) or len(adapters) < len(pairs):
-            raise ValueError(f"--adapter takes NAME=DIR, each name once, not {' '.join(options.adapter)}")
+    adapters = {name: Path(path) for name, path in pairs}
+    if not all(name and path for name, path in pairs) or len(adapters) < len(pairs):
+        raise ValueError(f"--adapter takes NAME=DIR, each name once, not {' '.join(options.adapter)}")
     keys = [key.encode() for key in read_text(options.api_key_file).split()] if options.api_key_file else []
     if options.api_key_file and not keys:
         raise ValueError(f"{options.api_key_file} holds no key")

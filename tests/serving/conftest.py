@@ -22,8 +22,6 @@ from k2mini.weights.adapter import load_adapters, save_adapter
 from k2mini.weights.model_directory import ModelDirectory
 from tests.helpers import adapted
 
-pytest.importorskip("uvicorn")
-
 
 class SlowEngine(Engine):
     """An engine whose steps take `delay` seconds more."""

@@ -247,10 +247,10 @@ def test_malformed_requests(server, number, capfd, caplog):
 class Process:
     """`k2mini serve` in a process of its own."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, folder=ROOT):
         command = [sys.executable, "-m", "k2mini", "serve", "--threads", "1", *map(str, arguments)]
         self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would stop it)
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.err, text=True, cwd=ROOT)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.err, text=True, cwd=folder)
         self.line = self.process.stdout.readline()
         found = re.match(r"http://127\.0\.0\.1:(\d+) serves", self.line)
         assert found, self.end()
@@ -275,10 +275,17 @@ class Process:
             time.sleep(0.01)
 
 
-def test_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory):
-    running = Process("--model", tiny_directory, "--adapter", f"rocks={adapter_directory}", "--port", 0, "--slots", 2)
-    assert running.line.endswith(f"serves {tiny_directory.name}, rocks: 2 slots of 1,024 tokens\n")
-    asked = {**LONG, "model": "rocks", "max_tokens": 100}
+def test_the_demo_is_served_and_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory, tmp_path):
+    demo = tmp_path / "runs" / "demo"
+    adapters = dict.fromkeys(("stage1/adapter", "stage2/adapter"), adapter_directory)
+    for name, directory in {"pretrain/model": tiny_directory, **adapters}.items():
+        (demo / name).parent.mkdir(parents=True)
+        (demo / name).symlink_to(directory)
+    (demo / "stage2" / "config.yaml").write_text('{"data": {"template": "vigogne"}}')
+    running = Process("--demo", "--port", 0, "--slots", 2, folder=tmp_path)
+    assert running.line.endswith("serves pretrain, stage1, stage2: 2 slots of 1,024 tokens\n")
+    assert json.loads(running.ask("/k2mini/info")[2])["template"] == "vigogne"
+    asked = {**LONG, "model": "stage2", "max_tokens": 100}
     connections = [running.post("/v1/completions", {**asked, "stream": bool(number % 2)}) for number in range(6)]
     running.wait_until_busy(2, waiting=4)
     running.process.send_signal(signal.SIGTERM)
