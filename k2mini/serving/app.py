@@ -66,16 +66,14 @@ class Access:
     def check(self, headers: Mapping[str, str], *, public: bool) -> None:
         """Raise RefusedError where a request may not be made."""
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        if self.hosts and re.sub(":[0-9]*$", "", host).strip("[]") not in self.hosts:
+        if self.hosts and re.sub(":[0-9]*$", "", host).strip("[]").lower() not in self.hosts:
             raise RefusedError(403, "this server answers to its own address alone; --host gives it another")
         if not self.keys and origin and origin.partition("://")[2] != host and not self.allows(origin):
             raise RefusedError(403, "a page of another site asks; --cors ORIGIN would let it")
         key = headers.get("authorization", "").removeprefix("Bearer ").strip().encode("latin-1")
         known = [hmac.compare_digest(key, each) for each in self.keys]  # all of them, in any case
         if self.keys and not public and not any(known):
-            raise RefusedError(
-                401, "the API key is missing or wrong", None, "invalid_api_key", www_authenticate="Bearer"
-            )
+            raise RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 
 class Call:

@@ -15,18 +15,12 @@ from k2mini.serving.service import Service
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; a port of 0 is any that is free. Raises ValueError where there can be none."""
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port must be from 0 to 65535, not {port}")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{host}, port {port}: {why}; --port and --host name another") from None
-    return listening
 
 
 def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready: Callable[[Service], None]) -> None:

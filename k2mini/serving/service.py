@@ -34,6 +34,7 @@ class Service:
 
     def __init__(self, engine: Engine, served: Served) -> None:
         self.engine, self.served, self.created = engine, served, int(time.time())
+        self._one_look = asyncio.Lock()
         self.times = {"time_to_first_token": [0.0, 0], "time_per_token": [0.0, 0]}  # seconds of how many
 
     def models(self) -> dict[str, Any]:
@@ -61,9 +62,9 @@ class Service:
         given = read(body, {"model": only(str), "prompt": only(str), "add_special_tokens": FLAG})
         tokenizer, text, bos = self.served.tokenizer, given.get("prompt", ""), given.get("add_special_tokens", True)
         control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
-        tokens = (
-            control[text] if text in control else await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
-        )
+        tokens = control.get(text, [])
+        if not tokens:
+            tokens = await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.served.capacity}
 
     async def detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +84,8 @@ class Service:
             return lens(self.engine.model, tokens, self.served.tokenizer)
 
         try:
-            return {"layers": await asyncio.wrap_future(self.engine.between(look))}
+            async with self._one_look:  # the engine steps between one and the next
+                return {"layers": await asyncio.wrap_future(self.engine.between(look))}
         except ValueError as error:
             raise RefusedError(400, str(error)) from None
 
