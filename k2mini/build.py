@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
-from k2mini.gpu import use_gpu
+from k2mini.gpu import free_memory, use_gpu
 from k2mini.model_config import tensor_shapes
 from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
@@ -159,6 +158,8 @@ def make_trainable(
         check_compiler(device)
         for layer in model.model.layers:
             layer.compile(dynamic=None if lora is None else True)  # instructions come in rows of any number and length
+        if section.quantize is not None:  # or floats made of int8 would be kept from the forward to the backward pass
+            torch._functorch.config.ban_recompute_materialized_backward = False
     if mesh is not None:
         compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
         cast = compute if kept_dtype(section, lora) != compute else None
@@ -288,13 +289,3 @@ def check_memory(num_parameters: int, dtype: torch.dtype, stored: torch.dtype, d
         remedy = "--dtype bfloat16 fits"
     sizes = f"take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {device}"
     raise ValueError(f"{num_parameters:,} weights in {NAMES[dtype]} {sizes}; {remedy}")
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can be allocated; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, ValueError):  # elsewhere than on Linux
-        fields = Path("/proc/meminfo").read_text().split()
-        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
-    return float("inf")

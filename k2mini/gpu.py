@@ -1,4 +1,4 @@
-"""The GPU of a process: which one it is, and how PyTorch is to use it."""
+"""The GPU of a process: which one it is, how PyTorch is to use it, what it can do; and the memory that is free."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -40,6 +42,16 @@ def use_gpu(name: str) -> torch.device:
     # What asks for "the" GPU (graphs, Triton, checkpoints that are copied) asks for the current one.
     torch.cuda.set_device(device)
     return device
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on a device, a CPU's too; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):  # elsewhere than on Linux
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    return float("inf")
 
 
 def repeat_exactly() -> None:

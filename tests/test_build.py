@@ -200,6 +200,27 @@ def test_training_that_repeats(two_gpus, monkeypatch):
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
 
+def test_compiled_blocks_keep_int8_for_the_backward_pass(tiny_directory, monkeypatch):
+    """And no floats made of it, which would be as large as a model that is not quantised."""
+    how, whole = {"backend": "aot_eager_decomp_partition"}, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: whole(module, **how))
+    torch._dynamo.reset()
+    section, base = TrainSection(lr=1e-3, max_steps=1, compile=True), ModelSection(str(tiny_directory), quantize="int8")
+    model, _ = training_model(base, section, ParallelSection(), World(), LoraSection(rank=2))
+    matrices = {tuple(p.shape) for p in model.parameters() if p.dtype == torch.int8}
+    kept = []
+
+    @torch.compiler.disable
+    def keep(tensor):
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    tokens = torch.randint(3, 199, (3, 50))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().loss(tokens, None, tokens).backward()
+    assert {dtype for shape, dtype in kept if shape in matrices or shape[::-1] in matrices} == {torch.int8}
+
+
 @pytest.mark.parametrize("recomputed", [0, 1])
 def test_compiled_blocks_of_lora_share_one_graph(tiny_directory, monkeypatch, recomputed):
     """Whichever block, length or number of rows; a single row, which compilers treat apart, has another."""

@@ -112,7 +112,8 @@ def _load(
     options: argparse.Namespace, directory: ModelDirectory, base: str, adapters: dict[str, Path], template: str
 ) -> Service:
     """The model with its adapters, in an engine whose slots are as long as the model's context, or as memory allows."""
-    from k2mini.build import free_memory, open_model
+    from k2mini.build import open_model
+    from k2mini.gpu import free_memory
     from k2mini.inference.compile import compile_decoding
     from k2mini.inference.engine import Engine
     from k2mini.serving.asked import Served

@@ -108,6 +108,17 @@ def test_fifty_at_once_are_answered_or_told_to_come_again(tiny_directory):
     server.stop()
 
 
+def test_an_answer_has_as_many_tokens_as_the_server_allows(tiny_directory):
+    server = Server(tiny_directory, max_tokens=30, seed=4)
+    status, _, content = server.ask("/v1/completions", {**SHORT, "max_tokens": 31})
+    assert (status, json.loads(content)["error"]["param"]) == (400, "max_tokens")
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "granite"}], "logit_bias": {"2": -100}}
+    first, second = (json.loads(server.ask("/v1/chat/completions", chat)[2]) for _ in range(2))
+    assert first["usage"]["completion_tokens"] == 30
+    assert first["choices"] == second["choices"]  # of the seed that the server has
+    server.stop()
+
+
 def test_keys(tiny_directory):
     server = Server(tiny_directory, access=Access(keys=(b"alpha", b"beta")))
     for headers in ([], [("Authorization", "Bearer alph")], [("Authorization", "Bearer ")], [("Authorization", "é")]):
