@@ -141,7 +141,7 @@ class Answering:
         self.choices = [Choice(index, asked, self._tokenizer, put) for index in range(number)]
 
     def submit(self) -> None:
-        """Ask the engine. Raises RefusedError where too many wait, or it can't be asked so."""
+        """Ask the engine. Raises RefusedError where too many wait."""
         engine = self.service.engine
         try:
             for choice in self.choices:
@@ -149,8 +149,6 @@ class Answering:
         except QueueFullError as error:
             wait = 1 + engine.counts.waiting // engine.slots
             raise RefusedError(429, str(error), code="queue_full", retry_after=wait) from None
-        except ValueError as error:
-            raise RefusedError(400, str(error)) from None
 
     def cancel(self) -> None:
         """Free what is still held, and count what was made."""
