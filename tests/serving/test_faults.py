@@ -12,6 +12,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -258,10 +259,13 @@ def test_malformed_requests(server, number, capfd, caplog):
 class Process:
     """`k2mini serve` in a process of its own."""
 
+    started: ClassVar[list[subprocess.Popen]] = []
+
     def __init__(self, *arguments, folder=ROOT):
         command = [sys.executable, "-m", "k2mini", "serve", "--threads", "1", *map(str, arguments)]
         self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would stop it)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.err, text=True, cwd=folder)
+        self.started.append(self.process)
         self.line = self.process.stdout.readline()
         found = re.match(r"http://127\.0\.0\.1:(\d+) serves", self.line)
         assert found, self.end()
@@ -284,6 +288,13 @@ class Process:
         while not wanted <= {*self.ask("/metrics")[2].decode().splitlines()}:
             assert time.monotonic() < end, self.end(signal.SIGKILL)
             time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    yield
+    while Process.started:
+        Process.started.pop().kill()
 
 
 def test_the_demo_is_served_and_sigterm_lets_what_was_accepted_end(tiny_directory, adapter_directory, tmp_path):
