@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from k2mini.commands import audit, demo, doctor, evaluation, inference, training, weights
+from k2mini.commands import audit, demo, doctor, evaluation, inference, serving, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("doctor", doctor.doctor_arguments, "whether this machine computes what it should, in under a minute", DEBUG)
     add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, COMPUTE)
     add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
+    add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", COMPUTE)
     add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
     add("config", training.config_arguments, "the keys of a run's configuration, or a file with all of them", DEBUG)
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)
@@ -113,8 +114,7 @@ def _is_main() -> bool:
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    package, handler = logging.getLogger("k2mini"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("k2mini: %(message)s"))
-    package = logging.getLogger("k2mini")
     package.handlers = [handler]
     package.setLevel(logging.INFO if _is_main() else logging.ERROR)  # of the ranks that torchrun starts, one speaks

@@ -16,6 +16,7 @@ EXTRAS = {
     "plot": "a picture of losses or accuracies",
     "gguf": "GGUF, the format of llama.cpp,",
     "tensorboard": "run.tensorboard",
+    "serve": "k2mini serve",
 }
 REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"
 

@@ -13,7 +13,12 @@ from tests.conftest import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # What an extra brings, and the modules through which k2mini gets at it.
-PACKAGES = {"plot": ["matplotlib"], "gguf": ["gguf"], "tensorboard": ["tensorboard", "torch.utils.tensorboard"]}
+PACKAGES = {
+    "plot": ["matplotlib"],
+    "gguf": ["gguf"],
+    "tensorboard": ["tensorboard", "torch.utils.tensorboard"],
+    "serve": ["uvicorn"],
+}
 
 
 @pytest.fixture

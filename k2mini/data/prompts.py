@@ -88,11 +88,17 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def encode_prompt(tokenizer: Tokenizer, template: Template, instruction: str, input: str = "") -> list[int]:
-    """The token ids, BOS first, of an instruction and its input in a template. Raises ValueError where it is empty."""
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str = ""
+) -> list[int]:
+    """The token ids, BOS first, of an instruction and its input in a template; `system` begins a conversation.
+
+    Raises ValueError where the instruction is empty.
+    """
     if not instruction.strip():
         raise ValueError("the prompt is empty")
-    return tokenizer.encode(template.prompt(instruction, input), bos=True, eos=False)
+    before = f"{system}\n\n" if system else ""
+    return tokenizer.encode(before + template.prompt(instruction, input), bos=True, eos=False)
 
 
 def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> int:

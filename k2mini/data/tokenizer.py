@@ -68,6 +68,11 @@ class Tokenizer:
             raise
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of text that goes on after other text: without the space that LLaMA's model puts before a text."""
+        before = self.encode("\n", bos=False, eos=False) if self.adds_space else []
+        return self.encode("\n" * bool(before) + text, bos=False, eos=False)[len(before) :]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence. Control tokens give nothing; bytes that are not UTF-8 give U+FFFD."""
         ids = list(ids)

@@ -47,11 +47,8 @@ class Conversation:
 
     def extended(self, prompt: str) -> list[int]:
         """The tokens of all turns and of one more prompt. Raises ValueError where it is empty or too long."""
-        if self.history or not self.system:
-            history = self.history + encode_prompt(self.tokenizer, self.template, prompt)
-        else:
-            text = self.system + "\n\n" + self.template.prompt(prompt)
-            history = self.tokenizer.encode(text, bos=True, eos=False)
+        system = "" if self.history else self.system
+        history = self.history + encode_prompt(self.tokenizer, self.template, prompt, system=system)
         self.room(history)
         return history
 

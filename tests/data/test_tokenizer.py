@@ -205,3 +205,11 @@ def test_what_could_be_a_beginning_is_given_at_the_end(tiny_tokenizer):
 def test_an_empty_stop_string_is_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="a stop string is empty"):
         TextStream(tiny_tokenizer, [""])
+
+
+def test_text_that_goes_on_gets_no_space(tiny_tokenizer, llama_tokenizer):
+    for tokenizer in (tiny_tokenizer, llama_tokenizer):
+        for text in ("granite", " granite", "\n granite", "", "é", "  "):
+            stream = tokenizer.stream()
+            assert "".join(map(stream.push, tokenizer.encode_more(text))) + stream.flush() == text
+        assert tokenizer.encode_more(" granite") == tokenizer.encode("granite", bos=False, eos=False)

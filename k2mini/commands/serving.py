@@ -1,0 +1,142 @@
+"""The command `serve`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from k2mini.config import QUANTIZE_NAMES, InstructionSection
+from k2mini.data.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from k2mini.serving.service import Service
+    from k2mini.weights.model_directory import ModelDirectory
+
+log = logging.getLogger("k2mini.commands")
+
+DEMO = Path("runs/demo")
+
+
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `serve`."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR", help="a Hugging Face LLaMA directory")
+    which.add_argument("--demo", action="store_true", help=f"the models of `k2mini demo`, in {DEMO}")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="a LoRA adapter, by name; may be repeated"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free (default: 8000)")
+    parser.add_argument("--slots", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: what the context leaves)")
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, a line each, of those who may ask")
+    parser.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="a site whose pages may ask; may be repeated"
+    )
+    parser.add_argument("--template", metavar="NAME", help=f"of a chat: {', '.join(TEMPLATES)} (default: the run's)")
+    parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
+    parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
+    parser.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Serve until a signal; what costs nothing is checked before the model is loaded."""
+    from k2mini.data.prompts import get_template
+    from k2mini.files import read_text
+    from k2mini.serving.app import LOOPBACK, Access, App
+    from k2mini.serving.server import open_socket, serve
+    from k2mini.weights.adapter import checked_adapter
+    from k2mini.weights.model_directory import ModelDirectory
+
+    for name in ("slots", "queue", "max_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    pairs = [word.partition("=")[::2] for word in options.adapter]
+    if options.demo:
+        options.model = str(DEMO / "pretrain" / "model")
+        pairs += [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
+        if missing := [path for path in (options.model, *dict(pairs).values()) if not Path(path).exists()]:
+            raise ValueError(f"there is no {missing[0]}; `k2mini demo` makes it, in minutes")
+    adapters = {name: Path(path) for name, path in pairs}
+    if not all(name and path for name, path in pairs) or len(adapters) < len(pairs):
+        raise ValueError(f"--adapter takes NAME=DIR, each name once, not {' '.join(options.adapter)}")
+    keys = [key.encode() for key in read_text(options.api_key_file).split()] if options.api_key_file else []
+    if options.api_key_file and not keys:
+        raise ValueError(f"{options.api_key_file} holds no key")
+    directory = ModelDirectory(options.model)
+    directory.require_model()
+    directory.require_tokenizer()
+    base = "pretrain" if options.demo else directory.path.resolve().name
+    if base in adapters:
+        raise ValueError(f"--adapter {base} has the name of the model")
+    for path in adapters.values():
+        checked_adapter(path, directory)
+    template = options.template or _template([*adapters.values()])
+    get_template(template)
+    local = options.host in LOOPBACK
+    if not local and not keys:
+        log.warning("whoever reaches %s may ask; --api-key-file FILE would let only who has a key", options.host)
+    listening = open_socket(options.host, options.port)
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def ready(service: Service) -> None:
+        served, slots = service.served, options.slots
+        print(f"{address} serves {', '.join(served.models)}: {slots} slots of {served.capacity:,} tokens", flush=True)
+        log.info("chats are asked in the template %s", template)
+
+    app = App(Access(keys, options.cors, LOOPBACK if local and not keys else ()))
+    serve(app, listening, partial(_load, options, directory, base, adapters, template), ready)
+
+
+def _template(adapters: list[Path]) -> str:
+    """The template that adapters were tuned with, as the run beside them notes it; without one, the usual."""
+    from k2mini.files import read_json
+
+    found = set()
+    for path in adapters:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(str(read_json(path.parent / "config.yaml")["data"]["template"]))
+    if len(found) > 1:
+        raise ValueError(f"the adapters were tuned with {' and '.join(sorted(found))}; --template names the one to use")
+    return found.pop() if found else InstructionSection.template
+
+
+def _load(
+    options: argparse.Namespace, directory: ModelDirectory, base: str, adapters: dict[str, Path], template: str
+) -> Service:
+    """The model with its adapters, in an engine whose slots are as long as the model's context, or as memory allows."""
+    from k2mini.build import open_model
+    from k2mini.gpu import free_memory
+    from k2mini.inference.compile import compile_decoding
+    from k2mini.inference.engine import Engine
+    from k2mini.serving.asked import Served
+    from k2mini.serving.service import Service
+    from k2mini.weights.adapter import load_adapters
+
+    wanted = {name: getattr(options, name) for name in ("dtype", "quantize", "quantize_head")}
+    model, directory = open_model(directory, options.device, options.threads, **wanted)
+    if options.compile:
+        compile_decoding(model)
+    config, tokenizer = model.config, directory.require_tokenizer()
+    each = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize  # bytes of a token
+    capacity = int(min(config.max_seq_len, 0.8 * free_memory(model.device) // (options.slots * each)))
+    if capacity < config.max_seq_len:
+        said = "memory leaves each of %d slots %d tokens of the model's %d; with fewer --slots it is more"
+        log.warning(said, options.slots, capacity, config.max_seq_len)
+    engine = Engine(
+        model,
+        slots=options.slots,
+        capacity=capacity,
+        vocab_size=tokenizer.vocab_size,
+        queue=options.queue,
+        adapters=load_adapters(model, directory, adapters),
+    )
+    models = {name: name if name in adapters else None for name in (base, *adapters)}
+    return Service(engine, Served(tokenizer, models, template, capacity, options.max_tokens, options.seed))

@@ -1,0 +1,185 @@
+"""What a completion or a chat asks for, checked against what is served."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from k2mini.data.prompts import TEMPLATES, encode_prompt
+from k2mini.data.tokenizer import Tokenizer
+from k2mini.errors import short
+from k2mini.inference.generate import Decoding
+from k2mini.inference.sampling import Sampling
+from k2mini.serving.fields import CHAT, COMPLETION, MESSAGE, MOST_ROWS, SAMPLING, RefusedError, read, refuse
+
+COMPLETION_TOKENS = 16  # of a completion, where a request does not say (OpenAI's)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What requests are checked against.
+
+    Args:
+        models: name -> its adapter's name, or None for the base, which comes first.
+        template: of a chat, where the request names none.
+        capacity: tokens of a prompt and its answer together.
+        max_tokens: of an answer; None: what the capacity leaves.
+        seed: where a request names none; None: drawn.
+    """
+
+    tokenizer: Tokenizer
+    models: Mapping[str, str | None]
+    template: str
+    capacity: int
+    max_tokens: int | None = None
+    seed: int | None = None
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(self.tokenizer.piece(token)) for token in range(self.tokenizer.vocab_size))
+
+    def adapter(self, given: Mapping[str, Any]) -> str | None:
+        """The adapter of the model that a request names. Raises RefusedError where there is no such model."""
+        name, there = given.get("model"), ", ".join(self.models)
+        if name is None:
+            raise refuse("model", f"must name one of {there}", "missing_required_parameter")
+        if name not in self.models:
+            said = f"the `model` {short(name)} does not exist; there are {there}"
+            raise RefusedError(404, said, "model", "model_not_found")
+        return self.models[name]
+
+    def ids(self, field: str, tokens: Any) -> list[int]:
+        """A list of token ids, checked."""
+        if not isinstance(tokens, list) or not tokens:
+            raise refuse(field, f"must be text or token ids, not {short(tokens)}", "invalid_type")
+        self.fit(field, len(tokens))
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.tokenizer.vocab_size:
+                raise refuse(field, f"has {short(token)}, which is no token id below {self.tokenizer.vocab_size}")
+        return tokens
+
+    def text(self, field: str, text: str) -> str:
+        """Text that is not so long that encoding it would be in vain."""
+        self.fit(field, len(text) // self._longest)
+        return text
+
+    def fit(self, field: str, tokens: int, more: int = 0) -> None:
+        """Raise RefusedError where a prompt, and `more` tokens of an answer, are too long."""
+        if tokens + more > self.capacity:
+            said = f"has {tokens:,} tokens or more{f' and asks for {more:,} more' if more else ''}"
+            raise refuse(field, f"{said}; the context has {self.capacity:,}", "context_length_exceeded")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A completion or a chat, checked.
+
+    Args:
+        new: of each prompt, how many tokens may follow it.
+        n: answers of each prompt.
+        usage: the last event of a stream says how many tokens there were.
+        token_ids: the answer has ids too.
+    """
+
+    chat: bool
+    model: str
+    adapter: str | None
+    prompts: list[list[int]]
+    new: list[int]
+    n: int
+    decoding: Decoding
+    stream: bool
+    usage: bool
+    echo: bool
+    token_ids: bool
+
+
+def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
+    """Check a request for a completion or a chat. Raises RefusedError, which names the field."""
+    given = read(body, CHAT if chat else COMPLETION)
+    adapter, n, echo = served.adapter(given), given.get("n", 1), given.get("echo", False)
+    top, limit = given.get("logprobs"), _limit(given, served)
+    if chat:
+        top = given.get("top_logprobs", 0) if top else None
+    for field, wrong, why in (
+        ("best_of", given.get("best_of", n) != n, f"must equal `n`, which is {n}: every answer is returned"),
+        ("stream_options", "stream_options" in given and not given.get("stream"), "goes with `stream`"),
+        ("top_logprobs", "top_logprobs" in given and top is None, "needs `logprobs`: true"),
+        ("temperature", 0 < given.get("temperature", 1) < 0.01, "must be 0, the likeliest token, or at least 0.01"),
+        ("max_tokens", limit == 0 and not echo, "is 0, which goes with `echo` alone"),
+    ):
+        if wrong:
+            raise refuse(field, why)
+    for token, _ in given.get("logit_bias", ()):
+        served.ids("logit_bias", [token])
+    sampling = Sampling(**{"temperature": 1.0, **{name: given[name] for name in SAMPLING if name in given}})
+    seed = given.get("seed", secrets.randbits(48) if served.seed is None else served.seed)
+    decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=top)
+    prompts, new = [_chat_prompt(given, served)] if chat else _prompts(given, served), []
+    if len(prompts) * n > MOST_ROWS:
+        raise refuse("prompt", f"asks for more than {MOST_ROWS} answers at once")
+    for prompt in prompts:
+        served.fit("messages" if chat else "prompt", len(prompt), 1 if limit is None else limit)
+        most = (served.max_tokens or served.capacity) if chat else COMPLETION_TOKENS
+        new.append(min(most, served.capacity - len(prompt)) if limit is None else limit)
+    usage, ids = given.get("stream_options", {}).get("include_usage", False), given.get("return_token_ids", False)
+    return Asked(chat, given["model"], adapter, prompts, new, n, decoding, given.get("stream", False), usage, echo, ids)
+
+
+def _limit(given: Mapping[str, Any], served: Served) -> int | None:
+    """How many tokens may follow a prompt, where the request says so."""
+    names = [name for name in ("max_tokens", "max_completion_tokens") if name in given]
+    limit = given[names[0]] if names else None
+    if len(names) > 1:
+        raise refuse(names[1], "and `max_tokens` are the same; leave one")
+    if limit is not None and limit > (most := served.max_tokens or served.capacity):
+        raise refuse(names[0], f"must be at most {most:,}, not {limit}")
+    return limit
+
+
+def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
+    """Text with BOS before it; ids as they are."""
+    prompt, encode = given.get("prompt"), served.tokenizer.encode
+    many = prompt if isinstance(prompt, list) and prompt and type(prompt[0]) in (str, list) else [prompt]
+    if len(many) > MOST_ROWS:
+        raise refuse("prompt", f"asks for more than {MOST_ROWS} answers at once")
+    texts = [served.text("prompt", one) if isinstance(one, str) else served.ids("prompt", one) for one in many]
+    return [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
+
+
+def _chat_prompt(given: Mapping[str, Any], served: Served) -> list[int]:
+    """The tokens of a conversation, as `k2mini chat` joins its turns."""
+    template, tokenizer = TEMPLATES[given.get("template", served.template)], served.tokenizer
+    turns = [_message(message, place) for place, message in enumerate(given.get("messages", []))]
+    system = turns.pop(0)[1] if turns and turns[0][0] in ("system", "developer") else ""
+    if [role for role, *_ in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        order = "must be `user` and `assistant` in turns, the last `user`; one `system` may come first"
+        raise refuse("messages", f"{order}: templates have no other order")
+    served.text("messages", system + "".join(text + context for _, text, context in turns))
+    ids: list[int] = []
+    for role, text, context in turns:
+        if role == "assistant":
+            ids += [*tokenizer.encode_more(text), tokenizer.eos_id]
+        elif text.strip():
+            ids += encode_prompt(tokenizer, template, text, context, "" if ids else system)
+        else:
+            raise refuse("messages", "must not be empty")
+    return ids
+
+
+def _message(message: Any, place: int) -> tuple[str, str, str]:
+    """A message's role, text and, where a user gives one, the template's input."""
+    try:
+        given = read(message, MESSAGE) if isinstance(message, dict) else {}
+    except RefusedError as error:
+        raise refuse("messages", f"can't be done: of [{place}], {error}") from None
+    content, role = given.get("content"), given.get("role")
+    if isinstance(content, list):
+        plain = all(isinstance(p, dict) and {*p} == {"type", "text"} and type(p["text"]) is str for p in content)
+        content = "".join(part["text"] for part in content) if plain else None
+    if role is None or content is None or ("input" in given and role != "user"):
+        raise refuse("messages", f"must have a role and text, and an input the user's alone; [{place}] does not")
+    return role, content, given.get("input", "")
