@@ -59,7 +59,10 @@ PLAIN = (
 
 def unlike(*parts) -> float:
     """A number between 0 and 1 that looks random and is always the same."""
-    return math.modf(math.sin(sum(ord(c) * (i + 1.7) for i, c in enumerate("|".join(map(str, parts))))) * 43758.5453)[0] % 1
+    return (
+        math.modf(math.sin(sum(ord(c) * (i + 1.7) for i, c in enumerate("|".join(map(str, parts))))) * 43758.5453)[0]
+        % 1
+    )
 
 
 def logprob(model: str, token: str) -> float:
@@ -160,7 +163,13 @@ class Fake:
                 if "break" in question and place == 5:
                     done = True
                     raise RuntimeError("the connection breaks, as the test wants")
-                others = [(token, logprob(body["model"], token)), (" a", -2.5), ("\n", -3.0), (" the", -3.6), (" rocks", -5)]
+                others = [
+                    (token, logprob(body["model"], token)),
+                    (" a", -2.5),
+                    ("\n", -3.0),
+                    (" the", -3.6),
+                    (" rocks", -5),
+                ]
                 entries = [{"token": text, "logprob": lp, "bytes": list(text.encode())} for text, lp in others]
                 choice = {
                     "index": 0,
@@ -170,7 +179,7 @@ class Fake:
                     "finish_reason": None,
                 }
                 yield event(choices=[choice], **({"prompt_token_ids": prompt} if place == 0 else {}))
-                await asyncio.sleep(0.02 if "slow" in question else self.pause)
+                await asyncio.sleep(0.02 if "slow" in question or "break" in question else self.pause)
             yield event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
             yield event(choices=[], usage={"completion_tokens": len(tokens)})
             yield "data: [DONE]\n\n"

@@ -657,8 +657,9 @@ addEventListener('pagehide', () => running.forEach((_, conversation) => store.sa
 addEventListener('storage', (event) => { // another tab
   const id = store.isTurns(event.key);
   if (!id) return;
-  if (id !== current.id && !running.has(known.get(id))) known.delete(id);
-  if (id === current.id && event.newValue && !isRunning()) openStored(id);
+  // What is shown here and deleted there stays until it is left.
+  if (!running.has(known.get(id)) && (id !== current.id || event.newValue)) known.delete(id);
+  if (id === current.id && !known.has(id)) openStored(id);
   else showList();
 });
 
