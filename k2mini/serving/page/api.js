@@ -22,7 +22,8 @@ export function onKeyWanted(ask) {
 export async function call(path, body = undefined, signal = undefined) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
-    const headers = { ...(body && { 'Content-Type': 'application/json' }), ...(key && { Authorization: `Bearer ${key}` }) };
+    const kind = body && { 'Content-Type': 'application/json' };
+    const headers = { ...kind, ...(key && { Authorization: `Bearer ${key}` }) };
     let response;
     try {
       response = await fetch(path, { method: body ? 'POST' : 'GET', headers, body: JSON.stringify(body), signal });
@@ -52,7 +53,7 @@ async function refusal(response) {
   return new ServerError(message, response.status, Number(response.headers.get('Retry-After')) || 0);
 }
 
-/** The chunks of a streamed answer, up to [DONE]. Throws as `call` does, and ServerError where the stream breaks off. */
+/** The chunks of a streamed answer, up to [DONE]. Throws as `call` does, and where the stream breaks off. */
 export async function* stream(path, body, signal) {
   const response = await call(path, body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,6 +1,6 @@
 // The page of `k2mini serve`: conversations, what is asked, and the answers as they come.
 
-import { ServerError, call, onKeyWanted, stream } from './api.js';
+import { call, onKeyWanted, stream } from './api.js';
 import { button, byId, copy, download, element, iconButton } from './dom.js';
 import { renderMarkdown } from './markdown.js';
 import * as store from './store.js';
@@ -8,7 +8,7 @@ import { differences, explain, numbers, renderTokens, textOf } from './tokens.js
 
 // name, label, least, most, step, hint
 const FIELDS = [
-  ['max_tokens', 'Max tokens', 1, 32768, 1, 'of an answer'],
+  ['max_tokens', 'Max tokens', 1, 2 ** 31 - 1, 1, 'empty: as many as fit'],
   ['temperature', 'Temperature', 0, 2, 0.1, '0 takes the likeliest token'],
   ['top_p', 'Top p', 0.01, 1, 0.05, '1 keeps all tokens'],
   ['top_k', 'Top k', 0, 1000, 1, '0 keeps all tokens'],
@@ -16,10 +16,13 @@ const FIELDS = [
   ['repetition_penalty', 'Repetition penalty', 1, 2, 0.05, '1 is none'],
   ['seed', 'Seed', 0, 2 ** 31 - 1, 1, 'empty: another each time'],
 ];
-const DEFAULTS = { max_tokens: 512, temperature: 0.7 };
+const DEFAULTS = { temperature: 0.7 };
 
-const settings = { model: '', other: '', compare: false, template: '', mode: 'chat', theme: '', ...store.loadSettings() };
-settings.values = { ...(settings.values ?? DEFAULTS) };
+const settings = {
+  model: '', other: '', compare: false, template: '', mode: 'chat', theme: '', values: DEFAULTS, ...store.loadSettings(),
+};
+const isSet = ([name]) => Number.isFinite(settings.values?.[name]);
+settings.values = Object.fromEntries(FIELDS.filter(isSet).map(([name]) => [name, settings.values[name]]));
 const known = new Map(); // of an id: a conversation that this page has shown, with what the store does not keep
 const running = new Map(); // of a conversation: what stops the answer that is coming
 const live = new Map(); // of an answer that is coming: when it was asked for
@@ -75,41 +78,41 @@ function welcome() {
 
 /** Those that could not be saved stand first. */
 function listed() {
-  const stored = store.list();
-  const ids = new Set(stored.map(({ id }) => id));
-  return [...[...known.values()].filter(({ id, turns }) => turns.length && !ids.has(id)), ...stored];
+  const saved = store.list();
+  const ids = new Set(saved.map(({ id }) => id));
+  return [...[...known.values()].filter(({ id, turns }) => turns.length && !ids.has(id)), ...saved];
 }
 
 function showList() {
+  if (byId('list').querySelector('input')) return; // a name is being typed
+  const focused = [...byId('list').querySelectorAll('button')].indexOf(document.activeElement);
   byId('list').replaceChildren(...listed().map(({ id, title }) => {
     const chosen = id === current.id;
-    const name = button(title, () => openStored(id), { className: 'title', title, ariaCurrent: chosen ? 'true' : null });
+    const name = button(title, () => openStored(id), { className: 'title', title, ariaCurrent: String(chosen) });
     return element('li', { className: chosen ? 'chosen' : '' }, name,
       iconButton('edit', `Rename ${title}`, () => rename(id, name)),
       iconButton('export', `Export ${title}`, () => exportAll([id], title)),
       iconButton('delete', `Delete ${title}`, () => discard(id, title)));
   }));
+  byId('list').querySelectorAll('button')[focused]?.focus();
   document.title = current.turns.length ? `${current.title} – k2mini` : 'k2mini';
 }
 
 function rename(id, name) {
   const field = element('input', { value: name.textContent, ariaLabel: 'New name', maxLength: 200 });
-  const done = () => {
-    const conversation = get(id);
-    if (conversation && field.value.trim()) {
-      conversation.title = field.value.trim();
-      keep(conversation);
-    } else showList();
-  };
   field.onkeydown = (event) => {
     event.stopPropagation();
-    if (event.key === 'Enter') field.blur();
-    if (event.key === 'Escape') {
-      field.value = '';
-      field.blur();
-    }
+    if (event.key === 'Escape') field.value = '';
+    if (event.key === 'Escape' || event.key === 'Enter') field.blur();
   };
-  field.onblur = done;
+  field.onblur = () => {
+    const conversation = get(id);
+    const title = field.value.trim();
+    field.remove();
+    if (!conversation || !title) return showList();
+    conversation.title = title;
+    keep(conversation);
+  };
   name.replaceWith(field);
   field.select();
 }
@@ -128,16 +131,17 @@ function discard(id, title) {
 }
 
 function exportAll(ids, name) {
-  const conversations = ids.map(get).filter(Boolean);
-  download(`${name.replace(/[^\p{L}\p{N}]+/gu, '-')}.json`, JSON.stringify({ k2mini: 1, conversations: conversations.map((one) => store.pack(one)) }));
+  const conversations = ids.map(get).filter(Boolean).map((one) => store.pack(one));
+  download(`${name.replace(/[^\p{L}\p{N}]+/gu, '-')}.json`, JSON.stringify({ k2mini: 1, conversations }));
 }
 
 async function importFile(file) {
   try {
     const found = JSON.parse(await file.text()).conversations.map(store.revive).filter((one) => one.turns.length);
-    found.forEach(keep);
+    const problems = found.map(store.save).filter(Boolean);
+    found.forEach((one) => known.set(one.id, one));
     if (found.length) open(found[0]);
-    notify(`${found.length} imported.`);
+    notify(problems[0] ?? `${found.length} imported.`);
   } catch {
     notify(`${file.name} is not an export of this page.`);
   }
@@ -164,6 +168,7 @@ function questionNode(turn, take) {
     turn.shown += by;
     store.save(current);
     redraw(turn);
+    nodes.get(turn).querySelector('.question .icon:enabled').focus();
   };
   const side = (name, label, by) => {
     const node = iconButton(name, label, () => step(by));
@@ -185,15 +190,18 @@ function questionNode(turn, take) {
 /** Put a field in the place of a question. */
 function edit(turn, take) {
   if (isRunning()) return notify('An answer is coming. Stop it first.');
-  const content = element('textarea', { value: take.content, rows: 3, ariaLabel: take.alone ? 'Instruction' : 'Your message' });
-  const input = element('textarea', { value: take.input, rows: 3, ariaLabel: 'Input' });
+  const field = (value, ariaLabel) => element('textarea', { value, ariaLabel, rows: 3 });
+  const content = field(take.content, take.alone ? 'Instruction' : 'Your message');
+  const input = field(take.input, 'Input');
   const sendIt = () => {
-    if (content.value.trim()) resend(turn, { content: content.value.trim(), input: input.value.trim(), alone: take.alone, answers: [] });
+    const changed = { content: content.value.trim(), input: input.value.trim(), alone: take.alone, answers: [] };
+    if (changed.content) resend(turn, changed);
   };
   const last = turn === current.turns.at(-1);
   const editor = element('div', { className: 'editor' }, content, take.alone ? input : null,
     last ? null : element('p', { className: 'soft' }, 'A copy of the conversation goes on from here; this one stays.'),
-    element('div', { className: 'row' }, button('Send', sendIt, { className: 'primary' }), button('Cancel', () => redraw(turn))));
+    element('div', { className: 'row' },
+      button('Send', sendIt, { className: 'primary' }), button('Cancel', () => redraw(turn))));
   editor.onkeydown = (event) => {
     if (event.key === 'Escape') redraw(turn);
     else if (!sends(event)) return;
@@ -231,7 +239,8 @@ function answerNode(answer, turn) {
   };
   view.body.onclick = (event) => chosenToken(event.target, answer);
   view.body.onkeydown = (event) => tokenKey(event, answer);
-  for (const name of ['pointerover', 'focusin']) view.body.addEventListener(name, (event) => readOut(event.target, answer, view));
+  view.body.onpointerover = (event) => readOut(event.target, answer, view);
+  view.body.addEventListener('focusin', view.body.onpointerover);
   views.set(answer, view);
   const node = element('section', { className: 'answer', ariaLabel: `Answer of ${answer.model}` },
     element('h3', { className: 'who' }, answer.model), view.body, view.legend, view.readout, view.problem,
@@ -265,7 +274,7 @@ function draw(answer) {
   view.again.hidden = coming;
   view.legend.hidden = !tokens || answer.tokens.every((token) => token.base === undefined);
   view.problem.className = answer.error ? 'error' : '';
-  view.problem.replaceChildren(...(answer.error ? [answer.error.message, ' ', button('Try again', () => view.again.click())] : []));
+  view.problem.replaceChildren(...(answer.error ? [answer.error.message, button('Try again', () => view.again.click())] : []));
 }
 
 function statistics(answer) {
@@ -360,9 +369,11 @@ async function ask(conversation, turn, take) {
   if (nodes.has(turn)) redraw(turn);
   else byId('log').append(turnNode(turn));
   byId('log').scrollTop = byId('log').scrollHeight;
+  if (document.activeElement === document.body) byId('log').focus(); // the button that was pressed is gone
   keep(conversation);
   showState();
-  await Promise.all(take.answers.map((answer) => fill(answer, messagesFor(conversation, turn, take, answer.model), controller.signal)));
+  const messages = ({ model }) => messagesFor(conversation, turn, take, model);
+  await Promise.all(take.answers.map((answer) => fill(answer, messages(answer), controller.signal)));
   if (take.answers.length > 1) {
     controller = new AbortController(); // an answer that was stopped can be compared, too
     running.set(conversation, controller);
@@ -371,7 +382,8 @@ async function ask(conversation, turn, take) {
   running.delete(conversation);
   if (known.has(conversation.id)) keep(conversation); // it may have been deleted meanwhile
   showState();
-  byId('finished').textContent = take.answers.map(({ model, text, error }) => `${model}: ${text} ${error?.message ?? ''}`).join('\n');
+  const finished = take.answers.map(({ model, text, error }) => `${model}: ${text} ${error?.message ?? ''}`);
+  byId('finished').textContent = finished.join('\n');
 }
 
 /** Stream one answer. Whatever goes wrong becomes a part of it, and what has come of it stays. */
@@ -432,10 +444,11 @@ async function weigh(base, adapter, signal) {
     const body = { model: base.model, prompt: ids, echo: true, max_tokens: 0, logprobs: 1 };
     const { choices } = await (await call('v1/completions', body, signal)).json();
     const found = choices[0].logprobs.token_logprobs;
-    if (found.length !== ids.length) throw new ServerError(`${found.length} log-probabilities for ${ids.length} tokens`);
+    if (found.length !== ids.length) throw new Error(`${found.length} log-probabilities for ${ids.length} tokens`);
     tokens.forEach((token, place) => { token.base = found[prompt.length + place]; });
   } catch (error) {
-    if (error.name !== 'AbortError') adapter.error = { message: `The base’s view of this answer is missing: ${said(error)}` };
+    if (error.name === 'AbortError') return;
+    adapter.error = { message: `The base’s view of this answer is missing: ${said(error)}` };
   }
   mark(adapter);
 }
@@ -482,7 +495,8 @@ function showState() {
   byId('compare').ariaPressed = String(settings.compare);
   byId('model-label').textContent = settings.compare ? 'Base' : 'Model';
   byId('other-label').hidden = !settings.compare;
-  document.body.classList.toggle('wide', settings.compare || current.turns.some(({ takes, shown }) => takes[shown].answers.length > 1));
+  const columns = current.turns.some(({ takes, shown }) => takes[shown].answers.length > 1);
+  document.body.classList.toggle('wide', settings.compare || columns);
 }
 
 // ---- Panels, notices, settings
@@ -535,15 +549,17 @@ function showFields() {
   byId('fields').replaceChildren(...FIELDS.map(([name, label, least, most, step, hint]) => {
     const limit = name === 'max_tokens' && info.context ? info.context : most;
     const field = element('input', {
-      type: 'number', id: `set-${name}`, min: least, max: limit, step, value: settings.values[name] ?? '', placeholder: 'server’s',
+      type: 'number', id: `set-${name}`, min: least, max: limit, step, placeholder: 'server’s', value: settings.values[name] ?? '',
     });
     field.onchange = () => {
-      const value = Math.min(limit, Math.max(least, step === 1 ? Math.round(field.valueAsNumber) : field.valueAsNumber));
+      const typed = step === 1 ? Math.round(field.valueAsNumber) : field.valueAsNumber;
+      const value = Math.min(limit, Math.max(least, typed)); // NaN where nothing is typed
       const { [name]: _, ...others } = settings.values;
       change({ values: Number.isNaN(value) ? others : { ...others, [name]: value } });
       field.value = Number.isNaN(value) ? '' : value;
     };
-    return element('label', { className: 'field number' }, element('span', {}, label, element('small', {}, hint)), field);
+    const said = element('span', {}, label, element('small', {}, hint));
+    return element('label', { className: 'field number' }, said, field);
   }));
 }
 
@@ -563,8 +579,10 @@ async function start() {
   try {
     info = await (await call('k2mini/info')).json();
   } catch (error) {
+    if (error.status === 503) setTimeout(start, 1000 * (error.wait || 5)); // the model is being loaded
     return notify(said(error), 'Try again', start);
   }
+  byId('notice').hidden = true;
   const ids = info.models.map(({ id }) => id);
   const option = ({ id, adapter }) => element('option', { value: id }, adapter ? `${id} (adapter)` : id);
   for (const name of ['model', 'other']) byId(name).replaceChildren(...info.models.map(option));
@@ -573,12 +591,13 @@ async function start() {
     ...info.templates.map((name) => element('option', { value: name }, name)));
   const model = ids.includes(settings.model) ? settings.model : ids[0];
   const adapter = info.models.find((one) => one.adapter)?.id ?? ids.find((id) => id !== model) ?? '';
-  byId('compare').disabled = ids.length < 2;
-  byId('compare').title = ids.length < 2 ? 'The server has one model; k2mini serve --adapter NAME=DIR adds one' : 'Ask two models at once';
+  const alone = ids.length < 2;
+  byId('compare').disabled = alone;
+  byId('compare').title = alone ? 'There is one model; k2mini serve --adapter NAME=DIR adds one' : 'Ask two models at once';
   change({
     model,
     other: ids.includes(settings.other) ? settings.other : adapter,
-    compare: settings.compare === true && ids.length > 1,
+    compare: settings.compare === true && !alone,
     template: info.templates.includes(settings.template) ? settings.template : '',
   });
   for (const name of ['model', 'other', 'template']) byId(name).value = settings[name];

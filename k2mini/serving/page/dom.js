@@ -14,7 +14,7 @@ export function button(label, onclick, properties = {}) {
   return element('button', { type: 'button', onclick, ...properties }, label);
 }
 
-/** A button with a picture of index.html, where `name` is one of the symbols; `label` is read out and shown as a tip. */
+/** A button with a picture, one of index.html's symbols; `label` is read out, and shown as a tip. */
 export function iconButton(name, label, onclick) {
   const [svg, use] = ['svg', 'use'].map((tag) => document.createElementNS('http://www.w3.org/2000/svg', tag));
   use.setAttribute('href', `#i-${name}`);

@@ -44,7 +44,7 @@ function blocks(text) {
   const lines = text.split('\n');
   const found = [];
   let end = 0;
-  const while_ = (more) => {
+  const skip = (more) => {
     while (end < lines.length && more(lines[end])) end += 1;
   };
   while (end < lines.length) {
@@ -54,23 +54,24 @@ function blocks(text) {
     if (!line.trim()) continue;
     const fence = FENCE.exec(line);
     if (fence) {
-      while_((next) => !closes(next, fence[1]));
+      skip((next) => !closes(next, fence[1]));
       end = Math.min(end + 1, lines.length);
     } else if (QUOTE.test(line)) {
-      while_((next) => QUOTE.test(next));
+      skip((next) => QUOTE.test(next));
     } else if (ITEM.test(line) && !RULE.test(line)) {
       // A blank line ends a list, unless an item or an indented line follows.
       const goes = (next) => ITEM.test(next) || /^[ \t]{2,}\S/.test(next);
-      while_((next) => (next.trim() ? goes(next) || (lines[end - 1].trim() && !opens(next)) : goes(lines[end + 1] ?? '')));
+      const lazy = (next) => lines[end - 1].trim() && !opens(next);
+      skip((next) => (next.trim() ? goes(next) || lazy(next) : goes(lines[end + 1] ?? '')));
     } else if (!opens(line)) {
-      while_((next) => next.trim() && !opens(next));
+      skip((next) => next.trim() && !opens(next));
     }
     found.push(lines.slice(start, end).join('\n'));
   }
   return found;
 }
 
-const closes = (line, fence) => line.trim().startsWith(fence) && !line.trim().slice(fence.length).replaceAll(fence[0], '');
+const closes = (line, fence) => line.trim().startsWith(fence) && !line.replaceAll(fence[0], '').trim();
 const opens = (line) => [FENCE, HEADING, RULE, QUOTE, FIRST_ITEM].some((pattern) => pattern.test(line));
 
 /** The node of one block. */

@@ -45,7 +45,7 @@ export function save(conversation) {
       return whole ? '' : 'The browser’s storage is full: of this conversation the texts are kept, not the tokens.';
     } catch { /* the quota, or a browser that stores nothing */ }
   }
-  return 'The browser’s storage is full or off: this conversation is kept until the page is closed. Export it, or delete others.';
+  return 'The browser’s storage is full or off: export this conversation before you close the page, or delete others.';
 }
 
 export function remove(id) {
@@ -62,20 +62,21 @@ export function saveSettings(settings) {
 
 /** A conversation as plain JSON. The alternatives of tokens are left out: they are most of the bytes. */
 export function pack(conversation, whole = true) {
-  const token = ({ id, text, logprob, base }) => [id, text, ...[logprob, base].filter((x) => x !== undefined).map(rounded)];
+  const token = ({ id, text, logprob, base }) => [id, text, rounded(logprob), rounded(base)];
   const answer = ({ tokens, prompt, ...rest }) => (whole ? { ...rest, prompt, tokens: tokens.map(token) } : rest);
   const take = (one) => ({ ...one, answers: one.answers.map(answer) });
   return { ...conversation, turns: conversation.turns.map((turn) => ({ ...turn, takes: turn.takes.map(take) })) };
 }
 
-const rounded = (value) => Math.round(value * 1e4) / 1e4;
+const rounded = (value) => Math.round(value * 1e4) / 1e4; // of undefined NaN, which JSON makes null
 const text = (value) => (typeof value === 'string' ? value : '');
 const number = (value) => (Number.isFinite(value) ? value : undefined);
 const items = (value) => (Array.isArray(value) ? value : []);
 
 /** A conversation from JSON that nobody vouches for: what is known is taken, anything else left. */
 export function revive(raw) {
-  const token = ([id, shown, logprob, base]) => ({ id: number(id), text: text(shown), logprob: number(logprob), base: number(base) });
+  const token = ([id, shown, logprob, base]) => (
+    { id: number(id), text: text(shown), logprob: number(logprob), base: number(base) });
   const answer = (one) => ({
     model: text(one?.model),
     text: text(one?.text),
@@ -86,7 +87,10 @@ export function revive(raw) {
     tokens: items(one?.tokens).filter(Array.isArray).map(token),
   });
   const take = (one) => ({
-    content: text(one?.content), input: text(one?.input), alone: one?.alone === true, answers: items(one?.answers).map(answer),
+    content: text(one?.content),
+    input: text(one?.input),
+    alone: one?.alone === true,
+    answers: items(one?.answers).map(answer),
   });
   const turn = (one) => {
     const takes = items(one?.takes).map(take);

@@ -16,13 +16,13 @@ const hex = (value, digits) => value.toString(16).toUpperCase().padStart(digits,
 
 /** A token's text from an entry of the server's logprobs; bytes that are no character alone are shown as <0xE2>. */
 export function textOf({ token, bytes }) {
-  return token.includes('\ufffd') && bytes?.length ? bytes.map((byte) => `<0x${hex(byte, 2)}>`).join('') : token;
+  return token.includes('\ufffd') && bytes ? bytes.map((byte) => `<0x${hex(byte, 2)}>`).join('') : token;
 }
 
 /** In running text a space may stay one; a line's end is shown and breaks the line. */
 function running(text) {
-  if (text.trim()) return [...text].map((char) => (char === ' ' ? char : visible(char))).join('').replaceAll('⏎', '⏎\n');
-  return visible(text).replaceAll('⏎', '⏎\n');
+  const shown = text.trim() ? [...text].map((char) => (char === ' ' ? char : visible(char))).join('') : visible(text);
+  return shown.replaceAll('⏎', '⏎\n');
 }
 
 /** Colour a node: a share of 1 is full, below 0 the other hue. By the CSSOM, since the policy forbids style attributes. */
@@ -39,7 +39,7 @@ const signed = (value) => `${value < 0 ? '−' : '+'}${Math.abs(value).toFixed(2
 export function renderTokens(container, tokens) {
   const known = container.childElementCount;
   tokens.slice(known).forEach((token, place) => {
-    const [, space, rest] = /^( *)(.*)$/s.exec(running(token.text)); // the tint leaves out the space between words
+    const [, space, rest] = /^( *)(.*)$/s.exec(running(token.text)); // a space before a word is not tinted
     container.append(element('span', {
       role: 'button', tabIndex: known + place ? -1 : 0, className: 'token', ariaLabel: visible(token.text),
     }, space, element('i', {}, rest)));
@@ -58,7 +58,8 @@ export function numbers({ text, logprob, base }) {
 }
 
 /** What the colours of differences mean, or those of probabilities. */
-export const differences = () => element('div', { className: 'legend' }, 'base', element('i', { className: 'both' }), `adapter likelier by ${FULL} nats`);
+export const differences = () => element('div', { className: 'legend' },
+  'base', element('i', { className: 'both' }), `adapter likelier by ${FULL} nats`);
 const probabilities = () => element('div', { className: 'legend' }, '0', element('i'), '1 probability');
 
 /** Fill the panel for one token of an answer: its alternatives at once, the lens when the server has read it. */
@@ -114,16 +115,18 @@ function lensTable(layers, token) {
   }, visible(text)), p);
   const rows = layers.map(({ layer, top, rank, probability }) => element('tr', {},
     element('th', { scope: 'row' }, String(layer)),
-    shade(element('td', { className: 'rank', title: `${visible(token.text)} ${percent(probability)}` }, String(rank + 1)), probability),
+    shade(element('td', { title: `${visible(token.text)} ${percent(probability)}` }, String(rank + 1)), probability),
     ...top.map(([text, p]) => cell(text, p))));
   const widest = Math.max(0, ...layers.map(({ top }) => top.length));
   const heads = ['Layer', 'Rank', 'Likeliest', ...Array(Math.max(0, widest - 1)).fill('')];
   return [
-    element('p', { className: 'soft' }, `The state after each layer, read as if it were the last (logit lens). Rank is that of ${visible(token.text)}, 1 the likeliest.`),
+    element('p', { className: 'soft' }, `The state after each layer, read as if it were the last (logit lens). Rank is that of `
+      + `${visible(token.text)}, 1 the likeliest.`),
     probabilities(),
-    element('div', { className: 'scroll', tabIndex: 0, role: 'group', ariaLabel: 'Logit lens' }, element('table', { className: 'lens' },
-      element('thead', {}, element('tr', {}, ...heads.map((head) => element(head ? 'th' : 'td', {}, head)))),
-      element('tbody', {}, ...rows))),
+    element('div', { className: 'scroll', tabIndex: 0, role: 'group', ariaLabel: 'Logit lens' },
+      element('table', { className: 'lens' },
+        element('thead', {}, element('tr', {}, ...heads.map((head) => element(head ? 'th' : 'td', {}, head)))),
+        element('tbody', {}, ...rows))),
     element('p', { className: 'soft' }, '␣ is a space, ⏎ a line’s end, ⇥ a tab, <200B> a character that shows nothing.'),
   ];
 }
