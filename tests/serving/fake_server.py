@@ -77,6 +77,7 @@ class Fake:
         self.requests = []  # (path, body)
         self.stopped = 0  # streams that the client left
         self.key = None
+        self.loading = False
         self.pause = 0.0  # seconds a token
         self.vocabulary = ["<s>"]
         self.app = Starlette(
@@ -101,6 +102,9 @@ class Fake:
         return JSONResponse({"error": {"message": message, "type": "x", "param": None, "code": None}}, status, headers)
 
     def refused(self, request):
+        if self.loading:
+            self.loading = False
+            return self.error(503, "the server is loading", **{"Retry-After": "1"})
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return self.error(401, "Incorrect API key")
         return None
@@ -168,7 +172,7 @@ class Fake:
                     (" a", -2.5),
                     ("\n", -3.0),
                     (" the", -3.6),
-                    (" rocks", -5),
+                    ("bytes:\\xe2", -5),
                 ]
                 entries = [{"token": text, "logprob": lp, "bytes": list(text.encode())} for text, lp in others]
                 choice = {

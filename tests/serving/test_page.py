@@ -448,7 +448,7 @@ def test_why_this_token(visit, fake):
     page.keyboard.press("Enter")
     expect(page.locator("#why-title")).to_have_text("Why tab")
     expect(page.locator("#why-title")).to_be_focused()
-    assert page.locator("#why .bars th").all_text_contents() == ["tab", "␣a", "⏎", "␣the", "␣rocks"]
+    assert page.locator("#why .bars th").all_text_contents() == ["tab", "␣a", "⏎", "␣the", "<0xE2>"]
     expect(page.locator("#why .bars tr").first).to_contain_text(
         f"{100 * 2.718281828 ** logprob('k2-base', 'tab'):.1f}%"
     )
@@ -546,6 +546,16 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, fake):
 
 
 @in_browser
+def test_a_model_that_is_still_loaded_is_waited_for(visit, fake):
+    visit.expected = ("status of 503",)
+    fake.loading = True
+    page = visit(ready=False)
+    expect(page.locator("#notice")).to_contain_text("the server is loading")
+    page.locator("#model option").first.wait_for(state="attached")
+    expect(page.locator("#notice")).to_be_hidden()
+
+
+@in_browser
 def test_a_full_storage_is_said_and_loses_nothing(visit):
     page = visit()
     page.evaluate(
@@ -566,12 +576,14 @@ def test_a_full_storage_is_said_and_loses_nothing(visit):
 
 
 @in_browser
-@pytest.mark.parametrize(
-    "damaged", ["{", "null", "7", '{"turns": 3}', '{"turns": [{"takes": [{"answers": [1, null]}]}, 5, null]}']
-)
-def test_damaged_storage(visit, damaged):
-    page = visit(stored={"k2mini.turns.a": damaged, "k2mini.title.a": damaged, "k2mini.settings": damaged})
-    page.locator("#list .title").first.click()
+def test_damaged_storage(visit):
+    damaged = ["{", "null", "7", '{"turns": 3}', '{"turns": [{"takes": [{"answers": [1, null]}]}, 5, null]}']
+    stored = {f"k2mini.{kind}.{place}": text for place, text in enumerate(damaged) for kind in ("turns", "title")}
+    page = visit(stored={**stored, "k2mini.settings": '{"values": 3, "model": [], "theme": 5, "compare": {}}'})
+    assert page.locator("#list .title").count() == 5
+    for place in range(5):
+        page.locator("#list .title").nth(place).click()
+    page.click("#new")
     ask(page, "What is granite?")
     expect(last(page, ".markdown")).to_have_text(PLAIN)
 

@@ -4,7 +4,7 @@ import { call, onKeyWanted, stream } from './api.js';
 import { button, byId, copy, download, element, iconButton } from './dom.js';
 import { renderMarkdown } from './markdown.js';
 import * as store from './store.js';
-import { differences, explain, numbers, renderTokens, textOf } from './tokens.js';
+import { differences, explain, numbers, renderTokens } from './tokens.js';
 
 // name, label, least, most, step, hint
 const FIELDS = [
@@ -419,9 +419,9 @@ function take(chunk, answer, begun) {
   const ids = choice.token_ids?.length === entries.length ? choice.token_ids : [];
   entries.forEach((entry, place) => answer.tokens.push({
     id: ids[place],
-    text: textOf(entry),
+    text: entry.token,
     logprob: entry.logprob,
-    top: entry.top_logprobs?.map((other) => ({ text: textOf(other), logprob: other.logprob })),
+    top: entry.top_logprobs?.map((other) => ({ text: other.token, logprob: other.logprob })),
   }));
   const text = choice.delta?.content ?? '';
   answer.text += text;

@@ -6,23 +6,19 @@ import { byId, element } from './dom.js';
 const BLANKS = { ' ': '␣', '\n': '⏎', '\t': '⇥', '\r': '␍' };
 const FULL = 4; // nats of difference at which a tint is full
 
-/** A token's text, all of it to be seen, as in the audit's pages: blanks as signs, what shows nothing as <200B>. */
+/** A token's text, all of it to be seen, as in the audit's pages: blanks as signs, what shows nothing as <200B>, and
+ *  bytes that are no character alone, of which OpenAI's protocol says bytes:\xe2, as <0xE2>. */
 export function visible(text) {
-  const sign = (char) => BLANKS[char] ?? (/[\p{C}\p{Z}]/u.test(char) ? `<${hex(char.codePointAt(0), 4)}>` : char);
+  if (/^bytes:(\\x[0-9a-f]{2})+$/.test(text)) return text.slice(6).toUpperCase().replace(/\\X(..)/g, '<0x$1>');
+  const hidden = (char) => `<${char.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}>`;
+  const sign = (char) => BLANKS[char] ?? (/[\p{C}\p{Z}]/u.test(char) ? hidden(char) : char);
   return [...text].map(sign).join('') || '(empty)';
-}
-
-const hex = (value, digits) => value.toString(16).toUpperCase().padStart(digits, '0');
-
-/** A token's text from an entry of the server's logprobs; bytes that are no character alone are shown as <0xE2>. */
-export function textOf({ token, bytes }) {
-  return token.includes('\ufffd') && bytes ? bytes.map((byte) => `<0x${hex(byte, 2)}>`).join('') : token;
 }
 
 /** In running text a space may stay one; a line's end is shown and breaks the line. */
 function running(text) {
-  const shown = text.trim() ? [...text].map((char) => (char === ' ' ? char : visible(char))).join('') : visible(text);
-  return shown.replaceAll('⏎', '⏎\n');
+  const spaced = /\S/.test(text) ? visible(text).replaceAll('␣', ' ') : visible(text);
+  return spaced.replaceAll('⏎', '⏎\n');
 }
 
 /** Colour a node: a share of 1 is full, below 0 the other hue. By the CSSOM, since the policy forbids style attributes. */
