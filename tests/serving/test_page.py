@@ -637,6 +637,18 @@ def test_two_tabs(visit, address):
     page.locator("#list .title").click()
     ask(page, "And gabbro?")
     expect(other.locator(".turn")).to_have_count(2)
+    ask(page, "slow", wait=False)  # both go on at once: neither overwrites the other
+    page.locator(".turn:nth-child(3) .markdown p").wait_for()
+    expect(other.locator(".turn")).to_have_count(3)
+    ask(other, "And schist?")
+    expect(page.locator("#list .title")).to_have_count(2)
+    page.click("#stop")
+    page.locator("#send").wait_for()
+    expect(page.locator(".said").last).to_have_text("slow")
+    expect(other.locator(".said").last).to_have_text("And schist?")
+    assert sorted(page.evaluate("Object.values(localStorage).map((text) => JSON.parse(text).turns?.length ?? 0)"))[
+        -2:
+    ] == [3, 4]
 
 
 @in_browser
@@ -660,7 +672,7 @@ def test_phone_width(visit):
     assert not page.locator("#new").is_visible()
     page.click("#menu")
     page.click("#new")
-    expect(page.locator(".welcome")).to_be_visible()
+    expect(page.locator("#welcome")).to_be_visible()
     assert not page.locator("#new").is_visible()
 
 

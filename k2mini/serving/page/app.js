@@ -31,6 +31,7 @@ const asTokens = new WeakMap(); // of an answer: whether its tokens are shown, w
 const dirty = new Set(); // answers to be drawn in the next frame
 let info = { models: [], templates: [], context: 0 };
 let current;
+const welcome = byId('welcome'); // in the place of turns where there are none
 
 // ---- Conversations
 
@@ -52,7 +53,7 @@ function open(conversation) {
   closePanel();
   showSide(false);
   byId('system').value = current.system;
-  byId('log').replaceChildren(...(current.turns.length ? current.turns.map(turnNode) : [welcome()]));
+  byId('log').replaceChildren(...(current.turns.length ? current.turns.map(turnNode) : [welcome]));
   byId('log').lastElementChild.scrollIntoView({ block: 'end' });
   requestAnimationFrame(() => byId('log').lastElementChild.scrollIntoView({ block: 'end' })); // heights are known now
   showList();
@@ -63,17 +64,6 @@ function openStored(id) {
   const conversation = get(id);
   if (conversation) open(conversation);
   else notify('This conversation can’t be read.');
-}
-
-function welcome() {
-  const tips = [
-    'Under an answer, “Tokens” shows it token by token: click one to see why it stands there.',
-    '“Compare” asks two models at once and tints each token by how much likelier the adapter finds it.',
-    'Conversations stay in this browser.',
-  ];
-  return element('div', { className: 'welcome' },
-    element('h2', {}, 'What would you like to ask?'),
-    element('ul', {}, ...tips.map((tip) => element('li', {}, tip))));
 }
 
 /** Those that could not be saved stand first. */
@@ -284,7 +274,7 @@ function statistics(answer) {
   if (coming && !count) parts.push(`Waiting… ${Math.round((performance.now() - live.get(answer)) / 1000)} s`);
   if (count) parts.push(`${count}\u00a0${count === 1 ? 'token' : 'tokens'}`);
   if (rate) parts.push(`${rate.toFixed(1)}\u00a0tokens/s`);
-  if (first !== undefined && !coming) parts.push(`first after ${first.toFixed(2)}\u00a0s`);
+  if (first !== undefined && !coming) parts.push(`first token ${first.toFixed(2)}\u00a0s`);
   if (finish === 'length') parts.push('cut at the token limit');
   if (finish === 'stopped') parts.push('stopped');
   return parts.join(' · ');
@@ -676,8 +666,13 @@ addEventListener('pagehide', () => running.forEach((_, conversation) => store.sa
 addEventListener('storage', (event) => { // another tab
   const id = store.isTurns(event.key);
   if (!id) return;
-  // What is shown here and deleted there stays until it is left.
-  if (!running.has(known.get(id)) && (id !== current.id || event.newValue)) known.delete(id);
+  const here = known.get(id);
+  if (running.has(here) && event.newValue) { // both have gone on with it: two conversations from here
+    here.id = store.newId();
+    known.set(here.id, here);
+    known.delete(id);
+    keep(here);
+  } else if (!running.has(here) && (id !== current.id || event.newValue)) known.delete(id);
   if (id === current.id && !known.has(id)) openStored(id);
   else showList();
 });
