@@ -41,7 +41,6 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help=f"of a chat: {', '.join(TEMPLATES)} (default: the run's)")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
     parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
-    parser.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")
     parser.set_defaults(run=run_serve)
 
 
@@ -112,9 +111,7 @@ def _load(
     options: argparse.Namespace, directory: ModelDirectory, base: str, adapters: dict[str, Path], template: str
 ) -> Service:
     """The model with its adapters, in an engine whose slots are as long as the model's context, or as memory allows."""
-    from k2mini.build import open_model
-    from k2mini.gpu import free_memory
-    from k2mini.inference.compile import compile_decoding
+    from k2mini.build import free_memory, open_model
     from k2mini.inference.engine import Engine
     from k2mini.serving.asked import Served
     from k2mini.serving.service import Service
@@ -122,8 +119,6 @@ def _load(
 
     wanted = {name: getattr(options, name) for name in ("dtype", "quantize", "quantize_head")}
     model, directory = open_model(directory, options.device, options.threads, **wanted)
-    if options.compile:
-        compile_decoding(model)
     config, tokenizer = model.config, directory.require_tokenizer()
     each = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize  # bytes of a token
     capacity = int(min(config.max_seq_len, 0.8 * free_memory(model.device) // (options.slots * each)))
