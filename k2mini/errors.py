@@ -93,7 +93,7 @@ def sentence(error: Exception) -> str | None:
     notes = getattr(error, "__notes__", [])  # a training run's, of its own settings
     if isinstance(error, RuntimeError) and (full := _NO_DEVICE_MEMORY.search(str(error))):
         wanted, number, total, free = full.groups()
-        remedy = notes[-1] if notes else "a smaller --batch-size, fewer --max-new-tokens or --quantize int8 take less"
+        remedy = notes[-1] if notes else "a smaller batch, shorter answers or int8 weights take less"
         return f"GPU {number} is out of memory: {wanted} more were wanted, {free} of its {total} are free; {remedy}"
     if isinstance(error, RuntimeError) and "no kernel image is available" in str(error):
         return "the installed PyTorch has no code for this GPU; install a version that has, or use --device cpu"

@@ -387,8 +387,8 @@ NO_DEVICE_MEMORY = (
         ),
         (
             raising(torch.OutOfMemoryError(NO_DEVICE_MEMORY)),
-            "GPU 1 is out of memory: 30.00 GiB more were wanted, 23.41 GiB of its 24.00 GiB are free; a smaller "
-            "--batch-size, fewer --max-new-tokens or --quantize int8 take less",
+            "GPU 1 is out of memory: 30.00 GiB more were wanted, 23.41 GiB of its 24.00 GiB are free; "
+            "a smaller batch, shorter answers or int8 weights take less",
         ),
         (
             raising(RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel")),

@@ -59,7 +59,7 @@ def wraps(patch, owner, name, change):
     patch.setattr(owner, name, lambda *a, **k: change(original(*a, **k), *a))
 
 
-@fault("versions", "torch 2.1.0, at least 2.6 is needed")
+@fault("versions", "torch 2.1.0, at least 2.9 is needed")
 def an_old_package(patch, _):
     right = command.version
     patch.setattr(command, "version", lambda name: "2.1.0" if name == "torch" else right(name))

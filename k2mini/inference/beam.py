@@ -73,9 +73,11 @@ def beam_search(
 
     Returns: of each prompt its `num_return_sequences` best, best first, with their scores.
 
-    Raises ValueError: an empty prompt, or one too long for the model's context.
+    Raises ValueError: an empty prompt, or one too long for the model's context; penalties that a search has not.
     """
     assert isinstance(decoding.beams, Beams)
+    if decoding.sampling.counts_new:
+        raise ValueError("a beam search has no presence or frequency penalty; take the repetition penalty")
     new = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len)
     if len(set(new)) > 1:  # the context cuts some of them shorter: one by one, as each would be searched alone
         search = partial(beam_search, model, decoding=decoding, stop_ids=stop_ids, vocab_size=vocab_size)

@@ -40,9 +40,12 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Take a request in, from any thread.
 
-        Raises ValueError where it is empty or too long or its adapter is unknown, QueueFullError where too many wait.
+        Raises ValueError where it is empty or too long, a token is none of the model's or the adapter is unknown;
+        QueueFullError where too many wait.
         """
         self._scheduler.adapter(request.adapter)
+        if odd := [token for token in request.tokens if not 0 <= token < self.model.config.vocab_size]:
+            raise ValueError(f"the prompt has token {odd[0]}, which the model does not know")
         if not (request.score_only and 0 < len(request.tokens) <= self.capacity):
             room(len(request.tokens), 1, self.capacity)
         with self._wake:
@@ -125,13 +128,16 @@ class Engine:
             self._waiting = deque(request for request in self._waiting if request not in cancelled)
         for request in dropped:
             self.counts.cancelled += 1
-            request.deliver(End("cancelled"))
+            self._scheduler.tell(request, End("cancelled"))
         self._scheduler.cancel(cancelled)
         while self._scheduler.free:
             with self._wake:
                 if not self._waiting:
                     break
                 request = self._waiting.popleft()
-            self._scheduler.admit(request)
+            try:
+                self._scheduler.admit(request)
+            except Exception as error:  # of this one, before it has a slot
+                self._scheduler.tell(request, End("error", f"{error}"))
         self.counts.waiting = len(self._waiting)
         self.counts.slots_busy = self.slots - self._scheduler.free

@@ -53,6 +53,8 @@ class Decoding:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty")
+        if (self.top_logprobs or 0) < 0:
+            raise ValueError(f"top_logprobs must not be negative, it is {self.top_logprobs}")
 
 
 @dataclass

@@ -6,6 +6,7 @@ for sampling, temperature, top-k, top-p.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ class Sampling:
             raise ValueError(f"--no-repeat-ngram-size must be 0 (off) or positive, not {self.no_repeat_ngram_size}")
         if any(token < 0 for token in self.forbidden):
             raise ValueError(f"forbidden must be token ids, not {min(self.forbidden)}")
+        if any(token < 0 or not math.isfinite(bias) for token, bias in self.logit_bias):
+            raise ValueError(f"logit_bias must be token ids and finite numbers, not {self.logit_bias}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be between 0 and 1, not {self.min_p}")
 
@@ -211,6 +214,7 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.history = as_history(rows, most, device) if sampling.looks_back else None
+        self.new = as_history([[]] * len(rows), most, device) if sampling.counts_new else None  # (B, most)
         self.draws = uniforms(seeds, most).to(device, non_blocking=True) if sampling.temperature else None  # (B, most)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.out = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
@@ -219,7 +223,9 @@ class Sampler:
     def __call__(self, logits: Tensor) -> None:
         """Choose of logits (B, V)."""
         drawn = None if self.draws is None else self.draws.index_select(1, self.step).squeeze(1)
-        chosen = sample(logits, self.sampling, drawn, self.history)
+        chosen = sample(logits, self.sampling, drawn, self.history, self.new)
+        if self.new is not None:
+            self.new.index_copy_(1, self.step, chosen[:, None])
         if self.history is not None:
             self.history.scatter_(1, (self.history >= 0).sum(dim=1, keepdim=True), chosen[:, None])
         self.out.copy_(torch.cat([chosen, logits.amax(dim=-1).isfinite().all().view(1)]))
@@ -228,5 +234,6 @@ class Sampler:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows alone. rows: (N,) int64."""
-        self.history, self.draws = (None if part is None else part[rows] for part in (self.history, self.draws))
+        parts = (self.history, self.new, self.draws)
+        self.history, self.new, self.draws = (None if part is None else part[rows] for part in parts)
         self.out = torch.cat([self.out[rows], self.out[-1:]])

@@ -10,19 +10,22 @@ bits depend on the company there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from k2mini.data.prompts import room
-from k2mini.inference.generate import not_finite, step_details
+from k2mini.inference.generate import Step, not_finite, step_details
 from k2mini.inference.request import Counts, End, Prompt, Request
 from k2mini.inference.rows import Row, Slot, choose
 from k2mini.inference.sampling import uniforms
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import Adapter, stack_adapters
 from k2mini.nn.slots import Chunk, SlotBatch, Slots
+
+log = logging.getLogger(__name__)
 
 CHUNK = 128  # tokens of a prompt in one step
 
@@ -69,6 +72,14 @@ class Scheduler:
         """Let the model, called between two steps, answer with an adapter, or as the base."""
         for layer in self._adapted:
             layer.parts = [(self.adapter(adapter), slice(None))]
+
+    def tell(self, request: Request, event: Prompt | Step | End) -> bool:
+        """Deliver an event. Returns whether the answer is to end: what `deliver` says, or that it has failed."""
+        try:
+            return bool(request.deliver(event))
+        except Exception:
+            log.exception("a request could not be told; it ends")
+            return True
 
     def cancel(self, requests: Collection[Request]) -> None:
         """End these, if they are in slots."""
@@ -183,8 +194,8 @@ class Scheduler:
             self._score(slot, row, chunk, hidden, wanted)
         if not row.decodes:
             return False
-        if wanted is not None and row.request.deliver(
-            Prompt(list(slot.scores.logprobs), [top[:wanted] for top in slot.scores.top])
+        if wanted is not None and self.tell(
+            row.request, Prompt(list(slot.scores.logprobs), [top[:wanted] for top in slot.scores.top])
         ):
             self._end(slot, "stop")
         elif not row.most:
@@ -198,7 +209,8 @@ class Scheduler:
         targets = row.prompt[chunk.start + 1 : chunk.end + 1]
         if not targets:
             return
-        found = step_details(self._logits(hidden[: len(targets)]), targets, num_top)
+        kept = max(num_top, slot.num_top)  # as many as of the tokens before
+        found = step_details(self._logits(hidden[: len(targets)]), targets, kept)
         slot.scores.logprobs.extend(step.logprob for step in found)
         slot.scores.top.extend(list(step.top) for step in found)
 
@@ -212,7 +224,7 @@ class Scheduler:
             else:
                 row.new.append(step.token)
                 self.counts.new_tokens += 1
-                if row.request.deliver(step):
+                if self.tell(row.request, step):
                     self._end(slot, "stop")
                 elif len(row.new) == row.most:
                     self._end(slot, "length")
@@ -226,4 +238,4 @@ class Scheduler:
         if row is not None:
             self.counts.reused_tokens += row.reused
             self.counts.cancelled += reason == "cancelled"
-            row.request.deliver(End(reason, error, row.reused))
+            self.tell(row.request, End(reason, error, row.reused))

@@ -26,7 +26,7 @@ def check_compiler(device: torch.device) -> None:
         if not any(map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"])) or not headers.is_file():
             raise ValueError(
                 f"compiling for a GPU needs gcc or clang (or the environment's CC) and {headers}, which Python's "
-                "development package has (python3-dev); install it, or do without --compile and train.compile"
+                "development package has (python3-dev); install it, or do without --compile (train.compile=false)"
             )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler  # torch._inductor takes seconds to import
@@ -36,7 +36,7 @@ def check_compiler(device: torch.device) -> None:
     except RuntimeError:
         raise ValueError(
             "compiling needs a C++ compiler (g++, or the one that the environment's CXX names), and there is none; "
-            "install one, or do without --compile and train.compile"
+            "install one, or do without --compile (train.compile=false)"
         ) from None
 
 

@@ -29,14 +29,19 @@ def smallest_change(config: RunConfig, world_size: int, room: float) -> str | No
 
 def largest_micro_batch(config: RunConfig, world_size: int, room: float) -> int | None:
     """The largest `train.micro_batch_size` that fits into `room` bytes a rank; None where one sample does not."""
-    share = config.train.global_batch_size // world_size
-    sizes = [rows for rows in range(1, share + 1) if share % rows == 0]
+    sizes = _sizes(config, world_size)
 
     def too_large(rows: int) -> bool:
         return plan_run(_changed(config, {"micro_batch_size": rows}), world_size, exact=False).peak > room
 
     fitting = bisect_left(sizes, True, key=too_large)
     return sizes[fitting - 1] if fitting else None
+
+
+def _sizes(config: RunConfig, world_size: int) -> list[int]:
+    """The sizes that a micro-batch may have: a rank's share is a multiple of them."""
+    share = config.train.global_batch_size // world_size
+    return [rows for rows in range(1, share + 1) if share % rows == 0]
 
 
 def what_takes_less(config: RunConfig, world_size: int) -> str:
@@ -49,13 +54,14 @@ def what_takes_less(config: RunConfig, world_size: int) -> str:
 def _cheaper(config: RunConfig, world_size: int) -> dict[str, list[Any]]:
     """Keys not set yet and the values to try, those first that cost the least time and exactness: none before int8."""
     train, parallel, lora = config.train, config.parallel, getattr(config, "lora", None)
-    rows, shared = train.micro_batch_size, is_sharded(config.model, parallel, lora, world_size)
+    fewer = [rows for rows in _sizes(config, world_size)[::-1] if rows < train.micro_batch_size]
+    shared = is_sharded(config.model, parallel, lora, world_size)
     tried: dict[str, tuple[bool, list[Any]]] = {
-        "micro_batch_size": (rows > 1, [rows >> n for n in range(1, rows.bit_length())]),
+        "micro_batch_size": (bool(fewer), fewer),
         "activation_checkpointing": (train.activation_checkpointing != 1, [1]),
         "quantize": (lora is not None and config.model.quantize is None, ["int8"]),
         "reshard_after_forward": (shared and not parallel.reshard_after_forward, [True]),
-        "replicate": (lora is not None and world_size > 1 and parallel.replicate != 1, [1]),
+        "replicate": (world_size > 1 and (parallel.replicate or (1 if lora is None else world_size)) > 1, [1]),
         "dtype": (config.model.dtype != "bfloat16", ["bfloat16"]),
     }
     return {key: values for key, (use, values) in tried.items() if use}

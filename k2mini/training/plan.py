@@ -88,7 +88,11 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     """
     if world_size < 1:
         raise ValueError(f"--world-size must be at least 1, not {world_size}")
-    micro_steps = rank_share(config.train, world_size) // config.train.micro_batch_size
+    train = config.train
+    if isinstance(config, FinetuneConfig) and config.data.packing:  # ranks may get unequal numbers of rows
+        micro_steps = math.ceil(train.global_batch_size / (world_size * train.micro_batch_size))
+    else:
+        micro_steps = rank_share(train, world_size) // train.micro_batch_size
     tracked = min(2, micro_steps)  # from the second on there are gradients already; all others are like it
     shape = planned_shape(config.model.path)
     check_context(config, shape.max_seq_len)
@@ -222,12 +226,13 @@ def describe(plan: Plan, config: RunConfig, world_size: int) -> str:
     kinds = ", ".join(f"{name} {readable(size)}" for name, size in plan.kinds.items())
     most = "at most " if isinstance(config, FinetuneConfig) else ""  # examples may be shorter than a row, or packed
     received = f"{most}{readable(plan.received)} received a rank and step" if plan.received else "none"
+    copied = ", and as much of the hosts' memory (checkpoint.async_save)" if config.checkpoint.async_save else ""
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     lines = [
         f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {ranks}",
         f"peak memory     {readable(plan.peak)} a rank ({kinds})",
         f"communication   {received}",
-        f"checkpoint      {readable(plan.checkpoint)} on disk",
+        f"checkpoint      {readable(plan.checkpoint)} on disk{copied}",
         f"a step          {most}{plan.step_tokens:,} tokens",
         f"not counted     {ALLOWANCE[0]}{ALLOWANCE[1] * (world_size > 1)}",
     ]

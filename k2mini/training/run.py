@@ -28,6 +28,7 @@ from k2mini.distributed import ALONE, World
 from k2mini.dtypes import DTYPES
 from k2mini.files import output, sha256, write_text
 from k2mini.model_config import tensor_shapes
+from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import changes, check_files, check_room, find_checkpoint, remove_leftovers
 from k2mini.training.export import export, export_adapter
@@ -47,10 +48,7 @@ Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
 
 
 def pretrain(
-    config: PretrainConfig,
-    world: World = ALONE,
-    label: str = "pretrain",
-    benchmark: Benchmark | None = None,
+    config: PretrainConfig, world: World = ALONE, label: str = "pretrain", benchmark: Benchmark | None = None
 ) -> Path:
     """Train all parameters on plain documents, on all ranks. Returns the directory of the model, `run.dir/model`.
 
@@ -89,10 +87,7 @@ def _pretrain(config: PretrainConfig, world: World, label: str, benchmark: Bench
 
 
 def finetune(
-    config: FinetuneConfig,
-    world: World = ALONE,
-    label: str = "finetune",
-    benchmark: Benchmark | None = None,
+    config: FinetuneConfig, world: World = ALONE, label: str = "finetune", benchmark: Benchmark | None = None
 ) -> Path:
     """Train LoRA on instructions, on all ranks. Returns the directory of the adapter, `run.dir/adapter`.
 
@@ -144,6 +139,8 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
     Raises ValueError where ranks differ, it holds something else, or another process writes it.
     """
     _agree({f"{name}.{key}": value for name, part in asdict(config).items() for key, value in part.items()}, world)
+    if config.train.compile:
+        check_compiler(world.device)  # before a corpus is prepared, which may take hours
     run_dir, inputs = Path(config.run.dir), [config.model.path]
     if isinstance(config, FinetuneConfig) and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)

@@ -99,6 +99,8 @@ class Saver:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Wait for the save under way, which goes on whatever has happened; say its error where that is another one."""
+        if self._last is not None and not self._last.done():
+            log.warning("waiting for the checkpoint that is being written")
         if self._last is not None and (failure := self._last.exception()) not in (None, error):
             log.error("%s", failure)
         self._open.close()

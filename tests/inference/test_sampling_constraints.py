@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from k2mini.inference.sampling import Sampling, as_history, constrain, sample, uniforms
+from k2mini.inference.sampling import Sampling, as_history, constrain, sample, transform, uniforms
 
 ROWS = [[1, 5, 9, 5, 9, 3, 5], [1, 2, 3, 1, 2, 3, 1, 2], [4, 4, 4, 4, 4, 4], [8]]
 HISTORY = as_history(ROWS, 3, torch.device("cpu"))
@@ -95,3 +95,27 @@ def test_draws_under_all_transforms_follow_the_exact_distribution():
 def test_values_out_of_range(values, said):
     with pytest.raises(ValueError, match=said):
         Sampling(**values)
+
+
+def test_penalties_of_new_tokens_and_biases():
+    """OpenAI's: of each new token that has occurred once, and as often as it has; the prompt does not count."""
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+    new, biases = [[4, 4, 9], [7]], ((3, 2.5), (29, -100.0))
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=biases)
+    expected = logits.clone()
+    for row, tokens in enumerate(new):
+        for token in set(tokens):
+            expected[row, token] -= 0.5 + 0.25 * tokens.count(token)
+        for token, bias in biases:
+            expected[row, token] += bias
+    found = constrain(logits, sampling, None, as_history(new, 2, logits.device))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_min_p_equals_transformers(share):
+    from transformers import MinPLogitsWarper
+
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 3
+    expected = MinPLogitsWarper(share)(None, logits)
+    assert torch.equal(transform(logits, Sampling(temperature=1.0, min_p=share)), expected)
