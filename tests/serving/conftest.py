@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -21,6 +22,12 @@ from k2mini.serving.service import Service
 from k2mini.weights.adapter import load_adapters, save_adapter
 from k2mini.weights.model_directory import ModelDirectory
 from tests.helpers import adapted
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch):
+    """Commands that other tests have run log to streams that are closed by now."""
+    monkeypatch.setattr(logging.getLogger("k2mini"), "handlers", [])
 
 
 class SlowEngine(Engine):
