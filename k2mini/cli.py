@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from k2mini.commands import audit, demo, doctor, evaluation, inference, serving, training, weights
+from k2mini.commands import audit, demo, doctor, evaluation, inference, plan, serving, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)
     add("finetune", training.finetune_arguments, "instruction tuning with LoRA", CONFIG, COMPUTE)
     add("preview", training.preview_arguments, "what a run would be fed, token by token", CONFIG, DEBUG)
-    add("plan", training.plan_arguments, "memory, communication and length of a run, before it is run", CONFIG, DEBUG)
+    add("plan", plan.plan_arguments, "memory, communication and length of a run, before it is run", CONFIG, DEBUG)
     add("export", training.export_arguments, "a checkpoint as a Hugging Face directory", TARGET)
     add("plot", training.plot_arguments, "loss curves of runs as a picture (extra: plot)", DEBUG)
     add("merge", weights.merge_arguments, "base + adapter as a Hugging Face directory", TARGET)

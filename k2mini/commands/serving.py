@@ -113,6 +113,7 @@ def _load(
     """The model with its adapters, in an engine whose slots are as long as the model's context, or as memory allows."""
     from k2mini.build import free_memory, open_model
     from k2mini.inference.engine import Engine
+    from k2mini.nn.slots import token_bytes
     from k2mini.serving.asked import Served
     from k2mini.serving.service import Service
     from k2mini.weights.adapter import load_adapters
@@ -120,8 +121,8 @@ def _load(
     wanted = {name: getattr(options, name) for name in ("dtype", "quantize", "quantize_head")}
     model, directory = open_model(directory, options.device, options.threads, **wanted)
     config, tokenizer = model.config, directory.require_tokenizer()
-    each = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize  # bytes of a token
-    capacity = int(min(config.max_seq_len, 0.8 * free_memory(model.device) // (options.slots * each)))
+    room = 0.8 * free_memory(model.device)
+    capacity = int(min(config.max_seq_len, room // (options.slots * token_bytes(config, model.dtype))))
     if capacity < config.max_seq_len:
         said = "memory leaves each of %d slots %d tokens of the model's %d; with fewer --slots it is more"
         log.warning(said, options.slots, capacity, config.max_seq_len)

@@ -1,9 +1,8 @@
-"""The commands of training: `prepare`, `config`, `pretrain`, `finetune`, `preview`, `plan`, `export`, `plot`."""
+"""The commands of training: `prepare`, `config`, `pretrain`, `finetune`, `preview`, `export`, `plot`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from dataclasses import asdict
 from inspect import signature
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2mini.config import DTYPE_NAMES, FinetuneConfig, PretrainConfig, RunConfig
-from k2mini.sizes import parse_size, readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,7 +154,7 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         repeat_exactly()
     alone_too = is_sharded(config.model, config.parallel, getattr(config, "lora", None), 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
-        config = _with_demo_files(config, is_main=world.is_main)
+        config = with_demo_files(config, is_main=world.is_main)
         world.barrier()  # until the first rank has made them
         try:
             out = start(config, world, benchmark=_benchmark(config, world))
@@ -201,7 +199,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return common + options.overrides
 
 
-def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
+def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
     from k2mini.demo.sources import PREFIX, with_demo_files
 
@@ -210,7 +208,7 @@ def _with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     return with_demo_files(config, is_main=is_main) if named else config
 
 
-def _either_config(options: argparse.Namespace) -> RunConfig:
+def either_config(options: argparse.Namespace) -> RunConfig:
     from k2mini.config_file import config_kind, load_config
 
     return load_config(config_kind(options.config), options.config, options.overrides)
@@ -226,42 +224,8 @@ def run_preview(options: argparse.Namespace) -> None:
     """Print the first samples that a run would take."""
     from k2mini.training.preview import preview
 
-    for line in preview(_with_demo_files(_either_config(options)), options.number):
+    for line in preview(with_demo_files(either_config(options)), options.number):
         print(line)
-
-
-def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `plan`, but for the configuration."""
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks, one a GPU")
-    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
-    parser.add_argument("--fit", action="store_true", help="also find the largest train.micro_batch_size that fits")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 where the run does not fit")
-    parser.set_defaults(run=run_plan)
-
-
-def run_plan(options: argparse.Namespace) -> None:
-    """Print the memory, communication and length of a run, whether it fits, and what would."""
-    from k2mini.training import fit, plan
-
-    memory, ranks = parse_size(options.gpu_memory, "--gpu-memory"), options.world_size
-    config, room = _with_demo_files(_either_config(options)), plan.BUDGET * memory
-    found = plan.plan_run(config, ranks)
-    fits = found.peak <= room
-    change = None if fits else fit.smallest_change(config, ranks, room)
-    rows = fit.largest_micro_batch(config, ranks, room) if options.fit else None
-    share, size = f"{100 * plan.BUDGET:.0f} % of {options.gpu_memory}", readable(found.peak)
-    said = [plan.describe(found, config, ranks), f"it fits: {size} are within {share}"]
-    if not fits:
-        said[1] = (
-            f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}"
-        )
-    if options.fit:
-        said += [f"the largest micro-batch that fits: {'none' if rows is None else f'train.micro_batch_size={rows}'}"]
-    fields = {**asdict(found), "fits": fits, "change": change, "micro_batch_size": rows}
-    print(json.dumps(fields) if options.json else "\n".join(said))
-    if options.check and not fits:
-        raise SystemExit(1)
 
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -282,7 +246,7 @@ def run_config(options: argparse.Namespace) -> None:
     if options.list:
         print(describe_keys())
     else:
-        print(yaml.safe_dump(asdict(_either_config(options)), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(asdict(either_config(options)), sort_keys=False, allow_unicode=True), end="")
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -124,6 +124,11 @@ class SlotBatch:
         return SlotLayer(self._slots.keys[layer], self._slots.values[layer], self)
 
 
+def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take, in bytes."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
 class Slots:
     """Keys and values of `number` rows, of `capacity` tokens each, made once.
 

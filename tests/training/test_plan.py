@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from k2mini.cli import main
 from k2mini.config import (
     CorpusSection,
     FinetuneConfig,
@@ -25,9 +25,7 @@ from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.plan import plan_run
 from k2mini.weights.model_files import save_model
-from tests.conftest import tiny_config, tiny_llama
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT, tiny_config, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +259,22 @@ def test_sizes():
     for text in ("40", "GiB", "-1GiB", "40TB"):
         with pytest.raises(ValueError, match="must be a size such as 40GiB"):
             parse_size(text, "--gpu-memory")
+
+
+@pytest.mark.parametrize("how", ["null", "int8"])
+def test_context_that_fits(how, capsys):
+    """90 % of 24 GiB less the weights, over 512 KiB a token."""
+    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    weights, tokens = 2 * 6_738_415_616, 18_531
+    if how == "int8":
+        weights, tokens = blocks + 2 * (6_738_415_616 - blocks) + 4 * 32 * (5 * 4096 + 2 * 11008), 30_873
+    config = [str(ROOT / "configs/instruct_stage2_7b.yaml"), "model.path=llama-7b", f"model.quantize={how}"]
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *config, "--inference", "--gpu-memory", "24GiB", "--json"])
+    assert end.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"weights": weights, "token": 512 * 1024, "tokens": tokens, "fits": True}
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *config, "--inference", "--gpu-memory", "6GiB", "--check"])
+    assert end.value.code == 1
+    assert "context         0 tokens in 90 % of 6GiB" in capsys.readouterr().out
