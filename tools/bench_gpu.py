@@ -25,25 +25,22 @@ from unittest.mock import patch
 
 import torch
 from bench_inference import reference_of
+from gpu_models import SHAPE, answering, batch_of, draw, empty, tokens
 from torch import Tensor, nn
 
 from k2mini.build import make_trainable, pick_device
 from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
 from k2mini.data.batches import Batch
-from k2mini.data.packing import Example, packed_rows
-from k2mini.distributed import World, device_mesh, local_part, ranks, shard
+from k2mini.distributed import World, device_mesh, ranks, shard
 from k2mini.gpu import best_seconds, peak_flops, product_rate
-from k2mini.inference.compile import compile_decoding
 from k2mini.inference.generate import Decoding, prefill, steps
 from k2mini.inference.sampling import Sampling
-from k2mini.model_config import PRESETS
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Block, Llama
 from k2mini.nn.lora import TARGETS, init_adapters
-from k2mini.nn.quant import quantize_blocks, quantized_head
+from k2mini.nn.slots import token_bytes
 from k2mini.training.step import build_optimizer, train_step
 
-SHAPE = PRESETS["llama-7b"]
 PROMPT, NEW, WARM = 512, 128, 4  # tokens: before, measured, and between them (a step as it stands, one to capture)
 LENGTH, STEPS = 1024, 4  # of a row in training, and steps that are measured together
 PENALISED = Sampling(temperature=0.8, top_k=50, top_p=0.9, repetition_penalty=1.2)
@@ -110,51 +107,11 @@ def timed(step: Callable[[], object], number: int, tokens: int) -> float:
     return number * tokens / (time.perf_counter() - start)
 
 
-@torch.no_grad()
-def draw(model: Llama) -> Llama:
-    """Random values in the place of none."""
-    for name, parameter in model.to_empty(device="cuda").named_parameters():
-        values = local_part(parameter)
-        if values.dtype == torch.int8:
-            values.random_(-127, 128)
-        elif values.ndim == 1:
-            values.fill_(0.02 / 73 if name.endswith(".scale") else 1.0)
-        else:
-            values.normal_(0.0, 0.02)
-    return model
-
-
-def empty(layers: int, dtype: torch.dtype = torch.bfloat16) -> Llama:
-    """A model without storage."""
-    with torch.device("meta"):
-        return Llama(replace(SHAPE, num_layers=layers)).to(dtype)
-
-
-def answering(layers: int, *, int8: bool = False, compiled: bool = True) -> Llama:
-    """A model that decodes; with `int8` its head is quantised too."""
-    model = empty(layers)
-    if int8:
-        quantize_blocks(model.model.layers)
-    draw(model).eval().requires_grad_(False)
-    if int8:
-        model.quantized_head = quantized_head(model.head_weight)
-    if compiled:
-        compile_decoding(model)
-    return model
-
-
 def read_a_token(model: Llama, rows: int) -> float:
     """Bytes of weights, and of the cache halfway through, that a token of one of so many rows needs."""
     idle = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if model.quantized_head is not None else set())
     weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in idle)
-    c = model.config
-    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize  # of one position
-    return weights / rows + cached * (PROMPT + WARM + NEW / 2)
-
-
-def tokens(rows: int, length: int) -> Tensor:
-    """Random ids, (rows, length), on the CPU."""
-    return torch.randint(3, SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    return weights / rows + token_bytes(model.config, model.dtype) * (PROMPT + WARM + NEW / 2)
 
 
 @torch.inference_mode()
@@ -247,15 +204,6 @@ def flops_of(model: nn.Module) -> float:
     """Arithmetic of a trained token, as the progress line counts it."""
     idle = ("embed_tokens.weight", ".scale")
     return sum((6 if p.requires_grad else 4) * p.numel() for n, p in model.named_parameters() if not n.endswith(idle))
-
-
-def batch_of(lengths: list[int]) -> Batch:
-    """Four rows, each of documents of these lengths; no positions where it is one."""
-    ids = tokens(4, sum(lengths) + len(lengths))
-    if len(lengths) == 1:
-        return Batch(ids[:, :-1], None, ids[:, 1:].clone())
-    ends = [length + 1 for length in lengths]  # the last token of a document is a label alone
-    return packed_rows([[Example(part.tolist(), 1) for part in row.split(ends)] for row in ids])
 
 
 def training(bench: Bench, name: str) -> None:

@@ -16,7 +16,8 @@ from functools import partial
 from itertools import islice
 
 import torch
-from bench_gpu import BF16, PENALISED, PROMPT, answering, batch_of, draw, empty, tokens
+from bench_gpu import BF16, PENALISED, PROMPT
+from gpu_models import answering, batch_of, draw, empty, tokens
 
 from k2mini.build import make_trainable, pick_device
 from k2mini.config import (

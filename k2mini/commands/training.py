@@ -209,6 +209,7 @@ def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
 
 
 def either_config(options: argparse.Namespace) -> RunConfig:
+    """The configuration that the command line names, of pretraining or of instruction tuning, with its overrides."""
     from k2mini.config_file import config_kind, load_config
 
     return load_config(config_kind(options.config), options.config, options.overrides)
