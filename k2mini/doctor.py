@@ -29,7 +29,8 @@ from k2mini.data.batches import Batch
 from k2mini.demo.sources import BASE
 from k2mini.distributed import ALONE, World, device_mesh, fill, ranks
 from k2mini.inference.compile import compile_decoding
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.model_config import ModelConfig, hf_config
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.init import init_weights

@@ -17,7 +17,7 @@ from k2mini.config import QUANTIZE_NAMES
 from k2mini.data.prompts import TEMPLATES
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.inference.beam import Beams
-from k2mini.inference.generate import Decoding
+from k2mini.inference.decoding import Decoding
 from k2mini.inference.sampling import Sampling
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from k2mini import doctor
 from k2mini.commands import doctor as command
 from k2mini.doctor import CHECKS, GPU_ONLY
-from k2mini.inference import generate as engine
+from k2mini.inference import replay, scheduler
 from k2mini.nn import kv_cache, llama, loss, quant
 from k2mini.training import save, step
 
@@ -188,7 +188,7 @@ def a_graph_that_stands_still(patch, _):
     """As far as a CPU can have one: what is replayed leaves the token that was fed as it was."""
 
     class Replayed:
-        def __init__(self, advance, cache):
+        def __init__(self, advance):
             self.advance, self.calls = advance, 0
 
         def __call__(self):
@@ -197,8 +197,8 @@ def a_graph_that_stands_still(patch, _):
                 self.advance()
 
     patch.delitem(GPU_ONLY, "graph")
-    patch.setattr(engine, "can_replay", lambda model: "_hooks" not in model.__dict__)
-    patch.setattr(engine, "Replayed", Replayed)
+    patch.setattr(scheduler, "can_replay", lambda model: "_hooks" not in model.__dict__)
+    patch.setattr(replay, "Replayed", Replayed)
 
 
 @fault("plan", "a training step took 93.1 GiB, the plan says")

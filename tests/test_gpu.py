@@ -1,7 +1,6 @@
 """What only a GPU can show, against the CPU: python -m pytest -m gpu tests/test_gpu.py."""
 
 import copy
-import itertools
 import signal
 import subprocess
 import sys
@@ -19,9 +18,13 @@ from k2mini.data.batches import Batch
 from k2mini.data.packing import PackedExamples
 from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.compile import compile_decoding
-from k2mini.inference.generate import Decoding, can_replay, generate, prefill, steps
-from k2mini.inference.replay import Replayed
-from k2mini.inference.sampling import Sampler, Sampling, sample, uniforms
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
+from k2mini.inference.prefill import prefill
+from k2mini.inference.replay import can_replay
+from k2mini.inference.request import Request
+from k2mini.inference.sampling import Sampling, sample, uniforms
+from k2mini.inference.scheduler import Scheduler
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.kv_cache import KVCache
@@ -242,31 +245,21 @@ def test_compiled_blocks_are_one_graph(compiler, lora):
 @torch.inference_mode()
 def test_a_step_of_decoding_is_one_graph_and_waits_once():
     model = on_gpu(tiny_llama(dtype=torch.bfloat16))
-    sampling = Sampling(0.9, 20, 0.9, repetition_penalty=1.2)
-    cache, logits = prefill(model, PROMPTS[:2], capacity=64)
-    decoded = steps(model, logits, cache, PROMPTS[:2], Decoding(40, sampling), stop_ids=[])
-    some = partial(list, itertools.islice(decoded, 4)), partial(list, itertools.islice(decoded, 8))
-    some[0]()
-    assert waits_of(some[1]) <= 8
-    calls, launches = calls_of(partial(list, itertools.islice(decoded, 8)))
+    engine = Scheduler(model, slots=2, capacity=64)
+    for prompt in PROMPTS[:2]:
+        sampling = Sampling(0.9, 20, 0.9, repetition_penalty=1.2)
+        engine.admit(Request(prompt, Decoding(40, sampling), (), lambda _event: False))
+
+    def some():
+        for _ in range(8):
+            engine.step()
+
+    some()
+    assert waits_of(some) <= 8
+    calls, launches = calls_of(some)
     assert calls["cudaGraphLaunch"] == 8
     assert launches <= 16
     assert not [name for name in calls if "cudnn" in name.lower()]
-
-
-@torch.inference_mode()
-def test_a_replayed_step_waits_for_nothing():
-    model = on_gpu(tiny_llama())
-    cache, logits = prefill(model, PROMPTS[:2], capacity=64)
-    sampler = Sampler(Sampling(0.9, 20, 0.9, repetition_penalty=1.2), PROMPTS[:2], [0, 1], 20, model.device)
-    sampler(logits)
-    step = Replayed(lambda: sampler(model(sampler.out[:-1, None], cache=cache)[:, -1]), cache)
-    step(), step()  # as it stands, then captured
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.inference_mode()

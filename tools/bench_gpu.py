@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 from bench_inference import reference_of
-from gpu_models import SHAPE, answering, batch_of, draw, empty, tokens
+from gpu_models import SHAPE, answering, batch_of, begun, draw, empty, tokens
 from torch import Tensor, nn
 
 from k2mini.build import make_trainable, pick_device
@@ -33,7 +33,7 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.data.batches import Batch
 from k2mini.distributed import World, device_mesh, ranks, shard
 from k2mini.gpu import best_seconds, peak_flops, product_rate
-from k2mini.inference.generate import Decoding, prefill, steps
+from k2mini.inference.decoding import Decoding
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Block, Llama
@@ -118,11 +118,10 @@ def read_a_token(model: Llama, rows: int) -> float:
 def decode(model: Llama, rows: int, sampling: Sampling = Sampling()) -> float:  # noqa: B008 (it is frozen)
     """Tokens a second after prompts, by the engine's own steps."""
     prompts = tokens(rows, PROMPT).tolist()
-    cache, logits = prefill(model, prompts, capacity=PROMPT + WARM + NEW)
-    decoded = steps(model, logits, cache, prompts, Decoding(WARM + NEW, sampling), stop_ids=[])
+    engine = begun(model, prompts, Decoding(1 + WARM + NEW, sampling))
     for _ in range(WARM):
-        next(decoded)
-    return timed(partial(next, decoded), NEW, rows)
+        engine.step()
+    return timed(engine.step, NEW, rows)
 
 
 @torch.inference_mode()
@@ -180,7 +179,7 @@ def prefilling(bench: Bench, name: str) -> None:
     model, ids = answering(bench.layers, compiled=False), tokens(4, 2048)
     prompts, there = ids.tolist(), ids.cuda()
 
-    works: dict[str, Callable[[], object]] = {"k2mini": partial(prefill, model, prompts, capacity=2048)}
+    works: dict[str, Callable[[], object]] = {"k2mini": partial(begun, model, prompts, Decoding(2))}
     works |= {peer: partial(forward, there, None) for peer, forward in forwards(model).items()}
     rate = torch.inference_mode()(timed)
     measures: dict[str, Measure] = {peer: partial(rate, work, 1, ids.numel()) for peer, work in works.items()}

@@ -13,11 +13,10 @@ import gc
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 
 import torch
 from bench_gpu import BF16, PENALISED, PROMPT
-from gpu_models import answering, batch_of, draw, empty, tokens
+from gpu_models import answering, batch_of, begun, draw, empty, tokens
 
 from k2mini.build import make_trainable, pick_device
 from k2mini.config import (
@@ -33,7 +32,7 @@ from k2mini.config import (
     TrainSection,
 )
 from k2mini.distributed import World, device_mesh, ranks
-from k2mini.inference.generate import Decoding, prefill, steps
+from k2mini.inference.decoding import Decoding
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.lora import init_adapters
 from k2mini.training.plan import plan_run
@@ -73,9 +72,12 @@ def token(layers: int, rows: int, how: str) -> None:
     """A step of decoding."""
     model = answering(layers, int8="int8" in how, compiled="compiled" in how)
     prompts, sampling = tokens(rows, PROMPT).tolist(), PENALISED if "penalty" in how else Sampling()
-    cache, logits = prefill(model, prompts, capacity=PROMPT + 4 * STEPS)
-    decoded = steps(model, logits, cache, prompts, Decoding(4 * STEPS, sampling), stop_ids=[])
-    some = partial(lambda: list(islice(decoded, STEPS)))
+    engine = begun(model, prompts, Decoding(4 * STEPS, sampling))
+
+    def some() -> None:
+        for _ in range(STEPS):
+            engine.step()
+
     some()  # as it stands, captured, replayed
     show(f"a token, {how}, {rows} row{'s' * (rows > 1)}", counted(some), STEPS)
 

@@ -11,6 +11,9 @@ from k2mini.data.batches import Batch
 from k2mini.data.packing import Example, packed_rows
 from k2mini.distributed import local_part
 from k2mini.inference.compile import compile_decoding
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.request import Request
+from k2mini.inference.scheduler import Scheduler
 from k2mini.model_config import PRESETS
 from k2mini.nn.llama import Llama
 from k2mini.nn.quant import quantize_blocks, quantized_head
@@ -49,6 +52,17 @@ def answering(layers: int, *, int8: bool = False, compiled: bool = True) -> Llam
     if compiled:
         compile_decoding(model)
     return model
+
+
+def begun(model: Llama, prompts: list[list[int]], decoding: Decoding) -> Scheduler:
+    """An engine that has read the prompts and chosen a token after each; it goes on with `step`."""
+    capacity = len(prompts[0]) + decoding.max_new_tokens
+    scheduler = Scheduler(model, slots=len(prompts), capacity=capacity)
+    for prompt in prompts:
+        scheduler.admit(Request(prompt, decoding, (), lambda _event: False))
+    while not all(slot.row is None or slot.row.decodes for slot in scheduler.slots):
+        scheduler.step()
+    return scheduler
 
 
 def tokens(rows: int, length: int) -> Tensor:

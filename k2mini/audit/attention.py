@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from k2mini.audit.hooks import trace
-from k2mini.inference.generate import check_finite
+from k2mini.inference.decoding import check_finite
 from k2mini.nn.llama import Llama
 
 

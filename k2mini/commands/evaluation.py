@@ -17,7 +17,7 @@ from k2mini.data.prompts import TEMPLATES, utf8
 if TYPE_CHECKING:
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
-    from k2mini.inference.generate import Decoding
+    from k2mini.inference.decoding import Decoding
 
     Inputs = tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]
 
@@ -95,7 +95,7 @@ def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
-    from k2mini.inference.generate import Decoding
+    from k2mini.inference.decoding import Decoding
     from k2mini.weights.model_directory import ModelDirectory
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)

@@ -18,7 +18,7 @@ from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
     from k2mini.data.tokenizer import Tokenizer
-    from k2mini.inference.generate import Decoding
+    from k2mini.inference.decoding import Decoding
     from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")
@@ -26,7 +26,7 @@ log = logging.getLogger("k2mini.commands")
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
-    from k2mini.inference.generate import Decoding
+    from k2mini.inference.decoding import Decoding
 
     _decoding_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -61,7 +61,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
 def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """What `generate` and `chat` share: the template, and the fields of `Decoding`, whose defaults they are."""
     from k2mini.inference.beam import Beams
-    from k2mini.inference.generate import Decoding
+    from k2mini.inference.decoding import Decoding
     from k2mini.inference.sampling import Sampling
 
     def number(option: str, kind: type, default: float, metavar: str, what: str) -> None:
@@ -100,7 +100,7 @@ def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 def _decoding(options: argparse.Namespace) -> Decoding:
     """How to decode; what has no effect is said."""
     from k2mini.inference.beam import Beams
-    from k2mini.inference.generate import Decoding
+    from k2mini.inference.decoding import Decoding
     from k2mini.inference.sampling import Sampling
 
     if options.max_new_tokens < 1:
@@ -164,7 +164,7 @@ def _answer_all(
         if path is not None:
             check_output(path, file=True, force=True, inputs=read)
         made_by = "" if path is None else _made_by(options, decoding)
-        journal = Journal(path, asked, made_by, decoding.batch_size, force=options.force)
+        journal = Journal(path, asked, made_by, force=options.force)
         done = len(journal.entries)
         try:
             if done < len(asked):
@@ -235,22 +235,21 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
     """Print one answer, as it is made."""
-    import torch
-
     from k2mini.data.tokenizer import TextStream
-    from k2mini.inference.generate import Completion, collect, prefill, steps
+    from k2mini.inference.generate import generate
 
-    stream, completion = TextStream(tokenizer, decoding.stop), Completion()
-    new = room(len(prompt), decoding.max_new_tokens, context := model.config.max_seq_len)
+    stream, context = TextStream(tokenizer, decoding.stop), model.config.max_seq_len
+    new = room(len(prompt), decoding.max_new_tokens, context)
+
+    def write(_row: int, token: int) -> bool:
+        return stream.write(token, sys.stdout)
+
     stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
-    with torch.inference_mode():
-        cache, logits = prefill(model, [prompt], capacity=len(prompt) + new)
-        decoded = steps(model, logits, cache, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size)
-        for (step,) in collect([completion], decoded, [new], stop_ids):
-            if step is not None and stream.write(step.token, sys.stdout):
-                break
+    (completion,) = generate(
+        model, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size, stopping_criteria=write
+    )
     print(stream.flush())
-    if completion.finish == "length" and not stream.stopped:
+    if completion.finish == "length":
         cut = new < decoding.max_new_tokens
         where = f"{new} tokens: the model's context of {context} ends" if cut else f"--max-new-tokens {new}"
         log.info("stopped after %s", where)

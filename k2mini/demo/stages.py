@@ -20,7 +20,8 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.perplexity import perplexity
 from k2mini.evaluation.report import wilson_interval
 from k2mini.files import read_json, write_text
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 
 EVAL_CONFIGS = {
     "text": EvalConfig("text", TEMPLATE, ANSWER, normalize="none", score_end=True),

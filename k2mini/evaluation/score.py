@@ -16,7 +16,8 @@ from torch import Tensor
 
 from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.generate import extend, not_finite, pad_right
+from k2mini.inference.decoding import not_finite
+from k2mini.inference.prefill import extend, pad_right
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama

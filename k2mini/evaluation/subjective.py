@@ -17,7 +17,7 @@ from k2mini.evaluation.report import read_sealed, sealed
 from k2mini.evaluation.score import Request, score, split_jointly
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
-from k2mini.inference.generate import Decoding
+from k2mini.inference.decoding import Decoding
 from k2mini.nn.llama import Llama
 
 
@@ -85,12 +85,10 @@ def _answers(
     label: str,
     journal: Path | None,
 ) -> list[str]:
-    """The answers, of which the journal keeps each. Batches are made whole: a row's numbers vary with its batch's."""
+    """The answers, of which the journal keeps each."""
     if journal is None:
         return [text for text, _ in answers(model, tokenizer, prompts, decoding, label=label)]
     texts = _read_journal(journal, questions)
-    if len(texts) < len(questions):
-        del texts[len(texts) - len(texts) % decoding.batch_size :]
 
     def line(question: str, text: str) -> str:
         return sealed({"question": question, "answer": text}) + "\n"

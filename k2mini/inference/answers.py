@@ -20,7 +20,8 @@ from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.errors import short, some
 from k2mini.files import parse_json, progress_bar
 from k2mini.inference.beam import beam_search
-from k2mini.inference.generate import Completion, Decoding, generate
+from k2mini.inference.decoding import Completion, Decoding
+from k2mini.inference.generate import completions
 from k2mini.nn.llama import Llama
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,6 @@ class Journal:
         path: None keeps them in memory only.
         asked: what each is an answer to: `prompt`, and `input` where there is one.
         made_by: a digest of what answers follow from besides: model and settings. A line's hash is of it and the line.
-        batch_size: the rest of a batch is made anew, all of it: a row's last bits vary with its batch's.
         force: begin anew, once there is an answer, where the file holds something else.
 
     Attributes:
@@ -120,9 +120,7 @@ class Journal:
     Raises ValueError naming the first line that is not such an answer; a last one that a kill cut short is left out.
     """
 
-    def __init__(
-        self, path: Path | None, asked: list[dict[str, Any]], made_by: str, batch_size: int, *, force: bool
-    ) -> None:
+    def __init__(self, path: Path | None, asked: list[dict[str, Any]], made_by: str, *, force: bool) -> None:
         self.path, self.asked, self.made_by = path, asked, made_by
         self.entries: list[dict[str, Any]] = []
         lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
@@ -131,8 +129,6 @@ class Journal:
         except ValueError:
             if not force:
                 raise
-        if len(self.entries) < len(asked):
-            del self.entries[len(self.entries) - len(self.entries) % batch_size :]
         if self.entries:
             log.info("%s has %d of %d answers already", path, len(self.entries), len(asked))
         self.kept = sum(len(self._line(entry)) for entry in self.entries)  # bytes
@@ -173,7 +169,7 @@ def answers(
     label: str | None = None,
     first: int = 0,
 ) -> Iterator[tuple[str, Completion]]:
-    """Answer prompts in batches, in their order.
+    """Answer prompts, in their order.
 
     Args:
         label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
@@ -183,45 +179,47 @@ def answers(
     """
     new, cut = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len), []
     tokens = [len(prompt) + number for prompt, number in zip(prompts, new, strict=True)]
+    here, found = replace(decoding, seed=decoding.seed + first), _searched if decoding.beams else _continued
     with progress_bar(sum(tokens), label or "", "tokens", sum(tokens[:first]), shown=label is not None) as progress:
-        for start in range(first, len(prompts), decoding.batch_size):
-            batch = slice(start, start + decoding.batch_size)
-            here = replace(decoding, seed=decoding.seed + start)
-            for place, found in enumerate(_batch(model, tokenizer, prompts[batch], here), start=start):
-                if found[1].finish == "length" and new[place] < decoding.max_new_tokens:
-                    cut.append(new[place])
-                yield found
-                progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
-                progress.update(tokens[place])
+        for place, completion in enumerate(found(model, tokenizer, prompts[first:], here), start=first):
+            text = _text(tokenizer, completion, decoding.stop)
+            if completion.finish == "length" and new[place] < decoding.max_new_tokens:
+                cut.append(new[place])
+            yield text, completion
+            progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
+            progress.update(tokens[place])
     if cut:
         after = f"{min(cut)} to {max(cut)}" if min(cut) < max(cut) else cut[0]
         said = "%d of %d answers end after %s tokens, with the model's context of %d"
         log.warning(said, len(cut), len(prompts), after, model.config.max_seq_len)
 
 
-def _batch(
+def _searched(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
-) -> list[tuple[str, Completion]]:
-    stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
-    if decoding.beams is not None:
-        found = beam_search(model, prompts, decoding, stop_ids=stop_ids, vocab_size=vocab_size)
-        completions = [best for best, *_ in found]
-    else:
-        streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
+) -> Iterator[Completion]:
+    for start in range(0, len(prompts), decoding.batch_size):
+        batch, stop_ids = prompts[start : start + decoding.batch_size], [tokenizer.eos_id]
+        for best, *_ in beam_search(model, batch, decoding, stop_ids=stop_ids, vocab_size=tokenizer.vocab_size):
+            yield best
 
-        def stopping_criteria(row: int, token: int) -> bool:
-            streams[row].push(token)
-            return streams[row].stopped
 
-        completions = generate(
-            model,
-            prompts,
-            decoding,
-            stop_ids=stop_ids,
-            vocab_size=vocab_size,
-            stopping_criteria=stopping_criteria if decoding.stop else None,
-        )
-    return [(_text(tokenizer, completion, decoding.stop), completion) for completion in completions]
+def _continued(
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> Iterator[Completion]:
+    streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
+
+    def stopping_criteria(row: int, token: int) -> bool:
+        streams[row].push(token)
+        return streams[row].stopped
+
+    return completions(
+        model,
+        prompts,
+        decoding,
+        stop_ids=[tokenizer.eos_id],
+        vocab_size=tokenizer.vocab_size,
+        stopping_criteria=stopping_criteria if decoding.stop else None,
+    )
 
 
 def _text(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from k2mini.data.prompts import rooms
-from k2mini.inference.generate import Completion, Decoding, can_replay, not_finite, prefill
-from k2mini.inference.replay import Replayed
+from k2mini.inference.decoding import Completion, Decoding, not_finite
+from k2mini.inference.prefill import prefill
+from k2mini.inference.replay import Replayed, can_replay
 from k2mini.inference.sampling import as_history, constrain
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
@@ -94,7 +95,7 @@ def beam_search(
         _reorder(cache, state.parents.flatten(), first_new, capacity if replayed else None)
         state.choose(model(state.tokens, cache=cache)[:, -1], vocab_size)
 
-    replayed = Replayed(advance, cache) if can_replay(model) else None
+    replayed = Replayed(advance) if can_replay(model) else None
     state.choose(logits[spread], vocab_size)
     for length in range(new[0]):
         if length:

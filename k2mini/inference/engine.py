@@ -7,10 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from k2mini.data.prompts import room
-from k2mini.inference.request import End, QueueFullError, Request
+from k2mini.inference.decoding import Step
+from k2mini.inference.request import End, Prompt, QueueFullError, Request
 from k2mini.inference.scheduler import Scheduler
 from k2mini.nn.llama import Llama
 
@@ -53,6 +55,7 @@ class Engine:
                 raise QueueFullError(ENDS)
             if len(self._waiting) >= self._queue + self._scheduler.free:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+            request.deliver = partial(_told, request.deliver)
             self._waiting.append(request)
             self.counts.requests += 1
             self.counts.waiting = len(self._waiting)
@@ -141,3 +144,12 @@ class Engine:
                 self._scheduler.tell(request, End("error", f"{error}"))
         self.counts.waiting = len(self._waiting)
         self.counts.slots_busy = self.slots - self._scheduler.free
+
+
+def _told(deliver: Callable[[Prompt | Step | End], bool | None], event: Prompt | Step | End) -> bool:
+    """Whether an answer is to end: what `deliver` says, or that it has failed, which must not end other answers."""
+    try:
+        return bool(deliver(event))
+    except Exception:
+        log.exception("a request could not be told; it ends")
+        return True

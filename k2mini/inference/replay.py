@@ -1,38 +1,43 @@
-"""A step of decoding as one CUDA graph: hundreds of launches become one."""
+"""Steps of decoding as CUDA graphs: hundreds of launches become one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import Tensor
 
-from k2mini.nn.kv_cache import KVCache
+from k2mini.inference.rows import Row, Slot
+from k2mini.inference.sampling import Sampling, sample
+from k2mini.nn.llama import Llama
+from k2mini.nn.slots import SlotBatch, Slots
+
+MOST_GRAPHS = 16
+
+
+def can_replay(model: Llama) -> bool:
+    """Whether steps are replayed: on a GPU, where no hook of the audit looks at what passes."""
+    return model.device.type == "cuda" and "_hooks" not in model.__dict__
 
 
 class Replayed:
     """Runs a step as it stands the first time, then captures it, then replays what was captured.
 
     Args:
-        step: reads and writes tensors that stay where they are, and takes one token of each row into the cache.
-        cache: fixed, with room for all steps; otherwise the step is captured again whenever it has grown.
+        step: reads and writes tensors that stay where they are.
     """
 
-    def __init__(self, step: Callable[[], None], cache: KVCache) -> None:
-        self._step, self._cache = step, cache
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step, self._ran = step, False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._capacity = -1  # of the cache when the step ran last
 
     def __call__(self) -> None:
         """The next step."""
-        self._cache.reserve(self._cache.length + 1)
-        if self._capacity != self._cache.capacity:  # libraries take their memory, and compilers compile, outside
-            self._graph, self._capacity = None, self._cache.capacity
+        if not self._ran:  # libraries take their memory, and compilers compile, outside of a graph
+            self._ran = True
             self._step()
             return
-        if self._graph is None:
-            self._graph = self._captured()
-        else:
-            self._cache.length += 1
+        self._graph = self._graph or self._captured()
         self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
@@ -46,3 +51,73 @@ class Replayed:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
+
+
+class SlotGraphs:
+    """One token of every slot at once, busy or not: a graph for each width of attention and way of choosing."""
+
+    def __init__(self, model: Llama, cache: Slots, vocab_size: int | None) -> None:
+        self._model, self._cache, self._vocab_size = model, cache, vocab_size
+        number, device = cache.number, model.device
+        # What the host says in a step, of each slot: token, place, length of the prompt, draw (the bits of a float64).
+        self._said = torch.zeros(4, number, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._inputs = torch.zeros(4, number, dtype=torch.int64, device=device)
+        self._history = torch.zeros(0, dtype=torch.int64, device=device)
+        self._known = [0] * number  # how much of a slot's tokens stands in the history
+        self._graphs: dict[Hashable, tuple[Replayed, list[Tensor]]] = {}
+
+    def __call__(
+        self, pairs: Sequence[tuple[Slot, Row]], sampling: Sampling | None, kind: Hashable
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next step.
+
+        Args:
+            sampling: how all rows choose; None: not all alike, so that they do not choose here.
+            kind: steps of another kind are other steps: which slots have which adapters.
+
+        Returns: the logits, (S, V), and what was chosen with whether these were finite, (2, S) int64.
+        """
+        self._said[1] = self._cache.spare
+        for slot, row in pairs:
+            drawn = row.draws[len(row.new)].view(torch.int64) if row.draws is not None else 0
+            for line, value in zip(self._said, (row.new[-1], row.length, len(row.prompt), drawn), strict=True):
+                line[slot.number] = value
+        self._inputs.copy_(self._said, non_blocking=True)
+        if sampling is not None and (sampling.looks_back or sampling.counts_new):
+            self._note(pairs)
+        width = self._cache.width(max(row.length for _, row in pairs), fixed=True)
+        key = (sampling, width, kind, self._cache.spare)
+        if key not in self._graphs:
+            if len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.clear()
+            found: list[Tensor] = []
+            self._graphs[key] = Replayed(lambda: self._step(sampling, width, found)), found
+        step, found = self._graphs[key]
+        step()
+        return found[0], found[1] if sampling is not None else None
+
+    def _note(self, pairs: Sequence[tuple[Slot, Row]]) -> None:
+        """Bring the history up to date, but for the newest tokens, which a step adds itself."""
+        if self._history.shape[-1] != self._cache.spare + 1:
+            self._history = self._inputs.new_zeros(self._cache.number, self._cache.spare + 1)
+        for slot, row in pairs:
+            if row.noted < row.length:
+                new = torch.tensor((row.prompt + row.new)[row.noted : row.length])
+                self._history[slot.number, row.noted : row.length] = new.to(self._history.device, non_blocking=True)
+            row.noted = row.length + 1
+
+    def _step(self, sampling: Sampling | None, width: int, found: list[Tensor]) -> None:
+        tokens, places, starts, draws = self._inputs
+        model = self._model
+        hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
+        found[:] = [(model.decode_logits or Llama.logits)(model, hidden)[:, : self._vocab_size]]
+        if sampling is None:
+            return
+        history = new = None
+        if sampling.looks_back or sampling.counts_new:
+            self._history[torch.arange(len(places), device=places.device), places] = tokens
+            at = torch.arange(width, device=places.device)
+            history = torch.where(at <= places[:, None], self._history[:, :width], -1)
+            new = torch.where(at >= starts[:, None], history, -1) if sampling.counts_new else None
+        finite = found[0].amax(dim=-1).isfinite().long()
+        found.append(torch.stack([sample(found[0], sampling, draws.view(torch.float64), history, new), finite]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from k2mini.inference.generate import Decoding, Step
+from k2mini.inference.decoding import Decoding, Step
 
 
 @dataclass(frozen=True)

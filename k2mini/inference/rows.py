@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.inference.generate import Step, step_details
+from k2mini.inference.decoding import Step, step_details
 from k2mini.inference.request import Prompt, Request
 from k2mini.inference.sampling import Sampling, as_history, sample
 
@@ -26,6 +26,7 @@ class Row:
         reused: those of them that stood in the cache already.
         new: the answer so far.
         draws: (most,) float64, one a token.
+        noted: how many of its tokens a GPU has in its history.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Row:
     reused: int = 0
     new: list[int] = field(default_factory=list)
     draws: Tensor | None = None
+    noted: int = 0
 
     @property
     def prompt(self) -> list[int]:
@@ -46,6 +48,12 @@ class Row:
     def decodes(self) -> bool:
         """Whether the whole prompt has been read."""
         return self.length >= len(self.prompt)
+
+    def waits_for(self, other: Row, end: int, chunk: int) -> bool:
+        """Whether another, which is read up to `end` now, will have this one's next whole chunk, to be copied."""
+        next_end = (self.length // chunk + 1) * chunk
+        same = next_end <= min(end, len(self.prompt) - 1) and self.adapter == other.adapter
+        return same and self.prompt[:next_end] == other.prompt[:next_end]
 
 
 @dataclass
@@ -77,13 +85,17 @@ def choose(rows: Sequence[Row], logits: Tensor) -> list[Step | None]:
         places += group
     values = torch.cat(parts).tolist()
     good, picked = values[: len(rows)], values[len(rows) :]
-    steps: list[Step | None] = [None] * len(rows)
-    for place, token in zip(places, picked, strict=True):
-        steps[place] = Step(token)
+    tokens = [token for _, token in sorted(zip(places, picked, strict=True))]
+    return described(rows, logits, tokens, good)
+
+
+def described(rows: Sequence[Row], logits: Tensor, tokens: Sequence[int], good: Sequence[int]) -> list[Step | None]:
+    """Rows' tokens as steps, with the log-probabilities that they want; None where logits (N, V) were not finite."""
+    steps = [Step(token) for token in tokens]
     for number, group in _groups([row.request.decoding.top_logprobs for row in rows]):
         if number is not None:
-            tokens = [step.token for place in group if (step := steps[place]) is not None]
-            for place, step in zip(group, step_details(logits[group], tokens, number), strict=True):
+            own = [tokens[place] for place in group]
+            for place, step in zip(group, step_details(logits[group], own, number), strict=True):
                 steps[place] = step
     return [step if good[place] else None for place, step in enumerate(steps)]
 

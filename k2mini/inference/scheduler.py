@@ -10,24 +10,25 @@ bits depend on the company there.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from k2mini.data.prompts import room
-from k2mini.inference.generate import Step, not_finite, step_details
+from k2mini.inference.compile import compiled_rows
+from k2mini.inference.decoding import Step, not_finite, step_details
+from k2mini.inference.replay import SlotGraphs, can_replay
 from k2mini.inference.request import Counts, End, Prompt, Request
-from k2mini.inference.rows import Row, Slot, choose
-from k2mini.inference.sampling import uniforms
+from k2mini.inference.rows import Row, Slot, choose, described
+from k2mini.inference.sampling import Sampling, uniforms
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import Adapter, stack_adapters
+from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import Chunk, SlotBatch, Slots
 
-log = logging.getLogger(__name__)
-
-CHUNK = 128  # tokens of a prompt in one step
+CHUNK = 128  # where prompts are cut, and how much of them one step reads; on a GPU up to
+READ = (2048, 8192)  # tokens, with answers going on and without
 
 
 class Scheduler:
@@ -37,8 +38,11 @@ class Scheduler:
         model: to be used by nobody else while it steps; its linear layers get the adapters beside them.
         slots: requests answered at a time.
         capacity: tokens of each, prompt and answer together.
+        reserve: as many as there is room for at once; None: all. More is made as it is needed.
         vocab_size: ids from here on are never chosen.
         adapters: by name, as `weights.adapter.load_adapters` reads them. Rows of different adapters share a step.
+        keep_answers: prompts that go on from an answer reuse it too. So it always is on a GPU; on a CPU the last bits
+            then depend on what was asked before.
     """
 
     def __init__(
@@ -47,15 +51,22 @@ class Scheduler:
         *,
         slots: int,
         capacity: int,
+        reserve: int | None = None,
         vocab_size: int | None = None,
         adapters: Mapping[str, Adapter] | None = None,
+        keep_answers: bool = False,
     ) -> None:
         self.model, self.capacity = model, min(capacity, model.config.max_seq_len)
         self.adapters, self.counts = list(adapters or {}), Counts()
         self.slots = [Slot(number) for number in range(slots)]
         self._vocab_size, self._admitted = vocab_size, 0
         self._adapted = stack_adapters(model, list((adapters or {}).values()))
-        self._cache = Slots(model.config, slots, self.capacity, dtype=model.dtype, device=model.device)
+        self._on_cpu = model.device.type == "cpu"
+        self._grain = CHUNK if self._on_cpu and not keep_answers else 1
+        self._cache = Slots(model.config, slots, reserve or self.capacity, dtype=model.dtype, device=model.device)
+        self._graphs = SlotGraphs(model, self._cache, vocab_size)
+        # W8A8 is of single rows, and not exact in any case.
+        self._exact = self._on_cpu and not any(isinstance(module, DynamicLinear) for module in model.modules())
 
     @property
     def free(self) -> int:
@@ -74,12 +85,8 @@ class Scheduler:
             layer.parts = [(self.adapter(adapter), slice(None))]
 
     def tell(self, request: Request, event: Prompt | Step | End) -> bool:
-        """Deliver an event. Returns whether the answer is to end: what `deliver` says, or that it has failed."""
-        try:
-            return bool(request.deliver(event))
-        except Exception:
-            log.exception("a request could not be told; it ends")
-            return True
+        """Deliver an event. Returns whether the answer is to end."""
+        return bool(request.deliver(event))
 
     def cancel(self, requests: Collection[Request]) -> None:
         """End these, if they are in slots."""
@@ -99,26 +106,12 @@ class Scheduler:
         if not busy:
             return False
         singles = sorted((pair for pair in busy if pair[1].decodes), key=lambda pair: pair[1].adapter)
-        prompts = [pair for pair in busy if not pair[1].decodes]
-        reading = min(prompts, key=lambda pair: pair[1].number) if prompts else None
-        chunk = None if reading is None else self._chunk(*reading)
-        batch = SlotBatch(self._cache, [(slot.number, row.length) for slot, row in singles], chunk)
-        tokens = [row.new[-1] for _, row in singles]
-        if reading is not None and chunk is not None:
-            tokens += reading[1].prompt[chunk.start : chunk.end]
-        self._route([row for _, row in singles], reading[1] if reading else None, len(tokens))
-        tokens += [0] * batch.padded
-        hidden = self.model.hidden(torch.tensor([tokens], device=self.model.device), cache=batch)[0]  # (N, D)
+        prompts = sorted((pair for pair in busy if not pair[1].decodes), key=lambda pair: pair[1].number)
         self.counts.steps += 1
-        wanted = [*singles]
-        places = list(range(len(singles)))
-        for _, row in singles:
-            row.length += 1
-        if reading is not None and chunk is not None and self._read(*reading, chunk, hidden[len(singles) :]):
-            wanted.append(reading)
-            places.append(len(singles) + chunk.end - chunk.start - 1)
-        if wanted:
-            self._choose(wanted, self._logits(hidden[places]))
+        if not prompts and can_replay(self.model):
+            self._replay(singles)
+        else:
+            self._run(singles, self._chunks(prompts, READ[not singles]))
         return True
 
     def admit(self, request: Request) -> None:
@@ -128,6 +121,7 @@ class Scheduler:
         row = Row(request, self._admitted, most, self.adapter(request.adapter))
         if decoding.sampling.temperature and most:
             row.draws = uniforms([decoding.seed], most)[0]
+        self._cache.reserve(len(prompt) + most)
         free = [slot for slot in self.slots if slot.row is None]
         slot = max(free, key=lambda slot: (self._common(row, slot), -slot.used))
         slot.row, row.length = row, self._common(row, slot)
@@ -141,7 +135,7 @@ class Scheduler:
         self.counts.prompt_tokens += len(prompt)
 
     def _common(self, row: Row, slot: Slot) -> int:
-        """How many tokens, in whole chunks, a row can take from a slot, which may be its own or another's."""
+        """How many tokens a row can take from a slot, which may be its own or another's."""
         if slot.adapter != row.adapter:
             return 0
         wanted = row.request.prompt_logprobs
@@ -151,13 +145,29 @@ class Scheduler:
         same = next((i for i in range(both) if slot.tokens[i] != row.prompt[i]), both)
         if wanted is not None and same:
             same -= 1
-        return same // CHUNK * CHUNK
+        return same // self._grain * self._grain
 
-    def _chunk(self, slot: Slot, row: Row) -> Chunk:
-        """A row's next chunk, once it has taken what another slot holds of its prompt by now."""
+    def _chunks(self, prompts: Sequence[tuple[Slot, Row]], left: int) -> list[tuple[Slot, Row, Chunk]]:
+        """What of prompts is read in this step, the oldest first, of `left` tokens on a GPU."""
+        found: list[tuple[Slot, Row, Chunk]] = []
+        left = CHUNK if self._on_cpu else left
+        for slot, row in prompts:
+            if any(row.waits_for(other, chunk.end, CHUNK) for _, other, chunk in found):
+                continue
+            self._reuse(slot, row)
+            until = row.length // CHUNK * CHUNK + (CHUNK if self._on_cpu else max(left, CHUNK))
+            chunk = Chunk(slot.number, row.length, min(until, len(row.prompt)))
+            left -= chunk.end - chunk.start
+            if found and left < 0:
+                break
+            found.append((slot, row, chunk))
+        return found
+
+    def _reuse(self, slot: Slot, row: Row) -> None:
+        """Give a row what another slot holds of its prompt by now."""
         source = max(self.slots, key=lambda other: self._common(row, other))
         found = self._common(row, source)
-        if row.length % CHUNK == 0 and found > row.length:
+        if row.length % self._grain == 0 and found > row.length:
             self._cache.copy(source.number, slot.number, found)
             slot.tokens = row.prompt[:found]
             if row.request.prompt_logprobs is not None:
@@ -165,31 +175,80 @@ class Scheduler:
                 slot.num_top = source.num_top
             row.reused += found - row.length
             row.length = found
-        end = min((row.length // CHUNK + 1) * CHUNK, len(row.prompt))
-        return Chunk(slot.number, row.length, end)
 
-    def _route(self, singles: Sequence[Row], reading: Row | None, number: int) -> None:
-        """Tell the adapted layers which tokens are whose: those of one adapter stand together."""
-        if not self._adapted:
-            return
-        starts = [place for place, row in enumerate(singles) if not place or row.adapter != singles[place - 1].adapter]
-        bounds = [*starts, len(singles)]
-        parts = [(singles[a].adapter, slice(a, b)) for a, b in zip(starts, bounds[1:], strict=True)]
-        if reading is not None:
-            parts.append((reading.adapter, slice(len(singles), number)))
-        for layer in self._adapted:
-            layer.parts = parts
+    def _route(self, adapters: Sequence[int]) -> None:
+        """Tell the adapted layers which tokens have which adapter."""
+        if self._adapted:
+            starts = [place for place, each in enumerate(adapters) if not place or each != adapters[place - 1]]
+            ends = [*starts[1:], len(adapters)]
+            for layer in self._adapted:
+                layer.parts = [(adapters[a], slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+
+    def _run(self, singles: Sequence[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
+        """A step of one token of each row that decodes, and of what is read of prompts."""
+        can_compile = self._on_cpu and not chunks and self.model.model.decode_block is not None
+        compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
+        again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
+        tokens = [row.new[-1] for _, row in [*singles, *again]]
+        adapters = [row.adapter for _, row in [*singles, *again]]
+        for _, row, chunk in chunks:
+            tokens += row.prompt[chunk.start : chunk.end]
+            adapters += [row.adapter] * (chunk.end - chunk.start)
+        self._route(adapters)
+        places = [(slot.number, row.length) for slot, row in [*singles, *again]]
+        pad = self._exact and not compiled
+        batch = SlotBatch(self._cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
+        tokens += [0] * batch.padded
+        sent = torch.tensor([tokens]).to(self.model.device, non_blocking=True)
+        hidden = self.model.hidden(sent, cache=batch)[0]  # (N, D)
+        wanted, ends, begin = [*singles], list(range(len(singles))), len(singles)
+        for _, row in singles:
+            row.length += 1
+        for slot, row, chunk in chunks:
+            end = begin + chunk.end - chunk.start
+            if self._note(slot, row, chunk, hidden[begin:end]):
+                wanted.append((slot, row))
+                ends.append(end - 1)
+            begin = end
+        if compiled and self.model.decode_logits is not None:
+            logits = self.model.decode_logits(self.model, hidden)[: len(singles), : self._vocab_size]
+        elif wanted:
+            logits = self._logits(hidden[torch.tensor(ends).to(hidden.device, non_blocking=True)])
+        if wanted:
+            self._take(wanted, choose([row for _, row in wanted], logits))
+
+    def _replay(self, singles: Sequence[tuple[Slot, Row]]) -> None:
+        """A step of one token of each row, on a GPU."""
+        rows, by_slot, settings = [row for _, row in singles], dict[int, int](), set[Sampling]()
+        for slot, row in singles:
+            by_slot[slot.number] = row.adapter
+            settings.add(row.request.decoding.sampling)
+        last, adapters = rows[0].adapter, []
+        for slot in self.slots:  # an idle one has the adapter of the one before
+            adapters.append(last := by_slot.get(slot.number, last))
+        self._route(adapters)
+        logits, chosen = self._graphs(singles, settings.pop() if len(settings) == 1 else None, tuple(adapters))
+        for row in rows:
+            row.length += 1
+        places = [slot.number for slot, _ in singles]
+        if chosen is None or any(row.request.decoding.top_logprobs is not None for row in rows):
+            logits = logits[torch.tensor(places).to(logits.device, non_blocking=True)]
+        if chosen is None:
+            self._take(singles, choose(rows, logits))
+        else:
+            tokens, finite = chosen.tolist()  # a GPU is waited for here, once a step
+            each = [tokens[place] for place in places], [finite[place] for place in places]
+            self._take(singles, described(rows, logits, *each))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V), from two rows on."""
-        doubled = hidden if len(hidden) > 1 else hidden.expand(2, -1)
+        doubled = hidden.expand(2, -1) if self._exact and len(hidden) == 1 else hidden
         return self.model.logits(doubled)[: len(hidden), : self._vocab_size]
 
-    def _read(self, slot: Slot, row: Row, chunk: Chunk, hidden: Tensor) -> bool:
+    def _note(self, slot: Slot, row: Row, chunk: Chunk, hidden: Tensor) -> bool:
         """Note a chunk that has been read. Returns whether the row's first token is to be chosen now."""
         row.length = chunk.end
-        if chunk.end % CHUNK == 0:
-            slot.tokens = row.prompt[: chunk.end]
+        slot.tokens = row.prompt[: chunk.end // self._grain * self._grain]
         if (wanted := row.request.prompt_logprobs) is not None:
             self._score(slot, row, chunk, hidden, wanted)
         if not row.decodes:
@@ -214,9 +273,9 @@ class Scheduler:
         slot.scores.logprobs.extend(step.logprob for step in found)
         slot.scores.top.extend(list(step.top) for step in found)
 
-    def _choose(self, wanted: Sequence[tuple[Slot, Row]], logits: Tensor) -> None:
-        """Give each row its next token, of logits (N, V)."""
-        for (slot, row), step in zip(wanted, choose([row for _, row in wanted], logits), strict=True):
+    def _take(self, wanted: Sequence[tuple[Slot, Row]], steps: Sequence[Step | None]) -> None:
+        """Give each row its next token."""
+        for (slot, row), step in zip(wanted, steps, strict=True):
             if step is None:
                 self._end(slot, "error", str(not_finite(self.model)), keep=False)
             elif step.token in row.request.stop_ids:
@@ -230,11 +289,13 @@ class Scheduler:
                     self._end(slot, "length")
 
     def _end(self, slot: Slot, reason: str, error: str = "", *, keep: bool = True) -> None:
-        """Free a slot; its whole chunks stay for requests that begin alike, unless they may be wrong."""
+        """Free a slot; what it holds stays for requests that begin alike, unless it may be wrong."""
         row, slot.row, slot.used = slot.row, None, self.counts.steps
         if not keep:
             slot.tokens, slot.num_top = [], -1
             self._cache.clear(slot.number)
+        elif row is not None and self._grain == 1:
+            slot.tokens = (row.prompt + row.new)[: row.length]
         if row is not None:
             self.counts.reused_tokens += row.reused
             self.counts.cancelled += reason == "cancelled"

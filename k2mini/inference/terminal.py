@@ -8,13 +8,14 @@ from dataclasses import replace
 from select import select
 from typing import TextIO
 
-import torch
-
 from k2mini.data.prompts import Template, encode_prompt, room
 from k2mini.data.tokenizer import TextStream, Tokenizer
-from k2mini.inference.generate import Completion, Decoding, collect, extend, new_cache, steps
+from k2mini.inference.decoding import Completion, Decoding, Step
+from k2mini.inference.request import End, Prompt, Request
+from k2mini.inference.scheduler import Scheduler
 from k2mini.nn.llama import Llama
 
+RESERVE = 1023  # tokens of a conversation to make room for at once
 QUOTES = '"""'
 HELP = f"""\
 /help          this
@@ -27,19 +28,27 @@ HELP = f"""\
 class Conversation:
     """A chat: each turn is the template's prompt, the answer and EOS, after all turns before it.
 
-    What the KV cache holds of earlier turns is not computed again. Turn i (from 0) draws with decoding.seed + i.
+    Earlier turns are not computed again. Turn i (from 0) draws with decoding.seed + i.
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, template: Template, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.template, self.decoding = model, tokenizer, template, decoding
         self.system = ""  # stands before the first turn
         self.interrupted = False  # the last answer was cut by Ctrl-C
+        context = model.config.max_seq_len
+        self._scheduler = Scheduler(
+            model,
+            slots=1,
+            capacity=context,
+            reserve=min(context, RESERVE),
+            vocab_size=tokenizer.vocab_size,
+            keep_answers=True,
+        )
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns."""
         self.history: list[int] = []  # every token so far
-        self.cache = new_cache(self.model, 1)
 
     def turn(self, prompt: str, out: TextIO) -> Completion:
         """Answer one prompt, streaming to `out` (see `extended` and `answer`)."""
@@ -56,35 +65,34 @@ class Conversation:
         """How many tokens may follow."""
         return room(len(history), self.decoding.max_new_tokens, self.model.config.max_seq_len)
 
-    @torch.inference_mode()
     def answer(self, history: list[int], out: TextIO) -> Completion:
         """Answer what `extended` gave. Ctrl-C ends the answer; what was printed of it stays in the history.
 
         Raises ValueError where the model's logits are not finite.
         """
-        known, stop_ids = self.cache.length, [self.tokenizer.eos_id]
         completion, self.interrupted = Completion(), False
-        stream = TextStream(self.tokenizer, self.decoding.stop)
+        stream, ends = TextStream(self.tokenizer, self.decoding.stop), list[End]()
+
+        def deliver(event: Prompt | Step | End) -> bool:
+            if isinstance(event, End):
+                ends.append(event)
+            elif isinstance(event, Step):
+                completion.add(event)
+                return stream.write(event.token, out)
+            return False
+
+        request = Request(history, self.decoding, (self.tokenizer.eos_id,), deliver)
         try:
-            hidden = extend(self.model, [history[known:]], self.cache)
-            decoded = steps(
-                self.model,
-                self.model.logits(hidden),
-                self.cache,
-                [history],
-                self.decoding,
-                stop_ids=stop_ids,
-                vocab_size=self.tokenizer.vocab_size,
-            )
-            for (step,) in collect([completion], decoded, [self.room(history)], stop_ids):
-                if step is not None and stream.write(step.token, out):
-                    completion.finish = "stop"
-                    break
+            self._scheduler.admit(request)
+            while self._scheduler.step():
+                pass
             out.write(stream.flush())
+            completion.finish = ends[0].reason
         except KeyboardInterrupt:
+            self._scheduler.cancel([request])
             completion.finish, self.interrupted = "stop", True
-            # The step that was cut may have reached some layers only.
-            self.cache.truncate(known)
+        if completion.finish == "error":
+            raise ValueError(ends[0].error)
         self.history = [*history, *completion.tokens, self.tokenizer.eos_id]
         self.decoding = replace(self.decoding, seed=self.decoding.seed + 1)
         return completion

@@ -42,9 +42,13 @@ def check_compiler(device: torch.device) -> None:
 
 def writes_out(x: Tensor, weight: Tensor) -> bool:
     """Whether compiled code uses `written_out`: where x has few rows, is on a CPU and needs no gradient."""
-    most = 8 if weight.dtype == torch.int8 else 4  # a library needs the whole int8 weight converted first
-    few = 0 < x.numel() <= most * x.shape[-1]
+    few = 0 < x.numel() <= most_written_out(weight) * x.shape[-1]
     return x.device.type == "cpu" and not torch.is_grad_enabled() and few
+
+
+def most_written_out(weight: Tensor) -> int:
+    """Up to how many rows; beyond, a library is faster, which needs the whole int8 weight converted first."""
+    return 8 if weight.dtype == torch.int8 else 4
 
 
 def written_out(x: Tensor, weight: Tensor) -> Tensor:

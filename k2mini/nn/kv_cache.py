@@ -153,6 +153,10 @@ class KVCache:
         slots = torch.arange(self._seen, device=positions.device)
         return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
 
+    def compiled(self, num_tokens: int) -> bool:
+        """Whether a pass of so many tokens a row runs compiled code, if the model has any."""
+        return self.fixed and num_tokens == 1
+
     def layer(self, layer: int) -> LayerCache:
         """The cache of one layer, for the tokens last announced to `advance`."""
         return LayerCache(self.keys[layer], self.values[layer], self._slots, self._seen)

@@ -194,26 +194,26 @@ class Attention(nn.Module):
         if isinstance(mask, list) or (mask is not None and mask.ndim == 1):
             return self.o_proj(self._by_document(q, k, v, mask).view(batch_size, num_tokens, -1))
         if isinstance(cache, SlotLayer):
-            return self.o_proj(cache.attend(q, k, v).view(batch_size, num_tokens, -1))
-        if cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
+            out = cache.attend(q, k, v)  # (B, T, H, E)
         else:
-            k, v = cache.append(k, v)  # (B, K, S, E)
-        q = q.transpose(1, 2)  # (B, H, T, E)
-        if torch.compiler.is_compiling() and attends_once(q, k):
-            out = attend_once(q, k, v, mask)
-        else:
+            k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.append(k, v)  # (B, K, S, E)
+            q = q.transpose(1, 2)  # (B, H, T, E)
             bias: Any = mask
             if mask is None and 1 < num_tokens < k.shape[2]:  # after tokens that the cache holds
                 from torch.nn.attention.bias import causal_lower_right  # takes a second to import
 
                 bias = causal_lower_right(num_tokens, k.shape[2])
-            causal = bias is None and num_tokens > 1
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=self.grouped)
-        out = out.transpose(1, 2)  # (B, T, H, E)
+            if torch.compiler.is_compiling() and attends_once(q, k):
+                out = attend_once(q, k, v, mask)
+            else:
+                how = {"is_causal": bias is None and num_tokens > 1, "enable_gqa": self.grouped}
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **how)
+            out = out.transpose(1, 2)
         if self.hook is None:
             return self.o_proj(out.reshape(batch_size, num_tokens, -1))  # (B, T, H*E) -> (B, T, D)
         if self.attention_override is not None:
+            if isinstance(cache, SlotLayer):
+                raise ValueError("attention patterns are looked at, and changed, in calls of the model; not in answers")
             out = self.attention_override(self.hook, q, k, v, mask, out)
         out = self.hook("head_out", out)
         return self.hook("out", self.o_proj(out.reshape(batch_size, num_tokens, -1)))

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.by_document = False  # attend to packed documents one by one, not under a mask over whole rows
-        self.decode_block: Callable[..., Tensor] | None = None  # a block's call for single tokens over a fixed cache
+        self.decode_block: Callable[..., Tensor] | None = None  # a block's call, compiled
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
     def forward(
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         if self.hook is not None:
             x = self.hook("embed", x)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
-        decode = self.decode_block if num_tokens == 1 and cache is not None and cache.fixed else None
+        decode = self.decode_block if cache is not None and cache.compiled(num_tokens) else None
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layer(index) if cache is not None else None
             if decode is not None:
@@ -142,7 +142,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         # A tied head has no parameter of its own, so that loading, sharding and casting can't untie it.
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
-        self.decode_logits: Callable[..., Tensor] | None = None  # `logits` for single tokens over a fixed cache
+        self.decode_logits: Callable[..., Tensor] | None = None  # `logits`, compiled
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
         self.gathered_dtype: torch.dtype | None = None  # sharded weights are cast to it as they are gathered
 
@@ -158,7 +158,7 @@ class Llama(nn.Module):
         Returns: (B, T, V) in the compute dtype. Logits at padding are finite and meaningless.
         """
         hidden = self.model(tokens, positions, cache)
-        if self.decode_logits is not None and cache is not None and cache.fixed and tokens.shape[1] == 1:
+        if self.decode_logits is not None and cache is not None and cache.compiled(tokens.shape[1]):
             return self.decode_logits(self, hidden)
         return self.logits(hidden) if self.hook is None else self.hook("logits", self.logits(hidden))
 

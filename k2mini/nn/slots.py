@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from k2mini.model_config import ModelConfig
+from k2mini.nn.decode_ops import attend_once, attends_once
 from k2mini.nn.kv_cache import KVCache, LayerCache
 
 WIDTH = 256  # single tokens attend over a multiple of so many places, which are summed up by so many
@@ -24,41 +25,63 @@ class Chunk(NamedTuple):
 
 
 class SlotLayer(NamedTuple):
-    """One layer's keys and values, (S, K, places, E), and the tokens of the pass."""
+    """One layer's keys and values, (S, K, places, E), and where the tokens of a pass belong.
+
+    Attributes:
+        slots, places: (N,) int64, of each token.
+        singles: so many tokens come first that are alone in their slots.
+        mask: (s, 1, 1, W) bool, which places of slots `first` and following their queries attend to.
+        chunks: of prompts, after them, each with its mask; None: causal.
+    """
 
     keys: Tensor
     values: Tensor
-    batch: SlotBatch
+    slots: Tensor
+    places: Tensor
+    singles: int
+    first: int
+    mask: Tensor
+    chunks: list[tuple[Chunk, Tensor | None]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new keys and values, each (1, N, K, E), and attend. q: (1, N, H, E) -> (1, N, H, E)."""
-        batch, (q, k, v) = self.batch, (q[0], k[0], v[0])
-        self.keys[batch.slots, :, batch.places] = k
-        self.values[batch.slots, :, batch.places] = v
-        singles, grouped = len(batch.rows), q.shape[1] != k.shape[1]
-        parts = []
-        if singles:
-            used, width = batch.mask.shape[0], batch.mask.shape[-1]
-            spread = q.new_zeros(used, *q.shape[1:]).index_copy_(0, batch.slots[:singles], q[:singles])
-            keys, values = self.keys[:used, :, :width], self.values[:used, :, :width]
-            if q.device.type == "cpu":
-                out = attend_written(spread, keys, values, batch.mask)
-            else:
-                each = spread.unsqueeze(2)  # (S, H, 1, E)
-                out = F.scaled_dot_product_attention(each, keys, values, batch.mask, enable_gqa=grouped).squeeze(2)
-            parts.append(out[batch.slots[:singles]])
-        if batch.chunk is not None:
-            slot, start, end = batch.chunk
-            # (T, H, E) -> (1, H, T, E), over (1, K, end, E)
-            own = q[singles : singles + end - start].transpose(0, 1).unsqueeze(0)
-            keys, values = self.keys[slot : slot + 1, :, :end], self.values[slot : slot + 1, :, :end]
-            causal = batch.chunk_mask is None
-            out = F.scaled_dot_product_attention(
-                own, keys, values, attn_mask=batch.chunk_mask, is_causal=causal and end - start > 1, enable_gqa=grouped
+        q, k, v = q[0], k[0], v[0]
+        self.keys[self.slots, :, self.places] = k
+        self.values[self.slots, :, self.places] = v
+        parts, done = [], self.singles
+        if done:
+            number, width = self.mask.shape[0], self.mask.shape[-1]
+            own = self.slots[:done] - self.first
+            spread = q.new_zeros(number, *q.shape[1:]).index_copy_(0, own, q[:done])
+            rows = slice(self.first, self.first + number)
+            parts.append(
+                attend_singles(spread, self.keys[rows, :, :width], self.values[rows, :, :width], self.mask)[own]
             )
+        for (slot, start, end), mask in self.chunks:
+            each = q[done : done + end - start].transpose(0, 1).unsqueeze(0)  # (1, H, T, E), over (1, K, end, E)
+            keys, values = self.keys[slot : slot + 1, :, :end], self.values[slot : slot + 1, :, :end]
+            bias: Any = mask
+            if start and mask is None:
+                from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+
+                bias = causal_lower_right(end - start, end)
+            how = {"is_causal": bias is None and end - start > 1, "enable_gqa": q.shape[1] != k.shape[1]}
+            out = F.scaled_dot_product_attention(each, keys, values, attn_mask=bias, **how)
             parts.append(out[0].transpose(0, 1))
-        done = torch.cat(parts)
-        return F.pad(done, (0, 0, 0, 0, 0, len(q) - len(done))).unsqueeze(0)
+            done += end - start
+        out = torch.cat(parts)
+        return F.pad(out, (0, 0, 0, 0, 0, len(q) - len(out))).unsqueeze(0)
+
+
+def attend_singles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query a row. q: (S, H, E); k, v: (S, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E)."""
+    each = q.unsqueeze(2)  # (S, H, 1, E)
+    if torch.compiler.is_compiling() and attends_once(each, k):
+        return attend_once(each, k, v, mask).squeeze(2)
+    if q.device.type == "cpu" and q.dtype == torch.promote_types(q.dtype, torch.float32):
+        return attend_written(q, k, v, mask)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(each, k, v, mask, enable_gqa=grouped).squeeze(2)
 
 
 def attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -77,51 +100,81 @@ def attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class SlotBatch:
-    """The tokens of one pass through the model, of several slots: a new token of each of some, then a chunk of one.
+    """The tokens of one pass through the model, of several slots: a new token of each of some, then chunks of prompts.
 
-    It stands in a `KVCache`'s place. The tokens are one row, (1, N), in this order. One alone gets another beside it,
-    which is no token of any slot: a product of one row takes another kernel, of other last bits, than one of several.
+    It stands in a `KVCache`'s place. The tokens are one row, (1, N), in this order.
 
     Args:
         rows: (slot, place) of each single token.
-        chunk: of a prompt, if any.
+        chunks: of prompts.
+        pad: a token that is alone gets another beside it, which is none of any slot.
+        fixed: the pass runs compiled code, if the model has any: shapes are of few kinds.
     """
 
-    fixed = False
     batch_size = 1
 
-    def __init__(self, slots: Slots, rows: Sequence[tuple[int, int]], chunk: Chunk | None) -> None:
-        device = slots.keys[0].device
-        self.rows, self.chunk, self._slots = rows, chunk, slots
-        tokens = list(rows)
-        if chunk is not None:
-            tokens += [(chunk.slot, place) for place in range(chunk.start, chunk.end)]
-        self.positions = [place for _, place in tokens]
-        self.padded = len(tokens) == 1
-        if self.padded:
-            tokens.append((0, slots.spare))
-            self.positions.append(0)
-        self.slots, self.places = torch.tensor(tokens, device=device).unbind(dim=1)  # (N,) each
-        self.chunk_mask: Tensor | None = None
+    def __init__(
+        self,
+        cache: Slots,
+        rows: Sequence[tuple[int, int]],
+        chunks: Sequence[Chunk] = (),
+        *,
+        pad: bool = False,
+        fixed: bool = False,
+    ) -> None:
+        device = cache.keys[0].device
+        tokens = [*rows, *((slot, place) for slot, start, end in chunks for place in range(start, end))]
+        self.padded, self.fixed = pad and len(tokens) == 1, fixed
+        tokens += [(0, cache.spare)] * self.padded
+        self._cache, self._singles, self._first = cache, len(rows), 0
+        self._slots, self._places = torch.tensor(tokens).to(device, non_blocking=True).unbind(dim=1)  # (N,) each
+        self._mask = torch.empty(0)
         if rows:
-            ends = torch.full((max(slot for slot, _ in rows) + 1,), 0, dtype=torch.int64)  # idle slots: their first
+            used = [slot for slot, _ in rows]
+            self._first, last = (min(used), max(used)) if not fixed or len(rows) == 1 else (0, cache.number - 1)
+            ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
             for slot, place in rows:
-                ends[slot] = place
-            width = -(-(int(ends.max()) + 1) // WIDTH) * WIDTH
-            self.mask = (torch.arange(width) <= ends[:, None]).to(device)[:, None, None]  # (S, 1, 1, W)
-        if chunk is not None and chunk.start:
-            queries = torch.arange(chunk.start, chunk.end, device=device)[:, None]
-            self.chunk_mask = torch.arange(chunk.end, device=device) <= queries  # (T, end)
+                ends[slot - self._first] = place
+            self._mask = attended(ends, cache.width(int(ends.max()), fixed=fixed)).to(device, non_blocking=True)
+        later = device.type == "cpu"
+        self._chunks = [(chunk, _later(chunk) if later else None) for chunk in chunks]
 
-    def advance(self, num_tokens: int, positions: Tensor | None) -> tuple[Tensor, None]:
+    @classmethod
+    def of_all(cls, cache: Slots, places: Tensor, width: int) -> SlotBatch:
+        """A token of every slot, at `places` (S,) int64, under a mask over `width` places; of tensors alone."""
+        new = object.__new__(cls)
+        new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
+        new._slots, new._places, new._chunks = torch.arange(cache.number, device=places.device), places, []
+        new._mask = attended(places, width)
+        return new
+
+    def advance(self, _num_tokens: int, _positions: Tensor | None) -> tuple[Tensor, None]:
         """The positions of the tokens, (1, N), and no mask; see `KVCache.advance`."""
-        assert positions is None
-        assert num_tokens == len(self.positions)
-        return torch.tensor([self.positions], device=self.slots.device), None
+        return self._places[None], None
+
+    def compiled(self, _num_tokens: int) -> bool:
+        """Whether the pass runs compiled code, if the model has any."""
+        return self.fixed
 
     def layer(self, layer: int) -> SlotLayer:
         """One layer's keys and values."""
-        return SlotLayer(self._slots.keys[layer], self._slots.values[layer], self)
+        keys, values, first = self._cache.keys[layer], self._cache.values[layer], self._first
+        slots = self._slots
+        if self.fixed and first:  # so that code compiled for one slot does for all
+            rows = slice(first, first + len(self._mask))
+            keys, values, slots, first = keys[rows], values[rows], slots - first, 0
+        where = (slots, self._places, self._singles, first, self._mask, self._chunks)
+        return SlotLayer(keys, values, *where)
+
+
+def attended(ends: Tensor, width: int) -> Tensor:
+    """The mask of queries at places `ends`, (S,) int64: (S, 1, 1, width) bool."""
+    return (torch.arange(width, device=ends.device) <= ends[:, None])[:, None, None]
+
+
+def _later(chunk: Chunk) -> Tensor | None:
+    """The mask of a chunk that does not begin its prompt, (T, end)."""
+    return torch.arange(chunk.end) <= torch.arange(chunk.start, chunk.end)[:, None] if chunk.start else None
 
 
 def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -130,7 +183,7 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class Slots:
-    """Keys and values of `number` rows, of `capacity` tokens each, made once.
+    """Keys and values of `number` rows, of `capacity` tokens each.
 
     Attributes:
         keys, values: of each layer, (number, K, capacity and some more, E). Place p of a slot holds the token at
@@ -141,12 +194,27 @@ class Slots:
     def __init__(
         self, config: ModelConfig, number: int, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.number, self.spare = number, -1
+        shape = (number, config.num_kv_heads, 0, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.reserve(capacity)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens in each slot, keeping what they hold."""
+        if capacity <= self.spare:
+            return
         places = -(-(capacity + 1) // WIDTH) * WIDTH
-        shape = (number, config.num_kv_heads, places, config.head_dim)
-        # Zeros, not empty: a masked place weighs 0, and 0 x NaN would still be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        for parts in (self.keys, self.values):
+            for layer, old in enumerate(parts):
+                # Zeros, not empty: a masked place weighs 0, and 0 x NaN would still be NaN.
+                parts[layer] = F.pad(old, (0, 0, 0, places - old.shape[2]))
         self.spare = places - 1
+
+    def width(self, place: int, *, fixed: bool) -> int:
+        """Over how many places a query at `place` attends; `fixed`: few different ones, by doubling."""
+        width = (place // WIDTH + 1) * WIDTH
+        return min(WIDTH << (width // WIDTH - 1).bit_length(), self.spare + 1) if fixed else width
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a slot the first `length` tokens of another."""

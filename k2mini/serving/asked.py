@@ -11,7 +11,7 @@ from typing import Any
 from k2mini.data.prompts import TEMPLATES, encode_prompt
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
-from k2mini.inference.generate import Decoding
+from k2mini.inference.decoding import Decoding
 from k2mini.inference.sampling import Sampling
 from k2mini.serving.fields import CHAT, COMPLETION, MESSAGE, MOST_ROWS, SAMPLING, RefusedError, read, refuse
 

@@ -5,7 +5,8 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.inference.beam import Beams, beam_search
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
 from tests.conftest import tiny_config, tiny_llama
 from tests.reference import to_transformers

@@ -9,8 +9,9 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
+from k2mini.inference.decoding import Decoding, Step
 from k2mini.inference.engine import Engine
-from k2mini.inference.generate import Decoding, Step, generate
+from k2mini.inference.generate import generate
 from k2mini.inference.request import End, Prompt, QueueFullError, Request
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import CHUNK

@@ -7,7 +7,9 @@ import torch.nn.attention.bias
 
 from k2mini.build import load_model
 from k2mini.data.prompts import shared_prefix
-from k2mini.inference.generate import Decoding, extend, generate, prefill
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
+from k2mini.inference.prefill import extend, prefill
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache
 from tests.conftest import tiny_config, tiny_llama

@@ -7,11 +7,11 @@ from contextlib import suppress
 from select import select
 
 import pytest
-import torch
 
 from k2mini.build import load_model
 from k2mini.data.prompts import get_template
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.inference.terminal import Conversation
 
 
@@ -53,13 +53,6 @@ def test_turns_build_on_each_other_as_if_computed_anew(loaded):
     assert talk.turn("granite", io.StringIO()) == first
 
 
-def test_the_cache_is_fixed_where_steps_are_replayed(loaded, monkeypatch):
-    """A graph writes to the slots that `lengths` says; one that is not fixed would write to the same slot for ever."""
-    assert not conversation(loaded).cache.fixed
-    monkeypatch.setattr("k2mini.inference.generate.can_replay", lambda _model: True)
-    assert conversation(loaded).cache.fixed
-
-
 class Interrupting(io.StringIO):
     """Ctrl-C while the third piece is written."""
 
@@ -90,7 +83,6 @@ def test_a_full_context_is_an_error_that_changes_nothing(loaded):
     assert talk.history == before
     with pytest.raises(ValueError, match="the prompt is empty"):
         talk.turn("  ", io.StringIO())
-    assert torch.equal(talk.cache.lengths, torch.tensor([0]))
 
 
 def test_bytes_that_are_not_utf8_do_not_end_the_conversation(tiny_directory, run, monkeypatch):

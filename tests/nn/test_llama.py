@@ -66,7 +66,8 @@ def test_real_model_equals_transformers(real_model):
     prompt = tokens[:, :12]
     with torch.inference_mode():
         greedy = reference.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
-    from k2mini.inference.generate import Decoding, generate
+    from k2mini.inference.decoding import Decoding
+    from k2mini.inference.generate import generate
 
     (completion,) = generate(model, prompt.tolist(), Decoding(24), stop_ids=[tokenizer.eos_id])
     assert completion.tokens == greedy[0, 12:].tolist()

@@ -8,7 +8,8 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.prompts import TEMPLATES, encode_prompt
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.layers import log_softmax
 from k2mini.serving.choices import token_text

@@ -24,7 +24,8 @@ from k2mini.data.prompts import get_template
 from k2mini.demo.pipeline import TEMPLATE
 from k2mini.demo.sources import BASE
 from k2mini.demo.world import instructions, read_facts
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.nn.lora import adapter_tensors
 from k2mini.training.loop import read_metrics
 from k2mini.training.run import finetune
