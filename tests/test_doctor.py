@@ -16,7 +16,7 @@ from k2mini import doctor
 from k2mini.commands import doctor as command
 from k2mini.doctor import CHECKS, GPU_ONLY
 from k2mini.inference import replay, scheduler
-from k2mini.nn import kv_cache, llama, loss, quant
+from k2mini.nn import llama, loss, quant, slots
 from k2mini.training import save, step
 
 FAULTS = {}
@@ -123,10 +123,7 @@ def a_gradient_that_overflows(patch, _):
 
 @fault("cache compile", "decoded tokens: off by")
 def a_cache_off_by_one(patch, _):
-    def change(kept, layer, key, value):
-        return kept if key.shape[1] > 1 else (kept[0].roll(1, dims=2), kept[1])
-
-    wraps(patch, kv_cache.LayerCache, "append", change)
+    wraps(patch, slots.SlotBatch, "advance", lambda kept, batch, *_: (kept[0] + (len(batch.chunks) == 0), kept[1]))
 
 
 @fault("int8", "an int8 product of 1 rows: off by 2.0e-02")

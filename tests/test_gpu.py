@@ -16,12 +16,10 @@ from k2mini.build import pick_device
 from k2mini.config import LoraSection, TrainSection
 from k2mini.data.batches import Batch
 from k2mini.data.packing import PackedExamples
-from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.beam import Beams, beam_search, prefill
 from k2mini.inference.compile import compile_decoding
-from k2mini.inference.decoding import Decoding
+from k2mini.inference.decoding import Decoding, can_replay
 from k2mini.inference.generate import generate
-from k2mini.inference.prefill import prefill
-from k2mini.inference.replay import can_replay
 from k2mini.inference.request import Request
 from k2mini.inference.sampling import Sampling, sample, uniforms
 from k2mini.inference.scheduler import Scheduler

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.beam import Beams, beam_search, prefill
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
-from k2mini.inference.prefill import prefill
 from k2mini.inference.sampling import Sampling
 from k2mini.model_config import ModelConfig, hf_config
 from k2mini.nn.init import init_weights

@@ -17,8 +17,7 @@ from torch import Tensor
 from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.decoding import not_finite
-from k2mini.inference.prefill import extend, pad_right
-from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.kv_cache import KVCache, extend, pad_right
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
@@ -94,7 +93,7 @@ def score(
         shared = None
         if common:
             shared = make(1, capacity=common)
-            extend(model, [requests[places[0]].prefix[:common]], shared)
+            extend(model.hidden, [requests[places[0]].prefix[:common]], shared)
         for batch in _batches(places, requests, common, batch_size):
             rows = [list(requests[place].prefix) for place in batch]
             if shared is None:
@@ -102,7 +101,7 @@ def score(
             else:
                 cache = shared.select(torch.zeros(len(batch), dtype=torch.int64, device=model.device))
                 rows = [row[common:] for row in rows]
-            after = log_softmax(model.logits(extend(model, rows, cache)))  # (B, V)
+            after = log_softmax(model.logits(extend(model.hidden, rows, cache)))  # (B, V)
             yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
 
 

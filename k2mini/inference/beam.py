@@ -15,15 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from k2mini.data.prompts import rooms
-from k2mini.inference.decoding import Completion, Decoding, not_finite
-from k2mini.inference.prefill import prefill
-from k2mini.inference.replay import Replayed, can_replay
+from k2mini.data.prompts import rooms, shared_prefix
+from k2mini.inference.decoding import Completion, Decoding, can_replay, not_finite
+from k2mini.inference.replay import Replayed
 from k2mini.inference.sampling import as_history, constrain
-from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.kv_cache import KVCache, extend
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 
+SHARED_AT_LEAST = 8  # tokens: a common prefix of at least this length is computed once
 LOW = -1e9  # what transformers takes for a score that can't win
 
 
@@ -106,6 +106,27 @@ def beam_search(
         if not goes_on:
             break
     return state.results(beams.num_return_sequences, stop_ids)
+
+
+def prefill(
+    model: Llama, prompts: Sequence[Sequence[int]], *, capacity: int, chunk: int | None = None
+) -> tuple[KVCache, Tensor]:
+    """Run prompts through the model. A prefix that all of them share is computed once and copied to every row.
+
+    Args:
+        capacity: positions to make room for.
+
+    Returns: the cache, and the logits after each prompt's last token, (B, V).
+    """
+    shared = shared_prefix(prompts) if len(prompts) > 1 else 0
+    common = shared if shared >= SHARED_AT_LEAST else 0
+    fixed = model.model.decode_block is not None or can_replay(model)  # single tokens are then compiled or replayed
+    rows = 1 if common else len(prompts)
+    cache = KVCache(model.config, rows, dtype=model.dtype, device=model.device, capacity=capacity, fixed=fixed)
+    if common:
+        extend(model.hidden, [prompts[0][:common]], cache, chunk)
+        cache = cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=model.device))
+    return cache, model.logits(extend(model.hidden, [prompt[common:] for prompt in prompts], cache, chunk))
 
 
 def _reorder(cache: KVCache, rows: Tensor, since: int, until: int | None) -> None:

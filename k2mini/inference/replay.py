@@ -15,11 +15,6 @@ from k2mini.nn.slots import SlotBatch, Slots
 MOST_GRAPHS = 16
 
 
-def can_replay(model: Llama) -> bool:
-    """Whether steps are replayed: on a GPU, where no hook of the audit looks at what passes."""
-    return model.device.type == "cuda" and "_hooks" not in model.__dict__
-
-
 class Replayed:
     """Runs a step as it stands the first time, then captures it, then replays what was captured.
 

@@ -61,7 +61,7 @@ class Slot:
     """A row of the cache: who uses it, and what stays in it for requests that begin alike.
 
     Attributes:
-        tokens: whole chunks of a prompt, from its first token on, made with `adapter`.
+        tokens: of a prompt, from its first on, and perhaps its answer, made with `adapter`.
         scores: their log-probabilities and the one after them, where they were asked for, with `num_top` likeliest
             tokens each; otherwise num_top is -1.
         used: the step in which its last request ended.
@@ -74,6 +74,19 @@ class Slot:
     scores: Prompt = field(default_factory=lambda: Prompt([], []))
     num_top: int = -1
     used: int = 0
+
+    def common(self, row: Row, grain: int) -> int:
+        """How many tokens a row, in this slot or another, can take from here: a multiple of `grain`."""
+        if self.adapter != row.adapter:
+            return 0
+        wanted = row.request.prompt_logprobs
+        both = min(len(self.tokens), len(row.prompt) - 1)  # at least one token is left, whose logits are wanted
+        if wanted is not None:  # of each token taken, and of the one after them
+            both = min(both, len(self.scores.logprobs)) if self.num_top >= wanted else 0
+        same = next((i for i in range(both) if self.tokens[i] != row.prompt[i]), both)
+        if wanted is not None and same:
+            same -= 1
+        return same // grain * grain
 
 
 def choose(rows: Sequence[Row], logits: Tensor) -> list[Step | None]:

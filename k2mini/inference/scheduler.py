@@ -1,6 +1,6 @@
 """One step after another for many requests: continuous batching (Yu et al. 2022, "Orca", section 3).
 
-Each step takes one token of every row that decodes and at most one chunk of one prompt through the model, so a new
+Each step takes one token of every row that decodes, and some of the prompts that wait, through the model, so a new
 request waits for no other to end. In float32 on a CPU a request's tokens and log-probabilities are, bit for bit, those
 that it gets alone: no product has a single row (it would take another kernel), prompts are cut at multiples of `CHUNK`
 wherever they begin, and attention is written out (`nn/slots.py`). It takes widths that fill whole vector registers:
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from k2mini.data.prompts import room
 from k2mini.inference.compile import compiled_rows
-from k2mini.inference.decoding import Step, not_finite, step_details
-from k2mini.inference.replay import SlotGraphs, can_replay
+from k2mini.inference.decoding import Step, can_replay, not_finite, step_details
+from k2mini.inference.replay import SlotGraphs
 from k2mini.inference.request import Counts, End, Prompt, Request
 from k2mini.inference.rows import Row, Slot, choose, described
 from k2mini.inference.sampling import Sampling, uniforms
@@ -60,11 +60,11 @@ class Scheduler:
         self.adapters, self.counts = list(adapters or {}), Counts()
         self.slots = [Slot(number) for number in range(slots)]
         self._vocab_size, self._admitted = vocab_size, 0
-        self._adapted = stack_adapters(model, list((adapters or {}).values()))
+        self._adapted = stack_adapters(model, list(adapters.values())) if adapters else []
         self._on_cpu = model.device.type == "cpu"
         self._grain = CHUNK if self._on_cpu and not keep_answers else 1
         self._cache = Slots(model.config, slots, reserve or self.capacity, dtype=model.dtype, device=model.device)
-        self._graphs = SlotGraphs(model, self._cache, vocab_size)
+        self._graphs: SlotGraphs | None = None
         # W8A8 is of single rows, and not exact in any case.
         self._exact = self._on_cpu and not any(isinstance(module, DynamicLinear) for module in model.modules())
 
@@ -123,8 +123,8 @@ class Scheduler:
             row.draws = uniforms([decoding.seed], most)[0]
         self._cache.reserve(len(prompt) + most)
         free = [slot for slot in self.slots if slot.row is None]
-        slot = max(free, key=lambda slot: (self._common(row, slot), -slot.used))
-        slot.row, row.length = row, self._common(row, slot)
+        slot = max(free, key=lambda slot: (slot.common(row, self._grain), -slot.used))
+        slot.row, row.length = row, slot.common(row, self._grain)
         row.reused = row.length
         slot.tokens = slot.tokens[: row.length]
         slot.scores = Prompt(slot.scores.logprobs[: row.length + 1], slot.scores.top[: row.length + 1])
@@ -133,19 +133,6 @@ class Scheduler:
         slot.adapter = row.adapter
         self._admitted += 1
         self.counts.prompt_tokens += len(prompt)
-
-    def _common(self, row: Row, slot: Slot) -> int:
-        """How many tokens a row can take from a slot, which may be its own or another's."""
-        if slot.adapter != row.adapter:
-            return 0
-        wanted = row.request.prompt_logprobs
-        both = min(len(slot.tokens), len(row.prompt) - 1)  # at least one token is left, whose logits are wanted
-        if wanted is not None:  # of each token taken, and of the one after them
-            both = min(both, len(slot.scores.logprobs)) if slot.num_top >= wanted else 0
-        same = next((i for i in range(both) if slot.tokens[i] != row.prompt[i]), both)
-        if wanted is not None and same:
-            same -= 1
-        return same // self._grain * self._grain
 
     def _chunks(self, prompts: Sequence[tuple[Slot, Row]], left: int) -> list[tuple[Slot, Row, Chunk]]:
         """What of prompts is read in this step, the oldest first, of `left` tokens on a GPU."""
@@ -165,8 +152,8 @@ class Scheduler:
 
     def _reuse(self, slot: Slot, row: Row) -> None:
         """Give a row what another slot holds of its prompt by now."""
-        source = max(self.slots, key=lambda other: self._common(row, other))
-        found = self._common(row, source)
+        source = max(self.slots, key=lambda other: other.common(row, self._grain))
+        found = source.common(row, self._grain)
         if row.length % self._grain == 0 and found > row.length:
             self._cache.copy(source.number, slot.number, found)
             slot.tokens = row.prompt[:found]
@@ -184,7 +171,7 @@ class Scheduler:
             for layer in self._adapted:
                 layer.parts = [(adapters[a], slice(a, b)) for a, b in zip(starts, ends, strict=True)]
 
-    def _run(self, singles: Sequence[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
+    def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
         can_compile = self._on_cpu and not chunks and self.model.model.decode_block is not None
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
@@ -227,6 +214,7 @@ class Scheduler:
         for slot in self.slots:  # an idle one has the adapter of the one before
             adapters.append(last := by_slot.get(slot.number, last))
         self._route(adapters)
+        self._graphs = self._graphs or SlotGraphs(self.model, self._cache, self._vocab_size)
         logits, chosen = self._graphs(singles, settings.pop() if len(settings) == 1 else None, tuple(adapters))
         for row in rows:
             row.length += 1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from k2mini.model_config import ModelConfig
 
 GROWTH_STEP = 256  # slots; a cache grows to the next multiple, so a long answer copies it few times
 ALIGNED = 8  # a GPU's attention wants masks over a multiple of it
+PREFILL_CHUNK = 512  # tokens of each row in one forward pass of a long prompt; on a GPU, more of few rows:
+PREFILL_TOKENS = 8192  # of all rows together
 MASKLESS = ["cuda"]  # where causal attention over more keys than queries needs no mask, which would be slow
 
 
@@ -178,3 +182,38 @@ class KVCache:
         new.keys = [key[rows] for key in self.keys]
         new.values = [value[rows] for value in self.values]
         return new
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one batch: tokens (B, T) and positions (B, T), -1 where padded."""
+    tokens = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+    positions = pad_sequence([torch.arange(len(row)) for row in rows], batch_first=True, padding_value=-1)
+    return tokens.to(device, non_blocking=True), positions.to(device, non_blocking=True)
+
+
+def extend(
+    hidden_of: Callable[..., Tensor], rows: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None
+) -> Tensor:
+    """Run more tokens of every row through the model into the cache, whose rows all have the same length so far.
+
+    Args:
+        hidden_of: the model's `hidden`.
+        chunk: tokens of each row in one forward pass, which bounds the memory of a long prompt; None: as many as suit.
+
+    Returns: the hidden state after each row's last token, (B, D). The host does not wait for it.
+    """
+    tokens, offsets = pad_right(rows, cache.lengths.device)  # (B, T)
+    start, ends = cache.length, offsets.amax(dim=1)  # (B,)
+    ragged = len({len(row) for row in rows}) > 1
+    # Without a mask, padding is taken for tokens: it comes after the row's own, which do not see it.
+    positions = torch.where(offsets >= 0, offsets + start, -1) if ragged and not cache.maskless else None
+    chunk = chunk or (max(PREFILL_CHUNK, PREFILL_TOKENS // len(rows)) if cache.maskless else PREFILL_CHUNK)
+    last, here = torch.empty(0), torch.arange(len(rows), device=tokens.device)
+    for begin in range(0, tokens.shape[1], chunk):
+        part = slice(begin, begin + chunk)
+        hidden = hidden_of(tokens[:, part], None if positions is None else positions[:, part], cache)  # (B, t, D)
+        newest = hidden[here, (ends - begin).clamp(0, hidden.shape[1] - 1)]  # of rows that end here
+        last = torch.where((ends >= begin)[:, None], newest, last) if begin else newest
+    if ragged and positions is None:
+        cache.end(start + ends + 1)
+    return last

@@ -137,14 +137,14 @@ class SlotBatch:
                 ends[slot - self._first] = place
             self._mask = attended(ends, cache.width(int(ends.max()), fixed=fixed)).to(device, non_blocking=True)
         later = device.type == "cpu"
-        self._chunks = [(chunk, _later(chunk) if later else None) for chunk in chunks]
+        self.chunks = [(chunk, _later(chunk) if later else None) for chunk in chunks]
 
     @classmethod
     def of_all(cls, cache: Slots, places: Tensor, width: int) -> SlotBatch:
         """A token of every slot, at `places` (S,) int64, under a mask over `width` places; of tensors alone."""
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
-        new._slots, new._places, new._chunks = torch.arange(cache.number, device=places.device), places, []
+        new._slots, new._places, new.chunks = torch.arange(cache.number, device=places.device), places, []
         new._mask = attended(places, width)
         return new
 
@@ -163,7 +163,7 @@ class SlotBatch:
         if self.fixed and first:  # so that code compiled for one slot does for all
             rows = slice(first, first + len(self._mask))
             keys, values, slots, first = keys[rows], values[rows], slots - first, 0
-        where = (slots, self._places, self._singles, first, self._mask, self._chunks)
+        where = (slots, self._places, self._singles, first, self._mask, self.chunks)
         return SlotLayer(keys, values, *where)
 
 

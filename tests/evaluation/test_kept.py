@@ -246,7 +246,7 @@ def test_open_tasks_keep_their_answers(tiny_directory, tmp_path, run, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(k2mini.evaluation.subjective, "answers", counted)
         assert run(*common, tmp_path / "out")[0] == 0
-    assert made == [4], "two batches of three were kept"
+    assert made == [3], "seven answers were kept"
     for name in ("answers_npee_noun.json", "answers_npee_noun.jsonl", "report.json"):
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
     npee.write_text(npee.read_text().replace("What is granite granite", "Who is granite granite"))

@@ -7,11 +7,11 @@ import torch.nn.attention.bias
 
 from k2mini.build import load_model
 from k2mini.data.prompts import shared_prefix
+from k2mini.inference.beam import prefill
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
-from k2mini.inference.prefill import extend, prefill
 from k2mini.inference.sampling import Sampling
-from k2mini.nn.kv_cache import KVCache
+from k2mini.nn.kv_cache import KVCache, extend
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import HostWaits
 from tests.reference import to_transformers
@@ -167,7 +167,7 @@ def test_prefill_in_chunks(shape, chunk, maskless, monkeypatch):
         cache = KVCache(shape, 4)
         assert cache.maskless == bool(maskless)
         with HostWaits() as waits:
-            hidden = extend(model, rows, cache, chunk)
+            hidden = extend(model.hidden, rows, cache, chunk)
         assert waits.found == []
         assert cache.lengths.tolist() == [23, 2, 15, 1]
         later = model(torch.tensor([[7, 8]] * 4), cache=cache)
@@ -192,7 +192,7 @@ def test_chunks_are_larger_on_a_gpu_where_there_are_few_rows(monkeypatch):
     model, seen = tiny_llama(tiny_config(max_seq_len=2048, num_layers=1)), []
     monkeypatch.setattr(model, "hidden", lambda t, *_: (seen.append(t.shape[1]), torch.zeros(*t.shape, 64))[1])
     for rows in (1, 8, 40):
-        extend(model, [[5] * 1500] * rows, KVCache(model.config, rows))
+        extend(model.hidden, [[5] * 1500] * rows, KVCache(model.config, rows))
     assert seen == [1500, 1024, 476, 512, 512, 476]
 
 

@@ -12,9 +12,8 @@ from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.data.prompts import get_template
 from k2mini.inference.beam import Beams, beam_search
-from k2mini.inference.decoding import Decoding
+from k2mini.inference.decoding import Decoding, can_replay
 from k2mini.inference.generate import generate
-from k2mini.inference.replay import can_replay
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.terminal import Conversation
 from k2mini.nn.llama import Llama
@@ -73,7 +72,7 @@ def replaying(monkeypatch):
     """Whether `generate` replays; the graphs made are counted from 0."""
 
     def switch(on):
-        for place in ("scheduler", "prefill", "beam"):
+        for place in ("scheduler", "beam"):
             monkeypatch.setattr(f"k2mini.inference.{place}.can_replay", lambda _model: on)
 
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
