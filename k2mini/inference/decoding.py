@@ -85,11 +85,12 @@ class Completion:
 def step_details(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Step]:
     """Tokens with their log-probabilities and those of the likeliest, of logits (N, V)."""
     logprobs = log_softmax(logits)  # (N, V)
-    own = logprobs.gather(-1, torch.tensor(chosen, device=logits.device)[:, None]).squeeze(-1).tolist()
+    own = torch.tensor(chosen).to(logits.device, non_blocking=True)[:, None]
     values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    scores = torch.cat([logprobs.gather(-1, own), values], dim=-1).tolist()
     return [
-        Step(token, logprob, tuple(zip(names, scores, strict=True)))
-        for token, logprob, names, scores in zip(chosen, own, ids.tolist(), values.tolist(), strict=True)
+        Step(token, logprob, tuple(zip(names, each, strict=True)))
+        for token, names, (logprob, *each) in zip(chosen, ids.tolist(), scores, strict=True)
     ]
 
 

@@ -83,7 +83,10 @@ class Slot:
         both = min(len(self.tokens), len(row.prompt) - 1)  # at least one token is left, whose logits are wanted
         if wanted is not None:  # of each token taken, and of the one after them
             both = min(both, len(self.scores.logprobs)) if self.num_top >= wanted else 0
-        same = next((i for i in range(both) if self.tokens[i] != row.prompt[i]), both)
+        same, step = 0, 128  # tokens at a time, then one by one
+        while same < both and self.tokens[same : same + step] == row.prompt[same : same + step]:
+            same += step
+        same = next((i for i in range(same, both) if self.tokens[i] != row.prompt[i]), both)
         if wanted is not None and same:
             same -= 1
         return same // grain * grain
@@ -94,7 +97,7 @@ def choose(rows: Sequence[Row], logits: Tensor) -> list[Step | None]:
     finite = logits.amax(dim=-1).isfinite()
     places, parts = [], [finite.long()]
     for sampling, group in _groups([row.request.decoding.sampling for row in rows]):
-        parts.append(_sample([rows[place] for place in group], logits[group], sampling))
+        parts.append(_sample([rows[place] for place in group], _part(logits, group), sampling))
         places += group
     values = torch.cat(parts).tolist()
     good, picked = values[: len(rows)], values[len(rows) :]
@@ -108,7 +111,7 @@ def described(rows: Sequence[Row], logits: Tensor, tokens: Sequence[int], good: 
     for number, group in _groups([row.request.decoding.top_logprobs for row in rows]):
         if number is not None:
             own = [tokens[place] for place in group]
-            for place, step in zip(group, step_details(logits[group], own, number), strict=True):
+            for place, step in zip(group, step_details(_part(logits, group), own, number), strict=True):
                 steps[place] = step
     return [step if good[place] else None for place, step in enumerate(steps)]
 
@@ -119,11 +122,17 @@ def _groups(keys: Sequence[Hashable]) -> Iterator[tuple[Any, list[int]]]:
         yield key, [place for place, other in enumerate(keys) if other == key]
 
 
+def _part(logits: Tensor, group: list[int]) -> Tensor:
+    """Some rows of logits."""
+    return logits if len(group) == len(logits) else logits[torch.tensor(group).to(logits.device, non_blocking=True)]
+
+
 def _sample(rows: Sequence[Row], logits: Tensor, sampling: Sampling) -> Tensor:
     """The next tokens of rows of the same settings, on the logits' device. (N, V) -> (N,) int64."""
     device, drawn = logits.device, None
     if sampling.temperature:
-        drawn = torch.stack([row.draws[len(row.new)] for row in rows if row.draws is not None]).to(device)
+        drawn = torch.stack([row.draws[len(row.new)] for row in rows if row.draws is not None])
+        drawn = drawn.to(device, non_blocking=True)
     history = as_history([row.prompt + row.new for row in rows], 0, device) if sampling.looks_back else None
     new = as_history([row.new for row in rows], 0, device) if sampling.counts_new else None
     return sample(logits, sampling, drawn, history, new)

@@ -139,9 +139,11 @@ class Scheduler:
         found: list[tuple[Slot, Row, Chunk]] = []
         left = CHUNK if self._on_cpu else left
         for slot, row in prompts:
+            if left <= 0:
+                break
+            self._reuse(slot, row)
             if any(row.waits_for(other, chunk.end, CHUNK) for _, other, chunk in found):
                 continue
-            self._reuse(slot, row)
             until = row.length // CHUNK * CHUNK + (CHUNK if self._on_cpu else max(left, CHUNK))
             chunk = Chunk(slot.number, row.length, min(until, len(row.prompt)))
             left -= chunk.end - chunk.start
