@@ -43,7 +43,7 @@ class Choice:
     Attributes:
         made: how many tokens the engine made, those of a stop string too.
         end: of the answer, once it is there.
-        started, first, last: seconds, when it was asked for and when its first and its newest token came.
+        times: seconds, when it was asked for and when each of its tokens came.
     """
 
     def __init__(self, index: int, asked: Asked, tokenizer: Tokenizer, put: Callable[[Part], None]) -> None:
@@ -59,7 +59,7 @@ class Choice:
         self._keep_eos, self._eos = not asked.chat and top is not None, False
         self.made = 0
         self.end: End | None = None
-        self.started, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.times = [time.perf_counter()]
         if asked.echo and scored is None:
             self._echo(None)
 
@@ -91,8 +91,7 @@ class Choice:
     def _take(self, event: Step | End) -> None:
         part = Part(self.index)
         if isinstance(event, Step):
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
+            self.times.append(time.perf_counter())
             self._eos = event.token == self._tokenizer.eos_id
             self.made += not self._eos
             if not self._eos or self._keep_eos:

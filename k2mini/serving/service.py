@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import time
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ from k2mini.serving.fields import FLAG, RefusedError, only, read, refuse
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 GAUGES = ("slots_busy", "waiting")  # of the engine's counts; the others only grow
+BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, math.inf)  # seconds, of the histograms
 
 
 class Service:
@@ -35,7 +40,8 @@ class Service:
     def __init__(self, engine: Engine, served: Served) -> None:
         self.engine, self.served, self.created = engine, served, int(time.time())
         self._one_look = asyncio.Lock()
-        self.times = {"time_to_first_token": [0.0, 0], "time_per_token": [0.0, 0]}  # seconds of how many
+        self.seconds = {"time_to_first_token": 0.0, "time_per_token": 0.0}  # in all
+        self.times = Counter[tuple[str, float]]()  # how many were no longer than a bound, and longer than the one below
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -95,15 +101,18 @@ class Service:
         for name, value in asdict(self.engine.counts).items():
             full, kind = (name, "gauge") if name in GAUGES else (f"{name}_total", "counter")
             lines += [f"# TYPE k2mini_{full} {kind}", f"k2mini_{full} {value}"]
-        for name, (seconds, number) in self.times.items():
-            full = f"k2mini_{name}_seconds"
-            lines += [f"# TYPE {full} summary", f"{full}_sum {seconds}", f"{full}_count {number}"]
+        for name, seconds in self.seconds.items():
+            full, numbers = f"k2mini_{name}_seconds", [*accumulate(self.times[name, bound] for bound in BOUNDS)]
+            lines.append(f"# TYPE {full} histogram")
+            for bound, number in zip(BOUNDS, numbers, strict=True):
+                lines.append(f'{full}_bucket{{le="{str(bound).replace("inf", "+Inf")}"}} {number}')
+            lines += [f"{full}_sum {seconds}", f"{full}_count {numbers[-1]}"]
         return "\n".join(lines) + "\n"
 
-    def timed(self, name: str, seconds: float, number: int = 1) -> None:
+    def timed(self, name: str, seconds: float) -> None:
         """Add to the times that `metrics` shows."""
-        self.times[name][0] += seconds
-        self.times[name][1] += number
+        self.times[name, BOUNDS[bisect_left(BOUNDS, seconds)]] += 1
+        self.seconds[name] += seconds
 
 
 @torch.inference_mode()
@@ -155,9 +164,8 @@ class Answering:
         for choice in self.choices:
             if choice.end is None:
                 self.service.engine.cancel(choice.request)
-            if choice.made:
-                self.service.timed("time_to_first_token", choice.first - choice.started)
-                self.service.timed("time_per_token", choice.last - choice.first, choice.made - 1)
+            for place, (before, time_) in enumerate(pairwise(choice.times)):
+                self.service.timed("time_per_token" if place else "time_to_first_token", time_ - before)
 
     async def _until_end(self) -> AsyncIterator[Part]:
         """The parts of all choices as they come. Raises RefusedError where the engine failed."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -295,9 +296,19 @@ def test_info_health_and_metrics(server):
     assert values["k2mini_slots"] == 3
     assert values["k2mini_slots_busy"] == values["k2mini_waiting"] == 0
     assert values["k2mini_new_tokens_total"] >= 4
-    for name in ("k2mini_time_to_first_token_seconds", "k2mini_time_per_token_seconds"):
-        assert values[f"{name}_count"] > 0
+    assert values["k2mini_reused_tokens_total"] >= 0
+    for name in ("k2mini_time_to_first_token_seconds", "k2mini_time_per_token_seconds"):  # histograms
+        assert f"# TYPE {name} histogram" in lines
+        buckets = {key: values[key] for key in values if key.startswith(f"{name}_bucket")}
+        assert [*buckets.values()] == sorted(buckets.values())  # each has all that are shorter
+        assert values[f'{name}_bucket{{le="+Inf"}}'] == values[f"{name}_count"] > 0
         assert values[f"{name}_sum"] > 0
+    with server.slow(0.3):  # a token's time is its own, not a share of the answer's
+        server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, seed=1, logit_bias={"2": -100})
+    new = server.ask("/metrics")[2].decode()
+    for bound, more in [("0.2", 0), ("5", 1)]:
+        name = f'k2mini_time_per_token_seconds_bucket{{le="{bound}"}}'
+        assert float(re.search(re.escape(name) + r" (\d+)", new)[1]) == values[name] + more
 
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "granite"}], "max_tokens": 2}
