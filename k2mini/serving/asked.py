@@ -79,7 +79,8 @@ class Asked:
 
     Args:
         new: of each prompt, how many tokens may follow it.
-        n: answers of each prompt.
+        n: answers of each prompt: those of the highest mean log-probability among `best_of`.
+        logprobs: None, or of how many of the likeliest tokens the answer has the log-probabilities.
         usage: the last event of a stream says how many tokens there were.
         token_ids: the answer has ids too.
     """
@@ -90,6 +91,8 @@ class Asked:
     prompts: list[list[int]]
     new: list[int]
     n: int
+    best_of: int
+    logprobs: int | None
     decoding: Decoding
     stream: bool
     usage: bool
@@ -101,11 +104,13 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
     """Check a request for a completion or a chat. Raises RefusedError, which names the field."""
     given = read(body, CHAT if chat else COMPLETION)
     adapter, n, echo = served.adapter(given), given.get("n", 1), given.get("echo", False)
+    best = given.get("best_of", n)
     top, limit = given.get("logprobs"), _limit(given, served)
     if chat:
         top = given.get("top_logprobs", 0) if top else None
     for field, wrong, why in (
-        ("best_of", given.get("best_of", n) != n, f"must equal `n`, which is {n}: every answer is returned"),
+        ("best_of", best < n, f"must be at least `n`, which is {n}"),
+        ("best_of", best > n and given.get("stream"), "does not go with `stream`: the best is known at the end"),
         ("stream_options", "stream_options" in given and not given.get("stream"), "goes with `stream`"),
         ("top_logprobs", "top_logprobs" in given and top is None, "needs `logprobs`: true"),
         ("temperature", 0 < given.get("temperature", 1) < 0.01, "must be 0, the likeliest token, or at least 0.01"),
@@ -117,16 +122,18 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
         served.ids("logit_bias", [token])
     sampling = Sampling(**{"temperature": 1.0, **{name: given[name] for name in SAMPLING if name in given}})
     seed = given.get("seed", secrets.randbits(48) if served.seed is None else served.seed)
-    decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=top)
+    scored = 0 if best > n and top is None else top
+    decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=scored)
     prompts, new = [_chat_prompt(given, served)] if chat else _prompts(given, served), []
-    if len(prompts) * n > MOST_ROWS:
-        raise refuse("prompt", f"asks for more than {MOST_ROWS} answers at once")
+    if len(prompts) * best > MOST_ROWS:
+        raise refuse("best_of" if best > n else "prompt", f"asks for more than {MOST_ROWS} answers at once")
     for prompt in prompts:
         served.fit("messages" if chat else "prompt", len(prompt), 1 if limit is None else limit)
         most = (served.max_tokens or served.capacity) if chat else COMPLETION_TOKENS
         new.append(min(most, served.capacity - len(prompt)) if limit is None else limit)
     usage, ids = given.get("stream_options", {}).get("include_usage", False), given.get("return_token_ids", False)
-    return Asked(chat, given["model"], adapter, prompts, new, n, decoding, given.get("stream", False), usage, echo, ids)
+    how = (n, best, top, decoding, given.get("stream", False), usage, echo, ids)
+    return Asked(chat, given["model"], adapter, prompts, new, *how)
 
 
 def _limit(given: Mapping[str, Any], served: Served) -> int | None:

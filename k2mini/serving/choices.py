@@ -42,22 +42,23 @@ class Choice:
 
     Attributes:
         made: how many tokens the engine made, those of a stop string too.
+        score: the sum of their log-probabilities, where those are known.
         end: of the answer, once it is there.
         times: seconds, when it was asked for and when each of its tokens came.
     """
 
     def __init__(self, index: int, asked: Asked, tokenizer: Tokenizer, put: Callable[[Part], None]) -> None:
         self.index, self._tokenizer, self._put = index, tokenizer, put
-        prompt, new = asked.prompts[index // asked.n], asked.new[index // asked.n]
-        decoding = replace(asked.decoding, max_new_tokens=max(new, 1), seed=asked.decoding.seed + index % asked.n)
-        top = decoding.top_logprobs
+        place, number = divmod(index, asked.best_of)
+        prompt, new, top = asked.prompts[place], asked.new[place], asked.logprobs
+        decoding = replace(asked.decoding, max_new_tokens=max(new, 1), seed=asked.decoding.seed + number)
         scored = top if asked.echo else None
         self.request = Request(prompt, decoding, (), self.deliver, asked.adapter, scored, score_only=not new)
         self._text, self._all = TextStream(tokenizer, decoding.stop), tokenizer.stream()
         self._before = self._place = 0  # characters of the prompt, and of all text so far
         self._held: list[Token] = []
         self._keep_eos, self._eos = not asked.chat and top is not None, False
-        self.made = 0
+        self.made, self.score = 0, 0.0
         self.end: End | None = None
         self.times = [time.perf_counter()]
         if asked.echo and scored is None:
@@ -92,6 +93,7 @@ class Choice:
         part = Part(self.index)
         if isinstance(event, Step):
             self.times.append(time.perf_counter())
+            self.score += event.logprob or 0.0
             self._eos = event.token == self._tokenizer.eos_id
             self.made += not self._eos
             if not self._eos or self._keep_eos:

@@ -146,7 +146,7 @@ class Answering:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(parts.put_nowait, part)
 
-        number = len(asked.prompts) * asked.n
+        number = len(asked.prompts) * asked.best_of
         self.choices = [Choice(index, asked, self._tokenizer, put) for index in range(number)]
 
     def submit(self) -> None:
@@ -186,7 +186,19 @@ class Answering:
         async for new in self._until_end():
             old = parts[new.index]
             parts[new.index] = Part(new.index, old.text + new.text, old.tokens + new.tokens, new.end)
-        return {**self._about, "choices": [self._choice(part, first=True) for part in parts], "usage": self.usage()}
+        many = self.asked.best_of
+        kept = [part for place in range(0, len(parts), many) for part in self._best(parts[place : place + many])]
+        choices = [{**self._choice(part, first=True), "index": index} for index, part in enumerate(kept)]
+        return {**self._about, "choices": choices, "usage": self.usage()}
+
+    def _best(self, parts: list[Part]) -> list[Part]:
+        """Of the answers to one prompt the `n` that are likeliest by the token, or all where no more were made."""
+
+        def mean(part: Part) -> float:
+            return self.choices[part.index].score / max(len(self.choices[part.index].times) - 1, 1)
+
+        n = self.asked.n
+        return parts if len(parts) == n else sorted(parts, key=mean, reverse=True)[:n]
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events, but for the last, [DONE]."""
@@ -209,18 +221,18 @@ class Answering:
             said = {"delta": {"role": "assistant", "content": part.text} if first else {"content": part.text}}
         elif asked.chat:
             said = {"message": {"role": "assistant", "content": part.text, "refusal": None}}
-        if asked.decoding.top_logprobs is not None:
+        if asked.logprobs is not None:
             logprobs = (chat_logprobs if asked.chat else completion_logprobs)(self._tokenizer, part.tokens)
         ids: dict[str, Any] = {"token_ids": [token.id for token in part.tokens]} if asked.token_ids else {}
         if ids and first:
-            ids["prompt_token_ids"] = asked.prompts[part.index // asked.n]
+            ids["prompt_token_ids"] = asked.prompts[part.index // asked.best_of]
         finish = FINISH[part.end.reason] if part.end else None
         return {"index": part.index, **said, "logprobs": logprobs, "finish_reason": finish, **ids}
 
     def usage(self) -> dict[str, Any]:
         """How many tokens there were; a prompt counts once."""
         prompt, made = sum(map(len, self.asked.prompts)), sum(choice.made for choice in self.choices)
-        ends = [choice.end for choice in self.choices[:: self.asked.n]]
+        ends = [choice.end for choice in self.choices[:: self.asked.best_of]]
         cached = {"cached_tokens": sum(end.reused for end in ends if end is not None)}
         tokens = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
         return {**tokens, "prompt_tokens_details": cached}

@@ -73,6 +73,27 @@ def test_several_answers_differ_by_their_seed(server, client, models):
     assert len(set(without)) > 1  # each draws anew
 
 
+def test_the_best_of_several_answers(client):
+    """Those of the highest mean log-probability, each token's and EOS' own, best first; all are paid for."""
+    asked = {"model": "tiny", "prompt": [PROMPT, "basalt"], "max_tokens": 8, "seed": 5, "logit_bias": {"2": 4}}
+    every = client.completions.create(**asked, n=6, logprobs=0)
+    wanted = []
+    for start in (0, 6):
+        scores = [choice.logprobs.token_logprobs for choice in every.choices[start : start + 6]]
+        order = sorted(range(6), key=lambda place: -sum(scores[place]) / len(scores[place]))
+        assert order[:2] != [0, 1]
+        wanted += [every.choices[start + place] for place in order[:2]]
+    assert {choice.finish_reason for choice in wanted} == {"stop", "length"}
+    found = client.completions.create(**asked, n=2, best_of=6, logprobs=0)
+    assert [choice.logprobs for choice in found.choices] == [choice.logprobs for choice in wanted]
+    without = client.completions.create(**asked, n=2, best_of=6)
+    for answers in (found, without):
+        assert [choice.index for choice in answers.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in answers.choices] == [choice.text for choice in wanted]
+        assert answers.usage == every.usage
+    assert without.choices[0].logprobs is None
+
+
 def test_sampling_settings_arrive(server, client, models):
     settings = {"temperature": 0.8, "top_p": 0.9}
     more = {"top_k": 20, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
@@ -334,13 +355,17 @@ USER = CHAT["messages"][0]
             [{**USER, "content": "granite " * 4000}], [{**USER, "content": "\n" * 40000}],
         )],
         *[("completions", {name: value}, name) for name, value in {
-            "suffix": "end", "best_of": 3, "logprobs": 21, "echo": "yes", "messages": [], "max_tokens": 5000,
+            "suffix": "end", "best_of": 65, "logprobs": 21, "echo": "yes", "messages": [], "max_tokens": 5000,
             "prompt": [], "temperature": 0.001, "logit_bias": {"1": 101}, "n": 65, "stop": ["x"] * 17,
         }.items()],
         *[("completions", {"prompt": prompt}, "prompt") for prompt in (
             None, 3, [[]], [3, -1], [3, True], [3, 10**9], [[3], "a", None], ["a"] * 65, [5] * 1024, {"text": "a"},
         )],
         ("completions", {"logit_bias": {"399999": 1}}, "logit_bias"),
+        ("completions", {"best_of": 2, "n": 3}, "best_of"),
+        ("completions", {"best_of": 2, "stream": True}, "best_of"),
+        ("completions", {"best_of": 33, "prompt": ["a", "b"]}, "best_of"),
+        ("completions", {"n": 33, "prompt": ["a", "b"]}, "prompt"),
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_its_name(server, path, changes, param):
