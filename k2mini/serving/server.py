@@ -54,6 +54,8 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
         try:
             app.service = service = load()
             ready(service)  # only now: whoever reads of it may ask
+            for other in service.others.values():
+                threading.Thread(target=other.run, daemon=True).start()
             service.engine.run()
         except BaseException as error:
             failed.append(error)
@@ -66,7 +68,8 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
     if failed:
         raise failed[0]
     if app.service is not None:
-        app.service.engine.stop(drain=False)
+        for engine in (app.service.engine, *app.service.others.values()):
+            engine.stop(drain=False)
         thread.join()
     if signals:
         left = app.active or app.service is None

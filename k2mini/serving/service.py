@@ -9,7 +9,7 @@ import secrets
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -35,13 +35,21 @@ BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, math.inf)
 
 
 class Service:
-    """An engine, and what it serves."""
+    """Engines, and what they serve.
 
-    def __init__(self, engine: Engine, served: Served) -> None:
-        self.engine, self.served, self.created = engine, served, int(time.time())
+    Args:
+        others: the engines of models that are neither the first engine's base nor adapters of it, by name.
+    """
+
+    def __init__(self, engine: Engine, served: Served, others: Mapping[str, Engine] | None = None) -> None:
+        self.engine, self.served, self.created, self.others = engine, served, int(time.time()), others or {}
         self._one_look = asyncio.Lock()
         self.seconds = {"time_to_first_token": 0.0, "time_per_token": 0.0}  # in all
         self.times = Counter[tuple[str, float]]()  # how many were no longer than a bound, and longer than the one below
+
+    def engine_of(self, model: str) -> Engine:
+        """The engine that answers as a model."""
+        return self.others.get(model, self.engine)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -82,23 +90,26 @@ class Service:
         """POST /k2mini/why: what each layer would have said in the place of the last token."""
         given = read(body, {"model": only(str), "tokens": only(list)})
         adapter, tokens = self.served.adapter(given), self.served.ids("tokens", given.get("tokens"))
+        engine = self.engine_of(given["model"])
         if len(tokens) < 2:
             raise refuse("tokens", "must have at least one token before the last")
 
         def look() -> list[dict[str, Any]]:
-            self.engine.alone(adapter)
-            return lens(self.engine.model, tokens, self.served.tokenizer)
+            engine.alone(adapter)
+            return lens(engine.model, tokens, self.served.tokenizer)
 
         try:
             async with self._one_look:  # the engine steps between one and the next
-                return {"layers": await asyncio.wrap_future(self.engine.between(look))}
+                return {"layers": await asyncio.wrap_future(engine.between(look))}
         except ValueError as error:
             raise RefusedError(400, str(error)) from None
 
     def metrics(self) -> str:
         """GET /metrics, in Prometheus' text format."""
-        lines = ["# TYPE k2mini_slots gauge", f"k2mini_slots {self.engine.slots}"]
-        for name, value in asdict(self.engine.counts).items():
+        engines = [self.engine, *self.others.values()]
+        lines = ["# TYPE k2mini_slots gauge", f"k2mini_slots {sum(engine.slots for engine in engines)}"]
+        for name in asdict(self.engine.counts):
+            value = sum(getattr(engine.counts, name) for engine in engines)
             full, kind = (name, "gauge") if name in GAUGES else (f"{name}_total", "counter")
             lines += [f"# TYPE k2mini_{full} {kind}", f"k2mini_{full} {value}"]
         for name, seconds in self.seconds.items():
@@ -136,6 +147,7 @@ class Answering:
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self.service, self.asked, self._tokenizer = service, asked, service.served.tokenizer
+        self._engine = service.engine_of(asked.model)
         parts: asyncio.Queue[Part] = asyncio.Queue()  # no more than one for each token
         self._parts, loop = parts, asyncio.get_running_loop()
         kind, name = ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
@@ -151,19 +163,18 @@ class Answering:
 
     def submit(self) -> None:
         """Ask the engine. Raises RefusedError where too many wait."""
-        engine = self.service.engine
         try:
             for choice in self.choices:
-                engine.submit(choice.request)
+                self._engine.submit(choice.request)
         except QueueFullError as error:
-            wait = 1 + engine.counts.waiting // engine.slots
+            wait = 1 + self._engine.counts.waiting // self._engine.slots
             raise RefusedError(429, str(error), code="queue_full", retry_after=wait) from None
 
     def cancel(self) -> None:
         """Free what is still held, and count what was made."""
         for choice in self.choices:
             if choice.end is None:
-                self.service.engine.cancel(choice.request)
+                self._engine.cancel(choice.request)
             for place, (before, time_) in enumerate(pairwise(choice.times)):
                 self.service.timed("time_per_token" if place else "time_to_first_token", time_ - before)
 

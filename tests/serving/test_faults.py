@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
+from k2mini.build import load_model
+from k2mini.inference.generate import Decoding, generate
 from k2mini.serving.app import MOST_BYTES, Access
+from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT
 from tests.serving.conftest import Server, http_post, read_answer
 
@@ -303,9 +307,22 @@ def test_the_demo_is_served_and_sigterm_lets_what_was_accepted_end(tiny_director
     for name, directory in {"pretrain/model": tiny_directory, **adapters}.items():
         (demo / name).parent.mkdir(parents=True)
         (demo / name).symlink_to(directory)
+    base, tokenizer = load_model(tiny_directory)
+    with torch.no_grad():
+        base.head_weight.neg_()
+    save_model(base.state_dict(), base.config, demo / "base", tokenizer=tokenizer)
     (demo / "stage2" / "config.yaml").write_text('{"data": {"template": "vigogne"}}')
     running = Process("--demo", "--port", 0, "--slots", 2, folder=tmp_path)
-    assert running.line.endswith("serves pretrain, stage1, stage2: 2 slots of 1,024 tokens\n")
+    room = "2 slots, each of 1,024 tokens for a prompt and its answer"
+    assert running.line.endswith(f"serves base, pretrain, stage1, stage2: {room}\n")
+    (wanted,) = generate(base, [SHORT["prompt"]], Decoding(3), stop_ids=[])
+    answers = {}
+    for name in ("base", "pretrain"):
+        asked = {**SHORT, "model": name, "logit_bias": {}, "return_token_ids": True}
+        answers[name] = json.loads(running.ask("/v1/completions", asked)[2])["choices"][0]["token_ids"]
+        assert running.ask("/k2mini/why", {"model": name, "tokens": [5, 6]})[0] == 200
+    assert answers["base"] == wanted.tokens != answers["pretrain"]
+    assert b"\nk2mini_requests_total 2\n" in running.ask("/metrics")[2]
     assert json.loads(running.ask("/k2mini/info")[2])["template"] == "vigogne"
     asked = {**LONG, "model": "stage2", "max_tokens": 100}
     connections = [running.post("/v1/completions", {**asked, "stream": bool(number % 2)}) for number in range(6)]
@@ -362,6 +379,7 @@ def test_what_serve_can_not_begin_with(run, tiny_directory, tmp_path, monkeypatc
             ([*model, "--host", "no.such.host.invalid"], "no.such.host.invalid"),
             (["--model", tmp_path / "none"], "none"),
             (["--demo"], "k2mini demo"),
+            ([*model, "--adapter", f"{Path(tiny_directory).name}={tmp_path}"], "the name of a model"),
             ([*model, "--adapter", "rocks"], "NAME=DIR"),
             ([*model, "--adapter", f"rocks={tmp_path}/none"], "none"),
             ([*model, "--template", "other"], "other"),
