@@ -150,6 +150,7 @@ def test_an_answer_grows_and_stop_ends_its_request(visit, fake):
     kept = body.text_content()
     assert kept.startswith(before)
     expect(last(page, ".answer .acts")).to_contain_text("stopped")
+    expect(last(page, ".answer .acts")).to_contain_text(re.compile(r"\d+.tokens · \d+\.\d.tokens/s · first token \d"))
     page.reload()  # what came before the stop is kept
     page.locator("#list .title").click()
     expect(body).to_have_text(kept)
