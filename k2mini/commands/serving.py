@@ -82,7 +82,7 @@ def run_serve(options: argparse.Namespace) -> None:
     get_template(template)
     local = options.host in LOOPBACK
     if not local and not keys:
-        log.warning("whoever reaches %s may ask; --api-key-file FILE would let only who has a key", options.host)
+        log.warning("whoever reaches %s may ask: no --api-key-file FILE says whose keys are good", options.host)
     listening = open_socket(options.host, options.port)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -93,6 +93,7 @@ def run_serve(options: argparse.Namespace) -> None:
         print(f"{address} serves {', '.join(served.models)}: {room}", flush=True)
         log.info("chats are asked in the template %s", template)
 
+    log.info("%s is open; it answers once %s is loaded", address, options.model)
     app = App(Access(keys, options.cors, LOOPBACK if local and not keys else ()))
     serve(app, listening, partial(_load, options, directory, bases, adapters, template), ready)
 
