@@ -116,6 +116,7 @@ def _load(
 ) -> Service:
     """The model with its adapters, and of the demo what it began with."""
     from k2mini.serving.asked import Served
+    from k2mini.serving.fields import MOST_ROWS
     from k2mini.serving.service import Service
     from k2mini.weights.model_directory import ModelDirectory
 
@@ -123,7 +124,7 @@ def _load(
     others = {BASE.name: _engine(options, ModelDirectory(str(BASE)), {})} if options.demo else {}
     models = {**dict.fromkeys(bases), **{name: name for name in adapters}}
     told = (directory.require_tokenizer(), models, template, engine.capacity, options.max_tokens, options.seed)
-    return Service(engine, Served(*told), others)
+    return Service(engine, Served(*told, min(MOST_ROWS, options.slots + options.queue)), others)
 
 
 def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: dict[str, Path]) -> Engine:

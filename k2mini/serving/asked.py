@@ -28,6 +28,7 @@ class Served:
         capacity: tokens of a prompt and its answer together.
         max_tokens: of an answer; None: what the capacity leaves.
         seed: where a request names none; None: drawn.
+        rows: answers of one request.
     """
 
     tokenizer: Tokenizer
@@ -36,6 +37,7 @@ class Served:
     capacity: int
     max_tokens: int | None = None
     seed: int | None = None
+    rows: int = MOST_ROWS
 
     @cached_property
     def _longest(self) -> int:
@@ -125,8 +127,9 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
     scored = 0 if best > n and top is None else top
     decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=scored)
     prompts, new = [_chat_prompt(given, served)] if chat else _prompts(given, served), []
-    if len(prompts) * best > MOST_ROWS:
-        raise refuse("best_of" if best > n else "prompt", f"asks for more than {MOST_ROWS} answers at once")
+    if len(prompts) * best > served.rows:
+        field = "best_of" if best > n else "n" if n > 1 else "prompt"
+        raise refuse(field, f"asks for more than {served.rows} answers at once")
     for prompt in prompts:
         served.fit("messages" if chat else "prompt", len(prompt), 1 if limit is None else limit)
         most = (served.max_tokens or served.capacity) if chat else COMPLETION_TOKENS
@@ -151,8 +154,8 @@ def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
     """Text with BOS before it; ids as they are."""
     prompt, encode = given.get("prompt"), served.tokenizer.encode
     many = prompt if isinstance(prompt, list) and prompt and type(prompt[0]) in (str, list) else [prompt]
-    if len(many) > MOST_ROWS:
-        raise refuse("prompt", f"asks for more than {MOST_ROWS} answers at once")
+    if len(many) > served.rows:
+        raise refuse("prompt", f"asks for more than {served.rows} answers at once")
     texts = [served.text("prompt", one) if isinstance(one, str) else served.ids("prompt", one) for one in many]
     return [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
 

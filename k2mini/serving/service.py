@@ -27,7 +27,7 @@ from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 from k2mini.serving.asked import Asked, Served
 from k2mini.serving.choices import Choice, Part, chat_logprobs, completion_logprobs, token_text
-from k2mini.serving.fields import FLAG, RefusedError, only, read, refuse
+from k2mini.serving.fields import FLAG, Check, RefusedError, only, read, refuse
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 GAUGES = ("slots_busy", "waiting")  # of the engine's counts; the others only grow
@@ -73,8 +73,8 @@ class Service:
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /tokenize. A control symbol that stands alone, such as '</s>', is its id: so a client learns it."""
-        given = read(body, {"model": only(str), "prompt": only(str), "add_special_tokens": FLAG})
-        tokenizer, text, bos = self.served.tokenizer, given.get("prompt", ""), given.get("add_special_tokens", True)
+        given = self._about_text(body, "prompt", {"prompt": only(str), "add_special_tokens": FLAG})
+        tokenizer, text, bos = self.served.tokenizer, given["prompt"], given.get("add_special_tokens", True)
         control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
         tokens = control.get(text, [])
         if not tokens:
@@ -83,8 +83,17 @@ class Service:
 
     async def detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /detokenize."""
-        tokens = read(body, {"model": only(str), "tokens": only(list)}).get("tokens")
+        tokens = self._about_text(body, "tokens", {"tokens": only(list)})["tokens"]
         return {"prompt": self.served.tokenizer.decode(self.served.ids("tokens", tokens)) if tokens else ""}
+
+    def _about_text(self, body: dict[str, Any], field: str, fields: dict[str, Check]) -> dict[str, Any]:
+        """What is asked about text or ids, `field`; a model may be named, since all have one tokenizer."""
+        given = read(body, {"model": only(str), **fields})
+        if "model" in given:
+            self.served.adapter(given)
+        if field not in given:
+            raise refuse(field, "is missing", "missing_required_parameter")
+        return given
 
     async def why(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /k2mini/why: what each layer would have said in the place of the last token."""

@@ -283,6 +283,13 @@ def test_text_and_ids(server):
     info = json.loads(server.ask("/tokenizer_info")[2])
     assert post("/tokenize", prompt=info["eos_token"], add_special_tokens=False)["tokens"] == [tokenizer.eos_id]
     assert post("/tokenize", prompt=f"a {info['eos_token']}", add_special_tokens=False)["count"] > 3
+    assert post("/detokenize", model="rocks", tokens=[]) == {"prompt": ""}
+    for path, body, param in [
+        ("/tokenize", {}, "prompt"), ("/detokenize", {"model": "tiny"}, "tokens"), ("/tokenize", {"text": "a"}, "text"),
+        ("/tokenize", {"prompt": "a", "model": "gpt"}, "model"), ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"), ("/k2mini/why", {"model": "tiny"}, "tokens"),
+    ]:  # fmt: skip
+        assert post(path, **body)["error"]["param"] == param
 
 
 def test_why(server, models):
@@ -365,7 +372,7 @@ USER = CHAT["messages"][0]
         ("completions", {"best_of": 2, "n": 3}, "best_of"),
         ("completions", {"best_of": 2, "stream": True}, "best_of"),
         ("completions", {"best_of": 33, "prompt": ["a", "b"]}, "best_of"),
-        ("completions", {"n": 33, "prompt": ["a", "b"]}, "prompt"),
+        ("completions", {"n": 33, "prompt": ["a", "b"]}, "n"),
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_its_name(server, path, changes, param):
