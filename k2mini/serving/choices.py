@@ -42,7 +42,7 @@ class Choice:
 
     Attributes:
         made: how many tokens the engine made, those of a stop string too.
-        score: the sum of their log-probabilities, where those are known.
+        mean: of the log-probabilities of its tokens, where those are known.
         end: of the answer, once it is there.
         times: seconds, when it was asked for and when each of its tokens came.
     """
@@ -58,7 +58,7 @@ class Choice:
         self._before = self._place = 0  # characters of the prompt, and of all text so far
         self._held: list[Token] = []
         self._keep_eos, self._eos = not asked.chat and top is not None, False
-        self.made, self.score = 0, 0.0
+        self.made, self.mean = 0, 0.0
         self.end: End | None = None
         self.times = [time.perf_counter()]
         if asked.echo and scored is None:
@@ -93,7 +93,7 @@ class Choice:
         part = Part(self.index)
         if isinstance(event, Step):
             self.times.append(time.perf_counter())
-            self.score += event.logprob or 0.0
+            self.mean += ((event.logprob or 0.0) - self.mean) / (len(self.times) - 1)
             self._eos = event.token == self._tokenizer.eos_id
             self.made += not self._eos
             if not self._eos or self._keep_eos:

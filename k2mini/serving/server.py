@@ -53,7 +53,8 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
                 left, self.should_exit = "the model was not loaded yet", True
             elif app.draining:
                 left, self.should_exit = f"requests cut off: {app.active}", True
-                stop(app.service)
+                for engine in app.service.engines:
+                    engine.stop(drain=False)
             elif app.active:
                 log.info("requests still to be answered: %d; a second signal cuts them off", app.active)
             app.draining = True
@@ -62,15 +63,11 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
             self.should_exit = self.should_exit or bool(failed) or (app.draining and not app.active)
             return await super().on_tick(counter)
 
-    def stop(service: Service) -> None:
-        for engine in (service.engine, *service.others.values()):
-            engine.stop(drain=False)
-
     def work() -> None:
         try:
             app.service = service = load()
             ready(service)  # only now: whoever reads of it may ask
-            for other in service.others.values():
+            for other in service.engines[1:]:
                 threading.Thread(target=other.run, daemon=True).start()
             service.engine.run()
         except BaseException as error:
@@ -84,7 +81,8 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
     if failed:
         raise failed[0]
     if app.service is not None:
-        stop(app.service)
+        for engine in app.service.engines:
+            engine.stop(drain=False)
         thread.join()
     if signals:
         stopped = StoppedBySignalError(signals[0], left)

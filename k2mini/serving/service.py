@@ -42,14 +42,15 @@ class Service:
     """
 
     def __init__(self, engine: Engine, served: Served, others: Mapping[str, Engine] | None = None) -> None:
-        self.engine, self.served, self.created, self.others = engine, served, int(time.time()), others or {}
+        self.engine, self.served, self.created, self._others = engine, served, int(time.time()), others or {}
+        self.engines = [engine, *self._others.values()]
         self._one_look = asyncio.Lock()
         self.seconds = {"time_to_first_token": 0.0, "time_per_token": 0.0}  # in all
         self.times = Counter[tuple[str, float]]()  # how many were no longer than a bound, and longer than the one below
 
     def engine_of(self, model: str) -> Engine:
         """The engine that answers as a model."""
-        return self.others.get(model, self.engine)
+        return self._others.get(model, self.engine)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -73,7 +74,7 @@ class Service:
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /tokenize. A control symbol that stands alone, such as '</s>', is its id: so a client learns it."""
-        given = self._about_text(body, "prompt", {"prompt": only(str), "add_special_tokens": FLAG})
+        given = self._given(body, "prompt", prompt=only(str), add_special_tokens=FLAG)
         tokenizer, text, bos = self.served.tokenizer, given["prompt"], given.get("add_special_tokens", True)
         control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
         tokens = control.get(text, [])
@@ -83,14 +84,12 @@ class Service:
 
     async def detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /detokenize."""
-        tokens = self._about_text(body, "tokens", {"tokens": only(list)})["tokens"]
+        tokens = self._given(body, "tokens", tokens=only(list))["tokens"]
         return {"prompt": self.served.tokenizer.decode(self.served.ids("tokens", tokens)) if tokens else ""}
 
-    def _about_text(self, body: dict[str, Any], field: str, fields: dict[str, Check]) -> dict[str, Any]:
-        """What is asked about text or ids, `field`; a model may be named, since all have one tokenizer."""
-        given = read(body, {"model": only(str), **fields})
-        if "model" in given:
-            self.served.adapter(given)
+    def _given(self, body: dict[str, Any], field: str, **fields: Check) -> dict[str, Any]:
+        """What is asked of `field`. A model may be named, though all have one tokenizer."""
+        given = read(body, {"model": only(*self.served.models), **fields})
         if field not in given:
             raise refuse(field, "is missing", "missing_required_parameter")
         return given
@@ -115,10 +114,9 @@ class Service:
 
     def metrics(self) -> str:
         """GET /metrics, in Prometheus' text format."""
-        engines = [self.engine, *self.others.values()]
-        lines = ["# TYPE k2mini_slots gauge", f"k2mini_slots {sum(engine.slots for engine in engines)}"]
+        lines = ["# TYPE k2mini_slots gauge", f"k2mini_slots {sum(engine.slots for engine in self.engines)}"]
         for name in asdict(self.engine.counts):
-            value = sum(getattr(engine.counts, name) for engine in engines)
+            value = sum(getattr(engine.counts, name) for engine in self.engines)
             full, kind = (name, "gauge") if name in GAUGES else (f"{name}_total", "counter")
             lines += [f"# TYPE k2mini_{full} {kind}", f"k2mini_{full} {value}"]
         for name, seconds in self.seconds.items():
@@ -206,19 +204,11 @@ class Answering:
         async for new in self._until_end():
             old = parts[new.index]
             parts[new.index] = Part(new.index, old.text + new.text, old.tokens + new.tokens, new.end)
-        many = self.asked.best_of
-        kept = [part for place in range(0, len(parts), many) for part in self._best(parts[place : place + many])]
-        choices = [{**self._choice(part, first=True), "index": index} for index, part in enumerate(kept)]
+        if (many := self.asked.best_of) > self.asked.n:
+            parts.sort(key=lambda part: (part.index // many, -self.choices[part.index].mean))
+            parts = [part for place, part in enumerate(parts) if place % many < self.asked.n]
+        choices = [{**self._choice(part, first=True), "index": index} for index, part in enumerate(parts)]
         return {**self._about, "choices": choices, "usage": self.usage()}
-
-    def _best(self, parts: list[Part]) -> list[Part]:
-        """Of the answers to one prompt the `n` that are likeliest by the token, or all where no more were made."""
-
-        def mean(part: Part) -> float:
-            return self.choices[part.index].score / max(len(self.choices[part.index].times) - 1, 1)
-
-        n = self.asked.n
-        return parts if len(parts) == n else sorted(parts, key=mean, reverse=True)[:n]
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events, but for the last, [DONE]."""
