@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from k2mini.inference.generate import Decoding, generate
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.layers import log_softmax
 from k2mini.serving.choices import token_text
+from k2mini.weights.model_files import save_model
+from tests.conftest import tiny_config, tiny_llama
+from tests.serving.conftest import Server
 
 openai = pytest.importorskip("openai")
 
@@ -144,6 +148,29 @@ def test_without_a_limit_a_chat_goes_on_to_the_end_of_the_context(server, client
     found = client.chat.completions.create(model="tiny", messages=messages, temperature=0, logit_bias={"5": 100})
     assert 10 < found.usage.completion_tokens < 200
     assert (found.choices[0].finish_reason, found.usage.total_tokens) == ("length", server.engine.capacity)
+
+
+def test_every_slot_has_all_of_the_context_and_answers_as_alone(tiny_tokenizer, tmp_path):
+    """The context is not divided among slots, and no answer depends on what runs beside it: widths are a LLaMA's."""
+    wide = {"dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "intermediate_dim": 160}
+    config = tiny_config(**wide, vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    save_model(tiny_llama(config).state_dict(), config, tmp_path / "tiny", tokenizer=tiny_tokenizer)
+    server = Server(tmp_path / "tiny")
+    rows = [{"prompt": [7 + k] * (990 + k), "max_tokens": 34 - k, "temperature": 0} for k in range(3)]
+    rows += [{"prompt": "granite", "max_tokens": 9, "seed": k, "top_p": 0.9} for k in range(3)]
+    asked = [{"model": "tiny", "logprobs": 2, "logit_bias": {"2": -100}, **row} for row in rows]
+
+    def answer(body):
+        status, _, content = server.ask("/v1/completions", body)
+        assert status == 200
+        return {name: json.loads(content)[name] for name in ("choices", "usage")}
+
+    alone = [answer(body) for body in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = [*pool.map(answer, asked)]
+    assert [found["usage"]["total_tokens"] for found in together[:3]] == [server.engine.capacity] * 3
+    assert [found["choices"] for found in together] == [found["choices"] for found in alone]
+    server.stop()
 
 
 @pytest.mark.parametrize("stop", [None, "s", ["nothing", "quick"], ["\n\n\n"]])
