@@ -61,7 +61,7 @@ def run_serve(options: argparse.Namespace) -> None:
     pairs = [word.partition("=")[::2] for word in options.adapter]
     if options.demo:
         options.model = str(DEMO / "pretrain" / "model")
-        pairs += [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
+        pairs[:0] = [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
         if missing := [path for path in (BASE, options.model, *dict(pairs).values()) if not Path(path).exists()]:
             raise ValueError(f"there is no {missing[0]}; `k2mini demo` makes it, in minutes")
     adapters = {name: Path(path) for name, path in pairs}
@@ -89,7 +89,7 @@ def run_serve(options: argparse.Namespace) -> None:
 
     def ready(service: Service) -> None:
         served, slots = service.served, options.slots
-        room = f"{slots} slots, each of {served.capacity:,} tokens for a prompt and its answer"
+        room = f"{slots} slot{'s' * (slots > 1)}, each of {served.capacity:,} tokens for a prompt and its answer"
         print(f"{address} serves {', '.join(served.models)}: {room}", flush=True)
         log.info("chats are asked in the template %s", template)
 

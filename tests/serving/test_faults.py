@@ -55,6 +55,7 @@ def test_a_slot_is_free_two_steps_after_its_client_has_gone(server, stream, when
         step = server.engine.counts.steps
         server.wait_until(lambda counts: counts.cancelled == before + 1 and counts.slots_busy == len(others))
         assert server.engine.counts.steps <= step + 2
+        assert f"\nk2mini_slots_busy {len(others)}\n" in server.ask("/metrics")[2].decode()
         if when == "prefill":
             assert server.engine.counts.new_tokens == made
         for other in others:
@@ -369,10 +370,12 @@ def test_the_demo_is_served_and_sigterm_lets_what_was_accepted_end(tiny_director
 
 def test_a_killed_server_leaves_its_port_and_a_second_signal_ends(tiny_directory):
     killed = Process("--model", tiny_directory, "--port", 0)
+    assert "4 slots, each of 1,024 tokens" in killed.line
     with killed.post("/v1/completions", LONG):
         killed.wait_until_busy(1)
         killed.end(signal.SIGKILL)
     running = Process("--model", tiny_directory, "--port", killed.port, "--slots", 1)
+    assert "1 slot, each of 1,024 tokens" in running.line
     with running.post("/v1/completions", {**LONG, "n": 30}) as whole:
         running.wait_until_busy(1, waiting=29)
         with running.post("/v1/completions", {**LONG, "stream": True}) as stream:
