@@ -351,7 +351,13 @@ def test_info_health_and_metrics(server):
     assert values["k2mini_slots"] == 3
     assert values["k2mini_slots_busy"] == values["k2mini_waiting"] == 0
     assert values["k2mini_new_tokens_total"] >= 4
-    assert values["k2mini_reused_tokens_total"] >= 0
+    for reused in (0, 256):  # of a prompt, the whole chunks that stand in the cache
+        asked = {"model": "tiny", "prompt": [301, *[9] * 299], "max_tokens": 1}
+        usage = server.client.completions.create(**asked).usage
+        assert usage.prompt_tokens_details.cached_tokens == reused
+        assert usage.prompt_tokens == 300
+    name = "k2mini_reused_tokens_total"
+    assert f"{name} {values[name] + 256:.0f}" in server.ask("/metrics")[2].decode().splitlines()
     for name in ("k2mini_time_to_first_token_seconds", "k2mini_time_per_token_seconds"):  # histograms
         assert f"# TYPE {name} histogram" in lines
         buckets = {key: values[key] for key in values if key.startswith(f"{name}_bucket")}
