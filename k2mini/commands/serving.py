@@ -33,7 +33,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free (default: 8000)")
-    parser.add_argument("--slots", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=4,
+        metavar="N",
+        help="requests at a time, each with all of the context (default: 4)",
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: what the context leaves)")
     parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, a line each, of those who may ask")
