@@ -53,8 +53,7 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
                 left, self.should_exit = "the model was not loaded yet", True
             elif app.draining:
                 left, self.should_exit = f"requests cut off: {app.active}", True
-                for engine in app.service.engines:
-                    engine.stop(drain=False)
+                app.service.stop()
             elif app.active:
                 log.info("requests still to be answered: %d; a second signal cuts them off", app.active)
             app.draining = True
@@ -67,9 +66,7 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
         try:
             app.service = service = load()
             ready(service)  # only now: whoever reads of it may ask
-            for other in service.engines[1:]:
-                threading.Thread(target=other.run, daemon=True).start()
-            service.engine.run()
+            service.run()
         except BaseException as error:
             failed.append(error)
 
@@ -81,8 +78,7 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
     if failed:
         raise failed[0]
     if app.service is not None:
-        for engine in app.service.engines:
-            engine.stop(drain=False)
+        app.service.stop()
         thread.join()
     if signals:
         stopped = StoppedBySignalError(signals[0], left)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import secrets
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -35,22 +36,26 @@ BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, math.inf)
 
 
 class Service:
-    """Engines, and what they serve.
-
-    Args:
-        others: the engines of models that are neither the first engine's base nor adapters of it, by name.
-    """
+    """What is served, and its engine; `others`, by name, are those of models with weights of their own."""
 
     def __init__(self, engine: Engine, served: Served, others: Mapping[str, Engine] | None = None) -> None:
-        self.engine, self.served, self.created, self._others = engine, served, int(time.time()), others or {}
-        self.engines = [engine, *self._others.values()]
+        self.engine, self.served, self.created = engine, served, int(time.time())
+        self.engine_of = {**dict.fromkeys(served.models, engine), **(others or {})}  # model -> engine
+        self.engines = [engine, *(others or {}).values()]
         self._one_look = asyncio.Lock()
         self.seconds = {"time_to_first_token": 0.0, "time_per_token": 0.0}  # in all
         self.times = Counter[tuple[str, float]]()  # how many were no longer than a bound, and longer than the one below
 
-    def engine_of(self, model: str) -> Engine:
-        """The engine that answers as a model."""
-        return self._others.get(model, self.engine)
+    def run(self) -> None:
+        """Let the engines answer until `stop`, the first in this thread."""
+        for other in self.engines[1:]:
+            threading.Thread(target=other.run, daemon=True).start()
+        self.engine.run()
+
+    def stop(self) -> None:
+        """Let `run` return; what is being answered is told so."""
+        for engine in self.engines:
+            engine.stop(drain=False)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -98,7 +103,7 @@ class Service:
         """POST /k2mini/why: what each layer would have said in the place of the last token."""
         given = read(body, {"model": only(str), "tokens": only(list)})
         adapter, tokens = self.served.adapter(given), self.served.ids("tokens", given.get("tokens"))
-        engine = self.engine_of(given["model"])
+        engine = self.engine_of[given["model"]]
         if len(tokens) < 2:
             raise refuse("tokens", "must have at least one token before the last")
 
@@ -154,7 +159,7 @@ class Answering:
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self.service, self.asked, self._tokenizer = service, asked, service.served.tokenizer
-        self._engine = service.engine_of(asked.model)
+        self._engine = service.engine_of[asked.model]
         parts: asyncio.Queue[Part] = asyncio.Queue()  # no more than one for each token
         self._parts, loop = parts, asyncio.get_running_loop()
         kind, name = ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
