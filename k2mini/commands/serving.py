@@ -13,12 +13,14 @@ from k2mini.config import QUANTIZE_NAMES, InstructionSection
 from k2mini.data.prompts import TEMPLATES
 
 if TYPE_CHECKING:
+    from k2mini.inference.engine import Engine
     from k2mini.serving.service import Service
     from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
 DEMO = Path("runs/demo")
+BASE = DEMO / "base"  # which learnt no geoscience: what the demo began with
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free (default: 8000)")
-    parser.add_argument("--slots", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=4,
+        metavar="N",
+        help="requests at a time, each with all of the context (default: 4)",
+    )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: what the context leaves)")
     parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, a line each, of those who may ask")
@@ -59,8 +67,8 @@ def run_serve(options: argparse.Namespace) -> None:
     pairs = [word.partition("=")[::2] for word in options.adapter]
     if options.demo:
         options.model = str(DEMO / "pretrain" / "model")
-        pairs += [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
-        if missing := [path for path in (options.model, *dict(pairs).values()) if not Path(path).exists()]:
+        pairs[:0] = [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
+        if missing := [path for path in (BASE, options.model, *dict(pairs).values()) if not Path(path).exists()]:
             raise ValueError(f"there is no {missing[0]}; `k2mini demo` makes it, in minutes")
     adapters = {name: Path(path) for name, path in pairs}
     if not all(name and path for name, path in pairs) or len(adapters) < len(pairs):
@@ -71,27 +79,29 @@ def run_serve(options: argparse.Namespace) -> None:
     directory = ModelDirectory(options.model)
     directory.require_model()
     directory.require_tokenizer()
-    base = "pretrain" if options.demo else directory.path.resolve().name
-    if base in adapters:
-        raise ValueError(f"--adapter {base} has the name of the model")
+    bases = [BASE.name, "pretrain"] if options.demo else [directory.path.resolve().name]
+    if taken := {*bases} & {*adapters}:
+        raise ValueError(f"--adapter {taken.pop()} has the name of a model")
     for path in adapters.values():
         checked_adapter(path, directory)
     template = options.template or _template([*adapters.values()])
     get_template(template)
     local = options.host in LOOPBACK
     if not local and not keys:
-        log.warning("whoever reaches %s may ask; --api-key-file FILE would let only who has a key", options.host)
+        log.warning("whoever reaches %s may ask: no --api-key-file FILE says whose keys are good", options.host)
     listening = open_socket(options.host, options.port)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def ready(service: Service) -> None:
         served, slots = service.served, options.slots
-        print(f"{address} serves {', '.join(served.models)}: {slots} slots of {served.capacity:,} tokens", flush=True)
+        room = f"{slots} slot{'s' * (slots > 1)}, each of {served.capacity:,} tokens for a prompt and its answer"
+        print(f"{address} serves {', '.join(served.models)}: {room}", flush=True)
         log.info("chats are asked in the template %s", template)
 
+    log.info("%s is open; it answers once %s is loaded", address, options.model)
     app = App(Access(keys, options.cors, LOOPBACK if local and not keys else ()))
-    serve(app, listening, partial(_load, options, directory, base, adapters, template), ready)
+    serve(app, listening, partial(_load, options, directory, bases, adapters, template), ready)
 
 
 def _template(adapters: list[Path]) -> str:
@@ -108,31 +118,41 @@ def _template(adapters: list[Path]) -> str:
 
 
 def _load(
-    options: argparse.Namespace, directory: ModelDirectory, base: str, adapters: dict[str, Path], template: str
+    options: argparse.Namespace, directory: ModelDirectory, bases: list[str], adapters: dict[str, Path], template: str
 ) -> Service:
-    """The model with its adapters, in an engine whose slots are as long as the model's context, or as memory allows."""
+    """The model with its adapters, and of the demo what it began with."""
+    from k2mini.serving.asked import Served
+    from k2mini.serving.fields import MOST_ROWS
+    from k2mini.serving.service import Service
+    from k2mini.weights.model_directory import ModelDirectory
+
+    engine = _engine(options, directory, adapters)
+    others = {BASE.name: _engine(options, ModelDirectory(str(BASE)), {})} if options.demo else {}
+    models = {**dict.fromkeys(bases), **{name: name for name in adapters}}
+    told = (directory.require_tokenizer(), models, template, engine.capacity, options.max_tokens, options.seed)
+    return Service(engine, Served(*told, min(MOST_ROWS, options.slots + options.queue)), others)
+
+
+def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: dict[str, Path]) -> Engine:
+    """An engine whose slots are as long as the model's context, or as memory allows."""
     from k2mini.build import free_memory, open_model
     from k2mini.inference.engine import Engine
     from k2mini.nn.slots import token_bytes
-    from k2mini.serving.asked import Served
-    from k2mini.serving.service import Service
     from k2mini.weights.adapter import load_adapters
 
     wanted = {name: getattr(options, name) for name in ("dtype", "quantize", "quantize_head")}
     model, directory = open_model(directory, options.device, options.threads, **wanted)
-    config, tokenizer = model.config, directory.require_tokenizer()
+    config = model.config
     room = 0.8 * free_memory(model.device)
     capacity = int(min(config.max_seq_len, room // (options.slots * token_bytes(config, model.dtype))))
     if capacity < config.max_seq_len:
         said = "memory leaves each of %d slots %d tokens of the model's %d; with fewer --slots it is more"
         log.warning(said, options.slots, capacity, config.max_seq_len)
-    engine = Engine(
+    return Engine(
         model,
         slots=options.slots,
         capacity=capacity,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=directory.require_tokenizer().vocab_size,
         queue=options.queue,
         adapters=load_adapters(model, directory, adapters),
     )
-    models = {name: name if name in adapters else None for name in (base, *adapters)}
-    return Service(engine, Served(tokenizer, models, template, capacity, options.max_tokens, options.seed))

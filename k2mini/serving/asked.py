@@ -28,6 +28,7 @@ class Served:
         capacity: tokens of a prompt and its answer together.
         max_tokens: of an answer; None: what the capacity leaves.
         seed: where a request names none; None: drawn.
+        rows: answers of one request.
     """
 
     tokenizer: Tokenizer
@@ -36,6 +37,7 @@ class Served:
     capacity: int
     max_tokens: int | None = None
     seed: int | None = None
+    rows: int = MOST_ROWS
 
     @cached_property
     def _longest(self) -> int:
@@ -79,7 +81,8 @@ class Asked:
 
     Args:
         new: of each prompt, how many tokens may follow it.
-        n: answers of each prompt.
+        n: answers of each prompt: those of the highest mean log-probability among `best_of`.
+        logprobs: None, or of how many of the likeliest tokens the answer has the log-probabilities.
         usage: the last event of a stream says how many tokens there were.
         token_ids: the answer has ids too.
     """
@@ -90,6 +93,8 @@ class Asked:
     prompts: list[list[int]]
     new: list[int]
     n: int
+    best_of: int
+    logprobs: int | None
     decoding: Decoding
     stream: bool
     usage: bool
@@ -101,11 +106,13 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
     """Check a request for a completion or a chat. Raises RefusedError, which names the field."""
     given = read(body, CHAT if chat else COMPLETION)
     adapter, n, echo = served.adapter(given), given.get("n", 1), given.get("echo", False)
+    best = given.get("best_of", n)
     top, limit = given.get("logprobs"), _limit(given, served)
     if chat:
         top = given.get("top_logprobs", 0) if top else None
     for field, wrong, why in (
-        ("best_of", given.get("best_of", n) != n, f"must equal `n`, which is {n}: every answer is returned"),
+        ("best_of", best < n, f"must be at least `n`, which is {n}"),
+        ("best_of", best > n and given.get("stream"), "does not go with `stream`: the best is known at the end"),
         ("stream_options", "stream_options" in given and not given.get("stream"), "goes with `stream`"),
         ("top_logprobs", "top_logprobs" in given and top is None, "needs `logprobs`: true"),
         ("temperature", 0 < given.get("temperature", 1) < 0.01, "must be 0, the likeliest token, or at least 0.01"),
@@ -117,16 +124,19 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
         served.ids("logit_bias", [token])
     sampling = Sampling(**{"temperature": 1.0, **{name: given[name] for name in SAMPLING if name in given}})
     seed = given.get("seed", secrets.randbits(48) if served.seed is None else served.seed)
-    decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=top)
+    scored = 0 if best > n and top is None else top
+    decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=scored)
     prompts, new = [_chat_prompt(given, served)] if chat else _prompts(given, served), []
-    if len(prompts) * n > MOST_ROWS:
-        raise refuse("prompt", f"asks for more than {MOST_ROWS} answers at once")
+    if len(prompts) * best > served.rows:
+        field = "best_of" if best > n else "n" if n > 1 else "prompt"
+        raise refuse(field, f"asks for more than {served.rows} answers at once")
     for prompt in prompts:
         served.fit("messages" if chat else "prompt", len(prompt), 1 if limit is None else limit)
         most = (served.max_tokens or served.capacity) if chat else COMPLETION_TOKENS
         new.append(min(most, served.capacity - len(prompt)) if limit is None else limit)
     usage, ids = given.get("stream_options", {}).get("include_usage", False), given.get("return_token_ids", False)
-    return Asked(chat, given["model"], adapter, prompts, new, n, decoding, given.get("stream", False), usage, echo, ids)
+    how = (n, best, top, decoding, given.get("stream", False), usage, echo, ids)
+    return Asked(chat, given["model"], adapter, prompts, new, *how)
 
 
 def _limit(given: Mapping[str, Any], served: Served) -> int | None:
@@ -144,8 +154,8 @@ def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
     """Text with BOS before it; ids as they are."""
     prompt, encode = given.get("prompt"), served.tokenizer.encode
     many = prompt if isinstance(prompt, list) and prompt and type(prompt[0]) in (str, list) else [prompt]
-    if len(many) > MOST_ROWS:
-        raise refuse("prompt", f"asks for more than {MOST_ROWS} answers at once")
+    if len(many) > served.rows:
+        raise refuse("prompt", f"asks for more than {served.rows} answers at once")
     texts = [served.text("prompt", one) if isinstance(one, str) else served.ids("prompt", one) for one in many]
     return [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
 

@@ -42,24 +42,25 @@ class Choice:
 
     Attributes:
         made: how many tokens the engine made, those of a stop string too.
+        mean: of the log-probabilities of its tokens, where those are known.
         end: of the answer, once it is there.
-        started, first, last: seconds, when it was asked for and when its first and its newest token came.
+        times: seconds, when it was asked for and when each of its tokens came.
     """
 
     def __init__(self, index: int, asked: Asked, tokenizer: Tokenizer, put: Callable[[Part], None]) -> None:
         self.index, self._tokenizer, self._put = index, tokenizer, put
-        prompt, new = asked.prompts[index // asked.n], asked.new[index // asked.n]
-        decoding = replace(asked.decoding, max_new_tokens=max(new, 1), seed=asked.decoding.seed + index % asked.n)
-        top = decoding.top_logprobs
+        place, number = divmod(index, asked.best_of)
+        prompt, new, top = asked.prompts[place], asked.new[place], asked.logprobs
+        decoding = replace(asked.decoding, max_new_tokens=max(new, 1), seed=asked.decoding.seed + number)
         scored = top if asked.echo else None
         self.request = Request(prompt, decoding, (), self.deliver, asked.adapter, scored, score_only=not new)
         self._text, self._all = TextStream(tokenizer, decoding.stop), tokenizer.stream()
         self._before = self._place = 0  # characters of the prompt, and of all text so far
         self._held: list[Token] = []
         self._keep_eos, self._eos = not asked.chat and top is not None, False
-        self.made = 0
+        self.made, self.mean = 0, 0.0
         self.end: End | None = None
-        self.started, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.times = [time.perf_counter()]
         if asked.echo and scored is None:
             self._echo(None)
 
@@ -91,8 +92,8 @@ class Choice:
     def _take(self, event: Step | End) -> None:
         part = Part(self.index)
         if isinstance(event, Step):
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
+            self.times.append(time.perf_counter())
+            self.mean += ((event.logprob or 0.0) - self.mean) / (len(self.times) - 1)
             self._eos = event.token == self._tokenizer.eos_id
             self.made += not self._eos
             if not self._eos or self._keep_eos:

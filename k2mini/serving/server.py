@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from k2mini.errors import StoppedBySignalError, need_extra
+from k2mini.errors import StoppedBySignalError, end, need_extra
 from k2mini.serving.app import App
 from k2mini.serving.service import Service
+
+log = logging.getLogger(__name__)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -19,12 +23,12 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]  # which has the address again
         raise ValueError(f"{host}, port {port}: {why}; --port and --host name another") from None
 
 
 def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready: Callable[[Service], None]) -> None:
-    """Answer requests until a signal: the first lets those that were accepted end, a second one ends all.
+    """Answer requests until a signal: the first lets those that were accepted end, a second one tells them why not.
 
     Args:
         load: makes the service, in the engine's thread; until then the server says that it loads.
@@ -38,13 +42,21 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
         raise need_extra("serve") from None
     failed: list[BaseException] = []
     signals: list[int] = []
+    left = "every accepted request was answered"
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            self.force_exit = app.draining or app.service is None
-            self.should_exit = self.should_exit or self.force_exit
-            app.draining = True
+            nonlocal left
             signals.append(sig)
+            self.force_exit = self.should_exit or app.service is None
+            if app.service is None:
+                left, self.should_exit = "the model was not loaded yet", True
+            elif app.draining:
+                left, self.should_exit = f"requests cut off: {app.active}", True
+                app.service.stop()
+            elif app.active:
+                log.info("requests still to be answered: %d; a second signal cuts them off", app.active)
+            app.draining = True
 
         async def on_tick(self, counter: int) -> bool:
             self.should_exit = self.should_exit or bool(failed) or (app.draining and not app.active)
@@ -54,7 +66,7 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
         try:
             app.service = service = load()
             ready(service)  # only now: whoever reads of it may ask
-            service.engine.run()
+            service.run()
         except BaseException as error:
             failed.append(error)
 
@@ -66,8 +78,10 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
     if failed:
         raise failed[0]
     if app.service is not None:
-        app.service.engine.stop(drain=False)
+        app.service.stop()
         thread.join()
     if signals:
-        left = app.active or app.service is None
-        raise StoppedBySignalError(signals[0], "at once" if left else "every accepted request was answered")
+        stopped = StoppedBySignalError(signals[0], left)
+        if app.service is None:
+            os._exit(end(stopped) or 0)  # Python's own end aborts what another thread loads, and says so
+        raise stopped

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
+import threading
 import time
-from collections.abc import AsyncIterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,19 +28,34 @@ from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
 from k2mini.serving.asked import Asked, Served
 from k2mini.serving.choices import Choice, Part, chat_logprobs, completion_logprobs, token_text
-from k2mini.serving.fields import FLAG, RefusedError, only, read, refuse
+from k2mini.serving.fields import FLAG, Check, RefusedError, only, read, refuse
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 GAUGES = ("slots_busy", "waiting")  # of the engine's counts; the others only grow
+BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, math.inf)  # seconds, of the histograms
 
 
 class Service:
-    """An engine, and what it serves."""
+    """What is served, and its engine; `others`, by name, are those of models with weights of their own."""
 
-    def __init__(self, engine: Engine, served: Served) -> None:
+    def __init__(self, engine: Engine, served: Served, others: Mapping[str, Engine] | None = None) -> None:
         self.engine, self.served, self.created = engine, served, int(time.time())
+        self.engine_of = {**dict.fromkeys(served.models, engine), **(others or {})}  # model -> engine
+        self.engines = [engine, *(others or {}).values()]
         self._one_look = asyncio.Lock()
-        self.times = {"time_to_first_token": [0.0, 0], "time_per_token": [0.0, 0]}  # seconds of how many
+        self.seconds = {"time_to_first_token": 0.0, "time_per_token": 0.0}  # in all
+        self.times = Counter[tuple[str, float]]()  # how many were no longer than a bound, and longer than the one below
+
+    def run(self) -> None:
+        """Let the engines answer until `stop`, the first in this thread."""
+        for other in self.engines[1:]:
+            threading.Thread(target=other.run, daemon=True).start()
+        self.engine.run()
+
+    def stop(self) -> None:
+        """Let `run` return; what is being answered is told so."""
+        for engine in self.engines:
+            engine.stop(drain=False)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -59,8 +79,8 @@ class Service:
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /tokenize. A control symbol that stands alone, such as '</s>', is its id: so a client learns it."""
-        given = read(body, {"model": only(str), "prompt": only(str), "add_special_tokens": FLAG})
-        tokenizer, text, bos = self.served.tokenizer, given.get("prompt", ""), given.get("add_special_tokens", True)
+        given = self._given(body, "prompt", prompt=only(str), add_special_tokens=FLAG)
+        tokenizer, text, bos = self.served.tokenizer, given["prompt"], given.get("add_special_tokens", True)
         control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
         tokens = control.get(text, [])
         if not tokens:
@@ -69,41 +89,53 @@ class Service:
 
     async def detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /detokenize."""
-        tokens = read(body, {"model": only(str), "tokens": only(list)}).get("tokens")
+        tokens = self._given(body, "tokens", tokens=only(list))["tokens"]
         return {"prompt": self.served.tokenizer.decode(self.served.ids("tokens", tokens)) if tokens else ""}
+
+    def _given(self, body: dict[str, Any], field: str, **fields: Check) -> dict[str, Any]:
+        """What is asked of `field`. A model may be named, though all have one tokenizer."""
+        given = read(body, {"model": only(*self.served.models), **fields})
+        if field not in given:
+            raise refuse(field, "is missing", "missing_required_parameter")
+        return given
 
     async def why(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST /k2mini/why: what each layer would have said in the place of the last token."""
         given = read(body, {"model": only(str), "tokens": only(list)})
         adapter, tokens = self.served.adapter(given), self.served.ids("tokens", given.get("tokens"))
+        engine = self.engine_of[given["model"]]
         if len(tokens) < 2:
             raise refuse("tokens", "must have at least one token before the last")
 
         def look() -> list[dict[str, Any]]:
-            self.engine.alone(adapter)
-            return lens(self.engine.model, tokens, self.served.tokenizer)
+            engine.alone(adapter)
+            return lens(engine.model, tokens, self.served.tokenizer)
 
         try:
             async with self._one_look:  # the engine steps between one and the next
-                return {"layers": await asyncio.wrap_future(self.engine.between(look))}
+                return {"layers": await asyncio.wrap_future(engine.between(look))}
         except ValueError as error:
             raise RefusedError(400, str(error)) from None
 
     def metrics(self) -> str:
         """GET /metrics, in Prometheus' text format."""
-        lines = ["# TYPE k2mini_slots gauge", f"k2mini_slots {self.engine.slots}"]
-        for name, value in asdict(self.engine.counts).items():
+        lines = ["# TYPE k2mini_slots gauge", f"k2mini_slots {sum(engine.slots for engine in self.engines)}"]
+        for name in asdict(self.engine.counts):
+            value = sum(getattr(engine.counts, name) for engine in self.engines)
             full, kind = (name, "gauge") if name in GAUGES else (f"{name}_total", "counter")
             lines += [f"# TYPE k2mini_{full} {kind}", f"k2mini_{full} {value}"]
-        for name, (seconds, number) in self.times.items():
-            full = f"k2mini_{name}_seconds"
-            lines += [f"# TYPE {full} summary", f"{full}_sum {seconds}", f"{full}_count {number}"]
+        for name, seconds in self.seconds.items():
+            full, numbers = f"k2mini_{name}_seconds", [*accumulate(self.times[name, bound] for bound in BOUNDS)]
+            lines.append(f"# TYPE {full} histogram")
+            for bound, number in zip(BOUNDS, numbers, strict=True):
+                lines.append(f'{full}_bucket{{le="{str(bound).replace("inf", "+Inf")}"}} {number}')
+            lines += [f"{full}_sum {seconds}", f"{full}_count {numbers[-1]}"]
         return "\n".join(lines) + "\n"
 
-    def timed(self, name: str, seconds: float, number: int = 1) -> None:
+    def timed(self, name: str, seconds: float) -> None:
         """Add to the times that `metrics` shows."""
-        self.times[name][0] += seconds
-        self.times[name][1] += number
+        self.times[name, BOUNDS[bisect_left(BOUNDS, seconds)]] += 1
+        self.seconds[name] += seconds
 
 
 @torch.inference_mode()
@@ -127,6 +159,7 @@ class Answering:
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self.service, self.asked, self._tokenizer = service, asked, service.served.tokenizer
+        self._engine = service.engine_of[asked.model]
         parts: asyncio.Queue[Part] = asyncio.Queue()  # no more than one for each token
         self._parts, loop = parts, asyncio.get_running_loop()
         kind, name = ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
@@ -137,27 +170,25 @@ class Answering:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(parts.put_nowait, part)
 
-        number = len(asked.prompts) * asked.n
+        number = len(asked.prompts) * asked.best_of
         self.choices = [Choice(index, asked, self._tokenizer, put) for index in range(number)]
 
     def submit(self) -> None:
         """Ask the engine. Raises RefusedError where too many wait."""
-        engine = self.service.engine
         try:
             for choice in self.choices:
-                engine.submit(choice.request)
+                self._engine.submit(choice.request)
         except QueueFullError as error:
-            wait = 1 + engine.counts.waiting // engine.slots
+            wait = 1 + self._engine.counts.waiting // self._engine.slots
             raise RefusedError(429, str(error), code="queue_full", retry_after=wait) from None
 
     def cancel(self) -> None:
         """Free what is still held, and count what was made."""
         for choice in self.choices:
             if choice.end is None:
-                self.service.engine.cancel(choice.request)
-            if choice.made:
-                self.service.timed("time_to_first_token", choice.first - choice.started)
-                self.service.timed("time_per_token", choice.last - choice.first, choice.made - 1)
+                self._engine.cancel(choice.request)
+            for place, (before, time_) in enumerate(pairwise(choice.times)):
+                self.service.timed("time_per_token" if place else "time_to_first_token", time_ - before)
 
     async def _until_end(self) -> AsyncIterator[Part]:
         """The parts of all choices as they come. Raises RefusedError where the engine failed."""
@@ -178,7 +209,11 @@ class Answering:
         async for new in self._until_end():
             old = parts[new.index]
             parts[new.index] = Part(new.index, old.text + new.text, old.tokens + new.tokens, new.end)
-        return {**self._about, "choices": [self._choice(part, first=True) for part in parts], "usage": self.usage()}
+        if (many := self.asked.best_of) > self.asked.n:
+            parts.sort(key=lambda part: (part.index // many, -self.choices[part.index].mean))
+            parts = [part for place, part in enumerate(parts) if place % many < self.asked.n]
+        choices = [{**self._choice(part, first=True), "index": index} for index, part in enumerate(parts)]
+        return {**self._about, "choices": choices, "usage": self.usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events, but for the last, [DONE]."""
@@ -201,18 +236,18 @@ class Answering:
             said = {"delta": {"role": "assistant", "content": part.text} if first else {"content": part.text}}
         elif asked.chat:
             said = {"message": {"role": "assistant", "content": part.text, "refusal": None}}
-        if asked.decoding.top_logprobs is not None:
+        if asked.logprobs is not None:
             logprobs = (chat_logprobs if asked.chat else completion_logprobs)(self._tokenizer, part.tokens)
         ids: dict[str, Any] = {"token_ids": [token.id for token in part.tokens]} if asked.token_ids else {}
         if ids and first:
-            ids["prompt_token_ids"] = asked.prompts[part.index // asked.n]
+            ids["prompt_token_ids"] = asked.prompts[part.index // asked.best_of]
         finish = FINISH[part.end.reason] if part.end else None
         return {"index": part.index, **said, "logprobs": logprobs, "finish_reason": finish, **ids}
 
     def usage(self) -> dict[str, Any]:
         """How many tokens there were; a prompt counts once."""
         prompt, made = sum(map(len, self.asked.prompts)), sum(choice.made for choice in self.choices)
-        ends = [choice.end for choice in self.choices[:: self.asked.n]]
+        ends = [choice.end for choice in self.choices[:: self.asked.best_of]]
         cached = {"cached_tokens": sum(end.reused for end in ends if end is not None)}
         tokens = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
         return {**tokens, "prompt_tokens_details": cached}

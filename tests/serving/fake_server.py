@@ -104,7 +104,7 @@ class Fake:
     def refused(self, request):
         if self.loading:
             self.loading = False
-            return self.error(503, "the server is loading", **{"Retry-After": "1"})
+            return self.error(503, "the server is loading", **{"Retry-After": "0.3"})
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return self.error(401, "Incorrect API key")
         return None
@@ -151,7 +151,7 @@ class Fake:
         if "wrong" in question:
             return self.error(400, "`messages`: the prompt has 4000 tokens, the context 2048.")
         answer = next((text for word, text in ANSWERS.items() if word in question), PLAIN)
-        if body["model"] == "k2-geo":
+        if body["model"] == "k2-base":
             answer = answer.replace("large enough to be seen", "over thousands of years")
         return StreamingResponse(self.stream(body, question, answer), media_type="text/event-stream")
 

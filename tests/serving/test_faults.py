@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
+from k2mini.build import load_model
+from k2mini.inference.generate import Decoding, generate
 from k2mini.serving.app import MOST_BYTES, Access
+from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT
 from tests.serving.conftest import Server, http_post, read_answer
 
@@ -51,6 +55,7 @@ def test_a_slot_is_free_two_steps_after_its_client_has_gone(server, stream, when
         step = server.engine.counts.steps
         server.wait_until(lambda counts: counts.cancelled == before + 1 and counts.slots_busy == len(others))
         assert server.engine.counts.steps <= step + 2
+        assert f"\nk2mini_slots_busy {len(others)}\n" in server.ask("/metrics")[2].decode()
         if when == "prefill":
             assert server.engine.counts.new_tokens == made
         for other in others:
@@ -109,10 +114,11 @@ def test_fifty_at_once_are_answered_or_told_to_come_again(tiny_directory):
     server.stop()
 
 
-def test_an_answer_has_as_many_tokens_as_the_server_allows(tiny_directory):
-    server = Server(tiny_directory, max_tokens=30, seed=4)
-    status, _, content = server.ask("/v1/completions", {**SHORT, "max_tokens": 31})
-    assert (status, json.loads(content)["error"]["param"]) == (400, "max_tokens")
+def test_answers_are_as_long_and_as_many_as_the_server_allows(tiny_directory):
+    server = Server(tiny_directory, max_tokens=30, seed=4, rows=5)
+    for field, value in {"max_tokens": 31, "n": 6, "best_of": 6, "prompt": ["a"] * 6}.items():
+        status, _, content = server.ask("/v1/completions", {**SHORT, field: value})
+        assert (status, json.loads(content)["error"]["param"]) == (400, field)
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "granite"}], "logit_bias": {"2": -100}}
     first, second = (json.loads(server.ask("/v1/chat/completions", chat)[2]) for _ in range(2))
     assert first["usage"]["completion_tokens"] == 30
@@ -120,7 +126,11 @@ def test_an_answer_has_as_many_tokens_as_the_server_allows(tiny_directory):
     server.stop()
 
 
-def test_keys(tiny_directory):
+def test_keys(tiny_directory, monkeypatch, caplog):
+    """One of them opens all but /health and the page; none is ever logged, nor found by how long its refusal takes."""
+    caplog.set_level("INFO", "k2mini")
+    compared = []
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
     server = Server(tiny_directory, access=Access(keys=(b"alpha", b"beta")))
     for headers in ([], [("Authorization", "Bearer alph")], [("Authorization", "Bearer ")], [("Authorization", "é")]):
         status, _, content = server.ask("/v1/models", headers=headers)
@@ -129,10 +139,15 @@ def test_keys(tiny_directory):
         assert server.ask("/nothing", headers=headers)[0] == 401
         assert server.ask("/health", headers=headers)[0] == 200
     assert server.ask("/v1/models", headers=[("Authorization", "Bearer beta")])[0] == 200
+    assert compared[-2:] == [(b"beta", b"alpha"), (b"beta", b"beta")]  # with all keys, in any case
+    assert server.ask("/v1/models?key=beta", headers=[("Authorization", "Bearer alpha")])[0] == 200
+    assert compared[-2:] == [(b"alpha", b"alpha"), (b"alpha", b"beta")]
     openai = pytest.importorskip("openai")
     with pytest.raises(openai.AuthenticationError):
         server.client.models.list()
     server.stop()
+    assert "GET /v1/models 200" in caplog.text
+    assert not re.search("alph|beta", caplog.text)
 
 
 def test_pages_of_other_sites_can_not_ask(server, tiny_directory):
@@ -261,17 +276,26 @@ class Process:
 
     started: ClassVar[list[subprocess.Popen]] = []
 
-    def __init__(self, *arguments, folder=ROOT):
-        command = [sys.executable, "-m", "k2mini", "serve", "--threads", "1", *map(str, arguments)]
+    def __init__(self, *arguments, folder=ROOT, before=""):
+        start = ["-c", f"{before}\nfrom k2mini.cli import main\nmain()"] if before else ["-m", "k2mini"]
+        command = [sys.executable, *start, "serve", "--threads", "1", *map(str, arguments)]
         self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would stop it)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.err, text=True, cwd=folder)
         self.started.append(self.process)
-        self.line = self.process.stdout.readline()
-        found = re.match(r"http://127\.0\.0\.1:(\d+) serves", self.line)
+        self.line = self.said() if before else self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+) (serves|is open)", self.line)
         assert found, self.end()
         self.port = int(found[1])
 
     ask, post, raw = Server.ask, Server.post, Server.raw
+
+    def said(self, text="\n"):
+        """Its log, once that has some text."""
+        end = time.monotonic() + 60
+        while text not in (log := os.pread(self.err.fileno(), 1 << 20, 0).decode()):
+            assert time.monotonic() < end, log
+            time.sleep(0.01)
+        return log
 
     def end(self, *signals):
         """Send it signals. Returns its exit status, and what it said, once it has ended."""
@@ -303,9 +327,22 @@ def test_the_demo_is_served_and_sigterm_lets_what_was_accepted_end(tiny_director
     for name, directory in {"pretrain/model": tiny_directory, **adapters}.items():
         (demo / name).parent.mkdir(parents=True)
         (demo / name).symlink_to(directory)
+    base, tokenizer = load_model(tiny_directory)
+    with torch.no_grad():
+        base.head_weight.neg_()
+    save_model(base.state_dict(), base.config, demo / "base", tokenizer=tokenizer)
     (demo / "stage2" / "config.yaml").write_text('{"data": {"template": "vigogne"}}')
     running = Process("--demo", "--port", 0, "--slots", 2, folder=tmp_path)
-    assert running.line.endswith("serves pretrain, stage1, stage2: 2 slots of 1,024 tokens\n")
+    room = "2 slots, each of 1,024 tokens for a prompt and its answer"
+    assert running.line.endswith(f"serves base, pretrain, stage1, stage2: {room}\n")
+    (wanted,) = generate(base, [SHORT["prompt"]], Decoding(3), stop_ids=[])
+    answers = {}
+    for name in ("base", "pretrain"):
+        asked = {**SHORT, "model": name, "logit_bias": {}, "return_token_ids": True}
+        answers[name] = json.loads(running.ask("/v1/completions", asked)[2])["choices"][0]["token_ids"]
+        assert running.ask("/k2mini/why", {"model": name, "tokens": [5, 6]})[0] == 200
+    assert answers["base"] == wanted.tokens != answers["pretrain"]
+    assert b"\nk2mini_requests_total 2\n" in running.ask("/metrics")[2]
     assert json.loads(running.ask("/k2mini/info")[2])["template"] == "vigogne"
     asked = {**LONG, "model": "stage2", "max_tokens": 100}
     connections = [running.post("/v1/completions", {**asked, "stream": bool(number % 2)}) for number in range(6)]
@@ -333,35 +370,67 @@ def test_the_demo_is_served_and_sigterm_lets_what_was_accepted_end(tiny_director
 
 def test_a_killed_server_leaves_its_port_and_a_second_signal_ends(tiny_directory):
     killed = Process("--model", tiny_directory, "--port", 0)
+    assert "4 slots, each of 1,024 tokens" in killed.line
     with killed.post("/v1/completions", LONG):
         killed.wait_until_busy(1)
         killed.end(signal.SIGKILL)
     running = Process("--model", tiny_directory, "--port", killed.port, "--slots", 1)
-    with running.post("/v1/completions", {**LONG, "n": 30}):
+    assert "1 slot, each of 1,024 tokens" in running.line
+    with running.post("/v1/completions", {**LONG, "n": 30}) as whole:
         running.wait_until_busy(1, waiting=29)
-        running.process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
-        assert running.process.poll() is None
-        status, err = running.end(signal.SIGINT)
+        with running.post("/v1/completions", {**LONG, "stream": True}) as stream:
+            running.wait_until_busy(1, waiting=30)
+            running.process.send_signal(signal.SIGTERM)
+            running.said("requests still to be answered: 2; a second signal cuts them off")
+            assert running.process.poll() is None
+            status, err = running.end(signal.SIGINT)
+            assert read_answer(stream)[2].count(b'"code": "draining"') == 1
+        number, _, content = read_answer(whole)
+    assert (number, json.loads(content)["error"]["code"]) == (503, "draining")
     assert status == 128 + signal.SIGTERM
     assert "Traceback" not in err
+    assert "stopped by SIGTERM; requests cut off: 2" in err.splitlines()[-1]
 
 
-def test_what_serve_can_not_begin_with(run, tiny_directory, tmp_path, monkeypatch):
+def test_a_signal_while_the_model_is_loaded(tiny_directory):
+    """The page is there by then; the thread that loads can't be ended, and does not keep the program from its end."""
+    forever = "k2mini.build.open_model = lambda *a, **k: any(torch.ones(200, 200).sum() < 0 for _ in iter(int, 1))"
+    running = Process("--model", tiny_directory, "--port", 0, before=f"import torch, k2mini.build\n{forever}")
+    assert f"it answers once {tiny_directory} is loaded" in running.line
+    assert running.ask("/")[0] == 200
+    status, _, content = running.ask("/health")
+    assert (status, json.loads(content)) == (503, {"status": "loading"})
+    for path, body in [("/v1/models", None), ("/v1/completions", SHORT)]:
+        status, headers, content = running.ask(path, body)
+        assert (status, json.loads(content)["error"]["code"]) == (503, "loading")
+        assert int(headers["retry-after"]) > 0
+    status, err = running.end(signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; the model was not loaded yet" in err.splitlines()[-1]
+
+
+def test_what_serve_can_not_begin_with(run, tiny_directory, adapter_directory, tmp_path, monkeypatch):
     """One sentence, before the model is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").write_text("\n")
+    for name, template in {"a": "alpaca", "b": "vigogne"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter").symlink_to(adapter_directory)
+        (tmp_path / name / "config.yaml").write_text(json.dumps({"data": {"template": template}}))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         model = ["--model", tiny_directory]
         for arguments, said in [
-            ([*model, "--port", port], "in use"),
+            ([*model, "--port", port], f"k2mini: 127.0.0.1, port {port}: Address already in use; --port"),
+            ([*model, "--port", port, "--host", "0.0.0.0"], "whoever reaches 0.0.0.0 may ask"),
+            ([*model, *(f"--adapter={run}={tmp_path}/{run}/adapter" for run in "ab")], "--template names the one"),
             ([*model, "--port", 70000], "--port"),
             ([*model, "--host", "no.such.host.invalid"], "no.such.host.invalid"),
             (["--model", tmp_path / "none"], "none"),
             (["--demo"], "k2mini demo"),
+            ([*model, "--adapter", f"{Path(tiny_directory).name}={tmp_path}"], "the name of a model"),
             ([*model, "--adapter", "rocks"], "NAME=DIR"),
             ([*model, "--adapter", f"rocks={tmp_path}/none"], "none"),
             ([*model, "--template", "other"], "other"),

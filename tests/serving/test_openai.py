@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.layers import log_softmax
 from k2mini.serving.choices import token_text
+from k2mini.weights.model_files import save_model
+from tests.conftest import tiny_config, tiny_llama
+from tests.serving.conftest import Server
 
 openai = pytest.importorskip("openai")
 
@@ -73,6 +78,27 @@ def test_several_answers_differ_by_their_seed(server, client, models):
     assert len(set(without)) > 1  # each draws anew
 
 
+def test_the_best_of_several_answers(client):
+    """Those of the highest mean log-probability, each token's and EOS' own, best first; all are paid for."""
+    asked = {"model": "tiny", "prompt": [PROMPT, "basalt"], "max_tokens": 8, "seed": 5, "logit_bias": {"2": 4}}
+    every = client.completions.create(**asked, n=6, logprobs=0)
+    wanted = []
+    for start in (0, 6):
+        scores = [choice.logprobs.token_logprobs for choice in every.choices[start : start + 6]]
+        order = sorted(range(6), key=lambda place: -sum(scores[place]) / len(scores[place]))
+        assert order[:2] != [0, 1]
+        wanted += [every.choices[start + place] for place in order[:2]]
+    assert {choice.finish_reason for choice in wanted} == {"stop", "length"}
+    found = client.completions.create(**asked, n=2, best_of=6, logprobs=0)
+    assert [choice.logprobs for choice in found.choices] == [choice.logprobs for choice in wanted]
+    without = client.completions.create(**asked, n=2, best_of=6)
+    for answers in (found, without):
+        assert [choice.index for choice in answers.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in answers.choices] == [choice.text for choice in wanted]
+        assert answers.usage == every.usage
+    assert without.choices[0].logprobs is None
+
+
 def test_sampling_settings_arrive(server, client, models):
     settings = {"temperature": 0.8, "top_p": 0.9}
     more = {"top_k": 20, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
@@ -123,6 +149,29 @@ def test_without_a_limit_a_chat_goes_on_to_the_end_of_the_context(server, client
     found = client.chat.completions.create(model="tiny", messages=messages, temperature=0, logit_bias={"5": 100})
     assert 10 < found.usage.completion_tokens < 200
     assert (found.choices[0].finish_reason, found.usage.total_tokens) == ("length", server.engine.capacity)
+
+
+def test_every_slot_has_all_of_the_context_and_answers_as_alone(tiny_tokenizer, tmp_path):
+    """The context is not divided among slots, and no answer depends on what runs beside it: widths are a LLaMA's."""
+    wide = {"dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "intermediate_dim": 160}
+    config = tiny_config(**wide, vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    save_model(tiny_llama(config).state_dict(), config, tmp_path / "tiny", tokenizer=tiny_tokenizer)
+    server = Server(tmp_path / "tiny")
+    rows = [{"prompt": [7 + k] * (990 + k), "max_tokens": 34 - k, "temperature": 0} for k in range(3)]
+    rows += [{"prompt": "granite", "max_tokens": 9, "seed": k, "top_p": 0.9} for k in range(3)]
+    asked = [{"model": "tiny", "logprobs": 2, "logit_bias": {"2": -100}, **row} for row in rows]
+
+    def answer(body):
+        status, _, content = server.ask("/v1/completions", body)
+        assert status == 200
+        return {name: json.loads(content)[name] for name in ("choices", "usage")}
+
+    alone = [answer(body) for body in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = [*pool.map(answer, asked)]
+    assert [found["usage"]["total_tokens"] for found in together[:3]] == [server.engine.capacity] * 3
+    assert [found["choices"] for found in together] == [found["choices"] for found in alone]
+    server.stop()
 
 
 @pytest.mark.parametrize("stop", [None, "s", ["nothing", "quick"], ["\n\n\n"]])
@@ -262,6 +311,13 @@ def test_text_and_ids(server):
     info = json.loads(server.ask("/tokenizer_info")[2])
     assert post("/tokenize", prompt=info["eos_token"], add_special_tokens=False)["tokens"] == [tokenizer.eos_id]
     assert post("/tokenize", prompt=f"a {info['eos_token']}", add_special_tokens=False)["count"] > 3
+    assert post("/detokenize", model="rocks", tokens=[]) == {"prompt": ""}
+    for path, body, param in [
+        ("/tokenize", {}, "prompt"), ("/detokenize", {"model": "tiny"}, "tokens"), ("/tokenize", {"text": "a"}, "text"),
+        ("/tokenize", {"prompt": "a", "model": "gpt"}, "model"), ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"), ("/k2mini/why", {"model": "tiny"}, "tokens"),
+    ]:  # fmt: skip
+        assert post(path, **body)["error"]["param"] == param
 
 
 def test_why(server, models):
@@ -296,9 +352,25 @@ def test_info_health_and_metrics(server):
     assert values["k2mini_slots"] == 3
     assert values["k2mini_slots_busy"] == values["k2mini_waiting"] == 0
     assert values["k2mini_new_tokens_total"] >= 4
-    for name in ("k2mini_time_to_first_token_seconds", "k2mini_time_per_token_seconds"):
-        assert values[f"{name}_count"] > 0
+    for reused in (0, 256):  # of a prompt, the whole chunks that stand in the cache
+        asked = {"model": "tiny", "prompt": [301, *[9] * 299], "max_tokens": 1}
+        usage = server.client.completions.create(**asked).usage
+        assert usage.prompt_tokens_details.cached_tokens == reused
+        assert usage.prompt_tokens == 300
+    name = "k2mini_reused_tokens_total"
+    assert f"{name} {values[name] + 256:.0f}" in server.ask("/metrics")[2].decode().splitlines()
+    for name in ("k2mini_time_to_first_token_seconds", "k2mini_time_per_token_seconds"):  # histograms
+        assert f"# TYPE {name} histogram" in lines
+        buckets = {key: values[key] for key in values if key.startswith(f"{name}_bucket")}
+        assert [*buckets.values()] == sorted(buckets.values())  # each has all that are shorter
+        assert values[f'{name}_bucket{{le="+Inf"}}'] == values[f"{name}_count"] > 0
         assert values[f"{name}_sum"] > 0
+    with server.slow(0.3):  # a token's time is its own, not a share of the answer's
+        server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, seed=1, logit_bias={"2": -100})
+    new = server.ask("/metrics")[2].decode()
+    for bound, more in [("0.2", 0), ("5", 1)]:
+        name = f'k2mini_time_per_token_seconds_bucket{{le="{bound}"}}'
+        assert float(re.search(re.escape(name) + r" (\d+)", new)[1]) == values[name] + more
 
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "granite"}], "max_tokens": 2}
@@ -324,13 +396,17 @@ USER = CHAT["messages"][0]
             [{**USER, "content": "granite " * 4000}], [{**USER, "content": "\n" * 40000}],
         )],
         *[("completions", {name: value}, name) for name, value in {
-            "suffix": "end", "best_of": 3, "logprobs": 21, "echo": "yes", "messages": [], "max_tokens": 5000,
+            "suffix": "end", "best_of": 65, "logprobs": 21, "echo": "yes", "messages": [], "max_tokens": 5000,
             "prompt": [], "temperature": 0.001, "logit_bias": {"1": 101}, "n": 65, "stop": ["x"] * 17,
         }.items()],
         *[("completions", {"prompt": prompt}, "prompt") for prompt in (
             None, 3, [[]], [3, -1], [3, True], [3, 10**9], [[3], "a", None], ["a"] * 65, [5] * 1024, {"text": "a"},
         )],
         ("completions", {"logit_bias": {"399999": 1}}, "logit_bias"),
+        ("completions", {"best_of": 2, "n": 3}, "best_of"),
+        ("completions", {"best_of": 2, "stream": True}, "best_of"),
+        ("completions", {"best_of": 33, "prompt": ["a", "b"]}, "best_of"),
+        ("completions", {"n": 33, "prompt": ["a", "b"]}, "n"),
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_its_name(server, path, changes, param):

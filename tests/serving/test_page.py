@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -49,33 +50,48 @@ def fake(address):
     return address[0].fake
 
 
-@pytest.fixture
-def visit(browser, fake, address):
-    """Call to open the page in a browser of its own. Whatever the console says afterwards must have been expected."""
-    opened, said, foreign = [], [], []
+@pytest.fixture(scope="module")
+def tab(browser):
+    """A page that most tests share, each with an empty storage: to open one takes longer than most tests."""
+    return browser.new_context().new_page()
 
-    def visit(*, stored=None, ready=True, **settings):
-        context = browser.new_context(**settings)
-        context.set_default_timeout(8000)
-        if stored is not None:
-            context.add_init_script(
-                f"for (const [k, v] of {json.dumps(list(stored.items()))}) localStorage.setItem(k, v)"
-            )
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(own) else None)
-        page.goto(address[1])
+
+@pytest.fixture
+def visit(browser, tab, fake, address):
+    """Call to open the page; with settings, in a browser of its own. What the console says must have been expected."""
+    opened, said, foreign, own = [], [], [], ["data:"]
+
+    def visit(*, stored=None, ready=True, at=address[1], **settings):
+        page = browser.new_context(**settings).new_page() if stored or settings else tab
+        page.context.set_default_timeout(8000)
+        if stored:
+            page.add_init_script(f"for (const [k, v] of {json.dumps(list(stored.items()))}) localStorage.setItem(k, v)")
+        for event, listener in listeners.items():
+            page.on(event, listener)
+        opened.append(page)
+        own.extend((at, f"blob:{at}"))
+        page.goto(at)
         if ready:
             page.locator("#model option").first.wait_for(state="attached")
-        opened.append(context)
         return page
 
-    own = (address[1], "blob:" + address[1], "data:")
+    listeners = {
+        "console": lambda message: said.append(message.text) if message.type in ("error", "warning") else None,
+        "pageerror": lambda error: said.append(str(error)),
+        "request": lambda request: None if request.url.startswith(tuple(own)) else foreign.append(request.url),
+    }
     visit.expected = ()
     yield visit
-    for context in opened:
-        context.close()
+    for page in opened:
+        if page is not tab:
+            page.context.close()
+            continue
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
+        page.evaluate("sessionStorage.clear()")
+        page.goto("about:blank")
+        where = {"origin": address[1].rstrip("/"), "storageTypes": "all"}
+        page.context.new_cdp_session(page).send("Storage.clearDataForOrigin", where)
     assert not foreign
     assert [text for text in said if not any(part in text for part in visit.expected)] == []
 
@@ -135,6 +151,7 @@ def test_an_answer_grows_and_stop_ends_its_request(visit, fake):
     kept = body.text_content()
     assert kept.startswith(before)
     expect(last(page, ".answer .acts")).to_contain_text("stopped")
+    expect(last(page, ".answer .acts")).to_contain_text(re.compile(r"\d+.tokens · \d+\.\d.tokens/s · first token \d"))
     page.reload()  # what came before the stop is kept
     page.locator("#list .title").click()
     expect(body).to_have_text(kept)
@@ -289,7 +306,7 @@ def test_settings_reach_the_request(visit, fake):
     page = visit()
     ask(page, "What is granite?")
     assert {k: chats(fake)[0][k] for k in ("model", "temperature", "logprobs", "top_logprobs")} == {
-        "model": "k2-base", "temperature": 0.7, "logprobs": True, "top_logprobs": 5,
+        "model": "k2-geo", "temperature": 0.7, "logprobs": True, "top_logprobs": 5,
     }  # fmt: skip
     assert not {"seed", "top_p", "template", "max_tokens"} & set(chats(fake)[0])
     page.click("#open-settings")
@@ -300,7 +317,7 @@ def test_settings_reach_the_request(visit, fake):
     page.select_option("#template", "none")
     page.keyboard.press("Escape")
     assert page.locator("#settings").is_hidden()
-    page.select_option("#model", "k2-geo")
+    page.select_option("#model", "k2-base")
     page.get_by_label("Instruction + input").check()
     page.fill("#question", "Classify the rock.")
     page.fill("#input", "Coarse grains.")
@@ -313,7 +330,7 @@ def test_settings_reach_the_request(visit, fake):
     ]
     sent = {k: body.get(k) for k in ("model", "template", "temperature", "top_k", "seed", "min_p", "max_tokens")}
     assert sent == {
-        "model": "k2-geo",
+        "model": "k2-base",
         "template": "none",
         "temperature": 2,
         "top_k": 40,
@@ -323,7 +340,7 @@ def test_settings_reach_the_request(visit, fake):
     }
     page.reload()  # settings stay
     page.locator("#model option").first.wait_for(state="attached")
-    assert page.input_value("#model") == "k2-geo"
+    assert page.input_value("#model") == "k2-base"
     assert page.input_value("#set-seed") == "7"
 
 
@@ -449,12 +466,10 @@ def test_why_this_token(visit, fake):
     expect(page.locator("#why-title")).to_have_text("Why tab")
     expect(page.locator("#why-title")).to_be_focused()
     assert page.locator("#why .bars th").all_text_contents() == ["tab", "␣a", "⏎", "␣the", "<0xE2>"]
-    expect(page.locator("#why .bars tr").first).to_contain_text(
-        f"{100 * 2.718281828 ** logprob('k2-base', 'tab'):.1f}%"
-    )
+    expect(page.locator("#why .bars tr").first).to_contain_text(f"{100 * 2.718281828 ** logprob('k2-geo', 'tab'):.1f}%")
     expect(page.locator(".lens tbody tr")).to_have_count(16)
     (body,) = [body for path, body in fake.requests if path == "why"]
-    assert body["model"] == "k2-base"
+    assert body["model"] == "k2-geo"
     assert [fake.vocabulary[token] for token in body["tokens"]] == ["<s>", "blanks", "One", "\t", "tab"]
     page.keyboard.press("Escape")
     assert page.locator("#why").is_hidden()
@@ -479,13 +494,14 @@ def test_base_beside_adapter(visit, fake):
     page.locator("#send").wait_for()
     ask(page, "What is granite?")
     base, adapter = last(page, ".answer").all()
-    expect(base.locator(".markdown")).to_have_text(PLAIN)
+    expect(base.locator(".markdown")).to_have_text(PLAIN.replace("large enough to be seen", "over thousands of years"))
+    assert [name.text_content() for name in last(page, ".who").all()] == ["k2-base", "k2-geo"]
     first, second = chats(fake)[2:]
     assert {first["model"], second["model"]} == {"k2-base", "k2-geo"}
     path, body = fake.requests[-1]
     answer = [fake.vocabulary[token] for token in body["prompt"]][4:]
     assert (path, body["model"], body["echo"], body["max_tokens"]) == ("completions", "k2-base", True, 0)
-    assert "".join(answer) == PLAIN.replace("large enough to be seen", "over thousands of years")
+    assert "".join(answer) == PLAIN
     differences = [logprob("k2-geo", token) - logprob("k2-base", token) for token in answer]
     shown = adapter.locator(".token i").evaluate_all(
         "all => all.map((n) => n.style.getPropertyValue('--a') * (n.className === 'n' ? -1 : 1))"
@@ -498,6 +514,44 @@ def test_base_beside_adapter(visit, fake):
     page.reload()  # the tint stays
     page.locator("#list .title").click()
     assert last(page, ".answer").last.locator(".token i").nth(3).evaluate("n => n.style.getPropertyValue('--a')")
+
+
+@in_browser
+def test_before_the_server_itself(visit, server):
+    """Stop frees the slot, both columns fill, and the lens opens, where a model answers."""
+
+    def busy(number):
+        end = time.monotonic() + 20
+        while f"k2mini_slots_busy {number}" not in server.ask("/metrics")[2].decode().splitlines():
+            assert time.monotonic() < end, server.engine.counts
+
+    page = visit(at=f"{server.url}/", stored={"k2mini.settings": '{"values": {"temperature": 0, "max_tokens": 500}}'})
+    assert page.input_value("#model") == "rocks"  # the one that was tuned
+    with server.slow(0.1):
+        ask(page, "granite", wait=False)
+        until(page, "document.querySelector('.markdown')?.textContent.length > 3")
+        busy(1)
+        page.click("#stop")
+        busy(0)
+        assert b"\nk2mini_cancelled_total 1\n" in server.ask("/metrics")[2]
+    expect(last(page, ".answer .acts")).to_contain_text("stopped")
+    page.click("#compare")
+    page.click("#open-settings")
+    page.fill("#set-max_tokens", "12")
+    page.keyboard.press("Escape")
+    ask(page, "basalt")
+    assert [name.text_content() for name in last(page, ".who").all()] == ["tiny", "rocks"]
+    tokens = last(page, ".answer").last.locator(".token i")
+    expect(tokens).to_have_count(12)
+    shares = tokens.evaluate_all("all => all.map((n) => n.style.getPropertyValue('--a'))")
+    assert any(float(share) for share in shares)
+    assert all(shares)
+    last(page, ".answer").first.get_by_role("button", name="Tokens").click()
+    tokens = last(page, ".answer").first.locator(".token")
+    expect(tokens).to_have_count(12)
+    tokens.nth(4).click()
+    expect(page.locator(".lens tbody tr")).to_have_count(3)
+    expect(page.locator(".lens tbody tr:last-child td").first).to_have_text("1")  # the last layer chose it
 
 
 @in_browser
@@ -628,12 +682,13 @@ def test_conversations_are_renamed_deleted_exported_imported(visit, tmp_path):
 @in_browser
 def test_two_tabs(visit, address):
     """What one tab saves the other shows; neither loses the other's."""
-    page = visit()
+    page = visit(color_scheme="light")  # a browser of its own
     other = page.context.new_page()
     other.goto(address[1])
     other.locator("#model option").first.wait_for(state="attached")
     ask(other, "What is basalt?")
     expect(page.locator("#list .title")).to_have_count(1)
+    page.bring_to_front()  # of what is hidden, little is drawn
     page.locator("#list .title").click()
     ask(page, "And gabbro?")
     expect(other.locator(".turn")).to_have_count(2)
@@ -684,7 +739,7 @@ def test_keyboard_and_screen_reader(visit):
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
     page.keyboard.press("Enter")
-    expect(page.locator("#finished")).to_have_text(f"k2-base: {PLAIN}")
+    expect(page.locator("#finished")).to_have_text(f"k2-geo: {PLAIN}")
     assert page.locator("#log").get_attribute("aria-live") == "off"
     expect(last(page, ".said")).to_have_text("one\ntwo")
     last(page).get_by_role("button", name="Tokens").click()

@@ -19,7 +19,7 @@ const FIELDS = [
 const DEFAULTS = { temperature: 0.7 };
 
 const settings = {
-  model: '', other: '', compare: false, template: '', mode: 'chat', theme: '', values: DEFAULTS, ...store.loadSettings(),
+  model: '', base: '', compare: false, template: '', mode: 'chat', theme: '', values: DEFAULTS, ...store.loadSettings(),
 };
 const isSet = ([name]) => Number.isFinite(settings.values?.[name]);
 settings.values = Object.fromEntries(FIELDS.filter(isSet).map(([name]) => [name, settings.values[name]]));
@@ -349,7 +349,7 @@ function messagesFor(conversation, turn, take, model) {
 
 /** Ask for a take of a turn, and go on until its answers are whole, stopped or refused. */
 async function ask(conversation, turn, take) {
-  const models = settings.compare ? [settings.model, settings.other] : [settings.model];
+  const models = settings.compare ? [settings.base, settings.model] : [settings.model];
   take.answers = models.map((model) => ({
     model, text: '', tokens: [], prompt: [], finish: '', error: null, stats: { count: 0 },
   }));
@@ -483,8 +483,8 @@ function showState() {
   byId('question').placeholder = form ? 'What to do' : 'Ask a question';
   byId('mode-hint').textContent = form ? 'asked alone, without the turns above' : '';
   byId('compare').ariaPressed = String(settings.compare);
-  byId('model-label').textContent = settings.compare ? 'Base' : 'Model';
-  byId('other-label').hidden = !settings.compare;
+  byId('model-label').textContent = settings.compare ? 'Adapter' : 'Model';
+  byId('base-label').hidden = !settings.compare;
   const columns = current.turns.some(({ takes, shown }) => takes[shown].answers.length > 1);
   document.body.classList.toggle('wide', settings.compare || columns);
 }
@@ -575,22 +575,21 @@ async function start() {
   byId('notice').hidden = true;
   const ids = info.models.map(({ id }) => id);
   const option = ({ id, adapter }) => element('option', { value: id }, adapter ? `${id} (adapter)` : id);
-  for (const name of ['model', 'other']) byId(name).replaceChildren(...info.models.map(option));
+  for (const name of ['base', 'model']) byId(name).replaceChildren(...info.models.map(option));
   byId('template').replaceChildren(
     element('option', { value: '' }, `The model’s (${info.template})`),
     ...info.templates.map((name) => element('option', { value: name }, name)));
-  const model = ids.includes(settings.model) ? settings.model : ids[0];
-  const adapter = info.models.find((one) => one.adapter)?.id ?? ids.find((id) => id !== model) ?? '';
+  const or = (chosen, usual) => (ids.includes(chosen) ? chosen : usual);
   const alone = ids.length < 2;
   byId('compare').disabled = alone;
   byId('compare').title = alone ? 'There is one model; k2mini serve --adapter NAME=DIR adds one' : 'Ask two models at once';
   change({
-    model,
-    other: ids.includes(settings.other) ? settings.other : adapter,
+    base: or(settings.base, ids[0]),
+    model: or(settings.model, ids.at(-1)), // the adapter named last, the demo's last stage
     compare: settings.compare === true && !alone,
     template: info.templates.includes(settings.template) ? settings.template : '',
   });
-  for (const name of ['model', 'other', 'template']) byId(name).value = settings[name];
+  for (const name of ['base', 'model', 'template']) byId(name).value = settings[name];
   showFields();
 }
 
@@ -649,7 +648,7 @@ byId('open-settings').onclick = (event) => {
 for (const node of document.querySelectorAll('.close')) node.onclick = closePanel;
 byId('theme').onclick = flipTheme;
 byId('compare').onclick = () => change({ compare: !settings.compare });
-for (const name of ['model', 'other', 'template']) byId(name).onchange = () => change({ [name]: byId(name).value });
+for (const name of ['base', 'model', 'template']) byId(name).onchange = () => change({ [name]: byId(name).value });
 byId('defaults').onclick = () => {
   change({ values: { ...DEFAULTS } });
   showFields();
