@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.inference.generate import Decoding, generate
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.serving.app import MOST_BYTES, Access
 from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT
