@@ -78,7 +78,7 @@ def our_prefill(model: Llama) -> float:
 @torch.inference_mode()
 def our_decode(model: Llama, batch: int = 1) -> float:
     """Greedy tokens after a prompt."""
-    fixed = model.model.decode_block is not None
+    fixed = model.model.decode_blocks is not None
     cache = KVCache(model.config, batch, dtype=model.dtype, capacity=PROMPT + NEW + 1, fixed=fixed)
     token = model.logits(model.model(prompt(model.config, batch), cache=cache)[:, -1]).argmax(-1)
     token = model(token[:, None], cache=cache)[:, -1].argmax(-1)  # compiles, where it must

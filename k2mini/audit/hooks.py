@@ -126,15 +126,18 @@ def _attached(
     """Call `handler` with the name and activation of each point, inside the context; what it returns goes on."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("a sharded model takes no hooks; load it in one process")
-    if model.model.decode_block is not None or any(b._compiled_call_impl is not None for b in model.model.layers):
+    if any(block._compiled_call_impl is not None for block in model.model.layers):
         raise ValueError("a compiled model takes no hooks; load it without compiling")
     hooks: _Hooks = model.__dict__.setdefault("_hooks", _Hooks(model))
     entry = (frozenset(find_points(model, points)), handler, edits)
     hooks.handlers.append(entry)
     hooks.install()
+    compiled = model.model.decode_blocks, model.decode_logits  # has no hooks
+    model.model.decode_blocks = model.decode_logits = None
     try:
         yield
     finally:
+        model.model.decode_blocks, model.decode_logits = compiled
         hooks.handlers.remove(entry)
         hooks.install()
         if not hooks.handlers:

@@ -120,7 +120,7 @@ def prefill(
     """
     shared = shared_prefix(prompts) if len(prompts) > 1 else 0
     common = shared if shared >= SHARED_AT_LEAST else 0
-    fixed = model.model.decode_block is not None or can_replay(model)  # single tokens are then compiled or replayed
+    fixed = model.model.decode_blocks is not None or can_replay(model)  # single tokens are then compiled or replayed
     rows = 1 if common else len(prompts)
     cache = KVCache(model.config, rows, dtype=model.dtype, device=model.device, capacity=capacity, fixed=fixed)
     if common:

@@ -8,7 +8,7 @@ Switches, all off in a new model:
     by_document         Decoder    how packed rows attend on a CPU; set by build.make_trainable
     gathered_dtype      Llama      the compute dtype of sharded weights; set by build.make_trainable
     quantized_head      Llama      an int8 vocabulary projection; set by build.load_model(quantize_head=True)
-    decode_block        Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
+    decode_blocks       Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
     hook                all parts  reads or replaces activations; set by audit.hooks while it is in use
     attention_override  Attention  the same for attention patterns; set by audit.hooks while it is in use
 """
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.by_document = False  # attend to packed documents one by one, not under a mask over whole rows
-        self.decode_block: Callable[..., Tensor] | None = None  # a block's call, compiled
+        self.decode_blocks: Callable[..., Tensor] | None = None  # the blocks, compiled
         self.recompute_every = 0  # activation checkpointing of every n-th block; 0: of none
 
     def forward(
@@ -115,12 +115,11 @@ class Decoder(nn.Module):
         if self.hook is not None:
             x = self.hook("embed", x)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
-        decode = self.decode_block if cache is not None and cache.compiled(num_tokens) else None
+        if self.decode_blocks is not None and cache is not None and cache.compiled(num_tokens):
+            return self.norm(self.decode_blocks(self.layers, x, cos, sin, mask, cache))
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layer(index) if cache is not None else None
-            if decode is not None:
-                x = decode(layer, x, cos, sin, mask, layer_cache)
-            elif self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
+            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Chen et al. 2016, arXiv 1604.06174: only the block's input is kept.
                 x = checkpoint(layer, x, cos, sin, mask, layer_cache, use_reentrant=False)
             else:

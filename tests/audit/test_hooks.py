@@ -152,6 +152,19 @@ def test_what_takes_no_hooks():
     ):
         model(TOKENS)
     assert_no_hooks(model)
-    compile_decoding(model)
+    model.model.layers[0].compile()
     with pytest.raises(ValueError, match="a compiled model takes no hooks"), trace(model, ["embed"]):
         pass
+
+
+@torch.inference_mode()
+def test_compiled_decoding_stands_aside():
+    model = tiny_llama(tiny_config(num_layers=1))
+    compile_decoding(model)
+    compiled = model.model.decode_blocks
+    cache = KVCache(model.config, 2, fixed=True)
+    with trace(model, ["embed", "logits"]) as seen, trace(model, ["layers.0.mlp.out"]):
+        logits = model(TOKENS[:, :1], cache=cache)
+    assert torch.equal(seen["logits"], logits)
+    assert model.model.decode_blocks is compiled is not None
+    assert model.decode_logits is not None
