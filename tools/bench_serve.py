@@ -67,10 +67,8 @@ class Server:
         self.name, self.model, self._more = name, model, more
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
-        arguments, environment = (
-            [*map(str, command), "--port", str(self._port)],
-            os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
+        arguments = [*map(str, command), "--port", str(self._port)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log.open("wb") as out:
             self.process = subprocess.Popen(arguments, stdout=out, stderr=out, env=environment)
         end = time.monotonic() + 300
@@ -126,10 +124,9 @@ class Server:
             return NEW * len(prompts) / (time.perf_counter() - start), statistics.median(firsts), slowest
 
         self.process.send_signal(signal.SIGCONT)
-        try:
-            return asyncio.run(together())
-        finally:
-            self.process.send_signal(signal.SIGSTOP)
+        result = asyncio.run(together())
+        self.process.send_signal(signal.SIGSTOP)
+        return result
 
 
 def prompts_of(row: Row, tokenizer: Tokenizer, seed: int) -> list[str]:
