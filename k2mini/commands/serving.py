@@ -49,6 +49,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help=f"of a chat: {', '.join(TEMPLATES)} (default: the run's)")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
     parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
+    parser.add_argument("--compile", action="store_true", help="compile the base's decoding; it answers meanwhile")
     parser.set_defaults(run=run_serve)
 
 
@@ -136,6 +137,7 @@ def _load(
 def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: dict[str, Path]) -> Engine:
     """An engine whose slots are as long as the model's context, or as memory allows."""
     from k2mini.build import free_memory, open_model
+    from k2mini.inference.compile import compile_behind, compile_decoding
     from k2mini.inference.engine import Engine
     from k2mini.nn.slots import token_bytes
     from k2mini.weights.adapter import load_adapters
@@ -148,7 +150,9 @@ def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: di
     if capacity < config.max_seq_len:
         said = "memory leaves each of %d slots %d tokens of the model's %d; with fewer --slots it is more"
         log.warning(said, options.slots, capacity, config.max_seq_len)
-    return Engine(
+    if options.compile:
+        compile_decoding(model, rows=())
+    engine = Engine(
         model,
         slots=options.slots,
         capacity=capacity,
@@ -156,3 +160,6 @@ def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: di
         queue=options.queue,
         adapters=load_adapters(model, directory, adapters),
     )
+    if options.compile and model.device.type == "cpu":
+        compile_behind(model, engine.cache)
+    return engine

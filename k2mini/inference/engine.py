@@ -32,6 +32,7 @@ class Engine:
     def __init__(self, model: Llama, *, queue: int = 64, **how: Any) -> None:
         self._scheduler, self._queue = Scheduler(model, **how), queue
         self.model, self.capacity, self.adapters = model, self._scheduler.capacity, self._scheduler.adapters
+        self.cache = self._scheduler.cache
         self.slots, self.counts, self.alone = len(self._scheduler.slots), self._scheduler.counts, self._scheduler.alone
         self._waiting: deque[Request] = deque()
         self._cancelled: set[Request] = set()

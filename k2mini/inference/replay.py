@@ -10,7 +10,7 @@ from torch import Tensor
 from k2mini.inference.rows import Row, Slot
 from k2mini.inference.sampling import Sampling, sample
 from k2mini.nn.llama import Llama
-from k2mini.nn.slots import SlotBatch, Slots
+from k2mini.nn.slots import WIDTH, SlotBatch, Slots
 
 MOST_GRAPHS = 16
 
@@ -80,7 +80,8 @@ class SlotGraphs:
         self._inputs.copy_(self._said, non_blocking=True)
         if sampling is not None and (sampling.looks_back or sampling.counts_new):
             self._note(pairs)
-        width = self._cache.width(max(row.length for _, row in pairs), fixed=True)
+        parts = max(row.length for _, row in pairs) // WIDTH + 1
+        width = min(WIDTH << (parts - 1).bit_length(), self._cache.spare)  # few different ones, by doubling
         key = (sampling, width, kind, self._cache.spare)
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:

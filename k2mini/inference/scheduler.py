@@ -43,6 +43,9 @@ class Scheduler:
         adapters: by name, as `weights.adapter.load_adapters` reads them. Rows of different adapters share a step.
         keep_answers: prompts that go on from an answer reuse it too. So it always is on a GPU; on a CPU the last bits
             then depend on what was asked before.
+
+    Attributes:
+        cache: the slots' keys and values.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Scheduler:
         self._adapted = stack_adapters(model, list(adapters.values())) if adapters else []
         self._on_cpu = model.device.type == "cpu"
         self._grain = CHUNK if self._on_cpu and not keep_answers else 1
-        self._cache = Slots(model.config, slots, reserve or self.capacity, dtype=model.dtype, device=model.device)
+        self.cache = Slots(model.config, slots, reserve or self.capacity, dtype=model.dtype, device=model.device)
         self._graphs: SlotGraphs | None = None
         # W8A8 is of single rows, and not exact in any case.
         self._exact = self._on_cpu and not any(isinstance(module, DynamicLinear) for module in model.modules())
@@ -121,7 +124,7 @@ class Scheduler:
         row = Row(request, self._admitted, most, self.adapter(request.adapter))
         if decoding.sampling.temperature and most:
             row.draws = uniforms([decoding.seed], most)[0]
-        self._cache.reserve(len(prompt) + most)
+        self.cache.reserve(len(prompt) + most)
         free = [slot for slot in self.slots if slot.row is None]
         slot = max(free, key=lambda slot: (slot.common(row, self._grain), -slot.used))
         slot.row, row.length = row, slot.common(row, self._grain)
@@ -157,7 +160,7 @@ class Scheduler:
         source = max(self.slots, key=lambda other: other.common(row, self._grain))
         found = source.common(row, self._grain)
         if row.length % self._grain == 0 and found > row.length:
-            self._cache.copy(source.number, slot.number, found)
+            self.cache.copy(source.number, slot.number, found)
             slot.tokens = row.prompt[:found]
             if row.request.prompt_logprobs is not None:
                 slot.scores = Prompt(source.scores.logprobs[: found + 1], source.scores.top[: found + 1])
@@ -170,12 +173,13 @@ class Scheduler:
         if self._adapted:
             starts = [place for place, each in enumerate(adapters) if not place or each != adapters[place - 1]]
             ends = [*starts[1:], len(adapters)]
+            parts = [(adapters[a], slice(a, b)) for a, b in zip(starts, ends, strict=True) if adapters[a] >= 0]
             for layer in self._adapted:
-                layer.parts = [(adapters[a], slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+                layer.parts = parts
 
     def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
-        can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
+        can_compile = self._on_cpu and not chunks and all(row.adapter == -1 for _, row in singles)
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]
@@ -186,7 +190,7 @@ class Scheduler:
         self._route(adapters)
         places = [(slot.number, row.length) for slot, row in [*singles, *again]]
         pad = self._exact and not compiled
-        batch = SlotBatch(self._cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
+        batch = SlotBatch(self.cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
         tokens += [0] * batch.padded
         sent = torch.tensor([tokens]).to(self.model.device, non_blocking=True)
         hidden = self.model.hidden(sent, cache=batch)[0]  # (N, D)
@@ -216,7 +220,7 @@ class Scheduler:
         for slot in self.slots:  # an idle one has the adapter of the one before
             adapters.append(last := by_slot.get(slot.number, last))
         self._route(adapters)
-        self._graphs = self._graphs or SlotGraphs(self.model, self._cache, self._vocab_size)
+        self._graphs = self._graphs or SlotGraphs(self.model, self.cache, self._vocab_size)
         logits, chosen = self._graphs(singles, settings.pop() if len(settings) == 1 else None, tuple(adapters))
         for row in rows:
             row.length += 1
@@ -283,7 +287,7 @@ class Scheduler:
         row, slot.row, slot.used = slot.row, None, self.counts.steps
         if not keep:
             slot.tokens, slot.num_top = [], -1
-            self._cache.clear(slot.number)
+            self.cache.clear(slot.number)
         elif row is not None and self._grain == 1:
             slot.tokens = (row.prompt + row.new)[: row.length]
         if row is not None:

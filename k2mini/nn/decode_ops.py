@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 L1_CACHE = 1 << 15  # bytes of a core's first-level cache, which the rows share with the weight that is read
+MOST_ROWS = 8  # of more, a library's products are faster
 SUMS = 16  # sums that one loop may add up at once: AVX2 has as many registers
 LONGEST_SUM = 4096  # terms: the compiler makes longer sums compensated, which is slow
 
@@ -42,13 +43,8 @@ def check_compiler(device: torch.device) -> None:
 
 def writes_out(x: Tensor, weight: Tensor) -> bool:
     """Whether compiled code uses `written_out`: where x has few rows, is on a CPU and needs no gradient."""
-    few = 0 < x.numel() <= most_written_out(weight) * x.shape[-1]
+    few = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
     return x.device.type == "cpu" and not torch.is_grad_enabled() and few
-
-
-def most_written_out(weight: Tensor) -> int:
-    """Up to how many rows; beyond, a library is faster, which needs the whole int8 weight converted first."""
-    return 8 if weight.dtype == torch.int8 else 4
 
 
 def written_out(x: Tensor, weight: Tensor) -> Tensor:

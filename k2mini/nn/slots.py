@@ -11,7 +11,7 @@ from torch import Tensor
 
 from k2mini.model_config import ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once
-from k2mini.nn.kv_cache import KVCache, LayerCache
+from k2mini.nn.kv_cache import ALIGNED, KVCache, LayerCache
 
 WIDTH = 256  # single tokens attend over a multiple of so many places, which are summed up by so many
 
@@ -127,7 +127,7 @@ class SlotBatch:
         self.padded, self.fixed = pad and len(tokens) == 1, fixed
         tokens += [(0, cache.spare)] * self.padded
         self._cache, self._singles, self._first = cache, len(rows), 0
-        self._slots, self._places = torch.tensor(tokens).to(device, non_blocking=True).unbind(dim=1)  # (N,) each
+        self._slots, self.places = torch.tensor(tokens).to(device, non_blocking=True).unbind(dim=1)  # (N,) each
         self._mask = torch.empty(0)
         if rows:
             used = [slot for slot, _ in rows]
@@ -135,7 +135,7 @@ class SlotBatch:
             ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
             for slot, place in rows:
                 ends[slot - self._first] = place
-            self._mask = attended(ends, cache.width(int(ends.max()), fixed=fixed)).to(device, non_blocking=True)
+            self._mask = attended(ends, (int(ends.max()) // WIDTH + 1) * WIDTH).to(device, non_blocking=True)
         later = device.type == "cpu"
         self.chunks = [(chunk, _later(chunk) if later else None) for chunk in chunks]
 
@@ -144,13 +144,13 @@ class SlotBatch:
         """A token of every slot, at `places` (S,) int64, under a mask over `width` places; of tensors alone."""
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
-        new._slots, new._places, new.chunks = torch.arange(cache.number, device=places.device), places, []
+        new._slots, new.places, new.chunks = torch.arange(cache.number, device=places.device), places, []
         new._mask = attended(places, width)
         return new
 
     def advance(self, _num_tokens: int, _positions: Tensor | None) -> tuple[Tensor, None]:
         """The positions of the tokens, (1, N), and no mask; see `KVCache.advance`."""
-        return self._places[None], None
+        return self.places[None], None
 
     def compiled(self, _num_tokens: int) -> bool:
         """Whether the pass runs compiled code, if the model has any."""
@@ -163,7 +163,7 @@ class SlotBatch:
         if self.fixed and first:  # so that code compiled for one slot does for all
             rows = slice(first, first + len(self._mask))
             keys, values, slots, first = keys[rows], values[rows], slots - first, 0
-        where = (slots, self._places, self._singles, first, self._mask, self.chunks)
+        where = (slots, self.places, self._singles, first, self._mask, self.chunks)
         return SlotLayer(keys, values, *where)
 
 
@@ -204,17 +204,12 @@ class Slots:
         """Make room for so many tokens in each slot, keeping what they hold."""
         if capacity <= self.spare:
             return
-        places = -(-(capacity + 1) // WIDTH) * WIDTH
+        self.spare = -(-capacity // WIDTH) * WIDTH  # more than any width of attention: so compiled code is the same
+        places = self.spare + ALIGNED
         for parts in (self.keys, self.values):
             for layer, old in enumerate(parts):
                 # Zeros, not empty: a masked place weighs 0, and 0 x NaN would still be NaN.
                 parts[layer] = F.pad(old, (0, 0, 0, places - old.shape[2]))
-        self.spare = places - 1
-
-    def width(self, place: int, *, fixed: bool) -> int:
-        """Over how many places a query at `place` attends; `fixed`: few different ones, by doubling."""
-        width = (place // WIDTH + 1) * WIDTH
-        return min(WIDTH << (width // WIDTH - 1).bit_length(), self.spare + 1) if fixed else width
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a slot the first `length` tokens of another."""

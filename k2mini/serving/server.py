@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from k2mini.errors import StoppedBySignalError, end, need_extra
+from k2mini.inference.compile import COMPILING
 from k2mini.serving.app import App
 from k2mini.serving.service import Service
 
@@ -82,6 +83,6 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
         thread.join()
     if signals:
         stopped = StoppedBySignalError(signals[0], left)
-        if app.service is None:
-            os._exit(end(stopped) or 0)  # Python's own end aborts what another thread loads, and says so
+        if app.service is None or any(each.name == COMPILING for each in threading.enumerate()):
+            os._exit(end(stopped) or 0)  # Python's own end aborts what another thread loads or compiles, and says so
         raise stopped

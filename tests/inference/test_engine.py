@@ -3,12 +3,14 @@
 import copy
 import random
 import threading
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
+from k2mini.inference.compile import Compiled, compile_behind, compile_decoding, compiled_rows
 from k2mini.inference.decoding import Decoding, Step
 from k2mini.inference.engine import Engine
 from k2mini.inference.generate import generate
@@ -393,3 +395,29 @@ def test_prompts_are_delivered_before_answers():
     parts = answered(tiny_llama(config()), asked)
     assert [type(part) for part in parts[:2]] == [Prompt, Step]
     assert all(len(step.top) == 2 for step in asked.steps)
+
+
+def test_what_is_compiled_meanwhile_answers_as_before():
+    """Nothing that is kept in slots changes, and prefixes go on to be found."""
+    prompts = [[1, *range(10, 10 + CHUNK + row)] for row in range(2)]
+    model = tiny_llama(config(max_seq_len=400, num_layers=1))
+    expected = [answered(model, Asked(prompt)) for prompt in prompts]
+    compile_decoding(model, rows=())
+    engine = Engine(model, slots=2, capacity=400)
+    first = Asked(prompts[0])
+    engine.submit(first.request)
+    engine.step()
+    thread = compile_behind(model, engine.cache)
+    finish(engine)
+    thread.join()
+    assert first.parts == expected[0]
+    assert [compiled_rows(model, rows) for rows in (1, 2, 3)] == [1, 2, 0]
+    again = [Asked(prompt) for prompt in prompts]
+    with patch.object(model.model, "decode_blocks", Mock(wraps=model.model.decode_blocks, spec=Compiled)) as compiled:
+        compiled.rows = [1, 2]
+        for asked in again:
+            engine.submit(asked.request)
+        finish(engine)
+    assert compiled.call_count >= 9
+    assert [asked.tokens for asked in again] == [[part.token for part in parts[:-1]] for parts in expected]
+    assert again[0].end.reused == CHUNK

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.attention.bias
 from k2mini.build import load_model
 from k2mini.data.prompts import shared_prefix
 from k2mini.inference.beam import prefill
-from k2mini.inference.compile import _group, _in_groups
+from k2mini.inference.compile import Compiled, _group
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
@@ -90,7 +89,7 @@ def test_the_context_cuts_each_row_by_itself(sampling, fixed):
     """Prompts of 60, 3, 63 and 50 tokens in a context of 64: at most 4, 30, 1 and 14 tokens follow."""
     model = tiny_llama(tiny_config(max_seq_len=64))
     if fixed:  # as compiled blocks want the cache, without the seconds that compiling takes
-        model.model.decode_blocks = partial(_in_groups, _group)
+        model.model.decode_blocks = Compiled(_group)
         model.decode_logits = type(model).logits
     prompts = [[1] + [7 + row] * (length - 1) for row, length in enumerate((60, 3, 63, 50))]
     decoding = Decoding(30, sampling, seed=3)
