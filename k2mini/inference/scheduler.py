@@ -179,7 +179,8 @@ class Scheduler:
 
     def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
-        can_compile = self._on_cpu and not chunks and all(row.adapter == -1 for _, row in singles)
+        can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
+        can_compile = can_compile and all(row.adapter == -1 for _, row in singles)
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]
