@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Block, Llama
+from k2mini.nn.lora import StackedLora
 from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import SlotBatch, SlotLayer, Slots
 
@@ -111,6 +112,9 @@ def compile_behind(model: Llama, cache: Slots) -> threading.Thread:
         sys.setswitchinterval(interval / 50)  # the other threads call many short operations
         try:
             for rows in ROWS[: (cache.number - 1).bit_length() + 1]:
+                for layer in shadow.modules():
+                    if isinstance(layer, StackedLora):
+                        layer.route = torch.zeros(rows, dtype=torch.int64)
                 batch = SlotBatch(cache, [(0, 0)] * rows, fixed=True)
                 batch.places = torch.full_like(batch.places, cache.spare)  # where nothing is overwritten
                 logits(shadow, shadow.hidden(torch.zeros(1, rows, dtype=torch.int64), cache=batch)[0])

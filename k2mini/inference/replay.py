@@ -49,40 +49,44 @@ class Replayed:
 
 
 class SlotGraphs:
-    """One token of every slot at once, busy or not: a graph for each width of attention and way of choosing."""
+    """One token of every slot at once, busy or not: a graph for each width of attention and way of choosing.
+
+    Attributes:
+        adapters: (S,) int64, of each slot, as `StackedLora.route` wants it.
+    """
 
     def __init__(self, model: Llama, cache: Slots, vocab_size: int | None) -> None:
         self._model, self._cache, self._vocab_size = model, cache, vocab_size
         number, device = cache.number, model.device
-        # What the host says in a step, of each slot: token, place, length of the prompt, draw (the bits of a float64).
-        self._said = torch.zeros(4, number, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._inputs = torch.zeros(4, number, dtype=torch.int64, device=device)
+        # What the host says in a step, of each slot: token, place, length of the prompt, draw (the bits of a float64),
+        # number of its adapter.
+        self._said = torch.zeros(5, number, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._inputs = torch.zeros(5, number, dtype=torch.int64, device=device)
+        self.adapters = self._inputs[4]
         self._history = torch.zeros(0, dtype=torch.int64, device=device)
         self._known = [0] * number  # how much of a slot's tokens stands in the history
         self._graphs: dict[Hashable, tuple[Replayed, list[Tensor]]] = {}
 
-    def __call__(
-        self, pairs: Sequence[tuple[Slot, Row]], sampling: Sampling | None, kind: Hashable
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, pairs: Sequence[tuple[Slot, Row]], sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
         """The next step.
 
         Args:
             sampling: how all rows choose; None: not all alike, so that they do not choose here.
-            kind: steps of another kind are other steps: which slots have which adapters.
 
         Returns: the logits, (S, V), and what was chosen with whether these were finite, (2, S) int64.
         """
         self._said[1] = self._cache.spare
         for slot, row in pairs:
             drawn = row.draws[len(row.new)].view(torch.int64) if row.draws is not None else 0
-            for line, value in zip(self._said, (row.new[-1], row.length, len(row.prompt), drawn), strict=True):
+            values = (row.new[-1], row.length, len(row.prompt), drawn, row.adapter)
+            for line, value in zip(self._said, values, strict=True):
                 line[slot.number] = value
         self._inputs.copy_(self._said, non_blocking=True)
         if sampling is not None and (sampling.looks_back or sampling.counts_new):
             self._note(pairs)
         parts = max(row.length for _, row in pairs) // WIDTH + 1
         width = min(WIDTH << (parts - 1).bit_length(), self._cache.spare)  # few different ones, by doubling
-        key = (sampling, width, kind, self._cache.spare)
+        key = (sampling, width, self._cache.spare)
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 self._graphs.clear()
@@ -103,7 +107,7 @@ class SlotGraphs:
             row.noted = row.length + 1
 
     def _step(self, sampling: Sampling | None, width: int, found: list[Tensor]) -> None:
-        tokens, places, starts, draws = self._inputs
+        tokens, places, starts, draws, _ = self._inputs
         model = self._model
         hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
         found[:] = [(model.decode_logits or Llama.logits)(model, hidden)[:, : self._vocab_size]]

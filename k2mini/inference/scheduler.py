@@ -10,6 +10,7 @@ bits depend on the company there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -21,7 +22,7 @@ from k2mini.inference.decoding import Step, can_replay, not_finite, step_details
 from k2mini.inference.replay import SlotGraphs
 from k2mini.inference.request import Counts, End, Prompt, Request
 from k2mini.inference.rows import Row, Slot, choose, described
-from k2mini.inference.sampling import Sampling, uniforms
+from k2mini.inference.sampling import uniforms
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import Adapter, stack_adapters
 from k2mini.nn.quant import DynamicLinear
@@ -85,7 +86,7 @@ class Scheduler:
     def alone(self, adapter: str | None) -> None:
         """Let the model, called between two steps, answer with an adapter, or as the base."""
         for layer in self._adapted:
-            layer.parts = [(self.adapter(adapter), slice(None))]
+            layer.parts, layer.route = [(self.adapter(adapter), slice(None))], None
 
     def tell(self, request: Request, event: Prompt | Step | End) -> bool:
         """Deliver an event. Returns whether the answer is to end."""
@@ -168,19 +169,16 @@ class Scheduler:
             row.reused += found - row.length
             row.length = found
 
-    def _route(self, adapters: Sequence[int]) -> None:
-        """Tell the adapted layers which tokens have which adapter."""
-        if self._adapted:
-            starts = [place for place, each in enumerate(adapters) if not place or each != adapters[place - 1]]
-            ends = [*starts[1:], len(adapters)]
-            parts = [(adapters[a], slice(a, b)) for a, b in zip(starts, ends, strict=True) if adapters[a] >= 0]
-            for layer in self._adapted:
-                layer.parts = parts
+    def _route(self, adapters: Sequence[int], tensor: Tensor | None) -> None:
+        """Tell the adapted layers which tokens have which adapter; `tensor`: for compiled code, the same."""
+        starts = [place for place, each in enumerate(adapters) if not place or each != adapters[place - 1]]
+        parts = [(adapters[a], slice(a, b)) for a, b in itertools.pairwise([*starts, len(adapters)])]
+        for layer in self._adapted:
+            layer.parts, layer.route = parts, tensor
 
     def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
         can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
-        can_compile = can_compile and all(row.adapter == -1 for _, row in singles)
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]
@@ -188,7 +186,8 @@ class Scheduler:
         for _, row, chunk in chunks:
             tokens += row.prompt[chunk.start : chunk.end]
             adapters += [row.adapter] * (chunk.end - chunk.start)
-        self._route(adapters)
+        if self._adapted:
+            self._route(adapters, torch.tensor(adapters) if compiled else None)
         places = [(slot.number, row.length) for slot, row in [*singles, *again]]
         pad = self._exact and not compiled
         batch = SlotBatch(self.cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
@@ -213,16 +212,11 @@ class Scheduler:
 
     def _replay(self, singles: Sequence[tuple[Slot, Row]]) -> None:
         """A step of one token of each row, on a GPU."""
-        rows, by_slot, settings = [row for _, row in singles], dict[int, int](), set[Sampling]()
-        for slot, row in singles:
-            by_slot[slot.number] = row.adapter
-            settings.add(row.request.decoding.sampling)
-        last, adapters = rows[0].adapter, []
-        for slot in self.slots:  # an idle one has the adapter of the one before
-            adapters.append(last := by_slot.get(slot.number, last))
-        self._route(adapters)
+        rows = [row for _, row in singles]
+        settings = {row.request.decoding.sampling for row in rows}
         self._graphs = self._graphs or SlotGraphs(self.model, self.cache, self._vocab_size)
-        logits, chosen = self._graphs(singles, settings.pop() if len(settings) == 1 else None, tuple(adapters))
+        self._route([], self._graphs.adapters)
+        logits, chosen = self._graphs(singles, settings.pop() if len(settings) == 1 else None)
         for row in rows:
             row.length += 1
         places = [slot.number for slot, _ in singles]

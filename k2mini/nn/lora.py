@@ -126,18 +126,28 @@ class StackedLora(Linear):
     Attributes:
         parts: which of N tokens have which adapter; -1 is none. No product has a single row, so a token's bits do not
             depend on its company.
+        route: (N,) int64, the same as a tensor, for code that is compiled or captured; None: `parts` says it.
     """
 
-    def __init__(self, base: Linear, adapters: Mapping[int, tuple[Tensor, Tensor, float]]) -> None:
+    def __init__(self, base: Linear, adapters: Mapping[int, tuple[Tensor, Tensor, float]], number: int) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight = base.weight
         self.base, self.adapters = base, adapters  # number -> A (R, in), B (out, R), scaling
         self.parts: list[tuple[int, slice]] = []
+        self.route: Tensor | None = None
+        rank, (like, *_) = max(len(lora_a) for lora_a, _, _ in adapters.values()), next(iter(adapters.values()))
+        self.stacked_a = like.new_zeros(number + 1, rank, base.in_features)  # the last has zeros: none
+        self.stacked_b = like.new_zeros(number + 1, base.out_features, rank)
+        for each, (lora_a, lora_b, scaling) in adapters.items():
+            self.stacked_a[each, : len(lora_a)], self.stacked_b[each, :, : len(lora_a)] = lora_a, lora_b * scaling
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, N, in) -> (1, N, out)."""
         out: Tensor = self.base(x)
+        if self.route is not None:
+            low = torch.bmm(self.stacked_a[self.route], x[0].unsqueeze(-1))  # (N, R, 1)
+            return out + torch.bmm(self.stacked_b[self.route], low).squeeze(-1)
         for number, part in self.parts:
             if number in self.adapters:
                 lora_a, lora_b, scaling = self.adapters[number]
@@ -154,7 +164,8 @@ def stack_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> list[Stacke
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
         assert isinstance(base, Linear)
-        layer = StackedLora(base, {number: adapter[name] for number, adapter in enumerate(adapters) if name in adapter})
+        own = {number: adapter[name] for number, adapter in enumerate(adapters) if name in adapter}
+        layer = StackedLora(base, own, len(adapters))
         setattr(model.get_submodule(parent), child, layer)
         stacked.append(layer)
     return stacked
