@@ -81,6 +81,13 @@ class Server:
                 raise SystemExit(f"{name} does not answer; it said:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.5)
 
+    def compiled(self, log: Path) -> None:
+        """Wait until it has compiled all that it will."""
+        self.process.send_signal(signal.SIGCONT)
+        while f"up to {MOST} at a time" not in log.read_text():
+            time.sleep(1)
+        self.process.send_signal(signal.SIGSTOP)
+
     async def _ask(self, head: str, content: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         head += f" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
@@ -224,6 +231,8 @@ def run(options: argparse.Namespace, folder: Path, scratch: Path, servers: list[
     serve = [sys.executable, "-m", "k2mini", "serve", "--model", folder, "--slots", MOST, "--threads", threads]
     serve += ["--compile"] * options.compile
     servers.append(Server("k2mini", serve, folder.name, scratch / "k2mini.log", threads, **eos))
+    if options.compile:
+        servers[0].compiled(scratch / "k2mini.log")
     if options.llama_python:
         convert(folder, "gguf", scratch / "f32.gguf", dtype=torch.float32)
         command = [options.llama_python, "-m", "llama_cpp.server", "--model", scratch / "f32.gguf", "--n_ctx", 1024]
@@ -245,6 +254,8 @@ def run(options: argparse.Namespace, folder: Path, scratch: Path, servers: list[
     serve += write_adapters(folder, scratch)
     adapted = Server("k2mini", serve, folder.name, scratch / "adapted.log", threads, **eos)
     servers.append(adapted)
+    if options.compile:
+        adapted.compiled(scratch / "adapted.log")
     rates: list[tuple[float, float]] = []
     for _ in range(options.warm_up + options.repeats):
         alone, mixed = asked(Row(MOST)), asked(Row(MOST))

@@ -35,14 +35,14 @@ def config(**changes):
     return tiny_config(**{"num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "intermediate_dim": 128, **changes})
 
 
-def adapter(model, seed, targets=TARGETS):
+def adapter(model, seed, targets=TARGETS, rank=4):
     """A random adapter, as `load_adapters` gives it."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in targets:
             out, width = module.weight.shape
-            draws = (torch.randn(4, width, generator=generator), torch.randn(out, 4, generator=generator))
+            draws = (torch.randn(rank, width, generator=generator), torch.randn(out, rank, generator=generator))
             found[name] = (draws[0] / width**0.5, draws[1] * 0.1, 2.0)
     return found
 

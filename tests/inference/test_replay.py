@@ -12,7 +12,9 @@ from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.data.prompts import get_template
 from k2mini.inference.beam import Beams, beam_search
+from k2mini.inference.compile import Compiled, _group
 from k2mini.inference.decoding import Decoding, can_replay
+from k2mini.inference.engine import Engine
 from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.terminal import Conversation
@@ -20,6 +22,7 @@ from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import HostWaits
+from tests.inference.test_engine import SETTINGS, Asked, adapter, finish
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 20, 21], [1] + [30, 31, 32] * 30]
 
@@ -174,3 +177,30 @@ def test_only_a_gpu_without_hooks_replays(monkeypatch):
     with trace(model, ["embed"]):
         assert not can_replay(model)
     assert can_replay(model)
+
+
+@pytest.mark.parametrize("how", ["replayed", "as if compiled"])
+def test_rows_of_different_adapters_and_settings(replaying, monkeypatch, how):
+    """Among them one that ends early, one of another rank and a base; the slot that gets free is taken again."""
+    found = []
+    for on in (False, True):
+        model = tiny_llama(tiny_config(max_seq_len=512))
+        replaying(on and how == "replayed")
+        if on and how == "as if compiled":
+            model.model.decode_blocks, model.decode_logits = Compiled(_group), Llama.logits
+        adapters = {"rocks": adapter(model, 1), "ores": adapter(model, 2, ["q_proj", "down_proj"], rank=2)}
+        engine = Engine(model, slots=4, capacity=400, adapters=adapters)
+        names, most = ["rocks", None, "ores", "rocks", "ores", None], [3, 30, 20, 25, 12, 12]
+        asked = [
+            Asked([1, 9 + row], Decoding(length, SETTINGS[row % 3], seed=row, top_logprobs=1), adapter=name)
+            for row, (name, length) in enumerate(zip(names, most, strict=True))
+        ]
+        for each in asked:
+            engine.submit(each.request)
+        finish(engine)
+        found.append([each.parts for each in asked])
+    for ours, theirs in zip(*found, strict=True):
+        assert [getattr(part, "token", part) for part in ours] == [getattr(part, "token", part) for part in theirs]
+        for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-5)
+    assert (Graph.made > 1) == (how == "replayed")
