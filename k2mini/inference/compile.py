@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -108,8 +107,6 @@ def compile_behind(model: Llama, cache: Slots) -> threading.Thread:
         torch.set_num_threads(threads)
         with suppress(AttributeError, OSError):  # on Linux, of this thread and of the compilers that it starts
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(interval / 50)  # the other threads call many short operations
         try:
             for rows in ROWS[: (cache.number - 1).bit_length() + 1]:
                 for layer in shadow.modules():
@@ -122,8 +119,6 @@ def compile_behind(model: Llama, cache: Slots) -> threading.Thread:
                 log.info("compiled code answers up to %d at a time", rows)
         except Exception:
             log.exception("compiling failed; answers are made without")
-        finally:
-            sys.setswitchinterval(interval)
 
     thread = threading.Thread(target=work, name=COMPILING, daemon=True)
     thread.start()

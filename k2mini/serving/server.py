@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -41,6 +42,8 @@ def serve(app: App, listening: socket.socket, load: Callable[[], Service], ready
         import uvicorn
     except ImportError:
         raise need_extra("serve") from None
+    # Every part of an answer takes Python's lock several times from the engine's thread, which would keep it for 5 ms.
+    sys.setswitchinterval(1e-4)
     failed: list[BaseException] = []
     signals: list[int] = []
     left = "every accepted request was answered"
