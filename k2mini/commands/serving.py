@@ -49,7 +49,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help=f"of a chat: {', '.join(TEMPLATES)} (default: the run's)")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
     parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
-    parser.add_argument("--compile", action="store_true", help="compile decoding; it answers meanwhile")
+    parser.add_argument("--compile", action="store_true", help="compile decoding; on a CPU it answers meanwhile")
     parser.set_defaults(run=run_serve)
 
 

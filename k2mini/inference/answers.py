@@ -107,6 +107,9 @@ def _question(entry: Any, place: str) -> tuple[str, str]:
 class Journal:
     """Answers in a .jsonl, each added as it comes; a command that is started again goes on after them.
 
+    They are those of an undisturbed run, but for last bits where these depend on a row's company (on a GPU, compiled, in
+    16 bits, w8a8).
+
     Args:
         path: None keeps them in memory only.
         asked: what each is an answer to: `prompt`, and `input` where there is one.
@@ -179,9 +182,13 @@ def answers(
     """
     new, cut = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len), []
     tokens = [len(prompt) + number for prompt, number in zip(prompts, new, strict=True)]
-    here, found = replace(decoding, seed=decoding.seed + first), _searched if decoding.beams else _continued
+    # A search's batches stay as they are: its scores' last bits depend on them.
+    start = first // decoding.batch_size * decoding.batch_size if decoding.beams else first
+    here, found = replace(decoding, seed=decoding.seed + start), _searched if decoding.beams else _continued
     with progress_bar(sum(tokens), label or "", "tokens", sum(tokens[:first]), shown=label is not None) as progress:
-        for place, completion in enumerate(found(model, tokenizer, prompts[first:], here), start=first):
+        for place, completion in enumerate(found(model, tokenizer, prompts[start:], here), start=start):
+            if place < first:
+                continue
             text = _text(tokenizer, completion, decoding.stop)
             if completion.finish == "length" and new[place] < decoding.max_new_tokens:
                 cut.append(new[place])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -47,6 +48,8 @@ class Compiled:
         self, blocks: nn.ModuleList, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
         """All blocks, some at a time: one graph serves every group, since the weights are its inputs."""
+        # Numbers of rows, caches that double as they grow, models: more than dynamo's 8, past which it stops compiling.
+        torch._dynamo.config.recompile_limit = 64  # of this thread
         most = TOGETHER if x.device.type == "cpu" else 1
         size = next(size for size in range(most, 0, -1) if len(blocks) % size == 0)
         for begin in range(0, len(blocks), size):
@@ -75,8 +78,6 @@ def compile_decoding(model: Llama, *, rows: Sequence[int] = ROWS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     check_compiler(model.device)
-    # Fixed caches double as they grow, and batches shrink: more shapes than dynamo's 8, past which it stops compiling.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     options = ON_CPU if model.device.type == "cpu" else ON_GPU
     model.model.decode_blocks = Compiled(torch.compile(_group, dynamic=False, options=options), rows)
     model.decode_logits = torch.compile(_logits, dynamic=False, options=options)
@@ -97,7 +98,11 @@ def compile_behind(model: Llama, cache: Slots) -> threading.Thread:
 
     Returns: the thread.
     """
-    shadow = copy.deepcopy(model, {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()})
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    for layer in model.modules():
+        if isinstance(layer, StackedLora):
+            kept |= {id(part): part for part in (layer.adapters, layer.stacked_a, layer.stacked_b)}
+    shadow = copy.deepcopy(model, kept)
     compiled, logits, threads = model.model.decode_blocks, model.decode_logits, torch.get_num_threads()
     assert isinstance(compiled, Compiled)
     assert logits is not None
@@ -105,13 +110,14 @@ def compile_behind(model: Llama, cache: Slots) -> threading.Thread:
     @torch.inference_mode()
     def work() -> None:
         torch.set_num_threads(threads)
-        with suppress(AttributeError, OSError):  # on Linux, of this thread and of the compilers that it starts
+        if sys.platform == "linux":  # there it is of this thread, and of the compilers that it starts
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             for rows in ROWS[: (cache.number - 1).bit_length() + 1]:
+                route = torch.zeros(rows, dtype=torch.int64)
                 for layer in shadow.modules():
                     if isinstance(layer, StackedLora):
-                        layer.route = torch.zeros(rows, dtype=torch.int64)
+                        layer.route = route
                 batch = SlotBatch(cache, [(0, 0)] * rows, fixed=True)
                 batch.places = torch.full_like(batch.places, cache.spare)  # where nothing is overwritten
                 logits(shadow, shadow.hidden(torch.zeros(1, rows, dtype=torch.int64), cache=batch)[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from k2mini.data.prompts import rooms
 from k2mini.inference.decoding import Completion, Decoding, Step
@@ -12,33 +13,13 @@ from k2mini.inference.request import End, Prompt, Request
 from k2mini.inference.scheduler import Scheduler
 from k2mini.nn.llama import Llama
 
+AHEAD = 4  # times as many prompts as are continued at a time: so far one may be before the first that is not done
 StoppingCriteria = Callable[[int, int], bool]  # (row, its new token) -> whether the row ends here
 
 
-def generate(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    *,
-    stop_ids: Sequence[int],
-    vocab_size: int | None = None,
-    stopping_criteria: StoppingCriteria | None = None,
-) -> list[Completion]:
-    """Continue prompts of any lengths; none's result depends on the others (on a GPU, but for rounding).
-
-    Args:
-        prompts: token ids, BOS included.
-        decoding: without beams. Prompt i draws with its seed + i.
-        stop_ids: an answer ends before the first of these (usually EOS).
-        vocab_size: ids from here on are never chosen (rows of the embedding that no token has).
-        stopping_criteria: called with a prompt's number and its new token; the answer ends where it returns True.
-
-    Raises ValueError: an empty prompt, or one too long for the model's context; logits that are not finite.
-    """
-    found = completions(
-        model, prompts, decoding, stop_ids=stop_ids, vocab_size=vocab_size, stopping_criteria=stopping_criteria
-    )
-    return list(found)
+def generate(model: Llama, prompts: Sequence[Sequence[int]], decoding: Decoding, **how: Any) -> list[Completion]:
+    """What `completions` yields, all at once."""
+    return list(completions(model, prompts, decoding, **how))
 
 
 def completions(
@@ -50,9 +31,19 @@ def completions(
     vocab_size: int | None = None,
     stopping_criteria: StoppingCriteria | None = None,
 ) -> Iterator[Completion]:
-    """What `generate` returns, each as soon as it and those before it are there.
+    """Continue prompts of any lengths; none's result depends on the others (on a GPU, but for rounding).
 
-    `decoding.batch_size` prompts are continued at a time: where one ends, the next begins.
+    Args:
+        prompts: token ids, BOS included.
+        decoding: without beams. Prompt i draws with its seed + i. `batch_size` prompts are continued at a time: where
+            one ends, the next begins.
+        stop_ids: an answer ends before the first of these (usually EOS).
+        vocab_size: ids from here on are never chosen (rows of the embedding that no token has).
+        stopping_criteria: called with a prompt's number and its new token; the answer ends where it returns True.
+
+    Yields: each prompt's completion, as soon as it and those before it are there.
+
+    Raises ValueError: an empty prompt, or one too long for the model's context; logits that are not finite.
     """
     new = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len)
     capacity = max(len(prompt) + most for prompt, most in zip(prompts, new, strict=True))
@@ -71,7 +62,8 @@ def completions(
         return False
 
     while given < len(prompts):
-        while begun < len(prompts) and scheduler.free:
+        # What is done waits for those before it: not for too long, since an interruption loses it.
+        while begun < min(len(prompts), given + AHEAD * slots) and scheduler.free:
             own = replace(decoding, seed=decoding.seed + begun)
             scheduler.admit(Request([*prompts[begun]], own, tuple(stop_ids), partial(deliver, begun)))
             begun += 1

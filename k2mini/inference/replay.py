@@ -29,8 +29,8 @@ class Replayed:
     def __call__(self) -> None:
         """The next step."""
         if not self._ran:  # libraries take their memory, and compilers compile, outside of a graph
-            self._ran = True
             self._step()
+            self._ran = True  # only now: one that was cut off or failed runs once more
             return
         self._graph = self._graph or self._captured()
         self._graph.replay()
@@ -64,7 +64,7 @@ class SlotGraphs:
         self._inputs = torch.zeros(5, number, dtype=torch.int64, device=device)
         self.adapters = self._inputs[4]
         self._history = torch.zeros(0, dtype=torch.int64, device=device)
-        self._known = [0] * number  # how much of a slot's tokens stands in the history
+        self._spare = cache.spare
         self._graphs: dict[Hashable, tuple[Replayed, list[Tensor]]] = {}
 
     def __call__(self, pairs: Sequence[tuple[Slot, Row]], sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
@@ -86,10 +86,11 @@ class SlotGraphs:
             self._note(pairs)
         parts = max(row.length for _, row in pairs) // WIDTH + 1
         width = min(WIDTH << (parts - 1).bit_length(), self._cache.spare)  # few different ones, by doubling
-        key = (sampling, width, self._cache.spare)
+        if self._spare != self._cache.spare or len(self._graphs) > MOST_GRAPHS:
+            self._graphs.clear()
+            self._spare = self._cache.spare  # it has grown: its tensors are others
+        key = (sampling, width)
         if key not in self._graphs:
-            if len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.clear()
             found: list[Tensor] = []
             self._graphs[key] = Replayed(lambda: self._step(sampling, width, found)), found
         step, found = self._graphs[key]
@@ -100,6 +101,8 @@ class SlotGraphs:
         """Bring the history up to date, but for the newest tokens, which a step adds itself."""
         if self._history.shape[-1] != self._cache.spare + 1:
             self._history = self._inputs.new_zeros(self._cache.number, self._cache.spare + 1)
+            for _, row in pairs:
+                row.noted = 0
         for slot, row in pairs:
             if row.noted < row.length:
                 new = torch.tensor((row.prompt + row.new)[row.noted : row.length])

@@ -136,11 +136,10 @@ def constrain(logits: Tensor, sampling: Sampling, history: Tensor | None, new: T
         history: (B, T), each row's tokens so far, prompt included, as of `as_history`; None: not `sampling.looks_back`.
         new: those without the prompt; None: not `sampling.counts_new`.
     """
-    for token, bias in sampling.logit_bias:
-        if token < logits.shape[-1]:
-            logits = logits.index_add(
-                1, torch.tensor([token], device=logits.device), logits.new_full((len(logits), 1), bias)
-            )
+    if biased := [(token, bias) for token, bias in sampling.logit_bias if token < logits.shape[-1]]:
+        logits = logits.clone()
+        for token, bias in biased:  # one by one, as below
+            logits[:, token] += bias
     if new is not None:
         logits = penalize_new(logits, new, sampling.presence_penalty, sampling.frequency_penalty)
     if history is not None and sampling.repetition_penalty != 1:

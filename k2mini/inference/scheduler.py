@@ -1,11 +1,11 @@
 """One step after another for many requests: continuous batching (Yu et al. 2022, "Orca", section 3).
 
 Each step takes one token of every row that decodes, and some of the prompts that wait, through the model, so a new
-request waits for no other to end. In float32 on a CPU a request's tokens and log-probabilities are, bit for bit, those
-that it gets alone: no product has a single row (it would take another kernel), prompts are cut at multiples of `CHUNK`
-wherever they begin, and attention is written out (`nn/slots.py`). It takes widths that fill whole vector registers:
-intermediate_dim a multiple of 32, head_dim of 64. On a GPU libraries choose kernels by the number of rows, so the last
-bits depend on the company there.
+request waits for no other to end. In float32 on a CPU, where nothing is compiled, a request's tokens and
+log-probabilities are, bit for bit, those that it gets alone: no product has a single row (it would take another
+kernel), prompts are cut at multiples of `CHUNK` wherever they begin, and attention is written out (`nn/slots.py`). It
+takes widths that fill whole vector registers: intermediate_dim a multiple of 32, head_dim of 64. On a GPU libraries
+choose kernels by the number of rows, so the last bits depend on the company there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from k2mini.inference.replay import SlotGraphs
 from k2mini.inference.request import Counts, End, Prompt, Request
 from k2mini.inference.rows import Row, Slot, choose, described
 from k2mini.inference.sampling import uniforms
+from k2mini.nn.decode_ops import LONGEST_SUM
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import Adapter, stack_adapters
 from k2mini.nn.quant import DynamicLinear
@@ -119,15 +120,18 @@ class Scheduler:
         return True
 
     def admit(self, request: Request) -> None:
-        """Give a request the free slot that holds most of its prompt, or else the one unused for longest."""
+        """Give a request the free slot of which it takes most, or else the one unused for longest."""
         decoding, prompt = request.decoding, request.tokens
         most = 0 if request.score_only else room(len(prompt), decoding.max_new_tokens, self.capacity)
         row = Row(request, self._admitted, most, self.adapter(request.adapter))
         if decoding.sampling.temperature and most:
             row.draws = uniforms([decoding.seed], most)[0]
-        self.cache.reserve(len(prompt) + most)
+        if len(prompt) + most > self.cache.spare:  # by doubling: code is compiled, or captured, for each size
+            self.cache.reserve(min(self.capacity, max(len(prompt) + most, 2 * self.cache.spare)))
         free = [slot for slot in self.slots if slot.row is None]
-        slot = max(free, key=lambda slot: (slot.common(row, self._grain), -slot.used))
+        slot = max(free, key=lambda slot: slot.common(row, self._grain))
+        if 2 * slot.common(row, self._grain) < len(slot.tokens):  # most of it would be lost; what is shared is copied
+            slot = min(free, key=lambda slot: slot.used)
         slot.row, row.length = row, slot.common(row, self._grain)
         row.reused = row.length
         slot.tokens = slot.tokens[: row.length]
@@ -179,6 +183,7 @@ class Scheduler:
     def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
         can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
+        can_compile = can_compile and max(row.length for _, row in singles) < LONGEST_SUM
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]
@@ -258,9 +263,11 @@ class Scheduler:
         if not targets:
             return
         kept = max(num_top, slot.num_top)  # as many as of the tokens before
-        found = step_details(self._logits(hidden[: len(targets)]), targets, kept)
-        slot.scores.logprobs.extend(step.logprob for step in found)
-        slot.scores.top.extend(list(step.top) for step in found)
+        for begin in range(0, len(targets), CHUNK):  # the logits of all of them might not fit
+            own = targets[begin : begin + CHUNK]
+            found = step_details(self._logits(hidden[begin : begin + len(own)]), own, kept)
+            slot.scores.logprobs.extend(step.logprob for step in found)
+            slot.scores.top.extend(list(step.top) for step in found)
 
     def _take(self, wanted: Sequence[tuple[Slot, Row]], steps: Sequence[Step | None]) -> None:
         """Give each row its next token."""

@@ -15,7 +15,7 @@ from k2mini.inference.request import End, Prompt, Request
 from k2mini.inference.scheduler import Scheduler
 from k2mini.nn.llama import Llama
 
-RESERVE = 1023  # tokens of a conversation to make room for at once
+RESERVE = 1024  # tokens of a conversation to make room for at once
 QUOTES = '"""'
 HELP = f"""\
 /help          this

@@ -26,7 +26,7 @@ def takes_kernel(x: Tensor) -> bool:
     """Whether `int8_rows` is for x (…, in): few rows on a GPU, without a gradient, in 16 or 32 bits."""
     if x.device.type != "cuda" or not 0 < x.numel() <= ROWS * x.shape[-1] or torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:  # is fused there
+    if torch.compiler.is_dynamo_compiling() and x.numel() == x.shape[-1]:  # is fused there
         return False
     return x.dtype != torch.float64 and _can_compile()
 

@@ -54,7 +54,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     other than Intel's; oneDNN was measured there at 1.2 to 1.7 times its rate for 512 rows and twice for 1 to 8.
     Compiled code writes products of few rows out (`written_out`), which reads the weight faster still.
     """
-    if torch.compiler.is_compiling() and writes_out(x, weight):
+    if torch.compiler.is_dynamo_compiling() and writes_out(x, weight):
         return written_out(x, weight).to(x.dtype).view(*x.shape[:-1], -1)
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
@@ -64,20 +64,21 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return onednn_product(x, weight)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    compiling = torch.compiler.is_dynamo_compiling()  # here, not in another thread
     return (
         ONEDNN
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() > 0
-        and (torch.compiler.is_compiling() or type(weight) in (Tensor, nn.Parameter))  # no sharded or fake tensors
-        and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+        and (compiling or type(weight) in (Tensor, nn.Parameter))  # no sharded or fake tensors
+        and not (compiling and torch.is_grad_enabled())
     )
 
 
@@ -203,7 +204,7 @@ class Attention(nn.Module):
                 from torch.nn.attention.bias import causal_lower_right  # takes a second to import
 
                 bias = causal_lower_right(num_tokens, k.shape[2])
-            if torch.compiler.is_compiling() and attends_once(q, k):
+            if torch.compiler.is_dynamo_compiling() and attends_once(q, k):
                 out = attend_once(q, k, v, mask)
             else:
                 how = {"is_causal": bias is None and num_tokens > 1, "enable_gqa": self.grouped}

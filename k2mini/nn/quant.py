@@ -71,7 +71,7 @@ def fill_int8(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T, with a gradient for x alone. x: (…, in); weight: (out, in) int8; scale: (out,)."""
-    if torch.compiler.is_compiling() and writes_out(x, weight):
+    if torch.compiler.is_dynamo_compiling() and writes_out(x, weight):
         return (written_out(x, weight) * scale).to(x.dtype).view(*x.shape[:-1], -1)
     if takes_kernel(x):
         return int8_rows(x, weight, scale)

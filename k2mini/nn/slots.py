@@ -76,7 +76,7 @@ class SlotLayer(NamedTuple):
 def attend_singles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of one query a row. q: (S, H, E); k, v: (S, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E)."""
     each = q.unsqueeze(2)  # (S, H, 1, E)
-    if torch.compiler.is_compiling() and attends_once(each, k):
+    if torch.compiler.is_dynamo_compiling() and attends_once(each, k):
         return attend_once(each, k, v, mask).squeeze(2)
     if q.device.type == "cpu" and q.dtype == torch.promote_types(q.dtype, torch.float32):
         return attend_written(q, k, v, mask)
@@ -127,7 +127,8 @@ class SlotBatch:
         self.padded, self.fixed = pad and len(tokens) == 1, fixed
         tokens += [(0, cache.spare)] * self.padded
         self._cache, self._singles, self._first = cache, len(rows), 0
-        self._slots, self.places = torch.tensor(tokens).to(device, non_blocking=True).unbind(dim=1)  # (N,) each
+        both = torch.tensor([*zip(*tokens, strict=True)])  # (2, N)
+        self._slots, self.places = both.to(device, non_blocking=True)
         self._mask = torch.empty(0)
         if rows:
             used = [slot for slot, _ in rows]
@@ -136,6 +137,8 @@ class SlotBatch:
             for slot, place in rows:
                 ends[slot - self._first] = place
             self._mask = attended(ends, (int(ends.max()) // WIDTH + 1) * WIDTH).to(device, non_blocking=True)
+        if fixed:  # `layer` gives the part of the cache from there on
+            self._slots = self._slots - self._first
         later = device.type == "cpu"
         self.chunks = [(chunk, _later(chunk) if later else None) for chunk in chunks]
 
@@ -159,11 +162,10 @@ class SlotBatch:
     def layer(self, layer: int) -> SlotLayer:
         """One layer's keys and values."""
         keys, values, first = self._cache.keys[layer], self._cache.values[layer], self._first
-        slots = self._slots
-        if self.fixed and first:  # so that code compiled for one slot does for all
+        if self.fixed and len(self._mask) < self._cache.number:  # code that is compiled for one slot does for all
             rows = slice(first, first + len(self._mask))
-            keys, values, slots, first = keys[rows], values[rows], slots - first, 0
-        where = (slots, self.places, self._singles, first, self._mask, self.chunks)
+            keys, values, first = keys[rows], values[rows], 0
+        where = (self._slots, self.places, self._singles, first, self._mask, self.chunks)
         return SlotLayer(keys, values, *where)
 
 

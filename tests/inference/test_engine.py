@@ -3,14 +3,14 @@
 import copy
 import random
 import threading
-from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
-from k2mini.inference.compile import Compiled, compile_behind, compile_decoding, compiled_rows
+from k2mini.inference.compile import compile_behind, compile_decoding, compiled_rows
 from k2mini.inference.decoding import Decoding, Step
 from k2mini.inference.engine import Engine
 from k2mini.inference.generate import generate
@@ -397,27 +397,47 @@ def test_prompts_are_delivered_before_answers():
     assert all(len(step.top) == 2 for step in asked.steps)
 
 
+def test_conversations_in_turns_keep_their_slots():
+    """Also where all begin alike: what they share is copied, and none is thrown away while a slot is empty."""
+    model = tiny_llama(config(max_seq_len=600))
+    engine = Engine(model, slots=4, capacity=600)
+    engine._scheduler._grain = 1  # as on a GPU
+    same = [1, *range(10, 40)]
+    reused = []
+    for turn in range(3):
+        for talk in range(2):
+            asked = Asked([*same, *[50 + talk] * (100 + 20 * turn)], Decoding(2))
+            engine.submit(asked.request)
+            finish(engine)
+            reused.append(asked.end.reused)
+    assert reused == [0, 31, 131, 131, 151, 151]
+
+
 def test_what_is_compiled_meanwhile_answers_as_before():
-    """Nothing that is kept in slots changes, and prefixes go on to be found."""
+    """Nothing that is kept in slots changes, prefixes go on to be found, and nothing more has to be compiled."""
     prompts = [[1, *range(10, 10 + CHUNK + row)] for row in range(2)]
-    model = tiny_llama(config(max_seq_len=400, num_layers=1))
-    expected = [answered(model, Asked(prompt)) for prompt in prompts]
+    model = tiny_llama(config(max_seq_len=400, num_layers=2))
+    adapters = {"rocks": adapter(model, 1)}
+    names = [None, "rocks"]
+    expected = [answered(model, Asked(prompt, adapter=name), adapters) for prompt in prompts for name in names]
     compile_decoding(model, rows=())
-    engine = Engine(model, slots=2, capacity=400)
+    engine = Engine(model, slots=2, capacity=400, adapters=adapters)
     first = Asked(prompts[0])
     engine.submit(first.request)
     engine.step()
     thread = compile_behind(model, engine.cache)
     finish(engine)
-    thread.join()
     assert first.parts == expected[0]
+    thread.join()
     assert [compiled_rows(model, rows) for rows in (1, 2, 3)] == [1, 2, 0]
-    again = [Asked(prompt) for prompt in prompts]
-    with patch.object(model.model, "decode_blocks", Mock(wraps=model.model.decode_blocks, spec=Compiled)) as compiled:
-        compiled.rows = [1, 2]
-        for asked in again:
-            engine.submit(asked.request)
-        finish(engine)
-    assert compiled.call_count >= 9
-    assert [asked.tokens for asked in again] == [[part.token for part in parts[:-1]] for parts in expected]
-    assert again[0].end.reused == CHUNK
+    graphs = counters["stats"]["unique_graphs"]
+    for number in (1, 2):
+        for start in range(0, 4, number):
+            asked = [Asked(prompts[each // 2], adapter=names[each % 2]) for each in range(start, start + number)]
+            for each in asked:
+                engine.submit(each.request)
+            finish(engine)
+            for each, parts in zip(asked, expected[start:], strict=False):
+                assert each.tokens == [part.token for part in parts[:-1]]
+    assert engine.counts.reused_tokens >= 4 * CHUNK
+    assert counters["stats"]["unique_graphs"] == graphs

@@ -16,6 +16,7 @@ from k2mini.inference.compile import Compiled, _group
 from k2mini.inference.decoding import Decoding, can_replay
 from k2mini.inference.engine import Engine
 from k2mini.inference.generate import generate
+from k2mini.inference.replay import Replayed
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.terminal import Conversation
 from k2mini.nn.llama import Llama
@@ -192,7 +193,7 @@ def test_rows_of_different_adapters_and_settings(replaying, monkeypatch, how):
         engine = Engine(model, slots=4, capacity=400, adapters=adapters)
         names, most = ["rocks", None, "ores", "rocks", "ores", None], [3, 30, 20, 25, 12, 12]
         asked = [
-            Asked([1, 9 + row], Decoding(length, SETTINGS[row % 3], seed=row, top_logprobs=1), adapter=name)
+            Asked([1, 9 + row], Decoding(length, SETTINGS[row % len(SETTINGS)], seed=row, top_logprobs=1), adapter=name)
             for row, (name, length) in enumerate(zip(names, most, strict=True))
         ]
         for each in asked:
@@ -204,3 +205,20 @@ def test_rows_of_different_adapters_and_settings(replaying, monkeypatch, how):
         for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
             assert mine.logprob == pytest.approx(other.logprob, abs=1e-5)
     assert (Graph.made > 1) == (how == "replayed")
+
+
+def test_a_step_that_failed_is_not_captured_next(replaying):
+    replaying(True)
+    done = []
+
+    def step():
+        done.append(Graph.made)
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    replayed = Replayed(step)
+    with pytest.raises(KeyboardInterrupt):
+        replayed()
+    for _ in range(3):
+        replayed()
+    assert done == [0, 0, 1]
