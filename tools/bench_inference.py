@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_models import begun
 
 from k2mini.build import load_model
 from k2mini.inference.beam import Beams, beam_search, prefill
@@ -28,7 +29,6 @@ from k2mini.inference.decoding import Decoding
 from k2mini.inference.sampling import Sampling
 from k2mini.model_config import ModelConfig, hf_config
 from k2mini.nn.init import init_weights
-from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama
 from k2mini.weights.convert import convert
 from k2mini.weights.model_files import save_model
@@ -65,26 +65,20 @@ def prompt(config: ModelConfig, batch: int = 1) -> torch.Tensor:
     return torch.randint(300, config.vocab_size - 300, (batch, PROMPT), generator=generator)
 
 
-@torch.inference_mode()
 def our_prefill(model: Llama) -> float:
-    """A prompt through the model, the logits of its end."""
-    tokens = prompt(model.config)
+    """A prompt, read by the engine, and the token after it."""
     start = time.perf_counter()
-    cache = KVCache(model.config, 1, dtype=model.dtype, capacity=PROMPT)
-    model.logits(model.model(tokens, cache=cache)[:, -1]).argmax(-1)
+    begun(model, prompt(model.config).tolist(), Decoding(2))
     return PROMPT / (time.perf_counter() - start)
 
 
-@torch.inference_mode()
 def our_decode(model: Llama, batch: int = 1) -> float:
-    """Greedy tokens after a prompt."""
-    fixed = model.model.decode_blocks is not None
-    cache = KVCache(model.config, batch, dtype=model.dtype, capacity=PROMPT + NEW + 1, fixed=fixed)
-    token = model.logits(model.model(prompt(model.config, batch), cache=cache)[:, -1]).argmax(-1)
-    token = model(token[:, None], cache=cache)[:, -1].argmax(-1)  # compiles, where it must
+    """Greedy tokens after a prompt, by the engine's steps."""
+    engine = begun(model, prompt(model.config, batch).tolist(), Decoding(NEW + 2))
+    engine.step()  # compiles, where it must
     start = time.perf_counter()
     for _ in range(NEW):
-        token = model(token[:, None], cache=cache)[:, -1].argmax(-1)
+        engine.step()
     return batch * NEW / (time.perf_counter() - start)
 
 

@@ -107,8 +107,8 @@ def _question(entry: Any, place: str) -> tuple[str, str]:
 class Journal:
     """Answers in a .jsonl, each added as it comes; a command that is started again goes on after them.
 
-    They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled, in
-    16 bits, in w8a8.
+    They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled,
+    in 16 bits, in w8a8.
 
     Args:
         path: None keeps them in memory only.

@@ -132,7 +132,7 @@ class Engine:
             self._waiting = deque(request for request in self._waiting if request not in cancelled)
         for request in dropped:
             self.counts.cancelled += 1
-            self._scheduler.tell(request, End("cancelled"))
+            request.deliver(End("cancelled"))
         self._scheduler.cancel(cancelled)
         while self._scheduler.free:
             with self._wake:
@@ -142,7 +142,7 @@ class Engine:
             try:
                 self._scheduler.admit(request)
             except Exception as error:  # of this one, before it has a slot
-                self._scheduler.tell(request, End("error", f"{error}"))
+                request.deliver(End("error", f"{error}"))
         self.counts.waiting = len(self._waiting)
         self.counts.slots_busy = self.slots - self._scheduler.free
 

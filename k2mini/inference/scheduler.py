@@ -89,10 +89,6 @@ class Scheduler:
         for layer in self._adapted:
             layer.parts, layer.route = [(self.adapter(adapter), slice(None))], None
 
-    def tell(self, request: Request, event: Prompt | Step | End) -> bool:
-        """Deliver an event. Returns whether the answer is to end."""
-        return bool(request.deliver(event))
-
     def cancel(self, requests: Collection[Request]) -> None:
         """End these, if they are in slots."""
         for slot in self.slots:
@@ -247,8 +243,8 @@ class Scheduler:
             self._score(slot, row, chunk, hidden, wanted)
         if not row.decodes:
             return False
-        if wanted is not None and self.tell(
-            row.request, Prompt(list(slot.scores.logprobs), [top[:wanted] for top in slot.scores.top])
+        if wanted is not None and row.request.deliver(
+            Prompt(list(slot.scores.logprobs), [top[:wanted] for top in slot.scores.top])
         ):
             self._end(slot, "stop")
         elif not row.most:
@@ -279,7 +275,7 @@ class Scheduler:
             else:
                 row.new.append(step.token)
                 self.counts.new_tokens += 1
-                if self.tell(row.request, step):
+                if row.request.deliver(step):
                     self._end(slot, "stop")
                 elif len(row.new) == row.most:
                     self._end(slot, "length")
@@ -295,4 +291,4 @@ class Scheduler:
         if row is not None:
             self.counts.reused_tokens += row.reused
             self.counts.cancelled += reason == "cancelled"
-            self.tell(row.request, End(reason, error, row.reused))
+            row.request.deliver(End(reason, error, row.reused))

@@ -169,11 +169,6 @@ class KVCache:
         """Let rows end after so many tokens, (B,) int64. Padding that was stored after them is overwritten unseen."""
         self.lengths, self._in_step = lengths, False
 
-    def truncate(self, length: int) -> None:
-        """Forget every row's tokens from position `length` on."""
-        self.length = min(self.length, length)
-        self.lengths = self.lengths.clamp(max=length)
-
     def select(self, rows: Tensor) -> KVCache:
         """A new cache with copies of the given rows, in their order. rows: (N,) int64, with repeats."""
         new = object.__new__(KVCache)

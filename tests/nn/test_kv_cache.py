@@ -77,17 +77,6 @@ def test_select_copies_rows_and_leaves_the_source_alone():
     assert rows.lengths.tolist() == [24] * 3
 
 
-def test_truncate_forgets():
-    model = tiny_llama()
-    tokens = torch.randint(199, (1, 30))
-    cache = KVCache(model.config, 1)
-    with torch.no_grad():
-        model(tokens, cache=cache)
-        cache.truncate(10)
-        again = model(tokens[:, 10:], cache=cache)
-        torch.testing.assert_close(again, model(tokens)[:, 10:], rtol=0, atol=1e-5)
-
-
 def test_padding_reaches_no_row():
     """NaN in a padding token's place must not leak: its slot is nobody's."""
     config = tiny_config(num_layers=1)
