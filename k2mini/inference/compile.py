@@ -26,8 +26,6 @@ ON_CPU: dict[str, Any] = {"realize_reads_threshold": 1}
 # On a GPU, int8 weights are then read inside of a row's product, with the norm before it and what follows.
 ON_GPU: dict[str, Any] = {"coordinate_descent_tuning": True}
 TOGETHER = 6  # blocks in one graph on a CPU, at most; calls of many take a tenth of the time of a small model
-
-
 ROWS = (1, 2, 4, 8)  # on a CPU code is compiled for so many rows: others are filled up, and more run as they are
 COMPILING = "compile"  # the name of the thread
 
@@ -73,8 +71,8 @@ def compile_decoding(model: Llama, *, rows: Sequence[int] = ROWS) -> None:
     """
     if any(isinstance(module, DynamicLinear) for module in model.modules()):
         raise ValueError("--compile does not go with w8a8, whose products are PyTorch's own; take --quantize int8")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "k2mini" / "compiled"
-    with suppress(OSError):  # what is compiled is kept there, and not where a restart of the machine clears it
+    with suppress(OSError, RuntimeError):  # what is compiled is kept where a restart of the machine does not clear it
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k2mini" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     check_compiler(model.device)

@@ -23,7 +23,7 @@ from k2mini.inference.answers import answers, read_questions
 from k2mini.inference.beam import Beams, beam_search
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
-from k2mini.inference.generate import generate
+from k2mini.inference.generate import AHEAD, completions, generate
 from tests.conftest import ROOT, asset
 from tests.helpers import fill_adapters
 
@@ -630,3 +630,28 @@ def test_progress_counts_tokens(tiny_directory, monkeypatch):
     list(answers(model, tokenizer, prompts, Decoding(4, batch_size=2), "answering", first=2))
     found = [(bar.total, bar.initial, bar.moved, bar.unit, bar.said) for bar in bars]
     assert found == [(49, 0, [6, 34, 9], "tokens", "3/3 answers"), (49, 40, [9], "tokens", "3/3 answers")]
+
+
+def test_a_search_that_goes_on_is_the_undisturbed_one(tiny_directory):
+    """Scores too, to the last bit: its batches stay as they were."""
+    model, tokenizer = load_model(tiny_directory)
+    prompts = [tokenizer.encode("rock " * number, bos=True, eos=False) for number in (1, 4, 2, 7, 3, 5, 6)]
+    decoding = Decoding(6, beams=Beams(2), batch_size=3)
+    whole = list(answers(model, tokenizer, prompts, decoding))
+    for first in (1, 2, 4):
+        assert list(answers(model, tokenizer, prompts, decoding, first=first)) == whole[first:]
+
+
+def test_few_answers_wait_for_a_long_one(tiny_directory):
+    """What is done and not given yet would be lost with the process."""
+    model, tokenizer = load_model(tiny_directory)
+    begun = set()
+
+    def stopping_criteria(row, _token):
+        begun.add(row)
+        return row > 0
+
+    decoding = Decoding(200, batch_size=2)
+    how = {"stop_ids": [], "vocab_size": tokenizer.vocab_size, "stopping_criteria": stopping_criteria}
+    next(completions(model, [[1, 5 + row] for row in range(60)], decoding, **how))
+    assert len(begun) == AHEAD * 2
