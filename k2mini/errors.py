@@ -17,6 +17,9 @@ EXTRAS = {
     "gguf": "GGUF, the format of llama.cpp,",
     "tensorboard": "run.tensorboard",
     "serve": "k2mini serve",
+    "tokenizers": "tokenizer.json, which this model's text needs,",
+    "chat": "a model's own chat template",
+    "hub": "a model, adapter or file named by its id on the Hugging Face hub",
 }
 REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"
 

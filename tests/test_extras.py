@@ -18,6 +18,9 @@ PACKAGES = {
     "gguf": ["gguf"],
     "tensorboard": ["tensorboard", "torch.utils.tensorboard"],
     "serve": ["uvicorn"],
+    "tokenizers": ["tokenizers"],
+    "chat": ["jinja2"],
+    "hub": ["huggingface_hub"],
 }
 
 
