@@ -169,8 +169,7 @@ class PromptBuilder:
         if cut >= len(prefix) - 1:
             raise ValueError(f"{question.task} question {question.index}: an option alone is longer than the context")
         if cut:
-            kept = [token for token in prefix[:1] if token == self.tokenizer.bos_id]  # BOS stays
-            prefix = kept + prefix[len(kept) + cut :]
+            prefix = [prefix[0], *prefix[1 + cut :]]  # BOS stays
         group = self._groups.setdefault(tuple(examples[dropped:]), len(self._groups))
         request = Request(tuple(prefix), tuple(map(tuple, ids)), group)
         return Instance(question, request, answers, places, ids, dropped, cut)

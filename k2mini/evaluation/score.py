@@ -44,8 +44,8 @@ def split_jointly(
     context: str,
     options: Sequence[str],
     *,
-    bos: bool = True,
     eos: bool = False,
+    bos: bool = True,
     special: bool = False,
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenise context and option together, as one text, and find where the options begin.
@@ -55,8 +55,8 @@ def split_jointly(
     the two ("The answer is: " + "A" ends in '▁A').
 
     Args:
-        bos, special: how the context's template is encoded (see `Tokenizer.encode`).
         eos: the options end with EOS.
+        bos, special: of `encode`, as a template has them.
 
     Returns: the context's ids, BOS first, and each option's. Where nothing is left of a context without BOS, it is EOS,
         as in lm-evaluation-harness.
