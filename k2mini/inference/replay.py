@@ -75,12 +75,11 @@ class SlotGraphs:
 
         Returns: the logits, (S, V), and what was chosen with whether these were finite, (2, S) int64.
         """
-        self._said[1] = self._cache.spare
+        said = self._said.numpy()  # the same memory: a tensor's elements are slow to write
+        said[1] = self._cache.spare
         for slot, row in pairs:
-            drawn = row.draws[len(row.new)].view(torch.int64) if row.draws is not None else 0
-            values = (row.new[-1], row.length, len(row.prompt), drawn, row.adapter)
-            for line, value in zip(self._said, values, strict=True):
-                line[slot.number] = value
+            drawn = row.draws.numpy().view("int64")[len(row.new)] if row.draws is not None else 0
+            said[:, slot.number] = (row.new[-1], row.length, len(row.prompt), drawn, row.adapter)
         self._inputs.copy_(self._said, non_blocking=True)
         if sampling is not None and (sampling.looks_back or sampling.counts_new):
             self._note(pairs)
