@@ -111,7 +111,13 @@ class SlotGraphs:
     def _step(self, sampling: Sampling | None, width: int, found: list[Tensor]) -> None:
         tokens, places, starts, draws, _ = self._inputs
         model = self._model
-        hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
+        # cuDNN's attention of single queries takes half of the others' time, and grouped ones. It plans for each shape,
+        # which is slow, and therefore off elsewhere (`gpu.use_gpu`); here shapes are few.
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
         found[:] = [(model.decode_logits or Llama.logits)(model, hidden)[:, : self._vocab_size]]
         if sampling is None:
             return
