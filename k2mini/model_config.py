@@ -176,9 +176,7 @@ def _translate(raw: dict[str, Any]) -> ModelConfig:
     window = number(raw, "sliding_window", int) if kind == "mistral" and raw["sliding_window"] is not None else None
     each = "full_attention" if window is None else "sliding_attention"
     if raw.get("layer_types") not in (None, [each] * num_layers):
-        raise ValueError(
-            f"layer_types is {raw['layer_types']!r:.80}; k2mini's {kind} supports {each!r} of all layers only"
-        )
+        raise ValueError(f"layer_types is {raw['layer_types']!r:.80}; k2mini's {kind} has {each!r} in all layers")
     rope_theta, rope_scaling = _rope(raw)
     return ModelConfig(
         dim=dim,

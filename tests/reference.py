@@ -73,7 +73,11 @@ def naive_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
 
     def turned(x):  # (T, E), pairs interleaved
-        return torch.view_as_real(torch.view_as_complex(x.reshape(length, -1, 2)) * turns).flatten(1).to(dtype)
+        return (
+            torch.view_as_real(torch.view_as_complex(x.reshape(length, -1, 2).contiguous()) * turns)
+            .flatten(1)
+            .to(dtype)
+        )
 
     x = w["model.embed_tokens.weight"][tokens]
     ahead = torch.arange(length)[:, None] - torch.arange(length)  # of the key, which the query follows

@@ -30,6 +30,17 @@ SETTINGS = [
 ]
 
 
+# Windows shorter and longer than a chunk, biases, norms.
+FEATURES = {
+    "llama": {},
+    "window of 100": {"sliding_window": 100},
+    "window of 150": {"sliding_window": 150},
+    "biases": {"attention_bias": True},
+    "norms": {"qk_norm": True},
+}
+each_feature = pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
+
+
 def config(**changes):
     """Widths that fill whole vector registers, as those of real models do; other widths differ in the last bits."""
     return tiny_config(**{"num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "intermediate_dim": 128, **changes})
@@ -130,9 +141,12 @@ def compare_with_alone(model, adapters, requests, slots, rng):
     return engine
 
 
-@pytest.mark.parametrize("number", [14, pytest.param(500, marks=pytest.mark.slow)])
-def test_a_request_gets_what_it_gets_alone(number):
-    model = tiny_llama(config(max_seq_len=600))
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(14, "llama"), (14, "window of 100"), (14, "biases"), pytest.param(500, "llama", marks=pytest.mark.slow)],
+)
+def test_a_request_gets_what_it_gets_alone(number, name):
+    model = tiny_llama(config(max_seq_len=600, **FEATURES[name]))
     adapters = {"rocks": adapter(model, 1), "ores": adapter(model, 2, ["q_proj", "down_proj"])}
     rng = random.Random(2)
     requests = list(mixed(rng, number, [None, "rocks", "ores"], 300))
@@ -194,8 +208,9 @@ def test_adapters_answer_as_models_that_have_them():
     assert len({tuple(got.tokens) for got in asked.values()}) == 3
 
 
-def test_a_prompt_is_scored():
-    model = tiny_llama(config(max_seq_len=600))
+@each_feature
+def test_a_prompt_is_scored(changes):
+    model = tiny_llama(config(max_seq_len=600, **changes))
     tokens = [1, *(torch.randint(10, 190, (299,), generator=torch.Generator().manual_seed(0)).tolist())]
     engine = Engine(model, slots=2, capacity=600)
     for reused in (0, CHUNK):  # the second time most of it stands in the cache
@@ -213,8 +228,9 @@ def test_a_prompt_is_scored():
         assert [[token for token, _ in top] for top in prompt.top[1:]] == expected[:-1].topk(3).indices.tolist()
 
 
-def test_prompts_that_begin_alike_are_read_once():
-    model = tiny_llama(config(max_seq_len=600))
+@each_feature
+def test_prompts_that_begin_alike_are_read_once(changes):
+    model = tiny_llama(config(max_seq_len=600, **changes))
     common = [1] + [20] * (2 * CHUNK)
     engine = Engine(model, slots=3, capacity=600)
     asked = [Asked([*common, 30 + i]) for i in range(3)]

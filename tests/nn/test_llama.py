@@ -134,7 +134,10 @@ def test_documents_in_one_row_do_not_see_each_other(shape):
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320)])
+@pytest.mark.parametrize(("preset", "parameters"), [
+    ("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3-8b", 8_030_261_248),
+    ("mistral-7b", 7_241_732_096), ("qwen2.5-7b", 7_615_616_512),
+])  # fmt: skip
 def test_presets_have_the_papers_size(preset, parameters):
     with torch.device("meta"):
         model = Llama(PRESETS[preset])
