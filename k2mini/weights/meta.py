@@ -250,12 +250,12 @@ def write_meta(
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
+    if config.attention_bias or config.qk_norm or config.sliding_window:
+        raise ValueError("Meta's format has no biases, norms of q and k, or sliding window, as this model has; take hf")
     if config.head_dim * config.num_heads != config.dim:
         raise ValueError(
             f"Meta's format has no head_dim of its own: there it is dim / num_heads, here it is {config.head_dim}"
         )
-    if config.attention_bias or config.qk_norm or config.sliding_window:
-        raise ValueError("Meta's format has no biases, norms of q and k, or sliding window, as this model has; take hf")
     if config.rope_scaling not in (None, SCALING):
         raise ValueError(f"Meta's format knows LLaMA 3.1's rotary scaling only; this model has {config.rope_scaling}")
     params: dict[str, Any] = {

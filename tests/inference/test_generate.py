@@ -32,16 +32,18 @@ def test_greedy_equals_transformers(shape):
         assert completion.finish == "length"
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
-def test_compiled_decoding_gives_the_same_tokens(name):
+@pytest.mark.parametrize(
+    ("name", "beams"),
+    [("qwen2", None), ("mistral", Beams(2)), *(pytest.param(*each, marks=pytest.mark.slow) for each in
+     (("mistral", None), ("qwen2", Beams(2)), ("qwen3", None), ("qwen3", Beams(2))))],
+)  # fmt: skip
+def test_compiled_decoding_gives_the_same_tokens(name, beams):
     config = tiny_config(**{**SHAPES[name], "num_layers": 1})
     eager, compiled = tiny_llama(config), tiny_llama(config)
     compile_decoding(compiled)
-    for decoding in (Decoding(20), Decoding(12, beams=Beams(2))):
-        ask = generate if decoding.beams is None else beam_search
-        ours, theirs = (ask(m, PROMPTS[2:], decoding, stop_ids=[]) for m in (compiled, eager))
-        tokens = [[c.tokens for c in (found if isinstance(found, list) else [found])] for found in (*ours, *theirs)]
-        assert tokens[0] == tokens[1]
+    ask = generate if beams is None else beam_search
+    ours, theirs = (ask(m, PROMPTS[2:], Decoding(16, beams=beams), stop_ids=[])[0] for m in (compiled, eager))
+    assert (ours if beams is None else ours[0]).tokens == (theirs if beams is None else theirs[0]).tokens
 
 
 DRAWN = Sampling(temperature=1.2, top_k=40, top_p=0.9)
