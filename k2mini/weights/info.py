@@ -137,6 +137,8 @@ def describe_directory(found: dict[str, Any]) -> str:
             f"({shape['num_kv_heads']} of keys and values) of {shape['head_dim']}, "
             f"intermediate_dim {shape['intermediate_dim']}, vocab_size {shape['vocab_size']}, "
             f"max_seq_len {shape['max_seq_len']}"
+            + (f", {shape['model_type']}" if shape["model_type"] != "llama" else "")
+            + (f", sliding_window {shape['sliding_window']}" if shape["sliding_window"] else "")
         )
         tokenizer = found["tokenizer"]
         known = (
