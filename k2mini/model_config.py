@@ -237,9 +237,10 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
         bos_id, eos_id: the tokenizer's, or None where there is no tokenizer.
     """
     scaling, kind = config.rope_scaling, config.model_type
-    own: dict[str, Any] = {"attention_bias": False, "mlp_bias": False} if kind == "llama" else {}
-    if kind == "mistral":
-        own["sliding_window"] = config.sliding_window
+    own: dict[str, Any] = {"use_sliding_window": False}  # of Qwen
+    if kind in ("llama", "mistral"):
+        plain = {"attention_bias": False, "mlp_bias": False}
+        own = plain if kind == "llama" else {"sliding_window": config.sliding_window}
     return {
         "architectures": [ARCHITECTURES[kind].names[0]],
         "model_type": kind,

@@ -26,7 +26,7 @@ SHAPES = {
     "grouped": {"num_kv_heads": 2},
     "tied": {"tie_embeddings": True},
     "llama3-rope": {"num_kv_heads": 1, "rope_theta": 5e5, "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 64)},
-    "wide-heads": {"head_dim": 32, "norm_eps": 1e-5},
+    "wide-heads": {"head_dim": 32, "norm_eps": 1e-5, "rope_scaling": LinearRopeScaling(4.0)},
     "mistral": {"num_kv_heads": 2, "sliding_window": 4},
     "qwen2": {"num_kv_heads": 2, "attention_bias": True, "rope_scaling": LinearRopeScaling(2.5)},
     "qwen3": {"num_kv_heads": 2, "head_dim": 32, "qk_norm": True, "tie_embeddings": True},

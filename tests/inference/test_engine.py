@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from k2mini.build import load_model
@@ -17,7 +18,9 @@ from k2mini.inference.generate import generate
 from k2mini.inference.request import End, Prompt, QueueFullError, Request
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import CHUNK
+from k2mini.nn import slots
 from k2mini.nn.lora import TARGETS, attach, init_adapters, lora_modules
+from k2mini.nn.slots import Chunk
 from tests.conftest import tiny_config, tiny_llama
 
 STOPS = (7, 8)
@@ -226,6 +229,24 @@ def test_a_prompt_is_scored(changes):
         torch.testing.assert_close(torch.tensor(prompt.logprobs[1:]), own, rtol=0, atol=1e-4)
         assert prompt.top[0] == []
         assert [[token for token, _ in top] for top in prompt.top[1:]] == expected[:-1].topk(3).indices.tolist()
+
+
+def test_chunks_under_a_gpus_masks(monkeypatch):
+    """Which reach over a multiple of 8 places, and are only there where a window ends."""
+    gpu, made = torch.device("meta"), slots._mask
+    assert [made(Chunk(0, start, 53), window, gpu) for start in (0, 20) for window in (None, 53)] == [None] * 4
+    assert made(Chunk(0, 20, 53), 52, gpu).shape == (33, 56)
+    model, prompts = tiny_llama(config(max_seq_len=600, sliding_window=100)), [[1, *range(10, 180)], [1, *[9, 8] * 90]]
+    expected = [answered(model, Asked(prompt)) for prompt in prompts]
+
+    def aligned(chunk, window, device):
+        mask = made(chunk, window, device)
+        return None if mask is None else F.pad(mask, (0, -mask.shape[1] % 8))
+
+    monkeypatch.setattr(slots, "_mask", aligned)
+    found = [answered(model, Asked(prompt)) for prompt in prompts]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [part.token for part in ours[:-1]] == [part.token for part in theirs[:-1]]
 
 
 @each_feature
