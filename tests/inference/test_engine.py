@@ -190,16 +190,17 @@ def test_tokens_are_those_of_generate():
             torch.testing.assert_close([step.logprob for step in got.steps], completion.logprobs, rtol=0, atol=1e-4)
 
 
-def test_adapters_answer_as_models_that_have_them():
+@pytest.mark.parametrize("changes", [{}, FEATURES["biases"]], ids=["llama", "biases"])
+def test_adapters_answer_as_models_that_have_them(changes):
     section, targets = LoraSection(rank=4, alpha=8, target_modules=["v_proj", "up_proj"]), ["v_proj", "up_proj"]
-    adapters = {str(seed): adapter(tiny_llama(config()), seed, targets) for seed in (1, 2)}
-    engine = Engine(tiny_llama(config()), slots=3, capacity=100, adapters=adapters)
+    adapters = {str(seed): adapter(tiny_llama(config(**changes)), seed, targets) for seed in (1, 2)}
+    engine = Engine(tiny_llama(config(**changes)), slots=3, capacity=100, adapters=adapters)
     asked = {name: Asked([1, 20, 30, 40], Decoding(20), adapter=name) for name in (None, "1", "2")}
     for each in asked.values():
         engine.submit(each.request)
     finish(engine)
     for name, got in asked.items():
-        model = tiny_llama(config())
+        model = tiny_llama(config(**changes))
         if name is not None:
             attach(model, section)
             init_adapters(model, 0)

@@ -6,6 +6,7 @@ import torch
 from k2mini.build import load_model
 from k2mini.config import IGNORE_INDEX
 from k2mini.model_config import PRESETS
+from k2mini.nn.init import init_weights
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, document_bounds
 from tests.conftest import tiny_config, tiny_llama
@@ -143,6 +144,13 @@ def test_presets_have_the_papers_size(preset, parameters):
         model = Llama(PRESETS[preset])
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert PRESETS[preset].num_parameters() == parameters
+
+
+def test_a_fresh_models_biases_are_zero_and_its_norms_one():
+    model = Llama(tiny_config(attention_bias=True))
+    init_weights(model, 0)
+    found = {name: set(p.tolist()) for name, p in model.named_parameters() if p.ndim == 1}
+    assert all(values == {0.0 if name.endswith("bias") else 1.0} for name, values in found.items())
 
 
 def test_num_parameters_counts_every_shape(shape):
