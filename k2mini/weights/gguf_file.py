@@ -97,7 +97,7 @@ def write_gguf(
 def _architecture(config: ModelConfig) -> str:
     """llama.cpp's name of the architecture."""
     if config.model_type in ("llama", "mistral"):  # one and the same there
-        if config.sliding_window is not None:
+        if config.sliding_window is not None and config.sliding_window < config.max_seq_len:
             window = f"{config.sliding_window:,} tokens"
             log.warning("llama.cpp has no sliding window for this model: past %s its answers are others", window)
         return "llama"
