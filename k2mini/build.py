@@ -40,7 +40,7 @@ def load_model(
     merge: bool = False,
     quantize_head: bool = False,
 ) -> tuple[Llama, Tokenizer | None]:
-    """Load a Hugging Face LLaMA directory, in evaluation mode.
+    """Load a Hugging Face directory of one of `architectures.ARCHITECTURES`, in evaluation mode.
 
     Weights whose dtype and device are already right stay memory-mapped; others are converted one tensor at a time, so
     that the model is never in memory twice.

@@ -208,7 +208,7 @@ def _made_by(options: argparse.Namespace, decoding: Decoding) -> str:
     empty_model(directory)  # says what is missing
     stored = directory.reader.dtype("model.embed_tokens.weight")
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
-    model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
+    model = [kept_by(options, directory.fingerprint(), {}, []), directory.config.features(), dtype]
     return digest([model, sha256(directory.require_tokenizer().path), options.template, asdict(decoding)])
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def run_benchmark(
     journal, made_by = None, made_by or {}
     with output(out, mark=MARK):
         if out is not None:
-            journal, shape = out / RESULTS, digest(asdict(model.config))
+            journal, shape = out / RESULTS, digest(model.config.features())
             of_model = {"config": shape, "dtype": NAMES[model.dtype]}
             settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
             _check_settings(out, settings)

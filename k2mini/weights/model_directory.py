@@ -294,7 +294,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], direc
         hint = "; is tie_word_embeddings meant to be true?" if missing == ["lm_head.weight"] else ""
         raise ValueError(f"{directory} lacks {some(missing)}{hint}")
     if extra:
-        raise ValueError(f"{directory} holds {some(extra)}, which a LLaMA of its config.json does not have")
+        raise ValueError(f"{directory} holds {some(extra)}, which a model of its config.json does not have")
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise ValueError(f"{directory}: {name} is {source.shape(name)}, config.json makes it {shape}")
