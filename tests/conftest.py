@@ -14,6 +14,7 @@ from k2mini.nn.llama import Llama
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor do programs that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub itself
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(os.environ.get("K2MINI_ASSETS", ROOT.parent / "shared"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from k2mini.data.documents import data_path
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
@@ -200,7 +201,7 @@ def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalCon
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
     asking = {"tokenizer": sha256(tokenizer.path), **config.settings()}
     if config.fewshot_file is not None:
-        asking["examples"] = sha256(Path(config.fewshot_file))
+        asking["examples"] = sha256(data_path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
         asking["questions"] = digest([(question.index, question.digest, question.answer) for question in questions])
     return asking

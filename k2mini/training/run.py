@@ -19,6 +19,7 @@ from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig
 from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
+from k2mini.data.documents import data_path
 from k2mini.data.instructions import hold_out, read_examples
 from k2mini.data.packing import Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
@@ -36,7 +37,7 @@ from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
 from k2mini.training.step import total_steps
 from k2mini.weights.adapter import load_adapter, read_adapter_config
-from k2mini.weights.model_directory import ModelDirectory, read_manifest
+from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +120,12 @@ def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Bench
     pack = data.packing
     samples = PackedExamples(examples, data.max_seq_len, seed=seed) if pack else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    identity = _identity(config, sha256(Path(data.path)), base, world)
+    identity = _identity(config, sha256(data_path(data.path)), base, world)
     task = Task(samples, val, identity, label, save_best=True)
     _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
     if section.init_adapter is not None:
-        _start_from(model, section, Path(section.init_adapter))
+        _start_from(model, section, model_directory(section.init_adapter))
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, tokenizer)
     return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
 
@@ -238,6 +239,7 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
     """
     tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
+    path = path if is_prepared(path) else data_path(path)
     if not is_prepared(path):
         files = document_files(path, config)
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

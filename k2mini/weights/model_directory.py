@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from k2mini import hub
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
@@ -35,7 +36,6 @@ MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
 ENTRIES: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
 MAX_SPARE_ROWS = 256
 
@@ -131,10 +131,10 @@ class ModelDirectory:
         return digest.hexdigest()
 
 
-def model_directory(path: str | Path) -> Path:
-    """`path`, checked to be a directory; one that a killed process was replacing is put right first.
+def model_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """`path`, where it is a directory (one that a killed process was replacing is put right), else that of a hub's id.
 
-    Raises ValueError where it is none; for what looks like a hub id, with the command that downloads it.
+    Raises ValueError where it is neither, and as `hub.fetch_model`, which says what `weights` is.
     """
     directory = Path(path)
     if not directory.exists():
@@ -143,9 +143,9 @@ def model_directory(path: str | Path) -> Path:
         return directory
     if directory.exists():
         raise ValueError(f"{path} is a file; a model is a directory with config.json and weights")
-    first = f"download it first (pip install huggingface_hub): hf download {path} --local-dir {directory.name}"
-    hint = f"; if it is a model on the Hugging Face hub, {first}"
-    raise ValueError(f"there is no directory {path}{hint if re.fullmatch(HUB_ID, str(path)) else ''}")
+    if hub.MODEL.fullmatch(str(path)):
+        return hub.fetch_model(str(path), weights=weights)
+    raise ValueError(f"there is no directory {path}")
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
