@@ -30,7 +30,7 @@ from k2mini.sizes import readable
 
 log = logging.getLogger(__name__)
 
-_REPO = r"(?P<repo>[\w-][\w.-]*/[\w.-]+)"
+_REPO = r"(?P<repo>\w+([.-]\w+)*/\w+([.-]\w+)*)"
 MODEL = re.compile(rf"{_REPO}(@(?P<revision>[\w./-]+))?", re.ASCII)
 DATA = re.compile(rf"hf://(?>(?P<datasets>datasets/)?){_REPO}(@(?P<revision>refs/\w+/\w+|[\w.-]+))?/(?P<path>.*[^/])/*")
 # Of a model and of an adapter, beside weights.
@@ -156,9 +156,10 @@ def _is_right(path: Path, entry: Any) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id
 
 
-def _sentence(error: Exception, missing: str, id: re.Match[str], kind: str) -> str:
+def _sentence(error: BaseException, missing: str, id: re.Match[str], kind: str) -> str:
     from huggingface_hub import errors
 
+    error = (isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error  # what a download met
     repo, status = id["repo"], getattr(getattr(error, "response", None), "status_code", None)
     page = f"huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
@@ -167,6 +168,5 @@ def _sentence(error: Exception, missing: str, id: re.Match[str], kind: str) -> s
         return f"the hub refuses {repo} ({status}): accept the licence on its page, {page}, and {LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {id['revision'] or 'main'}; {page} has a list of its branches"
-    plain = isinstance(error, OSError | errors.HFValidationError)
-    words = status or (str(error).split("\n")[0] if plain else type(error).__name__)
+    words = status or (str(error).split("\n")[0] if isinstance(error, OSError) else type(error).__name__)
     return f"{id[0]}: the download ended with {words}; what is complete is kept, start again to go on"

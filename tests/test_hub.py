@@ -1,0 +1,403 @@
+"""The hub, played by a server on loopback: what is asked of it, what arrives, and what is said where it does not."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from k2mini import hub
+from k2mini.cli import main
+from k2mini.config import LoraSection
+from k2mini.data.documents import data_path
+from k2mini.errors import need_extra
+from k2mini.nn.lora import adapter_tensors, attach, init_adapters
+from k2mini.weights.adapter import save_adapter
+from k2mini.weights.model_directory import model_directory
+from k2mini.weights.model_files import save_model
+from tests.conftest import ROOT, make_tokenizer, tiny_config, tiny_llama
+
+constants = pytest.importorskip("huggingface_hub.constants")
+
+TOKEN = "hf_secretsecretsecret"
+LARGE = (".safetensors", ".bin", ".model", ".gguf", ".h5", ".pth")  # what the hub keeps beside git
+
+
+def commit_of(files):
+    return hashlib.sha1(b"".join(name.encode() + content for name, content in sorted(files.items()))).hexdigest()
+
+
+def entry(name, content):
+    """A file as the hub lists it."""
+    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if not name.endswith(LARGE):
+        return {"type": "file", "path": name, "size": len(content), "oid": oid}
+    digest = hashlib.sha256(content).hexdigest()
+    pointer = hashlib.sha1(digest.encode()).hexdigest()
+    lfs = {"oid": digest, "size": len(content), "pointerSize": 134}
+    return {"type": "file", "path": name, "size": len(content), "oid": pointer, "lfs": lfs}
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by their place under the address: 'OWNER/NAME' or 'datasets/OWNER/NAME'."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories = {}
+        self.asked = []  # (method, path, headers) of each request
+        self.meet = ""  # name of a file that is sent once two have asked for it
+        self.cut = {}  # name of a file: after how many bytes its connection is closed, once
+        self.wrong = {}  # name of a file: what is sent in its place
+        self.refused = {}  # repository, or name of a file: the status that is answered, and X-Error-Code
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def add(self, place, files):
+        if not isinstance(files, dict):
+            files = {
+                path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()
+            }
+        self.repositories.setdefault(place, {})["main"] = files
+        self.repositories[place][commit_of(files)] = files
+        return commit_of(files)
+
+    def paths(self, method="GET"):
+        return [path for how, path, _ in self.asked if how == method]
+
+    def heads(self, name):
+        return [path for path in self.paths("HEAD") if path.endswith(f"/{name}")]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, content=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        self.server.asked.append((self.command, self.path, dict(self.headers)))
+        path = unquote(self.path.partition("?")[0])
+        if found := re.fullmatch(r"/api/(models/|datasets/)([\w.-]+/[\w.-]+)(/revision/(.+)|/tree/(.+))?", path):
+            kind, name, _, revision, tree = found.groups()
+            place = ("" if kind == "models/" else kind) + name
+        elif found := re.fullmatch(r"/((?:datasets/)?[\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+            place, revision, file = found.groups()
+        else:
+            return self.answer(404)
+        if place not in self.server.repositories:
+            return self.answer(404, X_Error_Code="RepoNotFound")
+        if "/resolve/" in path and (refused := self.server.refused.get(place) or self.server.refused.get(file)):
+            return self.answer(refused[0], X_Error_Code=refused[1])
+        files = self.server.repositories[place].get((tree if "/tree/" in path else revision) or "main")
+        if files is None:
+            return self.answer(404, X_Error_Code="RevisionNotFound")
+        if "/tree/" in path:
+            folders = sorted({name.split("/")[0] for name in files if "/" in name})
+            listed = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders]
+            return self.answer(200, json.dumps(listed + [entry(*item) for item in files.items()]).encode())
+        if path.startswith("/api/"):
+            return self.answer(200, json.dumps({"id": name, "sha": commit_of(files), "siblings": []}).encode())
+        return self.send_file(file, files, place)
+
+    do_HEAD = do_GET
+
+    def send_file(self, name, files, place):
+        noted = entry(name, files[name])
+        content = self.server.wrong.get(name, files[name])
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        etag = noted["lfs"]["oid"] if "lfs" in noted else noted["oid"]
+        while self.command == "GET" and self.server.meet == name and len(self.server.heads(name)) < 2:
+            time.sleep(0.01)
+        said = {"ETag": f'"{etag}"', "X_Repo_Commit": commit_of(files)}
+        if "lfs" in noted:
+            said |= {"X_Linked_Etag": f'"{etag}"', "X_Linked_Size": noted["size"]}
+        if self.command == "GET" and name in self.server.cut:
+            self.answer(200, content[: self.server.cut.pop(name)], **said, Content_Length=len(content))
+            self.close_connection = True
+        elif start:
+            self.answer(206, content[start:], **said, Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.answer(200, content, **said)
+
+
+@pytest.fixture
+def server():
+    server = Hub()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(server, tmp_path, monkeypatch):
+    """The hub's cache, and huggingface_hub as it is where HF_ENDPOINT and HF_HOME say so."""
+    values = {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    start()
+    yield tmp_path / "home" / "hub"
+    start()
+
+
+def start():
+    """As a new process does: nothing is known of earlier requests."""
+    hub.fetch_model.cache_clear()
+    hub.fetch_data.cache_clear()
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+TINY = {"config.json": b"{}", "tokenizer.model": b"tokens", "model.safetensors": bytes(range(256)) * 400}
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"], ["model.safetensors"]),
+        (["original/consolidated.00.pth", "consolidated.safetensors", "model.Q4.gguf", "pytorch_model.bin"],
+         ["pytorch_model.bin"]),
+        (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+          "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin",
+          "onnx/model.safetensors", "model.fp16.safetensors"],
+         ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "checkpoint-5/model.safetensors"],
+         ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"]),
+        (["adapter_model.bin", "adapter_model.safetensors", "training_args.bin"], ["adapter_model.safetensors"]),
+        (["adapter_model.bin", "optimizer.bin"], ["adapter_model.bin"]),
+    ],
+)  # fmt: skip
+def test_only_what_is_needed(server, cache, there, taken):
+    side = [*hub.FILES, "README.md", "LICENSE", ".gitattributes", "vocab.json"]
+    server.add("o/m", {name: name.encode() for name in [*there, *side]})
+    assert sorted(path.name for path in hub.fetch_model("o/m").iterdir()) == sorted([*taken, *hub.FILES])
+    assert not [path for path in server.paths() if "README" in path]
+
+
+def test_without_weights(server, cache):
+    """For `plan`, `prepare` and `preview`; the weights come when they are asked for."""
+    server.add("o/m", TINY)
+    folder = hub.fetch_model("o/m", weights=False)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.model"}
+    assert (hub.fetch_model("o/m") / "model.safetensors").read_bytes() == TINY["model.safetensors"]
+
+
+def test_what_is_asked(server, cache, monkeypatch):
+    """The first time each file once; later the commit of a branch, and of a commit nothing; offline nothing at all."""
+    commit = server.add("o/m", TINY)
+    folder = hub.fetch_model("o/m")
+    assert folder == hub.fetch_model("o/m") == cache / "models--o--m" / "snapshots" / commit
+    resolved = [f"/o/m/resolve/{commit}/{name}" for name in TINY]
+    assert sorted(server.paths("HEAD")) == sorted(resolved)
+    tree = f"/api/models/o/m/tree/{commit}?recursive=true&expand=false"
+    got = [path for path in server.paths() if "agent-harnesses" not in path]  # huggingface_hub's own, once a day
+    assert sorted(got) == sorted(["/api/models/o/m", tree, tree, *resolved])
+    for offline, name, asked in ((False, "o/m", 1), (False, f"o/m@{commit}", 0), (True, "o/m", 0)):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        server.asked.clear()
+        start()
+        assert hub.fetch_model(name) == folder
+        assert len(server.asked) == asked, server.asked
+
+
+def test_without_network_the_cache_is_taken(server, cache, monkeypatch, caplog):
+    server.add("o/m", TINY)
+    folder = hub.fetch_model("o/m")
+    start()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with caplog.at_level("INFO"):
+        assert hub.fetch_model("o/m") == folder
+    assert f"o/m is at commit {folder.name}" in caplog.messages
+
+
+def test_revisions(server, cache, tmp_path, monkeypatch):
+    old = server.add("o/m", TINY | {"config.json": b"old"})
+    new = server.add("o/m", TINY)
+    server.repositories["o/m"]["refs/pr/1"] = server.repositories["o/m"]["v1.0"] = server.repositories["o/m"][old]
+    for revision, content in (("main", b"{}"), (new, b"{}"), (old, b"old"), ("v1.0", b"old"), ("refs/pr/1", b"old")):
+        assert (hub.fetch_model(f"o/m@{revision}") / "config.json").read_bytes() == content
+        assert hub.fetch_data(f"hf://o/m@{revision}/config.json").read_bytes() == content
+    assert len(server.paths()) < 30, "files that two commits share are asked for once"
+    monkeypatch.chdir(tmp_path)
+    Path("o/m").mkdir(parents=True)
+    assert model_directory("o/m") == Path("o/m"), "a path that exists wins"
+    assert model_directory("o/m@main") != Path("o/m")
+
+
+def test_data(server, cache):
+    """A file, or a folder with all that is in it and nothing else; a Path has lost a slash."""
+    files = {"a/[x].json": b"[1]", "a/b/c.txt": b"c", "ab.txt": b"ab", "README.md": b"no"}
+    server.add("datasets/o/d", files)
+    server.add("o/d", {"x.txt": b"of a model's repository"})
+    for name in ("hf://datasets/o/d/a", Path("hf://datasets/o/d@main/a/")):
+        folder = data_path(name)
+        assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {"[x].json", "b/c.txt"}
+    assert data_path("hf://datasets/o/d/a/[x].json").read_bytes() == b"[1]"
+    assert data_path("hf://o/d/x.txt").read_bytes() == b"of a model's repository"
+    assert not [path for path in server.paths() if "README" in path or "ab.txt" in path]
+
+
+def test_a_connection_that_ends_is_resumed(server, cache, monkeypatch):
+    """huggingface_hub itself goes on by a Range; over two starts, complete files are not asked for again."""
+    server.add("o/m", TINY)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    server.cut["model.safetensors"] = 70_000
+    server.refused["tokenizer.model"] = (418, "Teapot")
+    with pytest.raises(ValueError, match="o/m: the download ended with 418; what is complete is kept, start again"):
+        hub.fetch_model("o/m")
+    assert "bytes=70000-" in [headers.get("Range") for _, _, headers in server.asked]
+    server.refused.clear()
+    server.asked.clear()
+    start()
+    folder = hub.fetch_model("o/m")
+    assert {name: (folder / name).read_bytes() for name in TINY} == TINY
+    assert [path.rpartition("/")[2] for path in server.paths() if "resolve" in path] == ["tokenizer.model"]
+
+
+def test_a_wrong_hash_is_refused(server, cache):
+    """Of large files and of those in git. None that is wrong stays in the cache."""
+    server.add("o/m", TINY)
+    server.wrong = {"model.safetensors": bytes(102_400), "config.json": b"[]"}
+    message = "o/m: model.safetensors, config.json arrived with another hash than the hub's and is removed; start again"
+    with pytest.raises(ValueError, match=message):
+        hub.fetch_model("o/m")
+    (folder,) = (cache / "models--o--m" / "snapshots").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["tokenizer.model"]
+    assert len([*(cache / "models--o--m" / "blobs").iterdir()]) == 1
+    server.wrong = {"model.safetensors": b"short"}
+    start()
+    with pytest.raises(
+        ValueError, match=r"o/m: the download ended with Consistency check failed: .*; what is complete"
+    ):
+        hub.fetch_model("o/m")
+    server.wrong = {}
+    start()
+    assert {name: (hub.fetch_model("o/m") / name).read_bytes() for name in TINY} == TINY
+
+
+GATED = r"the hub refuses o/m \(%d\): accept the licence on its page, huggingface.co/o/m, and log in \(hf auth login"
+OFFLINE = "HF_HUB_OFFLINE is set, and not all of it is in the cache; with a network: "
+
+
+@pytest.mark.parametrize(
+    ("name", "trouble", "message"),
+    [
+        ("o/none", None, r"there is no directory o/none, nor a model o/none on the Hugging Face hub; if it is private"),
+        ("hf://datasets/o/none/x", None, r"nor a dataset o/none on the Hugging Face hub"),
+        ("o/m@v9", None, r"o/m has no revision v9; huggingface.co/o/m has a list"),
+        ("o/m", (403, "GatedRepo"), GATED % 403),
+        ("o/m", (401, "GatedRepo"), GATED % 401),
+        ("o/m", (403, "Forbidden"), GATED % 403),
+        ("hf://datasets/o/d/y.json", None, r"hf://datasets/o/d/y.json: the hub has no such file; there are x.json$"),
+        ("hf://datasets/o/d", None, r"hf://datasets/o/d: data of the hub are named hf://datasets/OWNER/NAME/PATH"),
+        ("o/gguf", None, r"o/gguf: the hub has nothing of it that k2mini reads; there are model.gguf, config.json$"),
+        ("o/m", "offline", f"there is no directory o/m; {OFFLINE}hf download o/m --local-dir m$"),
+        ("o/m@v1", "offline", f"{OFFLINE}hf download o/m --revision v1 --local-dir m$"),
+        ("hf://datasets/o/d/x.json", "offline", f"{OFFLINE}hf download o/d x.json --repo-type dataset --local-dir d$"),
+        ("o/m", "no network", r"the Hugging Face hub can't be reached, and not all of it is in the cache"),
+        ("o/m", "full", r"o/m: it takes 0.1 MiB, 0.0 MiB are free where the hub's cache is, .*; HF_HOME names another"),
+        ("o/m", "broken", r"o/m: the download ended with .*No space left on device.*; what is complete is kept"),
+    ],
+)
+def test_what_can_go_wrong(server, cache, monkeypatch, name, trouble, message):
+    server.add("o/m", TINY)
+    server.add("o/gguf", {"model.gguf": b"", "config.json": b""})
+    server.add("datasets/o/d", {"x.json": b"[]"})
+    if isinstance(trouble, tuple):
+        server.refused["o/m"] = trouble
+    elif trouble == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif trouble == "no network":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    elif trouble == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    elif trouble == "broken":
+        monkeypatch.setattr("huggingface_hub.file_download.http_get", no_room)
+    with pytest.raises(ValueError, match=message) as error:
+        data_path(name) if name.startswith("hf:") else model_directory(name)
+    assert "\n" not in str(error.value)
+    assert not cache.exists() or not [path for path in cache.rglob("snapshots/*/*")]
+    if trouble == "offline":
+        assert server.asked == []
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_offline_a_part_is_not_enough(server, cache, monkeypatch):
+    """What would be read without weights, or without a file that says how a model is asked, is not taken for all."""
+    server.add("o/m", TINY)
+    hub.fetch_model("o/m", weights=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="not all of it is in the cache"):
+        hub.fetch_model("o/m")
+
+
+@pytest.mark.parametrize("token", [TOKEN, TOKEN + "\x01", TOKEN + "é"])
+def test_the_token_is_sent_and_not_said(server, cache, run, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    server.add("o/m", TINY)
+    if token == TOKEN:
+        hub.fetch_model("o/m", weights=False)
+        assert all(headers["authorization"] == f"Bearer {TOKEN}" for _, path, headers in server.asked if "o/m" in path)
+    for trouble in ((403, "GatedRepo"), (418, "Teapot")):
+        start()
+        server.refused["o/m"] = trouble
+        status, out, err = run("info", "o/m")
+        assert (status, out) == (2, "")
+        assert "hf_" not in err
+        with pytest.raises(ValueError, match="o/m") as error:
+            main(["info", "o/m", "--debug"])
+        assert "hf_" not in "".join(traceback.format_exception(error.value))
+
+
+def test_two_processes_download_once(server, cache, tmp_path):
+    """As the ranks of torchrun do; huggingface_hub's locks let one of them wait."""
+    server.add("o/m", TINY)
+    server.meet = "model.safetensors"
+    code = "from k2mini import hub; print(hub.fetch_model('o/m'))"
+    said = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **said, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    ends = [process.communicate() for process in started]
+    assert ends[0] == ends[1], ends
+    got = [path.rpartition("/")[2] for path in server.paths() if "resolve" in path]
+    assert sorted(got) == sorted(TINY)
