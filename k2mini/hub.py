@@ -134,7 +134,7 @@ def _download(name: str, hub: Any, choose: Choose) -> Path:
     if size > free:
         room = f"it takes {readable(size)}, {readable(free)} are free where the hub's cache is, {into}"
         raise ValueError(f"{name}: {room}; HF_HOME names another place")
-    log.info("%s is at commit %s; %d files, %s, go to %s", name, commit, len(new), readable(size), into)
+    log.info("%s is at commit %s; downloading %s into %s", name, commit, readable(size), into)
     shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     quiet: Any = {} if shown else {"tqdm_class": partial(tqdm, disable=True)}
     folder = Path(snapshot_download(**hub, allow_patterns=[escape(file) for file in files], **quiet))

@@ -16,19 +16,18 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from k2mini import hub
 from k2mini.cli import main
 from k2mini.config import LoraSection
 from k2mini.data.documents import data_path
-from k2mini.errors import need_extra
-from k2mini.nn.lora import adapter_tensors, attach, init_adapters
+from k2mini.files import sha256
+from k2mini.nn.lora import adapter_tensors
 from k2mini.weights.adapter import save_adapter
-from k2mini.weights.model_directory import model_directory
+from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 from k2mini.weights.model_files import save_model
-from tests.conftest import ROOT, make_tokenizer, tiny_config, tiny_llama
+from tests.conftest import ROOT, tiny_config, tiny_llama
+from tests.helpers import adapted
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -207,9 +206,11 @@ def test_only_what_is_needed(server, cache, there, taken):
     assert not [path for path in server.paths() if "README" in path]
 
 
-def test_without_weights(server, cache):
+def test_without_weights(server, cache, run, tiny_directory):
     """For `plan`, `prepare` and `preview`; the weights come when they are asked for."""
-    server.add("o/m", TINY)
+    server.add("o/m", TINY | {"config.json": (tiny_directory / "config.json").read_bytes()})
+    plan = ("plan", ROOT / "configs" / "tiny_pretrain.yaml", "model.path=o/m", "--inference", "--gpu-memory", "1GiB")
+    assert run(*plan)[0] == 0
     folder = hub.fetch_model("o/m", weights=False)
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.model"}
     assert (hub.fetch_model("o/m") / "model.safetensors").read_bytes() == TINY["model.safetensors"]
@@ -349,7 +350,7 @@ def test_what_can_go_wrong(server, cache, monkeypatch, name, trouble, message):
     with pytest.raises(ValueError, match=message) as error:
         data_path(name) if name.startswith("hf:") else model_directory(name)
     assert "\n" not in str(error.value)
-    assert not cache.exists() or not [path for path in cache.rglob("snapshots/*/*")]
+    assert not cache.exists() or not list(cache.rglob("snapshots/*/*"))
     if trouble == "offline":
         assert server.asked == []
 
@@ -369,11 +370,10 @@ def test_offline_a_part_is_not_enough(server, cache, monkeypatch):
 
 @pytest.mark.parametrize("token", [TOKEN, TOKEN + "\x01", TOKEN + "é"])
 def test_the_token_is_sent_and_not_said(server, cache, run, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token)
     server.add("o/m", TINY)
-    if token == TOKEN:
-        hub.fetch_model("o/m", weights=False)
-        assert all(headers["authorization"] == f"Bearer {TOKEN}" for _, path, headers in server.asked if "o/m" in path)
+    hub.fetch_model("o/m", weights=False)
+    assert all(headers["authorization"] == f"Bearer {TOKEN}" for _, path, headers in server.asked if "o/m" in path)
+    monkeypatch.setenv("HF_TOKEN", token)
     for trouble in ((403, "GatedRepo"), (418, "Teapot")):
         start()
         server.refused["o/m"] = trouble
@@ -401,3 +401,131 @@ def test_two_processes_download_once(server, cache, tmp_path):
     assert ends[0] == ends[1], ends
     got = [path.rpartition("/")[2] for path in server.paths() if "resolve" in path]
     assert sorted(got) == sorted(TINY)
+
+
+NPEE = {
+    "choice": {"question": ["What is granite?\nChoose from:\nA. a rock\nB. a fruit"], "answer": ["A"]},
+    "tf": {"question": ["Basalt is a rock."], "answer": ["True"]},
+}
+TEXT = "granite is made of quartz and basalt is a rock of the mantle. " * 20
+INSTRUCTIONS = [{"instruction": f"What is rock {n}?", "input": "", "output": "A mineral of quartz."} for n in range(8)]
+
+
+@pytest.fixture
+def world(server, tiny_directory, tmp_path, run):
+    """K2's release in miniature: a base, a delta, an adapter and a data set, as folders and on the hub."""
+    folder = tmp_path / "world"
+    config = tiny_config(vocab_size=ModelDirectory(tiny_directory).config.vocab_size, max_seq_len=1024)
+    shutil.copytree(tiny_directory, folder / "base")
+    tuned = {name: tensor * 1.5 for name, tensor in tiny_llama(config).state_dict().items()}
+    save_model(tuned, config, folder / "tuned", tokenizer=ModelDirectory(tiny_directory).tokenizer)
+    delta = ("delta", "make", "--base", folder / "base", "--tuned", folder / "tuned", "--out", folder / "delta")
+    assert run(*delta)[0] == 0
+    section = LoraSection(rank=4, alpha=6.0, target_modules=["q_proj", "k_proj", "v_proj"])
+    save_adapter(adapter_tensors(adapted(config)), section, folder / "adapter", str(folder / "base"))
+    data = folder / "data"
+    (data / "texts").mkdir(parents=True)
+    (data / "geobench_npee.json").write_text(json.dumps(NPEE))
+    (data / "shots.txt").write_text("Q: Is chalk a rock? A: True\n\n\n")
+    (data / "questions.txt").write_text("What is granite?\nWhat is basalt?\n")
+    (data / "instructions.json").write_text(json.dumps(INSTRUCTIONS))
+    (data / "texts" / "a.txt").write_text(TEXT)
+    (data / "texts" / "b.jsonl").write_text(json.dumps({"text": TEXT[::-1]}) + "\n")
+    for name in ("base", "delta", "adapter"):
+        (folder / name / "README.md").write_text("of no use here")
+        server.add(f"k2/{name}", folder / name)
+        (folder / name / "README.md").unlink()
+    server.add("datasets/k2/data", data)
+    return folder
+
+
+def flow(run, names, out):
+    """The README's commands, by the names that are given. Returns what each printed, with the names as {name}."""
+    base, delta, adapter, data = (names[name] for name in ("base", "delta", "adapter", "data"))
+    out.mkdir()
+    for name, kind in (("pretrain", "texts"), ("finetune", "instructions.json")):
+        config = {"run": {"dir": str(out / name)}, "model": {"path": base}, "data": {"path": f"{data}/{kind}"}}
+        config["train"] = {"lr": 1e-3, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 2}
+        config["data"] |= {"seq_len": 16} if name == "pretrain" else {"template": "alpaca", "max_seq_len": 128}
+        config |= {} if name == "pretrain" else {"lora": {"rank": 4, "alpha": 6.0, "init_adapter": adapter}}
+        (out / f"{name}.yaml").write_text(json.dumps(config))
+    npee, model = f"{data}/geobench_npee.json", ("--model", base, "--adapter", adapter)
+    commands = [
+        ("delta", "apply", "--base", base, "--delta", delta, "--out", out / "tuned"),
+        ("merge", "--base", base, "--adapter", adapter, "--out", out / "merged"),
+        ("convert", base, "--to", "bin", "--out", out / "bin"),
+        ("info", delta, "--json"),
+        ("verify", base),
+        ("verify", adapter),
+        ("generate", *model, "--input", f"{data}/questions.txt", "--max-new-tokens", "5", "--out", out / "a.json"),
+        ("eval", *model, "--benchmark", npee, "--shots-file", f"{data}/shots.txt", "--perplexity",
+         f"{data}/texts/a.txt", "--out", out / "eval", "--json"),
+        ("score", *model, "--input", f"{data}/texts/a.txt", "--json"),
+        ("audit", "diff", base, adapter),
+        ("audit", "lens", *model, "--question", npee, "npee/choice", "0", "--json"),
+        ("prepare", f"{data}/texts", "--tokenizer", base, "--out", out / "corpus"),
+        ("preview", out / "finetune.yaml"),
+        ("pretrain", out / "pretrain.yaml"),
+        ("finetune", out / "finetune.yaml"),
+    ]  # fmt: skip
+    printed, logged = [], ""
+    for command in commands:
+        start()
+        status, said, err = run(*command)
+        assert status == 0, err
+        for name in names:
+            said = said.replace(names[name], f"{{{name}}}")
+        printed.append(said.replace(str(out), "{out}"))
+        logged += err
+    return printed, logged
+
+
+def test_the_whole_flow_by_ids(server, cache, world, run, tmp_path, monkeypatch):
+    """The same as by folders. Then nothing is asked of the hub, and nothing of ours is in its cache."""
+    ids = {"data": "hf://datasets/k2/data", "base": "k2/base", "delta": "k2/delta", "adapter": "k2/adapter@main"}
+    by_folders, _ = flow(run, {name: str(world / name) for name in ids}, tmp_path / "folders")
+    by_ids, logged = flow(run, ids, tmp_path / "ids")
+    assert by_ids == by_folders
+    assert re.search(r"^k2mini: k2/base is at commit [0-9a-f]{40}$", logged, re.MULTILINE)
+    assert "hf_" not in logged
+    assert "Fetching" not in logged, "progress is shown in a terminal alone"
+    assert not [path for path in server.paths() if "README" in path]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.asked.clear()
+    before = listing(cache)
+    offline, _ = flow(run, ids, tmp_path / "offline")
+    assert offline == by_folders
+    assert server.asked == []
+    assert listing(cache) == before
+    for name in (
+        "tuned",
+        "merged",
+        "bin",
+        "a.json",
+        "corpus",
+        "pretrain/model",
+        "finetune/adapter/adapter_model.safetensors",
+    ):
+        files = [listing_of(tmp_path / kind / name) for kind in ("folders", "ids", "offline")]
+        assert files[0] == files[1] == files[2], name
+    written = json.loads((tmp_path / "ids" / "finetune" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "k2/base"
+    manifests = [read_manifest(tmp_path / kind / "finetune" / "adapter") for kind in ("folders", "ids")]
+    assert manifests[0]["base"] == manifests[1]["base"]
+
+
+def listing_of(path):
+    """The files of a folder with their hashes, or that of a file; but for names of inputs, which a corpus notes."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(f.name, sha256(f)) for f in files if f.is_file() and (f.name != "manifest.json" or path.name != "corpus")]
+
+
+def test_serve_calls_the_model_by_its_id(server, cache, world, run, monkeypatch):
+    loads = []
+    monkeypatch.setattr("k2mini.serving.server.serve", lambda _app, _listening, load, _ready: loads.append(load))
+    status, _, err = run("serve", "--model", "k2/base@main", "--adapter", "tuned=k2/adapter", "--port", "0")
+    assert status == 0, err
+    _, directory, bases, adapters, *_ = loads[0].args
+    assert bases == ["k2/base@main"]
+    assert directory.path.parent == cache / "models--k2--base" / "snapshots"
+    assert adapters["tuned"].parent == cache / "models--k2--adapter" / "snapshots"
