@@ -172,8 +172,7 @@ def cache(server, tmp_path, monkeypatch):
 
 def start():
     """As a new process does: nothing is known of earlier requests."""
-    hub.fetch_model.cache_clear()
-    hub.fetch_data.cache_clear()
+    hub.fetch.cache_clear()
 
 
 def listing(folder):
@@ -186,12 +185,11 @@ TINY = {"config.json": b"{}", "tokenizer.model": b"tokens", "model.safetensors":
 @pytest.mark.parametrize(
     ("there", "taken"),
     [
-        (["model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"], ["model.safetensors"]),
+        (["model.safetensors", "pytorch_model.bin", "tf_model.h5", "model.fp16.safetensors"], ["model.safetensors"]),
         (["original/consolidated.00.pth", "consolidated.safetensors", "model.Q4.gguf", "pytorch_model.bin"],
          ["pytorch_model.bin"]),
         (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-          "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin",
-          "onnx/model.safetensors", "model.fp16.safetensors"],
+          "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "onnx/model.safetensors"],
          ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
         (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "checkpoint-5/model.safetensors"],
          ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"]),
@@ -202,7 +200,7 @@ TINY = {"config.json": b"{}", "tokenizer.model": b"tokens", "model.safetensors":
 def test_only_what_is_needed(server, cache, there, taken):
     side = [*hub.FILES, "README.md", "LICENSE", ".gitattributes", "vocab.json"]
     server.add("o/m", {name: name.encode() for name in [*there, *side]})
-    assert sorted(path.name for path in hub.fetch_model("o/m").iterdir()) == sorted([*taken, *hub.FILES])
+    assert sorted(path.name for path in hub.fetch("o/m").iterdir()) == sorted([*taken, *hub.FILES])
     assert not [path for path in server.paths() if "README" in path]
 
 
@@ -211,16 +209,16 @@ def test_without_weights(server, cache, run, tiny_directory):
     server.add("o/m", TINY | {"config.json": (tiny_directory / "config.json").read_bytes()})
     plan = ("plan", ROOT / "configs" / "tiny_pretrain.yaml", "model.path=o/m", "--inference", "--gpu-memory", "1GiB")
     assert run(*plan)[0] == 0
-    folder = hub.fetch_model("o/m", weights=False)
+    folder = hub.fetch("o/m", weights=False)
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.model"}
-    assert (hub.fetch_model("o/m") / "model.safetensors").read_bytes() == TINY["model.safetensors"]
+    assert (hub.fetch("o/m") / "model.safetensors").read_bytes() == TINY["model.safetensors"]
 
 
 def test_what_is_asked(server, cache, monkeypatch):
     """The first time each file once; later the commit of a branch, and of a commit nothing; offline nothing at all."""
     commit = server.add("o/m", TINY)
-    folder = hub.fetch_model("o/m")
-    assert folder == hub.fetch_model("o/m") == cache / "models--o--m" / "snapshots" / commit
+    folder = hub.fetch("o/m")
+    assert folder == hub.fetch("o/m") == cache / "models--o--m" / "snapshots" / commit
     resolved = [f"/o/m/resolve/{commit}/{name}" for name in TINY]
     assert sorted(server.paths("HEAD")) == sorted(resolved)
     tree = f"/api/models/o/m/tree/{commit}?recursive=true&expand=false"
@@ -230,17 +228,17 @@ def test_what_is_asked(server, cache, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         server.asked.clear()
         start()
-        assert hub.fetch_model(name) == folder
+        assert hub.fetch(name) == folder
         assert len(server.asked) == asked, server.asked
 
 
 def test_without_network_the_cache_is_taken(server, cache, monkeypatch, caplog):
     server.add("o/m", TINY)
-    folder = hub.fetch_model("o/m")
+    folder = hub.fetch("o/m")
     start()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with caplog.at_level("INFO"):
-        assert hub.fetch_model("o/m") == folder
+        assert hub.fetch("o/m") == folder
     assert f"o/m is at commit {folder.name}" in caplog.messages
 
 
@@ -249,8 +247,8 @@ def test_revisions(server, cache, tmp_path, monkeypatch):
     new = server.add("o/m", TINY)
     server.repositories["o/m"]["refs/pr/1"] = server.repositories["o/m"]["v1.0"] = server.repositories["o/m"][old]
     for revision, content in (("main", b"{}"), (new, b"{}"), (old, b"old"), ("v1.0", b"old"), ("refs/pr/1", b"old")):
-        assert (hub.fetch_model(f"o/m@{revision}") / "config.json").read_bytes() == content
-        assert hub.fetch_data(f"hf://o/m@{revision}/config.json").read_bytes() == content
+        assert (hub.fetch(f"o/m@{revision}") / "config.json").read_bytes() == content
+        assert hub.fetch(f"hf://o/m@{revision}/config.json").read_bytes() == content
     assert len(server.paths()) < 30, "files that two commits share are asked for once"
     monkeypatch.chdir(tmp_path)
     Path("o/m").mkdir(parents=True)
@@ -278,12 +276,12 @@ def test_a_connection_that_ends_is_resumed(server, cache, monkeypatch):
     server.cut["model.safetensors"] = 70_000
     server.refused["tokenizer.model"] = (418, "Teapot")
     with pytest.raises(ValueError, match="o/m: the download ended with 418; what is complete is kept, start again"):
-        hub.fetch_model("o/m")
+        hub.fetch("o/m")
     assert "bytes=70000-" in [headers.get("Range") for _, _, headers in server.asked]
     server.refused.clear()
     server.asked.clear()
     start()
-    folder = hub.fetch_model("o/m")
+    folder = hub.fetch("o/m")
     assert {name: (folder / name).read_bytes() for name in TINY} == TINY
     assert [path.rpartition("/")[2] for path in server.paths() if "resolve" in path] == ["tokenizer.model"]
 
@@ -294,7 +292,7 @@ def test_a_wrong_hash_is_refused(server, cache):
     server.wrong = {"model.safetensors": bytes(102_400), "config.json": b"[]"}
     message = "o/m: model.safetensors, config.json arrived with another hash than the hub's and is removed; start again"
     with pytest.raises(ValueError, match=message):
-        hub.fetch_model("o/m")
+        hub.fetch("o/m")
     (folder,) = (cache / "models--o--m" / "snapshots").iterdir()
     assert [path.name for path in folder.iterdir()] == ["tokenizer.model"]
     assert len([*(cache / "models--o--m" / "blobs").iterdir()]) == 1
@@ -303,10 +301,10 @@ def test_a_wrong_hash_is_refused(server, cache):
     with pytest.raises(
         ValueError, match=r"o/m: the download ended with Consistency check failed: .*; what is complete"
     ):
-        hub.fetch_model("o/m")
+        hub.fetch("o/m")
     server.wrong = {}
     start()
-    assert {name: (hub.fetch_model("o/m") / name).read_bytes() for name in TINY} == TINY
+    assert {name: (hub.fetch("o/m") / name).read_bytes() for name in TINY} == TINY
 
 
 GATED = r"the hub refuses o/m \(%d\): accept the licence on its page, huggingface.co/o/m, and log in \(hf auth login"
@@ -322,9 +320,17 @@ OFFLINE = "HF_HUB_OFFLINE is set, and not all of it is in the cache; with a netw
         ("o/m", (403, "GatedRepo"), GATED % 403),
         ("o/m", (401, "GatedRepo"), GATED % 401),
         ("o/m", (403, "Forbidden"), GATED % 403),
-        ("hf://datasets/o/d/y.json", None, r"hf://datasets/o/d/y.json: the hub has no such file; there are x.json$"),
+        (
+            "hf://datasets/o/d/y.json",
+            None,
+            r"hf://datasets/o/d/y.json: the hub has nothing there that k2mini reads; its files are x.json$",
+        ),
         ("hf://datasets/o/d", None, r"hf://datasets/o/d: data of the hub are named hf://datasets/OWNER/NAME/PATH"),
-        ("o/gguf", None, r"o/gguf: the hub has nothing of it that k2mini reads; there are model.gguf, config.json$"),
+        (
+            "o/gguf",
+            None,
+            r"o/gguf: the hub has nothing there that k2mini reads; its files are model.gguf, config.json$",
+        ),
         ("o/m", "offline", f"there is no directory o/m; {OFFLINE}hf download o/m --local-dir m$"),
         ("o/m@v1", "offline", f"{OFFLINE}hf download o/m --revision v1 --local-dir m$"),
         ("hf://datasets/o/d/x.json", "offline", f"{OFFLINE}hf download o/d x.json --repo-type dataset --local-dir d$"),
@@ -362,16 +368,16 @@ def no_room(*_, **__):
 def test_offline_a_part_is_not_enough(server, cache, monkeypatch):
     """What would be read without weights, or without a file that says how a model is asked, is not taken for all."""
     server.add("o/m", TINY)
-    hub.fetch_model("o/m", weights=False)
+    hub.fetch("o/m", weights=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="not all of it is in the cache"):
-        hub.fetch_model("o/m")
+        hub.fetch("o/m")
 
 
 @pytest.mark.parametrize("token", [TOKEN, TOKEN + "\x01", TOKEN + "é"])
 def test_the_token_is_sent_and_not_said(server, cache, run, monkeypatch, token):
     server.add("o/m", TINY)
-    hub.fetch_model("o/m", weights=False)
+    hub.fetch("o/m", weights=False)
     assert all(headers["authorization"] == f"Bearer {TOKEN}" for _, path, headers in server.asked if "o/m" in path)
     monkeypatch.setenv("HF_TOKEN", token)
     for trouble in ((403, "GatedRepo"), (418, "Teapot")):
@@ -389,7 +395,7 @@ def test_two_processes_download_once(server, cache, tmp_path):
     """As the ranks of torchrun do; huggingface_hub's locks let one of them wait."""
     server.add("o/m", TINY)
     server.meet = "model.safetensors"
-    code = "from k2mini import hub; print(hub.fetch_model('o/m'))"
+    code = "from k2mini import hub; print(hub.fetch('o/m'))"
     said = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     environment = {**os.environ, **said, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     started = [

@@ -142,9 +142,7 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
         ]
     if texts:
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
-        report["perplexity"] = {"files": [str(path).replace("hf:/", "hf://") for path in options.perplexity]} | asdict(
-            found
-        )
+        report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
     try:
         if options.json:
             print(json.dumps(report, ensure_ascii=False))

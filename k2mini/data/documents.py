@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import parse_json, read_text
-from k2mini.hub import fetch_data
+from k2mini.hub import fetch
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md")
 MOST = 2**29  # bytes of a document, of a line of JSONL, or of a list: a small .gz may hold any number of them
@@ -37,7 +37,7 @@ def data_path(name: str | Path) -> Path:
     """Where data are: at `name`, or, of data on the hub (`hf://…`), where they are downloaded to on first use."""
     if not str(name).startswith("hf:/") or Path(name).exists():
         return Path(name)
-    return fetch_data(re.sub("^hf:/+", "hf://", str(name)))  # a Path has lost a slash
+    return fetch(re.sub("^hf:/+", "hf://", str(name)))  # a Path has lost a slash
 
 
 def read_user_text(name: str | Path) -> str:

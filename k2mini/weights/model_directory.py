@@ -134,7 +134,7 @@ class ModelDirectory:
 def model_directory(path: str | Path, *, weights: bool = True) -> Path:
     """`path`, where it is a directory (one that a killed process was replacing is put right), else that of a hub's id.
 
-    Raises ValueError where it is neither, and as `hub.fetch_model`, which says what `weights` is.
+    Raises ValueError where it is neither, and as `hub.fetch`, which says what `weights` is.
     """
     directory = Path(path)
     if not directory.exists():
@@ -144,7 +144,7 @@ def model_directory(path: str | Path, *, weights: bool = True) -> Path:
     if directory.exists():
         raise ValueError(f"{path} is a file; a model is a directory with config.json and weights")
     if hub.MODEL.fullmatch(str(path)):
-        return hub.fetch_model(str(path), weights=weights)
+        return hub.fetch(str(path), weights=weights)
     raise ValueError(f"there is no directory {path}")
 
 
