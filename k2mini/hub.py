@@ -64,7 +64,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
     parts = [path, "--repo-type dataset" * (kind == "dataset")]
     parts += [f"--revision {id['revision']}" * bool(id["revision"]), f"--local-dir {repo.split('/')[1]}"]
     by_hand = " ".join(filter(None, [f"hf download {repo}", *parts]))
-    missing = f"there is no {'file' if groups['path'] else 'directory'} {name}"
+    missing = f"there is no {'file' if path else 'directory'} {name}"
     try:
         from huggingface_hub import HfApi, get_cached_repo_tree, is_offline_mode, snapshot_download
         from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError, RevisionResolutionError
