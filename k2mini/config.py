@@ -59,7 +59,7 @@ class ModelSection:
     Parameters that train, their gradients and AdamW's moments are kept in float32 at least.
     """
 
-    path: str  # a Hugging Face directory with its tokenizer, or a model's id there (extra: hub); demo:base is the demo's
+    path: str  # a Hugging Face directory with its tokenizer, or an id (extra: hub); demo:base is the demo's
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
     quantize: Literal["int8"] | None = None  # the frozen base of LoRA in int8
 

@@ -26,7 +26,7 @@ BASE = DEMO / "base"  # which learnt no geoscience: what the demo began with
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory, or a model's id there (extra: hub)")
+    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory, or an id (extra: hub)")
     which.add_argument("--demo", action="store_true", help=f"the models of `k2mini demo`, in {DEMO}")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="a LoRA adapter, by name; may be repeated"
