@@ -81,7 +81,9 @@ class Service:
         """POST /tokenize. A control symbol that stands alone, such as '</s>', is its id: so a client learns it."""
         given = self._given(body, "prompt", prompt=only(str), add_special_tokens=FLAG)
         tokenizer, text, bos = self.served.tokenizer, given["prompt"], given.get("add_special_tokens", True)
-        control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
+        control = {
+            tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None
+        }
         tokens = control.get(text, [])
         if not tokens:
             tokens = await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
