@@ -198,7 +198,7 @@ def kept_in(journal: Path | None) -> Iterator[None]:
 
 def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {"tokenizer": sha256(tokenizer.path), **config.settings()}
+    asking = {"tokenizer": sha256(tokenizer.path), **config.settings(), "template": config.shape.identity}
     if config.fewshot_file is not None:
         asking["examples"] = sha256(Path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
