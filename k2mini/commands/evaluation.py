@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LIST, LOADED, TEMPLATE
-from k2mini.data.chats import open_template
-from k2mini.data.prompts import stop_ids, utf8
+from k2mini.data.chats import open_template, stop_ids
+from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
     from k2mini.data.chats import ChatTemplate

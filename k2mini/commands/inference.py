@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2mini.commands.common import LOADED, TEMPLATE
-from k2mini.data.chats import open_template
-from k2mini.data.prompts import encode_prompt, room, stop_ids, utf8
+from k2mini.data.chats import open_template, stop_ids
+from k2mini.data.prompts import encode_prompt, room, utf8
 from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     """A digest of all that answers follow from, but for what is asked."""
     from k2mini.build import empty_model, pick_device, resolve_dtype
     from k2mini.commands.evaluation import kept_by
-    from k2mini.evaluation.evaluate import digest
+    from k2mini.evaluation.evaluate import digest, known_by
     from k2mini.files import sha256
 
     directory, tokenizer, template = opened
@@ -220,7 +220,7 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
     model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
     ends = [stop_ids(tokenizer, template)] * (stop_ids(tokenizer, template) != (tokenizer.eos_id,))
-    return digest([model, sha256(tokenizer.path), template.identity, asdict(decoding), *ends])
+    return digest([model, sha256(tokenizer.path), known_by(template), asdict(decoding), *ends])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from k2mini.data.chats import ChatTemplate
+from k2mini.data.prompts import Template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
@@ -198,12 +200,18 @@ def kept_in(journal: Path | None) -> Iterator[None]:
 
 def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {"tokenizer": sha256(tokenizer.path), **config.settings(), "template": config.shape.identity}
+    asking = {"tokenizer": sha256(tokenizer.path), **config.settings(), "template": known_by(config.shape)}
     if config.fewshot_file is not None:
         asking["examples"] = sha256(Path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
         asking["questions"] = digest([(question.index, question.digest, question.answer) for question in questions])
     return asking
+
+
+def known_by(template: Template | ChatTemplate) -> str:
+    """A template's name; with a digest of its text where that is a model's own."""
+    source = getattr(template, "source", "")
+    return f"{template.name} {digest(source)}" if source else template.name
 
 
 def digest(value: Any) -> str:

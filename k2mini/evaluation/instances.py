@@ -33,7 +33,7 @@ class EvalConfig:
         scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
             log p(option's text); 'k2' is K2's own: the softmax at the last position over fixed ids, for comparison with
             published figures.
-        template: a name of `TEMPLATES` (None: that of `EvalSection`), or the template itself.
+        template: a name of `TEMPLATES` (None: 'alpaca'), or the template itself.
         answer_prefix: the beginning of the answer, given.
         normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
             are not at a disadvantage; 'none' does not.
@@ -72,8 +72,7 @@ class EvalConfig:
     @cached_property
     def shape(self) -> Template | ChatTemplate:
         """The template itself."""
-        template = EvalSection.template if self.template is None else self.template
-        return get_template(template) if isinstance(template, str) else template
+        return get_template(self.template or "alpaca") if isinstance(self.template, str | None) else self.template
 
     def settings(self) -> dict[str, Any]:
         """The fields that change results, under their names in report.json; batch_size is not one."""
@@ -192,7 +191,11 @@ class PromptBuilder:
         self, question: Question, examples: Sequence[str], answers: list[str]
     ) -> tuple[list[int], list[list[int]]]:
         """The context's tokens, and those of every continuation."""
-        context, shape = self.config.prompt(question, examples), self.config.shape
+        shape = self.config.shape
+        try:
+            context = self.config.prompt(question, examples)
+        except ValueError as error:  # a chat template's
+            raise ValueError(f"{question.task} question {question.index}: {error}") from None
         if self.config.scoring == "k2":
             fixed = K2_LETTERS | K2_WORDS
             ids = self.tokenizer.encode(context, bos=shape.bos, eos=False, special=shape.special)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.chats import ChatTemplate
-from k2mini.data.prompts import Template, get_template, stop_ids
+from k2mini.data.chats import ChatTemplate, stop_ids
+from k2mini.data.prompts import Template, get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words

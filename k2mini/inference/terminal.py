@@ -8,8 +8,8 @@ from dataclasses import replace
 from select import select
 from typing import TextIO
 
-from k2mini.data.chats import ChatTemplate, encode_chat
-from k2mini.data.prompts import Template, encode_prompt, room, stop_ids
+from k2mini.data.chats import ChatTemplate, encode_chat, stop_ids
+from k2mini.data.prompts import Template, encode_prompt, room
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.inference.decoding import Completion, Decoding, Step
 from k2mini.inference.request import End, Prompt, Request

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from k2mini.data.chats import ChatTemplate, encode_chat
-from k2mini.data.prompts import TEMPLATES, Template, encode_prompt, stop_ids
+from k2mini.data.chats import ChatTemplate, encode_chat, stop_ids
+from k2mini.data.prompts import TEMPLATES, Template, encode_prompt
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 from k2mini.inference.decoding import Decoding
