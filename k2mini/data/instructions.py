@@ -11,7 +11,7 @@ from k2mini.config import InstructionSection
 from k2mini.data.batches import shuffled
 from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
-from k2mini.data.prompts import Template
+from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 
@@ -51,7 +51,12 @@ def _record(entry: Any, place: str) -> dict[str, str]:
 
 
 def encode_example(
-    record: dict[str, str], tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
+    record: dict[str, str],
+    tokenizer: Tokenizer,
+    template: AnyTemplate,
+    *,
+    train_on_inputs: bool,
+    max_seq_len: int,
 ) -> tuple[Example, int]:
     """One record as tokens: BOS, prompt, answer, EOS; prompt and answer are tokenised as one text.
 
@@ -68,7 +73,9 @@ def encode_example(
     return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens)
 
 
-def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section: InstructionSection) -> list[Example]:
+def read_examples(
+    path: Path, tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
+) -> list[Example]:
     """All examples of a file that have some of their answer within `data.max_seq_len` tokens.
 
     Examples that are cut or left out are counted on the log.

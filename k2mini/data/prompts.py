@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from k2mini.errors import short
 
 if TYPE_CHECKING:  # the command line lists the templates, and does without sentencepiece until it runs a command
     from k2mini.data.tokenizer import Tokenizer
@@ -18,18 +20,73 @@ class Template:
     Args:
         with_input, without_input: patterns with `{instruction}` and `{input}`.
         response_mark: the line that the answer follows, or '' where there is none.
+        name: by which TEMPLATES has it.
+
+    Attributes:
+        bos, special: how its text is encoded: after BOS, special tokens written out in it being plain text.
     """
 
     with_input: str
     without_input: str
     response_mark: str
+    name: str = ""
+    bos: ClassVar[bool] = True
+    special: ClassVar[bool] = False
 
-    def prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt, up to where the model's answer begins. An empty `input` counts as none."""
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
+        """The prompt, up to where the model's answer begins. An empty `input` counts as none; `system` comes first."""
+        before = f"{system}\n\n" if system else ""
         if input:
-            return self.with_input.format(instruction=instruction, input=input)
-        return self.without_input.format(instruction=instruction)
+            return before + self.with_input.format(instruction=instruction, input=input)
+        return before + self.without_input.format(instruction=instruction)
 
+
+Message = Mapping[str, Any]  # a role, its content and, where a model's own template knows them, other fields
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation becomes text, special tokens written out in it.
+
+    Args:
+        name: of CHAT_TEMPLATES, or 'own'.
+        write: the text of messages, and what opens the assistant's next turn where asked.
+        reserved: the special tokens, which nobody but the assistant may write.
+        end: the special token that ends the assistant's turn; '' where none does.
+        source: a model's own template, as it stands in its file.
+
+    Attributes:
+        bos, special: how its text is encoded: BOS where the text has it, special tokens as themselves.
+    """
+
+    name: str
+    write: Callable[[Sequence[Message], bool], str]
+    reserved: frozenset[str]
+    end: str = ""
+    source: str = ""
+    bos: ClassVar[bool] = False
+    special: ClassVar[bool] = True
+
+    def render(self, messages: Sequence[Message], *, generation: bool) -> str:
+        """The text of a conversation; `generation`: with what opens the assistant's answer, if anything does.
+
+        Raises ValueError where the template refuses it, or a text but the assistant's has a special token in it.
+        """
+        for place, message in enumerate(messages):
+            found = [] if message["role"] == "assistant" else [t for t in self.reserved if t in message["content"]]
+            if found:
+                said = f"messages[{place}] has {short(min(found))} in its text"
+                raise ValueError(f"{said}, which the model would take for the conversation's structure")
+        return self.write(messages, generation)
+
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
+        """The prompt, up to where the model's answer begins; an input stands in a line after its instruction."""
+        first = [{"role": "system", "content": system}] if system else []
+        content = f"{instruction}\n{input}" if input else instruction
+        return self.render([*first, {"role": "user", "content": content}], generation=True)
+
+
+AnyTemplate = Template | ChatTemplate
 
 _WITH = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -70,6 +127,7 @@ TEMPLATES = {
     ),
     "none": Template("{instruction}\n{input}", "{instruction}", ""),
 }
+TEMPLATES = {name: replace(template, name=name) for name, template in TEMPLATES.items()}
 
 
 def utf8(value: str) -> str:
@@ -89,16 +147,16 @@ def get_template(name: str) -> Template:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str = ""
+    tokenizer: Tokenizer, template: AnyTemplate, instruction: str, input: str = "", system: str = ""
 ) -> list[int]:
-    """The token ids, BOS first, of an instruction and its input in a template; `system` begins a conversation.
+    """The token ids of an instruction and its input in a template; `system` begins a conversation.
 
-    Raises ValueError where the instruction is empty.
+    Raises ValueError where the instruction is empty, or the template refuses it.
     """
     if not instruction.strip():
         raise ValueError("the prompt is empty")
-    before = f"{system}\n\n" if system else ""
-    return tokenizer.encode(before + template.prompt(instruction, input), bos=True, eos=False)
+    text = template.prompt(instruction, input, system)
+    return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
 
 
 def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> int:

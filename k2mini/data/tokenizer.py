@@ -54,11 +54,26 @@ class Tokenizer:
         # LLaMA's model puts a space before the text; SmolLM2's, for one, does not.
         self.adds_space: bool = first.startswith("▁")
 
-    def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Control pieces and their ids."""
+        return {self.piece(t): t for t in range(self.vocab_size) if self.kind(t) == "control"}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.eos_id,)
+
+    def encode(self, text: str, *, bos: bool, eos: bool, special: bool = False) -> list[int]:
         """Token ids. Control symbols written out in the text ('<s>') are plain text, never control tokens.
 
         Raises ValueError where the text has half of a surrogate pair, as bytes that are not UTF-8 become.
         """
+        if special:
+            known = self.special_tokens
+            parts = re.split("(" + "|".join(map(re.escape, known)) + ")", text)
+            each = [[known[p]] if p in known else self.encode(p, bos=False, eos=False) for p in parts if p]
+            return [self.bos_id] * bos + [i for e in each for i in e] + [self.eos_id] * eos
         try:
             ids: list[int] = self._model.encode(text, out_type=int)
         except (RuntimeError, UnicodeError):
