@@ -16,8 +16,7 @@ from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
-    from k2mini.data.chats import ChatTemplate
-    from k2mini.data.prompts import Template
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.inference.decoding import Decoding
@@ -179,7 +178,7 @@ def kept_by(
     return made_by
 
 
-def _read_inputs(options: argparse.Namespace, template: Template | ChatTemplate) -> Inputs:
+def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
     """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig

@@ -17,14 +17,13 @@ from k2mini.data.prompts import encode_prompt, room, utf8
 from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
-    from k2mini.data.chats import ChatTemplate
-    from k2mini.data.prompts import Template
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.data.tokenizer import Tokenizer
     from k2mini.inference.decoding import Decoding
     from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
 
-    Asked = tuple[ModelDirectory, Tokenizer, Template | ChatTemplate]
+    Asked = tuple[ModelDirectory, Tokenizer, AnyTemplate]
 
 log = logging.getLogger("k2mini.commands")
 
@@ -244,9 +243,7 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
     return read_questions(Path(options.input))
 
 
-def _print_answer(
-    options: argparse.Namespace, question: tuple[str, str], opened: Asked, decoding: Decoding
-) -> None:
+def _print_answer(options: argparse.Namespace, question: tuple[str, str], opened: Asked, decoding: Decoding) -> None:
     """Print one answer, as it is made."""
     from k2mini.data.tokenizer import TextStream
     from k2mini.inference.generate import generate
@@ -260,9 +257,7 @@ def _print_answer(
         return stream.write(token, sys.stdout)
 
     ends, vocab_size = stop_ids(tokenizer, template), tokenizer.vocab_size
-    (completion,) = generate(
-        model, [prompt], decoding, stop_ids=ends, vocab_size=vocab_size, stopping_criteria=write
-    )
+    (completion,) = generate(model, [prompt], decoding, stop_ids=ends, vocab_size=vocab_size, stopping_criteria=write)
     print(stream.flush())
     if completion.finish == "length":
         cut = new < decoding.max_new_tokens

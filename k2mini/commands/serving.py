@@ -15,8 +15,7 @@ from k2mini.data.chats import CHAT_TEMPLATES, open_template
 from k2mini.data.prompts import TEMPLATES
 
 if TYPE_CHECKING:
-    from k2mini.data.chats import ChatTemplate
-    from k2mini.data.prompts import Template
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.inference.engine import Engine
     from k2mini.serving.service import Service
     from k2mini.weights.model_directory import ModelDirectory
@@ -50,7 +49,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a site whose pages may ask; may be repeated"
     )
-    parser.add_argument("--template", metavar="NAME", help=f"of a chat: {TEMPLATE_HELP} (default: the adapters', else own)")
+    parser.add_argument("--template", metavar="NAME", help=f"of chats: {TEMPLATE_HELP} (default: the run's)")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
     parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
     parser.add_argument("--compile", action="store_true", help="compile decoding; on a CPU it answers meanwhile")
@@ -116,11 +115,12 @@ def _template(adapters: list[Path]) -> str | None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             found.add(read_json(path.parent / "config.yaml")["data"]["template"])
     if len(found) > 1:
-        raise ValueError(f"the adapters were tuned with {' and '.join(sorted(map(str, found)))}; --template names the one to use")
+        names = " and ".join(sorted(map(str, found)))
+        raise ValueError(f"the adapters were tuned with {names}; --template names the one to use")
     return found.pop() if found else None
 
 
-def _templates(directory: ModelDirectory, default: Template | ChatTemplate) -> dict[str, Template | ChatTemplate]:
+def _templates(directory: ModelDirectory, default: AnyTemplate) -> dict[str, AnyTemplate]:
     """What a request may name: all that are built in, and the model's own where it can be had."""
     found, tokenizer = {**TEMPLATES, default.name: default}, directory.require_tokenizer()
     for name in (*CHAT_TEMPLATES, "own"):
@@ -134,7 +134,7 @@ def _load(
     directory: ModelDirectory,
     bases: list[str],
     adapters: dict[str, Path],
-    template: Template | ChatTemplate,
+    template: AnyTemplate,
 ) -> Service:
     """The model with its adapters, and of the demo what it began with."""
     from k2mini.serving.asked import Served

@@ -6,9 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k2mini.data.prompts import TEMPLATES, AnyTemplate, ChatTemplate, Message, encode_prompt
-from k2mini.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the command line lists the templates
+    from k2mini.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from k2mini.data.chats import ChatTemplate
-from k2mini.data.prompts import Template
+from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
@@ -208,7 +207,7 @@ def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalCon
     return asking
 
 
-def known_by(template: Template | ChatTemplate) -> str:
+def known_by(template: AnyTemplate) -> str:
     """A template's name; with a digest of its text where that is a model's own."""
     source = getattr(template, "source", "")
     return f"{template.name} {digest(source)}" if source else template.name

@@ -10,8 +10,7 @@ from typing import Any
 
 from k2mini.config import EvalSection
 from k2mini.data.batches import shuffled
-from k2mini.data.chats import ChatTemplate
-from k2mini.data.prompts import Template, get_template
+from k2mini.data.prompts import AnyTemplate, ChatTemplate, get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
@@ -46,7 +45,7 @@ class EvalConfig:
     """
 
     scoring: str = EvalSection.scoring
-    template: str | Template | ChatTemplate | None = None
+    template: str | AnyTemplate | None = None
     answer_prefix: str = EvalSection.answer_prefix
     normalize: str = "byte"
     score_end: bool = False
@@ -70,7 +69,7 @@ class EvalConfig:
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
     @cached_property
-    def shape(self) -> Template | ChatTemplate:
+    def shape(self) -> AnyTemplate:
         """The template itself."""
         return get_template(self.template or "alpaca") if isinstance(self.template, str | None) else self.template
 
@@ -110,9 +109,10 @@ class EvalConfig:
 
     def example(self, question: Question) -> str:
         """A question with its answer, as an example for others."""
-        chat, answer = isinstance(self.shape, ChatTemplate), self.options(question)[question.labels.index(question.answer)]
-        asked = f"{self.instruction(question)}\n{self.answer_prefix}" if chat else self.prompt(question)
-        return asked + answer
+        asked = self.prompt(question)
+        if isinstance(self.shape, ChatTemplate):
+            asked = f"{self.instruction(question)}\n{self.answer_prefix}"
+        return asked + self.options(question)[question.labels.index(question.answer)]
 
 
 @dataclass

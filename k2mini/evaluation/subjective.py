@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.chats import ChatTemplate, stop_ids
-from k2mini.data.prompts import Template, get_template
+from k2mini.data.chats import stop_ids
+from k2mini.data.prompts import AnyTemplate, get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
@@ -29,7 +29,7 @@ def run_subjective(
     decoding: Decoding,
     *,
     task: str,
-    template: str | Template | ChatTemplate,
+    template: str | AnyTemplate,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Answer open questions, compare the answers with the references, and measure how likely the references are.
@@ -118,7 +118,7 @@ def _read_journal(path: Path, questions: list[str]) -> list[str]:
 
 
 def _prepare(
-    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], shape: Template | ChatTemplate
+    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], shape: AnyTemplate
 ) -> tuple[list[tuple[str, str]], list[Request], list[list[int]]]:
     """The pairs that can be asked, the requests that score their references, and the prompts."""
     flags = {"bos": shape.bos, "special": shape.special}

@@ -222,9 +222,7 @@ def _continued(
         streams[row].push(token)
         return streams[row].stopped
 
-    return completions(
-        model, prompts, decoding, **how, stopping_criteria=stopping_criteria if decoding.stop else None
-    )
+    return completions(model, prompts, decoding, **how, stopping_criteria=stopping_criteria if decoding.stop else None)
 
 
 def _text(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:

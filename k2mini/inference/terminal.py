@@ -8,8 +8,8 @@ from dataclasses import replace
 from select import select
 from typing import TextIO
 
-from k2mini.data.chats import ChatTemplate, encode_chat, stop_ids
-from k2mini.data.prompts import Template, encode_prompt, room
+from k2mini.data.chats import encode_chat, stop_ids
+from k2mini.data.prompts import AnyTemplate, ChatTemplate, encode_prompt, room
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.inference.decoding import Completion, Decoding, Step
 from k2mini.inference.request import End, Prompt, Request
@@ -33,9 +33,7 @@ class Conversation:
     What stays the same is not computed again. Turn i (from 0) draws with decoding.seed + i.
     """
 
-    def __init__(
-        self, model: Llama, tokenizer: Tokenizer, template: Template | ChatTemplate, decoding: Decoding
-    ) -> None:
+    def __init__(self, model: Llama, tokenizer: Tokenizer, template: AnyTemplate, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.template, self.decoding = model, tokenizer, template, decoding
         self.system = ""  # stands before the first turn
         self.interrupted = False  # the last answer was cut by Ctrl-C
@@ -53,7 +51,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget all turns."""
         self.history: list[int] = []  # every token so far
-        self.messages: list[dict[str, str]] = []  # what was said, but for the system's
+        self.messages = [{"role": "system", "content": self.system}] * bool(self.system)  # and all that was said
 
     def turn(self, prompt: str, out: TextIO) -> Completion:
         """Answer one prompt, streaming to `out` (see `extended` and `answer`)."""
@@ -63,8 +61,7 @@ class Conversation:
         """The tokens of all turns and of one more prompt. Raises ValueError where it is empty or too long."""
         self._asked = {"role": "user", "content": prompt}
         if isinstance(self.template, ChatTemplate):
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            history = encode_chat(self.tokenizer, self.template, [*system, *self.messages, self._asked])
+            history = encode_chat(self.tokenizer, self.template, [*self.messages, self._asked])
         else:
             system = "" if self.history else self.system
             history = self.history + encode_prompt(self.tokenizer, self.template, prompt, system=system)

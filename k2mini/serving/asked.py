@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from k2mini.data.chats import ChatTemplate, encode_chat, stop_ids
-from k2mini.data.prompts import TEMPLATES, Template, encode_prompt
+from k2mini.data.chats import encode_chat, stop_ids
+from k2mini.data.prompts import TEMPLATES, AnyTemplate, ChatTemplate, encode_prompt
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 from k2mini.inference.decoding import Decoding
@@ -40,7 +40,7 @@ class Served:
     max_tokens: int | None = None
     seed: int | None = None
     rows: int = MOST_ROWS
-    templates: Mapping[str, Template | ChatTemplate] = field(default_factory=TEMPLATES.copy)
+    templates: Mapping[str, AnyTemplate] = field(default_factory=lambda: TEMPLATES)
 
     @cached_property
     def _longest(self) -> int:
@@ -116,7 +116,7 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
     top, limit = given.get("logprobs"), _limit(given, served)
     if chat:
         top = given.get("top_logprobs", 0) if top else None
-    for field, wrong, why in (
+    for param, wrong, why in (
         ("best_of", best < n, f"must be at least `n`, which is {n}"),
         ("best_of", best > n and given.get("stream"), "does not go with `stream`: the best is known at the end"),
         ("stream_options", "stream_options" in given and not given.get("stream"), "goes with `stream`"),
@@ -125,7 +125,7 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
         ("max_tokens", limit == 0 and not echo, "is 0, which goes with `echo` alone"),
     ):
         if wrong:
-            raise refuse(field, why)
+            raise refuse(param, why)
     for token, _ in given.get("logit_bias", ()):
         served.ids("logit_bias", [token])
     sampling = Sampling(**{"temperature": 1.0, **{name: given[name] for name in SAMPLING if name in given}})
@@ -167,7 +167,7 @@ def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
     return [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
 
 
-def _chat_prompt(given: Mapping[str, Any], served: Served, template: Template | ChatTemplate) -> list[int]:
+def _chat_prompt(given: Mapping[str, Any], served: Served, template: AnyTemplate) -> list[int]:
     """The tokens of a conversation, as `k2mini chat` joins its turns."""
     tokenizer = served.tokenizer
     turns = [_message(message, place) for place, message in enumerate(given.get("messages", []))]
