@@ -139,8 +139,8 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
 def stop_ids(tokenizer: Tokenizer, template: AnyTemplate) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, and the one that ends the assistant's turn in the template."""
-    end = template.end if isinstance(template, ChatTemplate) else ""
-    return tuple(dict.fromkeys([*tokenizer.stop_ids, *[tokenizer.special_tokens[end]] * bool(end)]))
+    end = [tokenizer.special_tokens[template.end]] if isinstance(template, ChatTemplate) and template.end else []
+    return tuple(dict.fromkeys([*tokenizer.stop_ids, *end]))
 
 
 def encode_chat(
