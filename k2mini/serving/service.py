@@ -80,7 +80,8 @@ class Service:
         """POST /tokenize. A control symbol that stands alone, such as '</s>', is its id: so a client learns it."""
         given = self._given(body, "prompt", prompt=only(str), add_special_tokens=FLAG)
         tokenizer, text, bos = self.served.tokenizer, given["prompt"], given.get("add_special_tokens", True)
-        tokens = [tokenizer.special_tokens[text]] if text in tokenizer.special_tokens else []
+        stands = [token for token in (tokenizer.bos_id, *tokenizer.stop_ids) if token is not None]
+        tokens = {tokenizer.piece(token): [token] for token in stands}.get(text, [])
         if not tokens:
             tokens = await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.served.capacity}
