@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from k2mini.data.prompts import TEMPLATES, AnyTemplate, ChatTemplate, Message, encode_prompt
+from k2mini.data.prompts import ANSWER, TEMPLATES, AnyTemplate, ChatTemplate, Message, encode_prompt
+from k2mini.errors import short
+from k2mini.files import read_json, read_text
 
 if TYPE_CHECKING:  # the command line lists the templates
     from k2mini.data.tokenizer import Tokenizer
@@ -16,6 +22,7 @@ if TYPE_CHECKING:  # the command line lists the templates
 log = logging.getLogger(__name__)
 
 OWN = "own"  # the name of the template that a model's directory has
+SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # as templates name them
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -115,26 +122,71 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
     Raises ValueError where there is no such template, it can't be read, or its special tokens are not the tokenizer's.
     """
-    if name is None:
-        name = "alpaca"
+    own = _own_template(folder) if name in (None, OWN) else None
+    if own is not None:
+        if name is None:
+            log.info("the template is the model's own, of %s", own[0])
+        return _compiled(*own, folder, tokenizer)
+    if name == OWN:
+        raise ValueError(f"{folder} has no chat template, in chat_template.jinja or tokenizer_config.json")
+    name = name or "alpaca"
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name not in CHAT_TEMPLATES:
-        there = ", ".join([*TEMPLATES, *CHAT_TEMPLATES, OWN])
-        raise ValueError(f"there is no template {name!r}; there are {there} (the model's)")
+        there = ", ".join([*TEMPLATES, *CHAT_TEMPLATES])
+        raise ValueError(f"there is no template {name!r}; there are {there}, and own, the model's")
     layout, known = CHAT_TEMPLATES[name], tokenizer.special_tokens
     if lacking := [mark for mark in layout.marks if mark not in known]:
         said = f"template {name} is written with {', '.join(lacking)}, which {tokenizer.path} has no tokens for"
         raise ValueError(f"{said}; vicuna and llama2 are written in plain text")
-    tokens = {
-        "bos": "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
-        "eos": tokenizer.piece(tokenizer.eos_id),
-    }
+    bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
+    write = partial(layout.write, bos=bos, eos=(eos := tokenizer.piece(tokenizer.eos_id)))
+    return ChatTemplate(name, write, frozenset([*known, *ANSWER]), layout.marks[-1] if layout.marks else eos)
 
-    def write(messages: Sequence[Message], generation: bool) -> str:
-        return layout.write(messages, generation, **tokens)
 
-    return ChatTemplate(name, write, frozenset(known), layout.marks[-1] if layout.marks else tokens["eos"])
+def _own_template(folder: Path) -> tuple[str, str] | None:
+    """What names a model's own template in errors, and its text; None where there is none."""
+    if (path := folder / "chat_template.jinja").is_file():  # the newer place, which transformers prefers
+        return str(path), read_text(path)
+    path = folder / "tokenizer_config.json"
+    given = _tokenizer_config(folder).get("chat_template")
+    if isinstance(given, list):  # several, of which one has this name
+        named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+        given = named.get("default", named)
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"{path}: chat_template must be text, or a list with one named default, not {short(given)}")
+    return None if given is None else (f"{path}: chat_template", given)
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be an object, not {short(config)}")
+    return config
+
+
+def _compiled(where: str, text: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """A model's own template, tried on two messages. Raises ValueError where it can't be used."""
+    from k2mini.data.jinja_template import compile_template
+
+    known = tokenizer.special_tokens
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    variables = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
+    for name, token in _tokenizer_config(folder).items():
+        if name in SPECIAL:
+            variables[name] = token.get("content", "") if isinstance(token, dict) else token
+    variables = {name: token for name, token in variables.items() if isinstance(token, str)}
+    digest = hashlib.sha256(f"{text} {sorted(variables.items())}".encode()).hexdigest()[:12]
+    template = ChatTemplate(OWN, compile_template(text, where, variables), frozenset([*known, *ANSWER]), digest=digest)
+    asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
+    opened, whole = (template.render([asked], generation=generation) for generation in (True, False))
+    opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
+    if opened == whole and opening.strip():
+        said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
+        raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
+    ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
+    return replace(template, end=min(ends)[2] if ends else "")
 
 
 def stop_ids(tokenizer: Tokenizer, template: AnyTemplate) -> tuple[int, ...]:
@@ -162,5 +214,81 @@ def encode_chat(
         if message["role"] == "assistant":
             ids += [*tokenizer.encode_more(message["content"]), tokenizer.eos_id]
         else:
-            ids += encode_prompt(tokenizer, template, message["content"], system="" if ids else system)
+            input = message.get("input", "")
+            ids += encode_prompt(tokenizer, template, message["content"], input, "" if ids else system)
     return ids
+
+
+Span = tuple[int, int]
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, template: AnyTemplate, messages: Sequence[Message]
+) -> list[tuple[list[int], list[Span]]]:
+    """A conversation for training: token ids, and from where to where they are the assistant's, each end included.
+
+    A chat template's `{% generation %}` blocks say what is the assistant's. One without them is asked for each answer:
+    it is what comes to the conversation up to where it begins, with its end token and without white space after it.
+
+    Returns: one pair; where the template writes an earlier answer in another way once the conversation goes on (as
+        some leave out what was thought), one for each answer, with what is before it as it was when it was given.
+
+    Raises ValueError where the template refuses the messages, or what it writes of an answer can't be told.
+    """
+    if isinstance(template, ChatTemplate):
+        texts = _answers(template, messages)
+        return [_encoded(tokenizer, template, text, spans) for text, spans in texts]
+    system, turns = in_turns(messages)
+    ids: list[int] = []
+    spans = []
+    for asked, answer in zip(turns[::2], turns[1::2], strict=False):
+        prompt = template.prompt(asked["content"], asked.get("input", ""), "" if ids else system)
+        tokens, alone = (
+            tokenizer.encode(text, bos=True, eos=eos)
+            for text, eos in ((prompt + answer["content"], True), (prompt, False))
+        )
+        spans.append((len(ids) + _shared(alone, tokens), len(ids) + len(tokens)))
+        ids += tokens
+    return [(ids, spans)]
+
+
+def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
+    """As `encode_conversation`, in characters."""
+    whole = template.render(messages, generation=False, answers=True)
+    if ANSWER[0] in whole:
+        parts = re.split(f"[{ANSWER}]", whole)  # every second one is an answer
+        places = list(accumulate(map(len, parts)))
+        return [("".join(parts), [span for span in zip(places[::2], places[1::2], strict=False) if span[0] < span[1]])]
+    found = []
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = template.render(messages[:place], generation=True)
+            text = template.render(messages[: place + 1], generation=False)
+            if not text.startswith(before):
+                said = f"what the template writes of messages[:{place + 1}] does not begin with what comes before it"
+                raise ValueError(f"{said}, so it can't be told where the answer begins")
+            end = text.rfind(template.end, len(before)) if template.end else -1
+            text = text[: end + len(template.end)] if end >= 0 else text.rstrip()
+            found.append((text, [(len(before), len(text))]))
+    if all(whole.startswith(text) for text, _ in found):
+        return [(whole, [span for _, spans in found for span in spans])]
+    return found
+
+
+def _encoded(
+    tokenizer: Tokenizer, template: ChatTemplate, text: str, spans: list[Span]
+) -> tuple[list[int], list[Span]]:
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
+
+    ids, found = encode(text), []
+    for start, stop in spans:
+        before, through = encode(text[:start]), encode(text[:stop])
+        last = _shared(through, ids)
+        found.append((_shared(before, ids), last + (last < len(through))))  # a token that goes on after it is in it
+    return ids, found
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))

@@ -41,7 +41,14 @@ class Template:
         return before + self.without_input.format(instruction=instruction)
 
 
-Message = Mapping[str, Any]  # a role, its content and, where a model's own template knows them, other fields
+Message = Mapping[str, Any]  # a role, its content, and other fields for a model's own template that knows them
+ANSWER = "\ufdd0\ufdd1"  # which is no text: before and after what a template says is the model's answer
+
+
+def joined(message: Message) -> Message:
+    """A user's message whose `input`, if it has one, stands in a line after its content."""
+    rest = {key: value for key, value in message.items() if key != "input"}
+    return rest | {"content": f"{message['content']}\n{message['input']}"} if message.get("input") else rest
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class ChatTemplate:
         write: the text of messages, and what opens the assistant's next turn where asked.
         reserved: the special tokens, which nobody but the assistant may write.
         end: the special token that ends the assistant's turn; '' where none does.
-        source: a model's own template, as it stands in its file.
+        digest: of a model's own template, by which it is known again; '' for those written here.
 
     Attributes:
         bos, special: how its text is encoded: BOS where the text has it, special tokens as themselves.
@@ -63,27 +70,34 @@ class ChatTemplate:
     write: Callable[[Sequence[Message], bool], str]
     reserved: frozenset[str]
     end: str = ""
-    source: str = ""
+    digest: str = ""
     bos: ClassVar[bool] = False
     special: ClassVar[bool] = True
 
-    def render(self, messages: Sequence[Message], *, generation: bool) -> str:
-        """The text of a conversation; `generation`: with what opens the assistant's answer, if anything does.
+    def render(self, messages: Sequence[Message], *, generation: bool, answers: bool = False) -> str:
+        """The text of a conversation.
+
+        Args:
+            generation: it ends with what opens the assistant's next answer, if anything does.
+            answers: what the template says is an answer stands between the two characters of `ANSWER`.
 
         Raises ValueError where the template refuses it, or a text but the assistant's has a special token in it.
         """
+        messages = [joined(message) for message in messages]
         for place, message in enumerate(messages):
-            found = [] if message["role"] == "assistant" else [t for t in self.reserved if t in message["content"]]
-            if found:
+            held = ANSWER if message["role"] == "assistant" else self.reserved
+            if found := [token for token in held if token in message["content"]]:
                 said = f"messages[{place}] has {short(min(found))} in its text"
                 raise ValueError(f"{said}, which the model would take for the conversation's structure")
-        return self.write(messages, generation)
+            if message.get("tool_calls") and not self.digest:
+                raise ValueError(f"messages[{place}] has tool_calls, which template {self.name} has no form for")
+        text = self.write(messages, generation)
+        return text if answers else text.translate(dict.fromkeys(map(ord, ANSWER)))
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
         """The prompt, up to where the model's answer begins; an input stands in a line after its instruction."""
         first = [{"role": "system", "content": system}] if system else []
-        content = f"{instruction}\n{input}" if input else instruction
-        return self.render([*first, {"role": "user", "content": content}], generation=True)
+        return self.render([*first, {"role": "user", "content": instruction, "input": input}], generation=True)
 
 
 AnyTemplate = Template | ChatTemplate

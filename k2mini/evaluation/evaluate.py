@@ -209,8 +209,7 @@ def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalCon
 
 def known_by(template: AnyTemplate) -> str:
     """A template's name; with a digest of its text where that is a model's own."""
-    source = getattr(template, "source", "")
-    return f"{template.name} {digest(source)}" if source else template.name
+    return " ".join(filter(None, (template.name, getattr(template, "digest", ""))))
 
 
 def digest(value: Any) -> str:

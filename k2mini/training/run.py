@@ -120,10 +120,10 @@ def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Bench
     examples, held_out = hold_out(read_examples(Path(data.path), tokenizer, template, data), data.val_size, seed)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
-    pack = data.packing
-    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if pack else Examples(examples, seed=seed)
+    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
     identity = _identity(config, sha256(Path(data.path)), base, world)
+    identity["data"]["template"] += getattr(template, "digest", "")  # a model's own may change
     task = Task(samples, val, identity, label, save_best=True)
     _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
