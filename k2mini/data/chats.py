@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2mini.data.prompts import ANSWER, TEMPLATES, AnyTemplate, ChatTemplate, Message, encode_prompt
-from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 from k2mini.files import read_json, read_text
+
+if TYPE_CHECKING:  # the command line lists the templates
+    from k2mini.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +191,8 @@ def _compiled(where: str, text: str, folder: Path, tokenizer: Tokenizer) -> Chat
 
 def stop_ids(tokenizer: Tokenizer, template: AnyTemplate) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, and the one that ends the assistant's turn in the template."""
-    end = template.end if isinstance(template, ChatTemplate) else ""
-    return tuple(dict.fromkeys([*tokenizer.stop_ids, *[tokenizer.special_tokens[end]] * bool(end)]))
+    end = [tokenizer.special_tokens[template.end]] if isinstance(template, ChatTemplate) and template.end else []
+    return tuple(dict.fromkeys([*tokenizer.stop_ids, *end]))
 
 
 def encode_chat(

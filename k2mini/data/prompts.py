@@ -173,6 +173,16 @@ def encode_prompt(
     return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
 
 
+class Rendered(str):
+    """A chat template's text: BOS and the special tokens that stand in it are meant."""
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a whole prompt; BOS first, but for what is `Rendered`."""
+    rendered = isinstance(text, Rendered)
+    return tokenizer.encode(text, bos=not rendered, eos=False, special=rendered)
+
+
 def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> int:
     """How many tokens may follow a prompt: `max_new_tokens`, or what it leaves of the model's context.
 
