@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -271,17 +272,12 @@ def _encoded(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
 
-    ids, found = encode(text), []
-    origin, offset = 0, 0  # a character and its token, from where on the tokens do not depend on what comes before
-    for start, end in spans:
-        rest = ids[offset:]
-        before, through = encode(text[origin:start]), encode(text[origin:end])
-        last = _shared(through, rest)
-        last += last < len(through)  # a token that goes on after the end is in it
-        found.append((offset + _shared(before, rest), offset + last))
-        if template.end and text.endswith(template.end, origin, end):
-            origin, offset = end - len(template.end), offset + last - 1
-    return ids, found
+    ids, ends = encode(text), tokenizer.ends(text)
+
+    def before(place: int) -> int:  # the token that has the character at a place
+        return _shared(encode(text[:place]), ids) if ends is None else bisect_right(ends, place)
+
+    return ids, [(before(start), max(before(end), before(end - 1) + 1)) for start, end in spans]
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
