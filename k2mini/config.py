@@ -86,7 +86,7 @@ class InstructionSection:
     path: str  # the file, or its hf://…; demo:general.json and demo:expert.json are the demo's
     val_path: str | None = None  # a file to validate on
     val_size: int = 0  # so many records of `path`, drawn by run.seed, validate and are not trained on
-    template: str = "alpaca"  # of the prompt, as of `k2mini generate --template`
+    template: str | None = None  # as of `k2mini generate --template`; null: the model's own, or else alpaca
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
     train_on_inputs: bool = False  # if true, the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then

@@ -11,13 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST, LOADED
-from k2mini.data.prompts import TEMPLATES, utf8
+from k2mini.commands.common import LIST, LOADED, TEMPLATE
+from k2mini.data.chats import open_template, stop_ids
+from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.inference.decoding import Decoding
+    from k2mini.weights.model_directory import ModelDirectory
 
     Inputs = tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]
 
@@ -53,12 +56,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of text: divide by the option's length or not (default: {EvalConfig.normalize})",
     )
     parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
-    parser.add_argument(
-        "--template",
-        default=EvalConfig.template,
-        metavar="NAME",
-        help=f"{', '.join(TEMPLATES)} (default: {EvalConfig.template})",
-    )
+    parser.add_argument("--template", **TEMPLATE)
     parser.add_argument(
         "--answer-prefix",
         type=utf8,
@@ -99,34 +97,34 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.weights.model_directory import ModelDirectory
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
-    inputs = _read_inputs(options)
-    ModelDirectory(options.model).require_tokenizer_file()
+    directory = ModelDirectory(options.model)
+    inputs = _read_inputs(options, open_template(options.template, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:
         with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
-            _evaluate(options, inputs, decoding)
+            _evaluate(options, directory, inputs, decoding)
     finally:
         if created:
             with suppress(OSError):  # it has something in it, unless nothing came of it
                 options.out.rmdir()
 
 
-def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -> None:
+def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding) -> None:
     from k2mini.build import empty_model, open_model
     from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.inference.compile import compile_decoding
-    from k2mini.weights.model_directory import ModelDirectory
 
     (config, questions, pairs, texts), out = inputs, options.out
-    directory = ModelDirectory(options.model)
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
+    if pairs and (ends := stop_ids(tokenizer, config.shape)) != (tokenizer.eos_id,):
+        made_by["stop_ids"] = list(ends)
     if out is not None:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
     wanted = {name: getattr(options, name) for name in LOADED}
@@ -137,7 +135,7 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
     if pairs:
         report["subjective"] = [
-            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=options.template, out=out)
+            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.shape, out=out)
             for task in pairs
         ]
     if texts:
@@ -181,7 +179,7 @@ def kept_by(
     return made_by
 
 
-def _read_inputs(options: argparse.Namespace) -> Inputs:
+def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
     """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
     from k2mini.data.documents import read_user_text
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
@@ -193,7 +191,7 @@ def _read_inputs(options: argparse.Namespace) -> Inputs:
         raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
     config = EvalConfig(
         options.scoring,
-        options.template,
+        template,
         options.answer_prefix.replace("\\n", "\n"),
         options.normalize,
         options.score_end,

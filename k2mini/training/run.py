@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from k2mini.build import kept_dtype, training_model
 from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context, settings_of
 from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks
+from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import data_path
 from k2mini.data.instructions import hold_out, read_examples
 from k2mini.data.packing import Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
-from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
 from k2mini.dtypes import DTYPES
@@ -100,6 +100,10 @@ def finetune(
         benchmark: run every `eval.every` steps; its scores go into the metrics.
     """
     out = Path(config.run.dir) / "adapter"
+    if config.data.template is None:
+        base = _base(config)
+        template = open_template(None, base.path, base.require_tokenizer())
+        config = replace(config, data=replace(config.data, template=template.name))
     with run_directory(config, world):
         if not _is_complete(config, out, world):
             last = _finetune(config, world, label, benchmark)
@@ -110,17 +114,17 @@ def finetune(
 
 
 def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Benchmark | None) -> Path:
-    template, data, section, seed = get_template(config.data.template), config.data, config.lora, config.run.seed
-    base = _base(config)
+    data, section, seed, base = config.data, config.lora, config.run.seed, _base(config)
     tokenizer = base.require_tokenizer()
+    template = open_template(data.template, base.path, tokenizer)
     _check_room(config, base)
     examples, held_out = hold_out(read_examples(Path(data.path), tokenizer, template, data), data.val_size, seed)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
-    pack = data.packing
-    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if pack else Examples(examples, seed=seed)
+    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
     identity = _identity(config, sha256(data_path(data.path)), base, world)
+    identity["data"]["template"] += getattr(template, "digest", "")  # a model's own may change
     task = Task(samples, val, identity, label, save_best=True)
     _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from k2mini import hub
-from k2mini.data.tokenizer import Tokenizer
+from k2mini.data.tokenizer import Tokenizer, tokenizer_file
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
@@ -36,8 +36,8 @@ MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
 ENTRIES: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 # The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-# Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
-MAX_SPARE_ROWS = 256
+# Vocabularies are padded (Qwen2.5's by 399) and get a few tokens added; more rows are another model's.
+MAX_SPARE_ROWS = 512
 
 
 class ModelDirectory:
@@ -52,6 +52,10 @@ class ModelDirectory:
     @cached_property
     def _raw_config(self) -> dict[str, Any]:
         return read_config_json(self.path)
+
+    @cached_property
+    def _tokenizer_file(self) -> Path | None:
+        return tokenizer_file(self.path)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -79,9 +83,8 @@ class ModelDirectory:
             raise ValueError(f"{self.path} is a delta, not a model; k2mini delta apply puts it on its base")
 
     def require_tokenizer_file(self) -> Path:
-        """The path of tokenizer.model. Raises ValueError where there is none, or the manifest has another's hash."""
-        path = self.path / "tokenizer.model"
-        if not path.exists():
+        """Its path, as `tokenizer_file` finds it. Raises ValueError where there is none, or the manifest differs."""
+        if (path := self._tokenizer_file) is None or not path.exists():
             raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with")
         noted = (self.manifest or {"files": {}})["files"].get(path.name)
         if noted is not None and noted["sha256"] != sha256(path):
@@ -92,13 +95,13 @@ class ModelDirectory:
         """Raise ValueError unless the embedding has a row for each of the tokenizer's `tokens`, and few more."""
         rows = self.config.vocab_size
         if not tokens <= rows <= tokens + MAX_SPARE_ROWS:
-            sizes = f"{self.path / 'tokenizer.model'} has {tokens:,} tokens, the embedding has {rows:,} rows"
+            sizes = f"{self._tokenizer_file} has {tokens:,} tokens, the embedding has {rows:,} rows"
             raise ValueError(f"{sizes}; this tokenizer belongs to another model")
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, or None where there is no tokenizer.model; else as `require_tokenizer`."""
-        return self._tokenizer if os.path.lexists(self.path / "tokenizer.model") else None
+        """The tokenizer, or None where there is no file of one; else as `require_tokenizer`."""
+        return self._tokenizer if self._tokenizer_file is not None else None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none, or it does not fit the model."""
@@ -108,11 +111,12 @@ class ModelDirectory:
     def _tokenizer(self) -> Tokenizer:
         # Where config.json disagrees on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the tokenizer is right.
         config, tokenizer = self._raw_config, Tokenizer(self.require_tokenizer_file())
+        tokenizer.add_stop_ids(config)
         self.check_vocab_size(tokenizer.vocab_size)
-        for key, right in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-            said, file = config.get(key), self.path / "config.json"
-            if said is not None and said != right and not (isinstance(said, list) and right in said):
-                log.warning("%s says %s %s, tokenizer.model says %s; using the tokenizer's", file, key, said, right)
+        for key, right in (("bos_token_id", (tokenizer.bos_id, None)), ("eos_token_id", (*tokenizer.stop_ids, None))):
+            said, where = config.get(key), (self.path / "config.json", tokenizer.path.name)
+            if right[0] is not None and said not in right and not (isinstance(said, list) and right[0] in said):
+                log.warning("%s says %s %s, %s says %s; using the tokenizer's", where[0], key, said, where[1], right[0])
         return tokenizer
 
     def fingerprint(self) -> str:
