@@ -83,6 +83,15 @@ def real_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_json(real_model) -> Path:
+    """SmolLM2-135M with its own tokenizer, a tokenizer.json."""
+    folder = real_model.with_name(f"{real_model.name}-json")
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; python tests/make_smollm2_json.py {real_model} makes it")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory) -> Tokenizer:
     """A SentencePiece BPE like LLaMA's (byte fallback, dummy prefix, split digits), of 400 pieces."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))

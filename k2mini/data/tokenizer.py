@@ -14,20 +14,10 @@ from typing import Any, TextIO
 import sentencepiece
 
 from k2mini.data.tokenizer_json import JsonModel, tokens_beyond
-from k2mini.errors import short, some
+from k2mini.errors import REPLACE, short, some
 from k2mini.files import MOST, read_json
 
 log = logging.getLogger(__name__)
-
-
-def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """One U+FFFD for each byte that is not UTF-8, as SentencePiece does; Python's own "replace" merges some."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error("k2mini.replace", _replace_each_byte)
 
 
 def tokenizer_file(directory: Path) -> Path | None:
@@ -46,35 +36,16 @@ def tokenizer_file(directory: Path) -> Path | None:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file, and all tokens that end an answer by generation_config.json and config.json beside it.
-
-    Raises ValueError as `Tokenizer` does, and where what ends an answer is no token.
-    """
-    tokenizer, beside = Tokenizer(path), _beside(path)
-    for name in ("generation_config.json", "config.json"):
-        said = beside[name].get("eos_token_id")
-        if not isinstance(said, list):  # a lone id beside tokenizer.model is passed over: LLaMA-1's say 0 or 1
-            said = [said] if path.suffix == ".json" and said is not None else []
-        for token in said:
-            if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-                raise ValueError(f"{path.with_name(name)}: eos_token_id {short(token)} is no token of {path.name}")
-        tokenizer.stop_ids = tuple(dict.fromkeys((*tokenizer.stop_ids, *said)))
+    """The tokenizer of a file; what ends an answer is read from the files beside it. Raises ValueError as both do."""
+    tokenizer, config = Tokenizer(path), path.with_name("config.json")
+    tokenizer.add_stop_ids(read_json(config) if config.is_file() else {})
     return tokenizer
-
-
-def _beside(path: Path) -> dict[str, dict[str, Any]]:
-    """The fields of the files beside a tokenizer that say more of it; none of a file that is not there."""
-    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-    found = {name: read_json(file) if (file := path.with_name(name)).is_file() else {} for name in names}
-    for name in (name for name, fields in found.items() if not isinstance(fields, dict)):
-        raise ValueError(f"{path.with_name(name)} must hold a JSON object")
-    return found
 
 
 class _SentencePiece:
     """What `tokenizer.model` says; ids of BOS and EOS come from it and from nowhere else."""
 
-    space, errors = "▁", "k2mini.replace"
+    space, errors = "▁", REPLACE
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -99,13 +70,11 @@ class _SentencePiece:
     def encode(self, text: str, special: bool) -> list[int]:
         if not special:
             return self._model.encode(text, out_type=int)
-        # Each part by itself, as Meta's code and transformers' legacy tokenizer do.
-        names = sorted(self.special_tokens, key=len, reverse=True)
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
-            known = self.special_tokens.get(part)
-            ids += self._model.encode(part, out_type=int) if known is None else [known]
-        return ids
+        known = self.special_tokens
+        names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+        # Each part is encoded by itself, as Meta's code and transformers' legacy tokenizer do.
+        parts = ([known[part]] if part in known else self.encode(part, False) for part in re.split(f"({names})", text))
+        return [token for part in parts for token in part]
 
     def piece(self, token: int) -> str:
         try:
@@ -160,7 +129,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise ValueError(f"there is no tokenizer file {path}")
         json = self.path.suffix == ".json"
-        self._model = JsonModel(self.path, _beside(self.path)) if json else _SentencePiece(self.path)
+        self._model = JsonModel(self.path) if json else _SentencePiece(self.path)
         self.vocab_size: int = self._model.vocab_size
         self.bos_id: int | None = self._model.bos_id
         self.eos_id: int = self._model.eos_id
@@ -168,6 +137,23 @@ class Tokenizer:
         self.stop_ids: tuple[int, ...] = (self.eos_id,)
         first = self._model.encode("a", False)
         self.adds_space: bool = bool(first) and self.piece(first[0]).startswith(self._model.space)
+
+    def add_stop_ids(self, config: Any) -> None:
+        """Let all tokens that generation_config.json, beside the tokenizer, and config.json's fields list end answers.
+
+        Raises ValueError where one of them is no token.
+        """
+        file = self.path.with_name("generation_config.json")
+        for fields, name in ((read_json(file) if file.is_file() else {}, file.name), (config, "config.json")):
+            if not isinstance(fields, dict):
+                raise ValueError(f"{file.with_name(name)} must hold a JSON object")
+            said = fields.get("eos_token_id")
+            if not isinstance(said, list):  # a lone id beside tokenizer.model is passed over: LLaMA-1's say 0 or 1
+                said = [said] if self.path.suffix == ".json" and said is not None else []
+            for token in said:
+                if type(token) is not int or not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{file.with_name(name)}: eos_token_id {short(token)} is no token of {self.path}")
+            self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, *said)))
 
     def encode(self, text: str, *, bos: bool, eos: bool, special: bool = False) -> list[int]:
         """Token ids.
@@ -230,7 +216,8 @@ class Tokenizer:
         return self._model.special_tokens
 
     def score(self, token: int) -> float:
-        """The piece's score, by which SentencePiece chooses what to merge."""
+        """The piece's score, by which SentencePiece chooses what to merge; tokenizer.json has none."""
+        assert isinstance(self._model, _SentencePiece)
         return self._model.score(token)
 
     def hf_config(self) -> dict[str, Any]:

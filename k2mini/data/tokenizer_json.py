@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from k2mini.errors import need_extra, short
+from k2mini.errors import REPLACE, need_extra, short
 from k2mini.files import parse_json, read_json, read_text
 
 
@@ -29,19 +29,17 @@ class JsonModel:
     BOS is one only where the model was trained with it in front of every text: `add_bos_token` says so, or else the
     file's own post-processor, which is not used for anything else.
 
-    Args:
-        beside: the fields of `tokenizer_config.json`, `special_tokens_map.json` and `config.json`.
-
     Raises ValueError where the extra is not installed, the file is damaged or of a kind that can't be decoded token by
     token, or no EOS is named.
     """
 
-    def __init__(self, path: Path, beside: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise need_extra("tokenizers") from None
-        self._path, self._beside = path, beside
+        self._path = path
+        self._config = self._beside("tokenizer_config.json")
         content = parse_json(text := read_text(path), str(path))
         try:
             self._model = Tokenizer.from_str(text)
@@ -56,7 +54,7 @@ class JsonModel:
         self._byte_level = "ByteLevel" in decoders
         if not self._byte_level and not {"Metaspace", "ByteFallback"} & set(decoders):
             raise ValueError(f"{path} is neither byte-level BPE nor SentencePiece's: its decoder is {decoders}")
-        self.space, self.errors = ("Ġ", "replace") if self._byte_level else ("▁", "k2mini.replace")
+        self.space, self.errors = ("Ġ", "replace") if self._byte_level else ("▁", REPLACE)
         self._byte_fallback = bool(content["model"].get("byte_fallback"))
         self._lock = threading.Lock()
         self.special_tokens = {token.content: id_ for id_, token in self._added.items() if token.special}
@@ -65,7 +63,7 @@ class JsonModel:
         if eos_id is None:
             raise ValueError(f"no EOS of {path} is named in tokenizer_config.json; copy that file, too")
         self.eos_id: int = eos_id
-        adds = beside["tokenizer_config.json"].get("add_bos_token")
+        adds = self._config.get("add_bos_token")
         self.bos_id = bos_id if (adds if isinstance(adds, bool) else first == [bos_id]) else None
 
     def _unread(self, error: BaseException) -> BaseException:
@@ -77,16 +75,22 @@ class JsonModel:
     def _id(self, token: Any) -> int | None:
         return self._model.token_to_id(token) if isinstance(token, str) else None
 
+    def _beside(self, name: str) -> dict[str, Any]:
+        """The fields of a file beside this one, none where it is not there."""
+        file = self._path.with_name(name)
+        if not isinstance(fields := read_json(file) if file.is_file() else {}, dict):
+            raise ValueError(f"{file} must hold a JSON object")
+        return fields
+
     def _named(self, key: str) -> int | None:
-        """The id of bos_token or eos_token, by the first file that names it."""
+        """The id of bos_token or eos_token, by the first file that says what it is, or that there is none."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if key in self._beside[name]:
-                token = self._beside[name][key]
-                token = token.get("content") if isinstance(token, dict) else token
-                if token is not None and (found := self._id(token)) is None:
-                    raise ValueError(f"{self._path.parent / name}: {key} {short(token)} is no token of {self._path}")
-                return found if token is not None else None
-        said = self._beside["config.json"].get(f"{key}_id")
+            if key in (fields := self._beside(name)):
+                token = fields[key].get("content") if isinstance(fields[key], dict) else fields[key]
+                if token is not None and self._id(token) is None:
+                    raise ValueError(f"{self._path.with_name(name)}: {key} {short(token)} is no token of {self._path}")
+                return self._id(token)
+        said = self._beside("config.json").get(f"{key}_id")
         said = said[0] if isinstance(said, list) and said else said
         return said if type(said) is int and 0 <= said < self.vocab_size else None
 
@@ -120,15 +124,11 @@ class JsonModel:
             return bytes(BYTES[char] for char in piece) if known else piece.encode()
         return piece.replace("▁", " ").encode()
 
-    def score(self, token: int) -> float:
-        """Merges have an order, no scores."""
-        raise ValueError(f"{self._path} has no scores")
-
     def hf_config(self, adds_space: bool) -> dict[str, Any]:
         """tokenizer_config.json as it stands."""
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         own = {key: self.piece(token) for key, token in names.items() if token is not None}
-        return self._beside["tokenizer_config.json"] or {"tokenizer_class": "PreTrainedTokenizerFast", **own}
+        return self._config or {"tokenizer_class": "PreTrainedTokenizerFast", **own}
 
 
 def _kinds(part: Any) -> list[str]:

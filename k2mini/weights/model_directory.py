@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from k2mini.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
+from k2mini.data.tokenizer import Tokenizer, tokenizer_file
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
@@ -110,7 +110,8 @@ class ModelDirectory:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         # Where config.json disagrees on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the tokenizer is right.
-        config, tokenizer = self._raw_config, open_tokenizer(self.require_tokenizer_file())
+        config, tokenizer = self._raw_config, Tokenizer(self.require_tokenizer_file())
+        tokenizer.add_stop_ids(config)
         self.check_vocab_size(tokenizer.vocab_size)
         for key, right in (("bos_token_id", (tokenizer.bos_id, None)), ("eos_token_id", (*tokenizer.stop_ids, None))):
             said, where = config.get(key), (self.path / "config.json", tokenizer.path.name)
