@@ -26,20 +26,17 @@ SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls"
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def _split(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
-    """The system message that a conversation begins with, '' without one, and its other messages."""
-    first = bool(messages) and messages[0]["role"] == "system"
-    return messages[0]["content"] if first else "", messages[first:]
+def in_turns(messages: Sequence[Message], *, any_order: bool = False) -> tuple[str, Sequence[Message]]:
+    """The system message that a conversation begins with, '' without one, and its other messages.
 
-
-def in_turns(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
-    """As `_split`. Raises ValueError unless user and assistant take turns after it."""
-    system, turns = _split(messages)
-    for place, message in enumerate(turns):
-        if message["role"] != ("user", "assistant")[place % 2]:
-            said = f"messages[{place + len(messages) - len(turns)}] is the {message['role']}'s"
+    Raises ValueError unless user and assistant take turns in these, or `any_order`.
+    """
+    skip = sum(message["role"] == "system" for message in messages[:1])
+    for place, message in enumerate(messages[skip:]):
+        if not any_order and message["role"] != ("user", "assistant")[place % 2]:
+            said = f"messages[{place + skip}] is the {message['role']}'s"
             raise ValueError(f"{said}; after at most one system message, user and assistant take turns")
-    return system, turns
+    return messages[0]["content"] if skip else "", messages[skip:]
 
 
 @dataclass(frozen=True)
@@ -69,18 +66,18 @@ class Layout:
 
     def write(self, messages: Sequence[Message], generation: bool, **tokens: str) -> str:
         """The text of a conversation. Raises ValueError where roles come in an order that the template has not."""
-        system, turns = _split(messages) if self.user == self.assistant else in_turns(messages)
+        system, turns = in_turns(messages, any_order=self.user == self.assistant)
         system, strip = system or self.default, str.strip if self.strip else str
-        parts = [self.begin.format(**tokens)]
-        if self.system and system:
-            parts.append(self.system.format(text=strip(system), role="system", **tokens))
+        out = self.begin.format(**tokens)
+        if system and self.system:
+            out += self.system.format(text=strip(system), role="system", **tokens)
         for place, message in enumerate(turns):
             text = message["content"]
-            if not place and system and not self.system:
+            if system and not self.system and place == 0:
                 text = self.joined.format(system=system, text=text)
             pattern = self.assistant if message["role"] == "assistant" else self.user
-            parts.append(pattern.format(text=strip(text), role=message["role"], **tokens))
-        return "".join(parts) + self.answer * generation
+            out += pattern.format(text=strip(text), role=message["role"], **tokens)
+        return out + self.answer * generation
 
 
 _HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
@@ -122,11 +119,8 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
     Raises ValueError where there is no such template, it can't be read, or its special tokens are not the tokenizer's.
     """
-    own = _own_template(folder) if name in (None, OWN) else None
-    if own is not None:
-        if name is None:
-            log.info("the template is the model's own, of %s", own[0])
-        return _compiled(*own, folder, tokenizer)
+    if name in (None, OWN) and (own := _own_template(folder, tokenizer, chosen=name is None)):
+        return own
     if name == OWN:
         raise ValueError(f"{folder} has no chat template, in chat_template.jinja or tokenizer_config.json")
     name = name or "alpaca"
@@ -144,48 +138,44 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
     return ChatTemplate(name, write, frozenset([*known, *ANSWER]), layout.marks[-1] if layout.marks else eos)
 
 
-def _own_template(folder: Path) -> tuple[str, str] | None:
-    """What names a model's own template in errors, and its text; None where there is none."""
-    if (path := folder / "chat_template.jinja").is_file():  # the newer place, which transformers prefers
-        return str(path), read_text(path)
-    path = folder / "tokenizer_config.json"
-    given = _tokenizer_config(folder).get("chat_template")
-    if isinstance(given, list):  # several, of which one has this name
-        named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
-        given = named.get("default", named)
-    if given is not None and not isinstance(given, str):
-        raise ValueError(f"{path}: chat_template must be text, or a list with one named default, not {short(given)}")
-    return None if given is None else (f"{path}: chat_template", given)
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
+def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
+    """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be an object, not {short(config)}")
-    return config
+    where, text = f"{path}: chat_template", config.get("chat_template")
+    if isinstance(text, list):
+        text = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}.get("default", text)
+    if (newer := folder / "chat_template.jinja").is_file():  # which transformers prefers, too
+        where, text = str(newer), read_text(newer)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be text, or a list with one named default, not {short(text)}")
+    if chosen:
+        log.info("the template is the model's own, %s", where)
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    named: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
+    named |= {name: config[name] for name in SPECIAL if name in config}
+    named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    return _compiled(text, where, {name: token for name, token in named.items() if token is not None}, tokenizer)
 
 
-def _compiled(where: str, text: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
-    """A model's own template, tried on two messages. Raises ValueError where it can't be used."""
+def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Tokenizer) -> ChatTemplate:
+    """A template of Jinja's, tried on two messages. Raises ValueError where it can't be used."""
     from k2mini.data.jinja_template import compile_template
 
-    known = tokenizer.special_tokens
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    variables = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
-    for name, token in _tokenizer_config(folder).items():
-        if name in SPECIAL:
-            variables[name] = token.get("content", "") if isinstance(token, dict) else token
-    variables = {name: token for name, token in variables.items() if isinstance(token, str)}
     digest = hashlib.sha256(f"{text} {sorted(variables.items())}".encode()).hexdigest()[:12]
-    template = ChatTemplate(OWN, compile_template(text, where, variables), frozenset([*known, *ANSWER]), digest=digest)
+    reserved = frozenset([*tokenizer.special_tokens, *ANSWER])
+    template = ChatTemplate(OWN, compile_template(text, where, variables), reserved, digest=f"@{digest}")
     asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
-    opened, whole = (template.render([asked], generation=generation) for generation in (True, False))
+    opened, closed = (template.render([asked], generation=generation) for generation in (True, False))
     opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
-    if opened == whole and opening.strip():
+    if opened == closed and opening.strip():
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
         raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
-    ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
+    ends = [(rest.index(token), -len(token), token) for token in reserved if token in rest]
     return replace(template, end=min(ends)[2] if ends else "")
 
 
@@ -236,18 +226,15 @@ def encode_conversation(
     Raises ValueError where the template refuses the messages, or what it writes of an answer can't be told.
     """
     if isinstance(template, ChatTemplate):
-        texts = _answers(template, messages)
-        return [_encoded(tokenizer, template, text, spans) for text, spans in texts]
+        return [_encoded(tokenizer, template, *found) for found in _answers(template, messages)]
     system, turns = in_turns(messages)
     ids: list[int] = []
     spans = []
     for asked, answer in zip(turns[::2], turns[1::2], strict=False):
         prompt = template.prompt(asked["content"], asked.get("input", ""), "" if ids else system)
-        tokens, alone = (
-            tokenizer.encode(text, bos=True, eos=eos)
-            for text, eos in ((prompt + answer["content"], True), (prompt, False))
-        )
-        spans.append((len(ids) + _shared(alone, tokens), len(ids) + len(tokens)))
+        tokens = tokenizer.encode(prompt + answer["content"], bos=True, eos=True)
+        start = _shared(tokenizer.encode(prompt, bos=True, eos=False), tokens)
+        spans.append((len(ids) + start, len(ids) + len(tokens)))
         ids += tokens
     return [(ids, spans)]
 
@@ -257,19 +244,20 @@ def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[
     whole = template.render(messages, generation=False, answers=True)
     if ANSWER[0] in whole:
         parts = re.split(f"[{ANSWER}]", whole)  # every second one is an answer
-        places = list(accumulate(map(len, parts)))
-        return [("".join(parts), [span for span in zip(places[::2], places[1::2], strict=False) if span[0] < span[1]])]
+        edges = [*accumulate(map(len, parts))]
+        return [
+            ("".join(parts), [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=False) if start < end])
+        ]
     found = []
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = template.render(messages[:place], generation=True)
-            text = template.render(messages[: place + 1], generation=False)
-            if not text.startswith(before):
-                said = f"what the template writes of messages[:{place + 1}] does not begin with what comes before it"
-                raise ValueError(f"{said}, so it can't be told where the answer begins")
-            end = text.rfind(template.end, len(before)) if template.end else -1
-            text = text[: end + len(template.end)] if end >= 0 else text.rstrip()
-            found.append((text, [(len(before), len(text))]))
+    for place in [place for place, message in enumerate(messages) if message["role"] == "assistant"]:
+        before = template.render(messages[:place], generation=True)
+        text = template.render(messages[: place + 1], generation=False)
+        if not text.startswith(before):
+            said = f"messages[:{place + 1}], as the template writes them, do not begin with those before the answer"
+            raise ValueError(f"{said}, so it can't be told where it begins")
+        end = text.rfind(template.end, len(before)) if template.end else -1
+        text = text[: end + len(template.end)] if end >= 0 else text.rstrip()
+        found.append((text, [(len(before), len(text))]))
     if all(whole.startswith(text) for text, _ in found):
         return [(whole, [span for _, spans in found for span in spans])]
     return found
@@ -278,14 +266,21 @@ def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[
 def _encoded(
     tokenizer: Tokenizer, template: ChatTemplate, text: str, spans: list[Span]
 ) -> tuple[list[int], list[Span]]:
+    """Tokens of a text, all at once, and spans of them for spans of characters: any token that has some of these."""
+
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
 
     ids, found = encode(text), []
-    for start, stop in spans:
-        before, through = encode(text[:start]), encode(text[:stop])
-        last = _shared(through, ids)
-        found.append((_shared(before, ids), last + (last < len(through))))  # a token that goes on after it is in it
+    origin, offset = 0, 0  # a character and its token, from where on the tokens do not depend on what comes before
+    for start, end in spans:
+        rest = ids[offset:]
+        before, through = encode(text[origin:start]), encode(text[origin:end])
+        last = _shared(through, rest)
+        last += last < len(through)  # a token that goes on after the end is in it
+        found.append((offset + _shared(before, rest), offset + last))
+        if template.end and text.endswith(template.end, origin, end):
+            origin, offset = end - len(template.end), offset + last - 1
     return ids, found
 
 

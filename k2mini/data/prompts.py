@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,14 +41,8 @@ class Template:
         return before + self.without_input.format(instruction=instruction)
 
 
-Message = Mapping[str, Any]  # a role, its content, and other fields for a model's own template that knows them
+Message = dict[str, Any]  # a role, its content, and other fields for a model's own template that knows them
 ANSWER = "\ufdd0\ufdd1"  # which is no text: before and after what a template says is the model's answer
-
-
-def joined(message: Message) -> Message:
-    """A user's message whose `input`, if it has one, stands in a line after its content."""
-    rest = {key: value for key, value in message.items() if key != "input"}
-    return rest | {"content": f"{message['content']}\n{message['input']}"} if message.get("input") else rest
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class ChatTemplate:
 
         Raises ValueError where the template refuses it, or a text but the assistant's has a special token in it.
         """
-        messages = [joined(message) for message in messages]
+        messages = [m | {"content": f"{m['content']}\n{m['input']}"} if m.get("input") else m for m in messages]
         for place, message in enumerate(messages):
             held = ANSWER if message["role"] == "assistant" else self.reserved
             if found := [token for token in held if token in message["content"]]:
