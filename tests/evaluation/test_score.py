@@ -170,7 +170,7 @@ def test_a_chat_templates_scores_are_a_naive_references(chat_directory, scoring,
 
     for question, result in zip(questions, evaluate(model, tokenizer, questions, config), strict=True):
         drawn = [q for q in builder._pool if q.identity != question.identity][:shots]
-        answers = [q.texts[0] if scoring == "text" else "A" for q in drawn]
+        answers = [q.texts["AB".index(q.answer)] if scoring == "text" else q.answer for q in drawn]
         before = [f"{asked(q)}\n{prefix}{a}\n\n\n" for q, a in zip(drawn, answers, strict=True)]
         message = {"role": "user", "content": "".join(before) + asked(question)}
         context = published.apply_chat_template([message], add_generation_prompt=True, tokenize=False) + prefix
