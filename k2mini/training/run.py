@@ -243,8 +243,7 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
     """
     tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
-    path = path if is_prepared(path) else data_path(path)
-    if not is_prepared(path):
+    if not is_prepared(path) and not is_prepared(path := data_path(path)):
         files = document_files(path, config)
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
@@ -270,9 +269,7 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
     given = read_adapter_config(directory)
     for key in ("rank", "alpha", "target_modules"):
-        ours, theirs = getattr(section, key), getattr(given, key)
-        if isinstance(ours, list):
-            ours, theirs = sorted(ours), sorted(theirs)
+        ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
         if ours != theirs:
             raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
     load_adapter(model, directory, given)

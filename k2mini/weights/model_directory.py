@@ -140,8 +140,7 @@ def model_directory(path: str | Path, *, weights: bool = True) -> Path:
 
     Raises ValueError where it is neither, and as `hub.fetch`, which says what `weights` is.
     """
-    directory = Path(path)
-    if not directory.exists():
+    if not (directory := Path(path)).exists():
         recover(directory)
     if directory.is_dir():
         return directory
