@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from glob import escape
@@ -104,7 +105,7 @@ def _needed(name: str, there: list[str], path: str, weights: bool) -> list[str]:
 
 def _download(name: str, hub: Any, path: str, weights: bool) -> Path:
     """Complete the cache. Raises as huggingface_hub does; ValueError where there is no room, or a hash is wrong."""
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 
     at = {**hub, "revision": (commit := hub["revision"].resolved)}
     listed: Any = HfApi().list_repo_tree(**at, recursive=True)
@@ -119,15 +120,19 @@ def _download(name: str, hub: Any, path: str, weights: bool) -> Path:
     log.info("%s is at commit %s; downloading %s into %s", name, commit, readable(size), into)
     shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     quiet: Any = {} if shown else {"tqdm_class": partial(tqdm, disable=True)}
-    folder = Path(snapshot_download(**hub, allow_patterns=[*map(escape, files)], **quiet))
-    wrong = [file for file in new if not _is_right(folder / file, tree[file])]
-    for file in wrong:
-        blob = (folder / file).resolve()
-        (folder / file).unlink()
+    with ThreadPoolExecutor(8) as pool:
+        got = [Path(path) for path in pool.map(lambda file: hf_hub_download(filename=file, **at, **quiet), files)]
+    wrong = {file: where for file, where in zip(files, got, strict=True) if not _is_right(where, tree[file])}
+    for where in wrong.values():
+        blob = where.resolve()
+        where.unlink()
         blob.unlink(missing_ok=True)
     if wrong:
-        raise ValueError(f"{name}: {some(wrong)} arrived with another hash than the hub's and is removed; start again")
-    return folder
+        raise ValueError(
+            f"{name}: {some([*wrong])} arrived with another hash than the hub's, and is removed; try again"
+        )
+    # Only this notes the list of files, without which all are downloaded and compared by the next start, or rank.
+    return Path(snapshot_download(**hub, allow_patterns=[*map(escape, files)], **quiet))
 
 
 def _is_right(path: Path, entry: Any) -> bool:

@@ -290,7 +290,7 @@ def test_a_wrong_hash_is_refused(server, cache):
     """Of large files and of those in git. None that is wrong stays in the cache."""
     server.add("o/m", TINY)
     server.wrong = {"model.safetensors": bytes(102_400), "config.json": b"[]"}
-    message = "o/m: model.safetensors, config.json arrived with another hash than the hub's and is removed; start again"
+    message = "o/m: model.safetensors, config.json arrived with another hash than the hub's, and is removed; try again"
     with pytest.raises(ValueError, match=message):
         hub.fetch("o/m")
     (folder,) = (cache / "models--o--m" / "snapshots").iterdir()
@@ -305,6 +305,28 @@ def test_a_wrong_hash_is_refused(server, cache):
     server.wrong = {}
     start()
     assert {name: (hub.fetch("o/m") / name).read_bytes() for name in TINY} == TINY
+
+
+def test_killed_before_it_was_compared(server, cache, monkeypatch):
+    """All files are there, yet not known to be right: the next start, or a rank beside, does not take them for that."""
+    server.add("o/m", TINY)
+    server.wrong = {"model.safetensors": bytes(102_400)}
+    compare = hub._is_right
+    monkeypatch.setattr(hub, "_is_right", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch("o/m")
+    monkeypatch.setattr(hub, "_is_right", compare)
+    (folder,) = (cache / "models--o--m" / "snapshots").iterdir()
+    assert {path.name for path in folder.iterdir()} == TINY.keys()
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match="not all of it" if offline else "another hash"):
+            hub.fetch("o/m")
+    assert not (folder / "model.safetensors").exists()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 GATED = r"the hub refuses o/m \(%d\): accept the licence on its page, huggingface.co/o/m, and log in \(hf auth login"
