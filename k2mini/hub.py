@@ -128,9 +128,7 @@ def _download(name: str, hub: Any, path: str, weights: bool) -> Path:
         where.unlink()
         blob.unlink(missing_ok=True)
     if wrong:
-        raise ValueError(
-            f"{name}: {some([*wrong])} arrived with another hash than the hub's, and is removed; try again"
-        )
+        raise ValueError(f"{name}: {some([*wrong])} came with another hash than the hub's, and is removed; start again")
     # Only this notes the list of files, without which all are downloaded and compared by the next start, or rank.
     return Path(snapshot_download(**hub, allow_patterns=[*map(escape, files)], **quiet))
 

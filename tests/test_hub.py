@@ -290,7 +290,7 @@ def test_a_wrong_hash_is_refused(server, cache):
     """Of large files and of those in git. None that is wrong stays in the cache."""
     server.add("o/m", TINY)
     server.wrong = {"model.safetensors": bytes(102_400), "config.json": b"[]"}
-    message = "o/m: model.safetensors, config.json arrived with another hash than the hub's, and is removed; try again"
+    message = "o/m: model.safetensors, config.json came with another hash than the hub's, and is removed; start again"
     with pytest.raises(ValueError, match=message):
         hub.fetch("o/m")
     (folder,) = (cache / "models--o--m" / "snapshots").iterdir()
