@@ -37,6 +37,8 @@ def in_turns(messages: Sequence[Message], *, any_order: bool = False) -> tuple[s
         if not any_order and message["role"] != ("user", "assistant")[place % 2]:
             said = f"messages[{place + skip}] is the {message['role']}'s"
             raise ValueError(f"{said}; after at most one system message, user and assistant take turns")
+        if message.get("tool_calls"):
+            raise ValueError(f"messages[{place + skip}] has tool_calls, which only a model's own template can write")
     return messages[0]["content"] if skip else "", messages[skip:]
 
 

@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 
 # The names that files in ShareGPT's form have for the roles.
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-SHAREGPT |= {"function_call": "assistant", "function": "tool", "function_response": "tool", "observation": "tool"}
+SHAREGPT |= {
+    "developer": "system",
+    "function_call": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
 
 
 def read_records(path: Path, on_error: OnError = raise_error) -> list[tuple[str, list[Message]]]:
