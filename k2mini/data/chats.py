@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,8 @@ def in_turns(messages: Sequence[Message], *, any_order: bool = False) -> tuple[s
         if not any_order and message["role"] != ("user", "assistant")[place % 2]:
             said = f"messages[{place + skip}] is the {message['role']}'s"
             raise ValueError(f"{said}; after at most one system message, user and assistant take turns")
+        if message.get("tool_calls"):
+            raise ValueError(f"messages[{place + skip}] has tool_calls, which only a model's own template can write")
     return messages[0]["content"] if skip else "", messages[skip:]
 
 
@@ -271,17 +274,12 @@ def _encoded(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
 
-    ids, found = encode(text), []
-    origin, offset = 0, 0  # a character and its token, from where on the tokens do not depend on what comes before
-    for start, end in spans:
-        rest = ids[offset:]
-        before, through = encode(text[origin:start]), encode(text[origin:end])
-        last = _shared(through, rest)
-        last += last < len(through)  # a token that goes on after the end is in it
-        found.append((offset + _shared(before, rest), offset + last))
-        if template.end and text.endswith(template.end, origin, end):
-            origin, offset = end - len(template.end), offset + last - 1
-    return ids, found
+    ids, ends = encode(text), tokenizer.ends(text)
+
+    def before(place: int) -> int:  # the token that has the character at a place
+        return _shared(encode(text[:place]), ids) if ends is None else bisect_right(ends, place)
+
+    return ids, [(before(start), max(before(end), before(end - 1) + 1)) for start, end in spans]
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:

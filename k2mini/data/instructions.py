@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 
 # The names that files in ShareGPT's form have for the roles.
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-SHAREGPT |= {"function_call": "assistant", "function": "tool", "function_response": "tool", "observation": "tool"}
+SHAREGPT |= {
+    "developer": "system",
+    "function_call": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
 
 
 def read_records(path: Path, on_error: OnError = raise_error) -> list[tuple[str, list[Message]]]:
@@ -118,7 +124,7 @@ def encode_examples(
         edges = [edge for span in spans for edge in span] if not train_on_inputs else [0]
         first, *edges = [min(edge, len(cut)) for edge in [*edges, len(tokens)]]
         gaps = zip(edges[::2], edges[1::2], strict=False)
-        found.append((Example(cut, first, [(start, stop) for start, stop in gaps if start < stop]), len(tokens)))
+        found.append((Example(cut, first, tuple(gap for gap in gaps if gap[0] < gap[1])), len(tokens)))
     return found[-1:] if train_on_inputs else found
 
 

@@ -173,6 +173,10 @@ class Tokenizer:
         before = [self.bos_id] if bos and self.bos_id is not None else []
         return before + ids + [self.eos_id] * eos
 
+    def ends(self, text: str) -> list[int] | None:
+        """Where the tokens of `encode(text, special=True)` end, in characters; None where only tokenizer.json says."""
+        return self._model.ends(text) if isinstance(self._model, JsonModel) else None
+
     def encode_more(self, text: str) -> list[int]:
         """Token ids of text that goes on after other text: without the space that LLaMA's model puts before a text."""
         before = self.encode("\n", bos=False, eos=False) if self.adds_space else []
