@@ -138,6 +138,16 @@ def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory) -> Path:
+    """A tiny random model with a byte-level tokenizer.json and a ChatML template of its own."""
+    from tests.helpers import make_chat_model
+
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package)
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def broken(tmp_path_factory, tiny_tokenizer) -> Path:
     """Models whose head, or whose last layer, holds a NaN; and one whose activations overflow in float16."""
     from k2mini.weights.model_files import save_model

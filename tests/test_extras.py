@@ -172,6 +172,17 @@ def test_the_demo_without_the_picture(tmp_path, monkeypatch, caplog, without):
     assert not (tmp_path / "loss.png").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "eval", "serve"])
+def test_a_models_own_template_without_its_extra(chat_directory, tmp_path, run, without, command):
+    """It is not passed over in silence; another template does without."""
+    (tmp_path / "rocks.jsonl").write_text('{"question": "What?", "choices": ["rock", "fruit"], "answer": "A"}\n')
+    more = {"generate": ["--prompt", "granite"], "eval": ["--benchmark", tmp_path / "rocks.jsonl"]}.get(command, [])
+    without("chat")
+    assert_one_sentence(run(command, "--model", chat_directory, *more), "chat")
+    if more:
+        assert run(command, "--model", chat_directory, *more, "--template", "alpaca")[0] == 0
+
+
 def drawn(monkeypatch):
     """The figures that are saved, to look into."""
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from k2mini.data.chats import encode_chat, stop_ids
-from k2mini.data.prompts import TEMPLATES, AnyTemplate, ChatTemplate, encode_prompt
+from k2mini.data.prompts import TEMPLATES, AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 from k2mini.inference.decoding import Decoding
@@ -168,44 +168,19 @@ def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
 
 
 def _chat_prompt(given: Mapping[str, Any], served: Served, template: AnyTemplate) -> list[int]:
-    """The tokens of a conversation, as `k2mini chat` joins its turns."""
-    tokenizer = served.tokenizer
-    turns = [_message(message, place) for place, message in enumerate(given.get("messages", []))]
-    if isinstance(template, ChatTemplate):
-        return _rendered(turns, served, template)
-    system = turns.pop(0)[1] if turns and turns[0][0] in ("system", "developer") else ""
-    if [role for role, *_ in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        order = "must be `user` and `assistant` in turns, the last `user`; one `system` may come first"
-        raise refuse("messages", f"{order}: templates have no other order")
-    served.text("messages", system + "".join(text + context for _, text, context in turns))
-    ids: list[int] = []
-    for role, text, context in turns:
-        if role == "assistant":
-            ids += [*tokenizer.encode_more(text), tokenizer.eos_id]
-        elif text.strip():
-            ids += encode_prompt(tokenizer, template, text, context, "" if ids else system)
-        else:
-            raise refuse("messages", "must not be empty")
-    return ids
-
-
-def _rendered(turns: list[tuple[str, str, str]], served: Served, template: ChatTemplate) -> list[int]:
-    """The tokens of a conversation, as a chat template writes them out. It says itself which roles it has."""
-    if not turns or turns[-1][0] == "assistant":
+    """The tokens of a conversation, as `k2mini chat` has them. The template says which roles go, in which order."""
+    messages = [_message(message, place) for place, message in enumerate(given.get("messages", []))]
+    if not messages or messages[-1]["role"] in ("system", "assistant") or not messages[-1]["content"].strip():
         raise refuse("messages", "must end with what is to be answered")
-    messages = [
-        {"role": "system" if role == "developer" else role, "content": text + f"\n{context}" * bool(context)}
-        for role, text, context in turns
-    ]
-    served.text("messages", "".join(message["content"] for message in messages))
+    served.text("messages", "".join(message["content"] + message.get("input", "") for message in messages))
     try:
         return encode_chat(served.tokenizer, template, messages)
     except ValueError as error:
         raise refuse("messages", f"can't be asked in the template {template.name}: {error}") from None
 
 
-def _message(message: Any, place: int) -> tuple[str, str, str]:
-    """A message's role, text and, where a user gives one, the template's input."""
+def _message(message: Any, place: int) -> dict[str, str]:
+    """A message's role, content and, where a user gives one, the template's input."""
     try:
         given = read(message, MESSAGE) if isinstance(message, dict) else {}
     except RefusedError as error:
@@ -216,4 +191,5 @@ def _message(message: Any, place: int) -> tuple[str, str, str]:
         content = "".join(part["text"] for part in content) if plain else None
     if role is None or content is None or ("input" in given and role != "user"):
         raise refuse("messages", f"must have a role and text, and an input the user's alone; [{place}] does not")
-    return role, content, given.get("input", "")
+    role = "system" if role == "developer" else role
+    return {"role": role, "content": content, **({"input": given["input"]} if "input" in given else {})}
