@@ -72,8 +72,8 @@ def compile_template(text: str, where: str, variables: Mapping[str, str]) -> Cal
 
 def _sandbox() -> Any:
     """Jinja's environment with what transformers adds to it, without what could take all memory or time at once."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("*", "**"))
