@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from k2mini.data.prompts import ANSWER, TEMPLATES, AnyTemplate, ChatTemplate, Message, encode_prompt
 from k2mini.errors import short
-from k2mini.files import read_json, read_text
 
 if TYPE_CHECKING:  # the command line lists the templates
     from k2mini.data.tokenizer import Tokenizer
@@ -143,6 +142,8 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
     """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
+    from k2mini.files import read_json, read_text  # the command line lists the templates, and does without it
+
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict):
