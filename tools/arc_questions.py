@@ -1,9 +1,9 @@
-"""ARC (Clark et al. 2018, arXiv 1803.05457) as questions for `k2mini eval`, from the instruction data that K2 publishes.
+"""ARC (Clark et al. 2018, arXiv 1803.05457) as questions for `k2mini eval`, from K2's instruction data arc_sft.json.
 
 `python tools/arc_questions.py arc_sft.json ARC.jsonl --limit 1000`
 
-The file (huggingface.co/datasets/daven3/geosignal) holds ARC's questions of all parts, Easy and Challenge: a record's
-instruction is the question, its input the options, a line each, its output the letter. Records that are not so are counted.
+The file holds ARC's questions of all parts, Easy and Challenge: a record's instruction is the question, its input the
+options, a line each, its output the label of the right one.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-OPTION = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
+OPTION = re.compile(r"^([A-Z1-9])\. (.*)$", re.MULTILINE)
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
     options = parser.parse_args()
     lines, left_out = [], 0
     for record in json.loads(options.records.read_text(encoding="utf-8"))[: options.limit]:
-        found = dict(OPTION.findall(record["input"]))
+        found, key = OPTION.findall(record["input"]), record["output"].strip()
+        labels, texts = [label for label, _ in found], [text for _, text in found]
         stem = record["instruction"].strip().removesuffix("Choose from:").strip()
-        in_order = [*found] == [chr(ord("A") + place) for place in range(len(found))]
-        if stem and in_order and len(found) > 1 and record["output"].strip() in found:
-            entry = {"question": stem, "choices": [*found.values()], "answer": record["output"].strip()}
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        if stem and len(texts) > 1 and labels.count(key) == 1:
+            answer = chr(ord("A") + labels.index(key))
+            lines.append(json.dumps({"question": stem, "choices": texts, "answer": answer}, ensure_ascii=False) + "\n")
         else:
             left_out += 1
     options.out.write_text("".join(lines), encoding="utf-8")
