@@ -275,12 +275,19 @@ def _encoded(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
 
-    ids, ends = encode(text), tokenizer.ends(text)
+    ids, ends, found = encode(text), tokenizer.ends(text), []
+    origin, skip = 0, 0  # a special token and its place, from where on tokens do not depend on what comes before
 
     def before(place: int) -> int:  # the token that has the character at a place
-        return _shared(encode(text[:place]), ids) if ends is None else bisect_right(ends, place)
+        if ends is not None:
+            return bisect_right(ends, place)
+        return skip + _shared(encode(text[origin:place]), ids[skip:])
 
-    return ids, [(before(start), max(before(end), before(end - 1) + 1)) for start, end in spans]
+    for start, end in spans:
+        found.append((before(start), max(before(end), before(end - 1) + 1)))
+        if template.end and text.endswith(template.end, start, end):
+            origin, skip = end - len(template.end), found[-1][1] - 1
+    return ids, found
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:

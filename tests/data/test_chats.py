@@ -230,6 +230,19 @@ def test_vicuna_is_fastchats(tiny_tokenizer, tmp_path):
     assert spans[0][1] == len(tokens)
 
 
+@pytest.mark.parametrize("name", ["vicuna", "llama2", "mistral"])
+def test_answers_in_sentencepiece(tiny_tokenizer, tmp_path, name):
+    """Whose tokens do not say where they end in the text."""
+    template = open_template(name, tmp_path, tiny_tokenizer)
+    for messages in conversations(name)[:60]:
+        ((tokens, spans),) = encode_conversation(tiny_tokenizer, template, messages)
+        assert tokens == encode_chat(tiny_tokenizer, template, messages, generation=False)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert [tiny_tokenizer.decode(tokens[slice(*span)]).strip() for span in spans] == [a.strip() for a in answers]
+        assert all(tokens[end - 1] == tiny_tokenizer.eos_id for _, end in spans)
+        assert tokens.count(tiny_tokenizer.eos_id) == len(answers)
+
+
 def test_each_answer_is_learned_as_it_was_given(model):
     """Qwen3 writes thoughts in the last turn alone: an earlier answer is learned with its own, as it came."""
     folder, tokenizer, reference = model("qwen3")
