@@ -173,7 +173,7 @@ def test_the_demo_without_the_picture(tmp_path, monkeypatch, caplog, without):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "eval", "serve"])
-def test_a_models_own_template_without_its_extra(chat_directory, tmp_path, run, without, command):
+def test_asking_in_a_models_own_template_without_its_extra(chat_directory, tmp_path, run, without, command):
     """It is not passed over in silence; another template does without."""
     (tmp_path / "rocks.jsonl").write_text('{"question": "What?", "choices": ["rock", "fruit"], "answer": "A"}\n')
     more = {"generate": ["--prompt", "granite"], "eval": ["--benchmark", tmp_path / "rocks.jsonl"]}.get(command, [])

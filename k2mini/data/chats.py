@@ -129,7 +129,7 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
     """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
-    from k2mini.files import read_json, read_text
+    from k2mini.files import read_json, read_text  # the command line lists the templates, and does without it
 
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
