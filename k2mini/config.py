@@ -208,7 +208,7 @@ class EvalSection:
     every: int = 0  # steps between its runs, the last of them after the last step; 0: never
     limit: int | None = None  # so many questions of each task, the first ones; null: all
     scoring: str = "letter"  # as of `k2mini eval --scoring`
-    template: str = "alpaca"  # as of `k2mini eval --template`
+    template: str | None = None  # as of `k2mini eval --template`; null: the model's own, or else alpaca
     answer_prefix: str = ""  # what the answer begins with, after the prompt
 
     def __post_init__(self) -> None:

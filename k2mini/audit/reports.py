@@ -43,8 +43,11 @@ class Report:
 
 def visible(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, all of it to be seen: blanks as signs, what shows nothing as <200B>, lone bytes as <0xE2>."""
-    text = tokenizer.piece_bytes(token).decode(errors="replace")
-    text = (text if text and "\ufffd" not in text else tokenizer.piece(token)).translate(BLANKS)
+    content = tokenizer.piece_bytes(token)
+    try:
+        text = (content.decode() or tokenizer.piece(token)).translate(BLANKS)
+    except UnicodeDecodeError:
+        text = "".join(f"<0x{byte:02X}>" for byte in content)
     return "".join(char if char.isprintable() else f"<{ord(char):04X}>" for char in text)
 
 

@@ -175,13 +175,17 @@ def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     section = config.eval
     if not section.every:
         return None
+    from k2mini.data.chats import open_template
     from k2mini.evaluation.benchmarks import read_benchmark
     from k2mini.evaluation.evaluate import evaluate
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.report import summarise
     from k2mini.training.loop import ACCURACY
+    from k2mini.weights.model_directory import ModelDirectory
 
-    eval_config = EvalConfig(section.scoring, section.template, section.answer_prefix)
+    base = ModelDirectory(config.model.path)
+    template = open_template(section.template, base.path, base.require_tokenizer())
+    eval_config = EvalConfig(section.scoring, template, section.answer_prefix)
     questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
 

@@ -195,7 +195,7 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, eos: bool) -> list[list[
     Raises ValueError naming file and line where something is not a document, or where there is none.
     """
     (file,) = list_files([path])
-    documents = [tokenizer.encode(text, bos=True, eos=eos) for text in read_texts(file, raise_error)]
+    documents = [ids for text in read_texts(file, raise_error) if (ids := tokenizer.encode(text, bos=True, eos=eos))]
     if not documents:
         raise ValueError(f"{path} is empty")
     return documents

@@ -83,8 +83,6 @@ class ChatTemplate:
             if found := [token for token in held if token in message["content"]]:
                 said = f"messages[{place}] has {short(min(found))} in its text"
                 raise ValueError(f"{said}, which the model would take for the conversation's structure")
-            if message.get("tool_calls") and not self.digest:
-                raise ValueError(f"messages[{place}] has tool_calls, which template {self.name} has no form for")
         text = self.write(messages, generation)
         return text if answers else text.translate(dict.fromkeys(map(ord, ANSWER)))
 

@@ -128,8 +128,7 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"there is no tokenizer file {path}")
-        json = self.path.suffix == ".json"
-        self._model = JsonModel(self.path) if json else _SentencePiece(self.path)
+        self._model = JsonModel(self.path) if self.path.suffix == ".json" else _SentencePiece(self.path)
         self.vocab_size: int = self._model.vocab_size
         self.bos_id: int | None = self._model.bos_id
         self.eos_id: int = self._model.eos_id
@@ -156,10 +155,9 @@ class Tokenizer:
             self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, *said)))
 
     def encode(self, text: str, *, bos: bool, eos: bool, special: bool = False) -> list[int]:
-        """Token ids.
+        """Token ids; BOS only where the model has one.
 
         Args:
-            bos: begin with BOS, where the model has one.
             special: special tokens written out in the text ('<s>', '<|im_end|>') become themselves; else they are plain
                 text, never control tokens.
 

@@ -58,7 +58,8 @@ def split_jointly(
         eos: the options end with EOS.
         bos, special: of `encode`, as a template has them.
 
-    Returns: the context's ids, BOS first, and each option's.
+    Returns: the context's ids, BOS first, and each option's. Where nothing is left of a context without BOS, it is EOS,
+        as in lm-evaluation-harness.
 
     Raises ValueError where an option is empty.
     """
@@ -71,7 +72,7 @@ def split_jointly(
     common = min(len(first), *(len(ids) - 1 for ids in joint))  # an option keeps at least one token
     for ids in joint:
         common = next((i for i in range(common) if ids[i] != first[i]), common)
-    return first[:common], [ids[common:] for ids in joint]
+    return first[:common] or [tokenizer.eos_id], [ids[common:] for ids in joint]
 
 
 @torch.no_grad()  # not inference_mode: what sharded weights are gathered into is trained with afterwards

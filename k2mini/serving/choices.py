@@ -116,10 +116,13 @@ class Choice:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """How a token is written where it stands alone: no two are alike, so bytes are 'bytes:\\x0a' and EOS '</s>'."""
-    kind, piece = tokenizer.kind(token), tokenizer.piece(token)
-    if kind == "byte":
-        return f"bytes:\\x{tokenizer.piece_bytes(token).hex()}"
-    return piece.replace("▁", " ") if kind == "normal" else piece
+    kind, content = tokenizer.kind(token), tokenizer.piece_bytes(token)
+    if kind not in ("normal", "byte"):
+        return tokenizer.piece(token)
+    try:
+        return content.decode() if kind == "normal" else f"bytes:\\x{content.hex()}"
+    except UnicodeDecodeError:  # of byte-level BPE, a part of a character
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:

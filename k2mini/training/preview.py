@@ -62,10 +62,12 @@ def _text(batch: Batch, tokenizer: Tokenizer, *, documents: bool) -> Iterator[st
     ids = [*tokens, labels[-1]] if supervised[-1] else tokens
     stream, heading, text = tokenizer.stream(), "", ""
     for place, token in enumerate(ids):
-        begins = token == tokenizer.bos_id
+        # Without BOS a document begins after EOS, and of a row's first token it is not known.
+        after_eos = documents and ids[place - 1 : place] == [tokenizer.eos_id]
+        begins = after_eos if tokenizer.bos_id is None else token == tokenizer.bos_id
         judged = min(place + (begins or not place), len(ids) - 1)
         said = "supervised" if supervised[judged] else "not supervised"
-        if documents and (begins or not place):
+        if documents and (begins or (not place and tokenizer.bos_id is not None)):
             said += ", a document from its beginning" if begins else ", a document goes on"
         if begins or not place or not heading.startswith(said):
             yield from _indented(heading, text)

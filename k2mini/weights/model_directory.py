@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 KINDS = ("model", "delta", "adapter", "meta")
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
 ENTRIES: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
-# The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # checkpoints of 2023 carry what follows from config.json
 # Vocabularies are padded (Qwen2.5's by 399) and get a few tokens added; more rows are another model's.
 MAX_SPARE_ROWS = 512
 
@@ -85,7 +84,9 @@ class ModelDirectory:
     def require_tokenizer_file(self) -> Path:
         """Its path, as `tokenizer_file` finds it. Raises ValueError where there is none, or the manifest differs."""
         if (path := self._tokenizer_file) is None or not path.exists():
-            raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with")
+            raise ValueError(
+                f"{self.path} has no tokenizer.model; copy the one the model was trained with, or tokenizer.json"
+            )
         noted = (self.manifest or {"files": {}})["files"].get(path.name)
         if noted is not None and noted["sha256"] != sha256(path):
             raise ValueError(f"{path} is not the one that {MANIFEST} has the hash of; copy the directory again")
@@ -129,8 +130,7 @@ class ModelDirectory:
         for name in reader.names():
             shape = reader.shape(name)
             digest.update(f"{name}{shape}".encode())
-            ends = [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]
-            for start, stop in ends:
+            for start, stop in [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]:
                 digest.update(reader.rows(name, start, stop).to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -192,8 +192,7 @@ class CheckpointReader:
         self._bins: dict[Path, dict[str, Tensor]] = {}
         for path, expected in _weight_files(directory).items():
             names = self._open(path)
-            missing = sorted(set(expected) - set(names)) if expected is not None else []
-            if missing:
+            if missing := sorted(set(expected or []) - set(names)):
                 raise ValueError(f"{path} does not hold {some(missing)}, which the index says it does")
             for name in filterfalse(IGNORED.search, names):
                 if name in self.files:
@@ -267,8 +266,7 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _indexed(index: Path) -> dict[Path, list[str] | None]:
-    raw = read_json(index)
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    weight_map = raw.get("weight_map") if isinstance(raw := read_json(index), dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     expected: dict[Path, list[str]] = {}

@@ -157,6 +157,34 @@ def test_a_models_own_template_is_the_default_and_known_again(chat_directory, ta
     assert open_template("own", model, tokenizer).digest in err
 
 
+def test_a_benchmark_while_training_is_asked_in_the_models_own_template(
+    chat_directory, task, tmp_path, run, monkeypatch
+):
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "What is granite?", "output": "a rock"}] * 4))
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(chat_directory)},
+        "data": {"path": str(tmp_path / "data.json"), "max_seq_len": 64},
+        "train": {"lr": 1e-3, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 2},
+        "eval": {"benchmark": [str(task)], "every": 2},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    evaluate, asked = k2mini.evaluation.evaluate.evaluate, []
+
+    def recording(model, tokenizer, questions, config, **options):
+        asked.append(config.prompt(questions[0]))
+        return evaluate(model, tokenizer, questions, config, **options)
+
+    monkeypatch.setattr(k2mini.evaluation.evaluate, "evaluate", recording)
+    for template in ("null", "alpaca"):
+        more = [f"eval.template={template}", f"run.dir={tmp_path}/{template}"]
+        status, _, err = run("finetune", tmp_path / "config.yaml", *more)
+        assert status == 0, err
+    assert [prompt[:16] for prompt in asked] == ["<|im_start|>user", "Below is an inst"]
+    status, _, err = run("finetune", tmp_path / "config.yaml", "eval.template=x", f"run.dir={tmp_path}/x")
+    assert (status, "there is no template 'x'" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
