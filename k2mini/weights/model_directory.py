@@ -136,10 +136,8 @@ class ModelDirectory:
 
 
 def model_directory(path: str | Path, *, weights: bool = True) -> Path:
-    """`path`, where it is a directory (one that a killed process was replacing is put right), else that of a hub's id.
-
-    Raises ValueError where it is neither, and as `hub.fetch`, which says what `weights` is.
-    """
+    """`path`, if it is a directory, else that of a hub's id (see `hub.fetch`). Raises ValueError where it is neither."""
+    # One that a killed process was replacing is put right first.
     if not (directory := Path(path)).exists():
         recover(directory)
     if directory.is_dir():
