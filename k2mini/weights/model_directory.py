@@ -136,7 +136,7 @@ class ModelDirectory:
 
 
 def model_directory(path: str | Path, *, weights: bool = True) -> Path:
-    """`path`, if it is a directory, else that of a hub's id (see `hub.fetch`). Raises ValueError where it is neither."""
+    """`path`, if a directory, else that of a hub's id (see `hub.fetch`). Raises ValueError where it is neither."""
     # One that a killed process was replacing is put right first.
     if not (directory := Path(path)).exists():
         recover(directory)
