@@ -15,6 +15,7 @@ from k2mini.nn.llama import Llama
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor do programs that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub itself
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(os.environ.get("K2MINI_ASSETS", ROOT.parent / "shared"))
@@ -92,6 +93,15 @@ def real_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_json(real_model) -> Path:
+    """SmolLM2-135M with its own tokenizer, a tokenizer.json."""
+    folder = real_model.with_name(f"{real_model.name}-json")
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; python tests/make_smollm2_json.py {real_model} makes it")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory) -> Tokenizer:
     """A SentencePiece BPE like LLaMA's (byte fallback, dummy prefix, split digits), of 400 pieces."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -135,6 +145,16 @@ def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
     config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
     save_model(tiny_llama(config).state_dict(), config, directory, tokenizer=tiny_tokenizer)
     return directory
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory) -> Path:
+    """A tiny random model with a byte-level tokenizer.json and a ChatML template of its own."""
+    from tests.helpers import make_chat_model
+
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package)
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""GGUF, which llama.cpp runs: a model's tensors in F32 or F16, with the SentencePiece vocabulary. Extra: gguf.
+"""GGUF, which llama.cpp runs: a model's tensors in F32 or F16, with the vocabulary. Extra: gguf.
 
 Names, metadata and the order of q's and k's rows are those of llama.cpp's convert_hf_to_gguf.py.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from k2mini.architectures import LinearRopeScaling, Llama3RopeScaling
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.errors import need_extra
-from k2mini.files import new_file, output, progress_bar
+from k2mini.errors import need_extra, short
+from k2mini.files import new_file, output, progress_bar, read_json, read_text
 from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import inverse_frequencies
 from k2mini.weights.meta import interleave, is_rotary
@@ -37,6 +37,17 @@ INNER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+# llama.cpp's names of what cuts a text before byte-level BPE (its src/llama-vocab.cpp has the expressions).
+WORDS = (
+    r"Split (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE = {
+    ("ByteLevel True",): "gpt-2",
+    ("Digits True", "ByteLevel True"): "smollm",
+    (WORDS.replace("DIGITS", "{1,3}") + " ", "ByteLevel False"): "llama-bpe",
+    (WORDS.replace("DIGITS", "") + " ", "ByteLevel False"): "qwen2",
 }
 SCALED = "rope_freqs.weight"  # what each rotary frequency is divided by, under LLaMA 3.1's scaling
 
@@ -75,10 +86,11 @@ def write_gguf(
     except ImportError:
         raise need_extra("gguf") from None
     if dtype not in (torch.float32, torch.float16):
-        short = str(dtype).removeprefix("torch.")
-        raise ValueError(f"GGUF is written in float32 or float16, not {short}; name one with --dtype")
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"GGUF is written in float32 or float16, not {name}; name one with --dtype")
     if tokenizer is None:
-        raise ValueError("GGUF holds the vocabulary too, and there is no tokenizer.model; put it beside the weights")
+        said = "there is no tokenizer.model or tokenizer.json"
+        raise ValueError(f"GGUF holds the vocabulary too, and {said}; put it beside the weights")
     architecture = _architecture(config)
     dtypes = {name: dtype if len(source.shape(name)) > 1 else torch.float32 for name in source.names()}
     sizes = {name: num_bytes(source.shape(name), kind) for name, kind in dtypes.items()}
@@ -165,7 +177,45 @@ def _add_fields(writer: Any, config: ModelConfig, dtype: torch.dtype, gguf: Any)
         writer.add_sliding_window(config.sliding_window)
 
 
+def _pre_tokenizer(part: Any) -> list[str]:
+    """What tokenizer.json cuts texts by, first to last: regular expressions, and the types of the rest."""
+    if not isinstance(part, dict):
+        return []
+    if "pretokenizers" in part:
+        return [name for one in part["pretokenizers"] for name in _pre_tokenizer(one)]
+    switch = {"ByteLevel": part.get("use_regex", True), "Digits": part.get("individual_digits")}
+    return [" ".join(map(str, [part["type"], *part.get("pattern", {}).values(), switch.get(part["type"], "")]))]
+
+
+def _add_byte_level(writer: Any, config: ModelConfig, tokenizer: Tokenizer, gguf: Any) -> None:
+    """The vocabulary of byte-level BPE: its tokens, their merges, and llama.cpp's name of what cuts a text before."""
+    content = read_json(tokenizer.path)
+    cut, merges = tuple(_pre_tokenizer(content.get("pre_tokenizer"))), content["model"].get("merges")
+    if cut not in PRE or merges is None or tokenizer.adds_space:
+        said = f"GGUF has no name that k2mini knows for how {tokenizer.path} cuts texts ({short(cut)})"
+        raise ValueError(f"{said}; put the model's tokenizer.model in its place, if there is one")
+    known = [(tokenizer.piece(token), tokenizer.kind(token)) for token in range(tokenizer.vocab_size)]
+    known += [(f"[PAD{token}]", "unused") for token in range(len(known), config.vocab_size)]
+    added = {token["content"] for token in content.get("added_tokens", [])}
+    kinds = [kind if kind != "normal" or piece not in added else "user_defined" for piece, kind in known]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE[cut])
+    writer.add_token_list([piece for piece, _ in known])
+    writer.add_token_types([getattr(gguf.TokenType, kind.upper()) for kind in kinds])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    file = tokenizer.path.with_name("chat_template.jinja")
+    template = read_text(file) if file.is_file() else tokenizer.hf_config().get("chat_template")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
 def _add_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer, gguf: Any) -> None:
+    if tokenizer.path.suffix == ".json":
+        return _add_byte_level(writer, config, tokenizer, gguf)
     tokens, scores, kinds = [], [], []
     for token in range(config.vocab_size):
         known = token < tokenizer.vocab_size  # rows beyond the tokenizer's are padding

@@ -24,7 +24,7 @@ from k2mini.dtypes import SAFETENSORS_FLOATS
 from k2mini.files import new_directory, progress_bar, read_json
 from k2mini.model_config import MOST_LAYERS, ModelConfig, number
 from k2mini.weights.model_directory import MANIFEST, ModelDirectory
-from k2mini.weights.model_files import write_manifest
+from k2mini.weights.model_files import copy_tokenizer, write_manifest
 from k2mini.weights.stream import SHOWN, Source, Written, total_bytes
 from k2mini.weights.torch_file import read_bin, write_torch
 
@@ -245,7 +245,7 @@ def write_meta(
             write_torch(renamed, renamed.names(), beside / "consolidated.00.pth", written, None, progress.update)
         (beside / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            (beside / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+            copy_tokenizer(tokenizer, beside)
         write_manifest(beside, "meta", written, {"config": config.features()})
 
 
