@@ -23,6 +23,7 @@ from k2mini.audit.patching import (
     patch_heads,
     patch_positions,
 )
+from k2mini.data.prompts import encode_text
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.llama import Llama
 
@@ -57,8 +58,8 @@ def first_token(tokenizer: Tokenizer, prompt: str, answer: str, what: str = "the
     """
     if not answer:
         raise ValueError(f"{what} is empty")
-    before = tokenizer.encode(prompt, bos=True, eos=False)
-    joint = tokenizer.encode(prompt + answer, bos=True, eos=False)
+    before = encode_text(tokenizer, prompt)
+    joint = encode_text(tokenizer, type(prompt)(prompt + answer))
     place = next((i for i, (a, b) in enumerate(zip(before, joint, strict=False)) if a != b), len(before))
     if place >= len(joint):
         raise ValueError(f"{what} {answer!r} adds no token to the prompt")
@@ -70,7 +71,7 @@ def first_token(tokenizer: Tokenizer, prompt: str, answer: str, what: str = "the
 
 def lens_report(model: Llama, tokenizer: Tokenizer, name: str, prompt: str, answer: str | None) -> Report:
     """The logit lens over a prompt: the likeliest next token after each layer, and where the answer's rank rises."""
-    tokens = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = encode_text(tokenizer, prompt)
     target = first_token(tokenizer, prompt, answer, f"{name}: the target") if answer is not None else None
     lens = logit_lens(model, tokens, target)
     columns = [visible(tokenizer, token) for token in tokens]
@@ -142,7 +143,7 @@ def attention_report(
         raise ValueError(f"--layer {layer}: the model has layers 0 to {number - 1}")
     if head is not None and not 0 <= head < heads:
         raise ValueError(f"--head {head}: the model has heads 0 to {heads - 1}")
-    tokens = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = encode_text(tokenizer, prompt)
     patterns = attention_patterns(model, tokens).float()
     columns = [visible(tokenizer, token) for token in tokens]
     scores = (entropies(patterns), previous_token_scores(patterns), induction_scores(model))
@@ -203,7 +204,7 @@ def attribution_report(
     model: Llama, tokenizer: Tokenizer, name: str, prompt: str, answer: str, foil: str | None
 ) -> Report:
     """Direct logit attribution: what each head and MLP adds to the answer's logit (above the foil's)."""
-    tokens = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = encode_text(tokenizer, prompt)
     target = first_token(tokenizer, prompt, answer, f"{name}: the target")
     other = first_token(tokenizer, prompt, foil, f"{name}: the foil") if foil is not None else None
     found = direct_logit_attribution(model, tokens, target, other)
@@ -244,7 +245,7 @@ def patch_report(
     model: Llama, tokenizer: Tokenizer, name: str, clean: str, corrupted: str, answer: str, foil: str | None, point: str
 ) -> Report:
     """Activation patching: what part of the metric each clean activation restores in the corrupted run."""
-    clean_tokens, corrupted_tokens = (tokenizer.encode(text, bos=True, eos=False) for text in (clean, corrupted))
+    clean_tokens, corrupted_tokens = (encode_text(tokenizer, text) for text in (clean, corrupted))
     metric, what = _patch_metric(tokenizer, name, clean, answer, foil)
     clean_value = metric(final_logits(model, clean_tokens))
     corrupted_value = metric(final_logits(model, corrupted_tokens))

@@ -31,10 +31,7 @@ codecs.register_error("k2mini.replace", _replace_each_byte)
 
 
 def choose_tokenizer(model: Path, json: Path) -> Path:
-    """Of two files, tokenizer.json where it has tokens that the other lacks; a line of the log says so, or not so.
-
-    Raises ValueError where one of the two is damaged.
-    """
+    """Of two files the first, unless it lacks tokens of the other; the log says it. Raises ValueError for damage."""
     known = _SentencePiece(model)
     lacking = tokens_beyond(json, {known.piece(token) for token in range(known.vocab_size)})
     taken, why = (json, f"has {some(lacking)} more") if lacking else (model, "has all tokens of the other")
@@ -176,6 +173,10 @@ class Tokenizer:
             raise
         before = [self.bos_id] if bos and self.bos_id is not None else []
         return before + ids + [self.eos_id] * eos
+
+    def ends(self, text: str) -> list[int] | None:
+        """Where the tokens of `encode(text, special=True)` end, in characters; None where only tokenizer.json says."""
+        return self._model.ends(text) if isinstance(self._model, JsonModel) else None
 
     def encode_more(self, text: str) -> list[int]:
         """Token ids of text that goes on after other text: without the space that LLaMA's model puts before a text."""

@@ -100,6 +100,12 @@ class JsonModel:
             self._model.encode_special_tokens = not special
             return self._model.encode(text, add_special_tokens=False).ids
 
+    def ends(self, text: str) -> list[int]:
+        """See `Tokenizer.ends`."""
+        with self._lock:
+            self._model.encode_special_tokens = False
+            return [end for _, end in self._model.encode(text, add_special_tokens=False).offsets]
+
     def piece(self, token: int) -> str:
         """The piece in the vocabulary; ids may be left out of it."""
         piece = self._model.id_to_token(token)

@@ -57,6 +57,7 @@ class Choice:
         self._text, self._all = TextStream(tokenizer, decoding.stop), tokenizer.stream()
         self._before = self._place = 0  # characters of the prompt, and of all text so far
         self._held: list[Token] = []
+        self._stop_ids = asked.stop_ids
         self._keep_eos, self._eos = not asked.chat and top is not None, False
         self.made, self.mean = 0, 0.0
         self.end: End | None = None
@@ -94,7 +95,7 @@ class Choice:
         if isinstance(event, Step):
             self.times.append(time.perf_counter())
             self.mean += ((event.logprob or 0.0) - self.mean) / (len(self.times) - 1)
-            self._eos = event.token == self._tokenizer.eos_id
+            self._eos = event.token in self._stop_ids
             self.made += not self._eos
             if not self._eos or self._keep_eos:
                 self._held.append(Token(event.token, self._place, event.logprob, event.top))

@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from k2mini.build import kept_dtype, training_model
 from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context, settings_of
 from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks
+from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
+from k2mini.data.documents import data_path
 from k2mini.data.instructions import hold_out, read_examples
 from k2mini.data.packing import Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
-from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
 from k2mini.dtypes import DTYPES
@@ -36,7 +37,7 @@ from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
 from k2mini.training.step import total_steps
 from k2mini.weights.adapter import load_adapter, read_adapter_config
-from k2mini.weights.model_directory import ModelDirectory, read_manifest
+from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,10 @@ def finetune(
         benchmark: run every `eval.every` steps; its scores go into the metrics.
     """
     out = Path(config.run.dir) / "adapter"
+    if config.data.template is None:
+        base = _base(config)
+        template = open_template(None, base.path, base.require_tokenizer())
+        config = replace(config, data=replace(config.data, template=template.name))
     with run_directory(config, world):
         if not _is_complete(config, out, world):
             last = _finetune(config, world, label, benchmark)
@@ -109,22 +114,22 @@ def finetune(
 
 
 def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Benchmark | None) -> Path:
-    template, data, section, seed = get_template(config.data.template), config.data, config.lora, config.run.seed
-    base = _base(config)
+    data, section, seed, base = config.data, config.lora, config.run.seed, _base(config)
     tokenizer = base.require_tokenizer()
+    template = open_template(data.template, base.path, tokenizer)
     _check_room(config, base)
     examples, held_out = hold_out(read_examples(Path(data.path), tokenizer, template, data), data.val_size, seed)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
-    pack = data.packing
-    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if pack else Examples(examples, seed=seed)
+    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    identity = _identity(config, sha256(Path(data.path)), base, world)
+    identity = _identity(config, sha256(data_path(data.path)), base, world)
+    identity["data"]["template"] += getattr(template, "digest", "")  # a model's own may change
     task = Task(samples, val, identity, label, save_best=True)
     _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
     if section.init_adapter is not None:
-        _start_from(model, section, Path(section.init_adapter))
+        _start_from(model, section, model_directory(section.init_adapter))
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, tokenizer)
     return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
 
@@ -238,7 +243,7 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
     """
     tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
-    if not is_prepared(path):
+    if not is_prepared(path) and not is_prepared(path := data_path(path)):
         files = document_files(path, config)
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
@@ -264,9 +269,7 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
     given = read_adapter_config(directory)
     for key in ("rank", "alpha", "target_modules"):
-        ours, theirs = getattr(section, key), getattr(given, key)
-        if isinstance(ours, list):
-            ours, theirs = sorted(ours), sorted(theirs)
+        ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
         if ours != theirs:
             raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
     load_adapter(model, directory, given)

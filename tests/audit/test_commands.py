@@ -133,6 +133,22 @@ def test_a_question_of_a_benchmark(tiny_directory, benchmark, run):
     assert found["clean"] != found["corrupted"]
 
 
+def test_a_question_in_a_models_own_template(chat_directory, benchmark, run):
+    """Special tokens are themselves, and BOS is not put before them."""
+    start = ["--model", chat_directory, "--question", benchmark, "rocks"]
+    status, out, err = run("audit", "lens", *start, "1", "--json")
+    assert status == 0, err
+    (found,) = json.loads(out)
+    assert found["tokens"][0] == "<|im_start|>"
+    assert found["tokens"].count("<|im_end|>") == 1
+    assert "".join(found["tokens"]).replace("⏎", "\n").endswith("<|im_end|>\n<|im_start|>assistant\n")
+    replaced = ["--replace", "granite", "granitf", "--target", "A", "--foil", "B"]
+    status, out, err = run("audit", "patch", *start, "0", *replaced, "--json")
+    assert status == 0 or "must be of one length" in err, err
+    status, out, _ = run("audit", "lens", *start, "1", "--template", "alpaca", "--json")
+    assert (status, "<|im_start|>" in out) == (0, False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.chats import open_template
 from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question, load_geobench
@@ -179,6 +180,57 @@ def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
             assert [r.prediction for r in other] == [r.prediction for r in results[0]]
             for one, two in zip(other, results[0], strict=True):
                 assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+@pytest.mark.parametrize(("shots", "prefix"), [(0, ""), (2, "The answer is: ")])
+def test_a_chat_templates_scores_are_a_naive_references(chat_directory, scoring, shots, prefix):
+    """One user's turn holds the examples and the question; text and ids are transformers', the sums one forward's."""
+    transformers = pytest.importorskip("transformers")
+    published = transformers.AutoTokenizer.from_pretrained(chat_directory)
+    model, tokenizer = load_model(chat_directory)
+    template, questions = open_template(None, chat_directory, tokenizer), rocks()
+    config = EvalConfig(scoring, template, prefix, normalize="none", num_fewshot=shots)
+    builder = PromptBuilder(questions, config, tokenizer, 512)
+
+    def asked(question):
+        listed = "\n".join(f"{label}. {text}" for label, text in zip(question.labels, question.texts, strict=True))
+        return question.stem if scoring == "text" else f"{question.stem}\nChoose from:\n{listed}"
+
+    def ids(text):
+        return published(text, add_special_tokens=False)["input_ids"]
+
+    for question, result in zip(questions, evaluate(model, tokenizer, questions, config), strict=True):
+        drawn = [q for q in builder._pool if q.identity != question.identity][:shots]
+        answers = [q.texts["AB".index(q.answer)] if scoring == "text" else q.answer for q in drawn]
+        before = [f"{asked(q)}\n{prefix}{a}\n\n\n" for q, a in zip(drawn, answers, strict=True)]
+        message = {"role": "user", "content": "".join(before) + asked(question)}
+        context = published.apply_chat_template([message], add_generation_prompt=True, tokenize=False) + prefix
+        joint = [ids(context + option) for option in (question.texts if scoring == "text" else question.labels)]
+        pairs = [list(zip(ids(context), row, strict=False)) for row in joint]
+        shared = min(next((i for i, (a, b) in enumerate(pair) if a != b), len(pair)) for pair in pairs)
+        for row, logprob in zip(joint, result.logprobs, strict=True):
+            with torch.inference_mode():
+                logprobs = model(torch.tensor([row]))[0].log_softmax(-1)
+            naive = sum(logprobs[place - 1, row[place]].item() for place in range(shared, len(row)))
+            assert logprob == pytest.approx(naive, abs=1e-4)
+
+
+def test_without_bos_a_prompt_is_cut_at_its_beginning(chat_directory):
+    tokenizer, questions = load_model(chat_directory)[1], rocks()
+    for name in ("own", "alpaca"):
+        config = EvalConfig("letter", open_template(name, chat_directory, tokenizer))
+        whole = PromptBuilder(questions, config, tokenizer, 10**6).build(questions[0])
+        cut = PromptBuilder(questions, config, tokenizer, 30).build(questions[0])
+        assert (cut.cut, cut.request.prefix) == (len(whole.request.prefix) - 30, whole.request.prefix[-30:])
+
+
+def test_a_question_that_writes_out_a_special_token_is_named(chat_directory):
+    tokenizer = load_model(chat_directory)[1]
+    config = EvalConfig("letter", open_template("own", chat_directory, tokenizer))
+    question = Question("rocks", 7, "What is <|im_end|>?", ("A", "B"), ("an end", "a rock"), "A")
+    with pytest.raises(ValueError, match=r"rocks question 7: .*'<\|im_end\|>' in its text"):
+        PromptBuilder([question], config, tokenizer, 512).build(question)
 
 
 @pytest.fixture(scope="module")

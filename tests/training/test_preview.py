@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,39 @@ def test_documents_without_bos(tiny_directory, tmp_path, preview):
         assert status == 0, err
         heading = "supervised, a document from its beginning:\n    basalt"
         assert out.startswith(f"sample 0 of 1\nsupervised:\n    granite is a rock<|im_end|>\n{heading}")
+
+
+@pytest.mark.parametrize("template", ["own", "llama2", None])
+def test_conversations(tiny_directory, tiny_tokenizer, preview, tmp_path, template):
+    """In any template: special tokens by their pieces, each answer and its end to be predicted."""
+    if template != "llama2":
+        pytest.importorskip("jinja2")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_directory, folder)
+    text = (Path(__file__).parents[1] / "data" / "templates" / "llama2.jinja").read_text()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": text}))
+    turns = [
+        ("system", "Be short."),
+        ("user", "granite is"),
+        ("assistant", "rock"),
+        ("user", "and"),
+        ("assistant", "x"),
+    ]
+    messages = json.dumps([{"messages": [{"role": role, "content": said} for role, said in turns]}])
+    section = {"template": template, "max_seq_len": 200}
+    status, out, err = preview("data.json", messages, section, f"model.path={folder}")
+    assert status == 0, err
+    assert ("the template is the model's own" in err) == (template is None)
+    text, table = out.split("\n\nposition")
+    assert text == (
+        "sample 0 of 1\nnot supervised:\n    <s> [INST] <<SYS>>\n    Be short.\n    <</SYS>>\n\n"
+        "    granite is [/INST]\n"
+        "supervised:\n     rock </s>\nnot supervised:\n    <s> [INST] and [/INST]\nsupervised:\n     x </s>"
+    )
+    *_, last = table.splitlines()
+    answers = [tiny_tokenizer.encode(text, bos=False, eos=True) for text in ("rock ", "x ")]
+    assert last.endswith(f" tokens, {sum(map(len, answers))} of them supervised")
 
 
 @pytest.mark.parametrize(
