@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -124,7 +124,11 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
     eos = tokenizer.piece(tokenizer.eos_id)
     write = partial(layout.write, bos=bos, eos=eos)
-    return ChatTemplate(name, write, frozenset([*known, *ANSWER]), [eos, *layout.marks][-1])
+    return ChatTemplate(name, write, _any_of(known), [eos, *layout.marks][-1])
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, [*tokens, *ANSWER])))
 
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
@@ -158,15 +162,15 @@ def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Token
     from k2mini.data.jinja_template import compile_template
 
     digest = hashlib.sha256(f"{text} {sorted(variables.items())}".encode()).hexdigest()[:12]
-    reserved = frozenset([*tokenizer.special_tokens, *ANSWER])
-    template = ChatTemplate(OWN, compile_template(text, where, variables), reserved, digest=f"@{digest}")
+    known = tokenizer.special_tokens
+    template = ChatTemplate(OWN, compile_template(text, where, variables), _any_of(known), digest=f"@{digest}")
     asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
     opened, closed = (template.render([asked], generation=generation) for generation in (True, False))
     opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
     if opened == closed and opening.strip():
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
         raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
-    ends = [(rest.index(token), -len(token), token) for token in reserved if token in rest]
+    ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
     return replace(template, end=min(ends)[2] if ends else "")
 
 
