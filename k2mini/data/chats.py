@@ -61,11 +61,6 @@ class Layout:
     system: str = ""
     strip: bool = False
 
-    @property
-    def marks(self) -> list[str]:
-        """The special tokens that a turn is written with, the one that ends it last."""
-        return re.findall(r"<\|\w+\|>", self.turn)
-
     def write(self, messages: Sequence[Message], generation: bool, **tokens: str) -> str:
         """The text of a conversation. Raises ValueError where roles come in an order that the template has not."""
         system, turns = in_turns(messages, any_order=not self.assistant)
@@ -118,13 +113,14 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
         there = ", ".join([*TEMPLATES, *CHAT_TEMPLATES])
         raise ValueError(f"there is no template {name!r}; there are {there}, and own, the model's")
     layout, known = CHAT_TEMPLATES[name], tokenizer.special_tokens
-    if lacking := [mark for mark in layout.marks if mark not in known]:
+    marks = re.findall(r"<\|\w+\|>", layout.turn)  # the last one ends a turn
+    if lacking := [mark for mark in marks if mark not in known]:
         said = f"template {name} is written with {', '.join(lacking)}, which {tokenizer.path} has no tokens for"
         raise ValueError(f"{said}; vicuna and llama2 are written in plain text")
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
     eos = tokenizer.piece(tokenizer.eos_id)
     write = partial(layout.write, bos=bos, eos=eos)
-    return ChatTemplate(name, write, _any_of(known), [eos, *layout.marks][-1])
+    return ChatTemplate(name, write, _any_of(known), [eos, *marks][-1])
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -36,10 +36,8 @@ class Template:
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
         """The prompt, up to where the model's answer begins. An empty `input` counts as none; `system` comes first."""
-        before = f"{system}\n\n" if system else ""
-        if input:
-            return before + self.with_input.format(instruction=instruction, input=input)
-        return before + self.without_input.format(instruction=instruction)
+        pattern = self.with_input if input else self.without_input
+        return (f"{system}\n\n" if system else "") + pattern.format(instruction=instruction, input=input)
 
 
 Message = dict[str, Any]  # a role, its content, and other fields for a model's own template that knows them

@@ -135,7 +135,7 @@ def test_texts_tokens_and_masks_equal_transformers(model, name):
         ids, mask = expected_mask(reference, messages, END[name])
         assert tokens == ids
         assert mask_of(tokens, spans) == mask
-        ((example, _),) = encode_examples(messages, tokenizer, template, train_on_inputs=False, max_seq_len=10**6)
+        ((example, _),) = encode_examples(messages, tokenizer, template, InstructionSection("", max_seq_len=10**6))
         rows.append(example)
         labels = [token if one else IGNORE_INDEX for token, one in zip(ids, mask, strict=True)]
         expected.append((ids[:-1], labels[1:]))
@@ -248,6 +248,7 @@ def test_each_answer_is_learned_as_it_was_given(model):
     folder, tokenizer, reference = model("qwen3")
     template = open_template("own", folder, tokenizer)
     drawn, several = random.Random(0), 0
+    supervise_all = InstructionSection("", max_seq_len=10**6, train_on_inputs=True)
     for _ in range(60):
         messages = conversation(drawn, system=True)
         found = encode_conversation(tokenizer, template, messages)
@@ -257,9 +258,10 @@ def test_each_answer_is_learned_as_it_was_given(model):
         for place, (tokens, spans) in zip(answers, found, strict=True):
             prompt = reference.apply_chat_template(messages[:place], add_generation_prompt=True)["input_ids"]
             whole = reference.apply_chat_template(messages[: place + 1])["input_ids"][:-1]  # but for the line's end
-            assert (tokens, spans) == (whole, [(len(prompt), len(whole))]) or len(answers) == 1
-            assert tokens[len(prompt) :] == whole[len(prompt) :] or len(answers) == 1
-        everything = encode_examples(messages, tokenizer, template, train_on_inputs=True, max_seq_len=10**6)
+            assert spans == [(len(prompt), len(whole))]
+            assert tokens[: len(whole)] == whole
+            assert len(tokens) - len(whole) == (len(answers) == 1)  # one answer's text is the whole conversation's
+        everything = encode_examples(messages, tokenizer, template, supervise_all)
         assert [example.unsupervised for example, _ in everything] == [0]
     assert several
 
