@@ -273,3 +273,23 @@ def test_tensorboard_gets_what_metrics_jsonl_has(pretraining, tmp_path, run):
     assert [event.step for event in events] == [line["step"] for line in lines] == [1, 2]
     assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
     assert set(board.Tags()["scalars"]) == set(lines[0]) - {"step"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "by_hand"),
+    [
+        (["info", "daven3/k2-v1"], "there is no directory daven3/k2-v1", "daven3/k2-v1 --local-dir k2-v1"),
+        (["info", "daven3/k2-v1@main"], "there is no directory", "daven3/k2-v1 --revision main --local-dir k2-v1"),
+        (["prepare", "hf://datasets/o/d/x.txt", "--tokenizer", "t", "--out", "o"], "there is no file hf://datasets/o/d",
+         "o/d x.txt --repo-type dataset --local-dir d"),
+    ],
+)  # fmt: skip
+def test_the_hub_by_hand(without, run, monkeypatch, tmp_path, arguments, missing, by_hand):
+    """The command that downloads, beside the extra that would."""
+    without("hub")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"k2mini: {missing}")
+    assert f"download it first (pip install huggingface_hub): hf download {by_hand}; or {need_extra('hub')}" in err
+    assert len(err.splitlines()) == 1

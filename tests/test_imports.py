@@ -9,8 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "k2mini"
 # A module may import from its own layer's folder and from earlier layers.
 LAYERS = [
-    {"config", "errors", "files", "sizes"},
-    {"dtypes", "model_config"},
+    {"architectures", "config", "errors", "files", "sizes"},
+    {"dtypes", "hub", "model_config"},
     {"config_file", "distributed", "gpu"},
     {"nn"},
     {"data"},

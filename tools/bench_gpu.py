@@ -1,7 +1,5 @@
 """Inference and training of a 7B model on one GPU: tokens a second, and shares of what the GPU can do.
 
-Not yet run on a GPU: no figure is known, and what stands in `ROWS` is what has to be reached.
-
     python tools/bench_gpu.py [--rows NAME …] [--layers N] [--pairs 3]     some twelve minutes
 
 First come a copy within its memory and a product of 4,096 x 4,096 in bfloat16, on this very card. Then each row is

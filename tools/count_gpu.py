@@ -2,8 +2,8 @@
 
     python tools/count_gpu.py [--rows WORD …] [--layers N]
 
-Not yet run on a GPU. Launches, graphs and kernels of cuDNN are counted by torch.profiler, waits by PyTorch's warnings
-of them; memory is what its allocator has reserved at most, beside what `k2mini plan` foretells. No time is measured.
+Launches, graphs and kernels of cuDNN are counted by torch.profiler, waits by PyTorch's warnings of them; memory is what
+its allocator has reserved at most, beside what `k2mini plan` foretells. No time is measured.
 """
 
 from __future__ import annotations

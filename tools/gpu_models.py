@@ -18,7 +18,7 @@ from k2mini.model_config import PRESETS
 from k2mini.nn.llama import Llama
 from k2mini.nn.quant import quantize_blocks, quantized_head
 
-SHAPE = PRESETS["llama-7b"]
+SHAPE = replace(PRESETS["llama-7b"], max_seq_len=4096)  # room for an answer after 2,048 tokens
 
 
 @torch.no_grad()

@@ -239,12 +239,13 @@ def run_diff(options: argparse.Namespace) -> None:
     from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     with _page(options):
-        base, paths = ModelDirectory(options.base), list(map(Path, options.others))
+        base, paths = ModelDirectory(options.base), [model_directory(path) for path in options.others]
+        names = dict(zip([base.path, *paths], [options.base, *options.others], strict=True))
         # All are checked before the first takes its minutes.
         adapters = {path for path in paths if (path / CONFIG).is_file()}
         for path in paths:
             if path not in adapters:
-                check_shapes(base.path, model_directory(path))
+                check_shapes(base.path, path)
         models = [base, *(ModelDirectory(path) for path in paths if path not in adapters)]
         bases = {path: check_base(path, *models) for path in adapters}
         for path in adapters:
@@ -255,7 +256,7 @@ def run_diff(options: argparse.Namespace) -> None:
             if path in adapters:
                 changes, moved = diff_adapter(own.path, path), []
             else:
-                changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
+                changes = diff_checkpoints(base.path, path, subspace=options.subspace)
                 moved = moved_rows(base.path, path)
-            found.append(diff_report(f"{own.path} → {path}", changes, moved, base.tokenizer))
+            found.append(diff_report(f"{names[own.path]} → {names[path]}", changes, moved, base.tokenizer))
         _finish(options, "What training changed", found)

@@ -54,7 +54,7 @@ _group.add_argument(
 
 # The model that a command loads. LOADED are the parameters of `load_model` that options name as it does.
 MODEL = argparse.ArgumentParser(add_help=False)
-MODEL.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
+MODEL.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory, or an id (extra: hub)")
 MODEL.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
 MODEL.add_argument("--merge", action="store_true", help="put the adapter into the weights (default: beside them)")
 MODEL.add_argument(

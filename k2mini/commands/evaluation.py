@@ -140,7 +140,7 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
         ]
     if texts:
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
-        report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
+        report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
     try:
         if options.json:
             print(json.dumps(report, ensure_ascii=False))
@@ -164,11 +164,12 @@ def kept_by(
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
+    from k2mini.weights.model_directory import model_directory
 
     made_by: dict[str, Any] = {"model": fingerprint, "adapter": None}
     made_by |= {name: getattr(options, name) for name in ("merge", "quantize", "quantize_head")}
     if options.adapter is not None:
-        files = sorted(Path(options.adapter).glob("adapter_*"))
+        files = sorted(model_directory(options.adapter).glob("adapter_*"))
         made_by["adapter"] = digest([(file.name, sha256(file)) for file in files])
     if pairs:
         made_by |= {"open_tasks": list(pairs), "max_new_tokens": options.max_new_tokens}
@@ -180,9 +181,9 @@ def kept_by(
 
 def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
     """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
+    from k2mini.data.documents import read_user_text
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
-    from k2mini.files import read_text
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -215,7 +216,7 @@ def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
             tasks += [f"npee/{kind}" for kind in SUBJECTIVE]
         known = ", ".join(tasks) or "none, since --benchmark names no file"
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
-    texts = [read_text(path, None) for path in options.perplexity]
+    texts = [read_user_text(path) for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
 
@@ -244,10 +245,10 @@ def run_score(options: argparse.Namespace) -> None:
     """Each token of a text with its log-probability and rank, then what they come to."""
     from k2mini.audit.reports import visible
     from k2mini.build import open_model
+    from k2mini.data.documents import read_user_text
     from k2mini.evaluation.perplexity import score_text
-    from k2mini.files import read_text
 
-    text = read_text(options.input, None) if options.input is not None else options.text
+    text = read_user_text(options.input) if options.input is not None else options.text
     text = sys.stdin.read().removeprefix("\ufeff") if options.text == "-" else text
     if not text:
         raise ValueError(f"{options.input or '--text'}: there is no text to score")

@@ -217,7 +217,7 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     empty_model(directory)  # says what is missing
     stored = directory.reader.dtype("model.embed_tokens.weight")
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
-    model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
+    model = [kept_by(options, directory.fingerprint(), {}, []), directory.config.features(), dtype]
     ends = [stop_ids(tokenizer, template)] * (stop_ids(tokenizer, template) != (tokenizer.eos_id,))
     return digest([model, sha256(tokenizer.path), known_by(template), asdict(decoding), *ends])
 

@@ -29,7 +29,7 @@ BASE = DEMO / "base"  # which learnt no geoscience: what the demo began with
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="a Hugging Face LLaMA directory")
+    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory, or an id (extra: hub)")
     which.add_argument("--demo", action="store_true", help=f"the models of `k2mini demo`, in {DEMO}")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="a LoRA adapter, by name; may be repeated"
@@ -62,7 +62,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from k2mini.serving.app import LOOPBACK, Access, App
     from k2mini.serving.server import open_socket, serve
     from k2mini.weights.adapter import checked_adapter
-    from k2mini.weights.model_directory import ModelDirectory
+    from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     for name in ("slots", "queue", "max_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -73,7 +73,7 @@ def run_serve(options: argparse.Namespace) -> None:
         pairs[:0] = [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
         if missing := [path for path in (BASE, options.model, *dict(pairs).values()) if not Path(path).exists()]:
             raise ValueError(f"there is no {missing[0]}; `k2mini demo` makes it, in minutes")
-    adapters = {name: Path(path) for name, path in pairs}
+    adapters = {name: model_directory(path) for name, path in pairs}
     if not all(name and path for name, path in pairs) or len(adapters) < len(pairs):
         raise ValueError(f"--adapter takes NAME=DIR, each name once, not {' '.join(options.adapter)}")
     keys = [key.encode() for key in read_text(options.api_key_file).split()] if options.api_key_file else []
@@ -82,7 +82,8 @@ def run_serve(options: argparse.Namespace) -> None:
     directory = ModelDirectory(options.model)
     directory.require_model()
     tokenizer = directory.require_tokenizer()
-    bases = [BASE.name, "pretrain"] if options.demo else [directory.path.resolve().name]
+    own = directory.path.resolve().name if Path(options.model).is_dir() else options.model
+    bases = [BASE.name, "pretrain"] if options.demo else [own]
     if taken := {*bases} & {*adapters}:
         raise ValueError(f"--adapter {taken.pop()} has the name of a model")
     for path in adapters.values():

@@ -61,11 +61,12 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prepare(options: argparse.Namespace) -> None:
     """Encode documents into a prepared corpus, and print what is in it."""
     from k2mini.data.prepare import describe, prepare
-    from k2mini.weights.model_directory import ModelDirectory
+    from k2mini.hub import MODEL
+    from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     tokenizer = options.tokenizer
-    if tokenizer.is_dir():
-        tokenizer = ModelDirectory(tokenizer).require_tokenizer_file()
+    if tokenizer.is_dir() or (MODEL.fullmatch(str(tokenizer)) and not tokenizer.exists()):
+        tokenizer = ModelDirectory(model_directory(tokenizer, weights=False)).require_tokenizer_file()
     manifest = prepare(
         options.inputs,
         tokenizer,

@@ -242,8 +242,8 @@ def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[
         before = template.render(messages[:place], generation=True)
         text = template.render(messages[: place + 1], generation=False)
         if not text.startswith(before):
-            said = f"messages[:{place + 1}], as the template writes them, do not begin with those before the answer"
-            raise ValueError(f"{said}, so it can't be told where it begins")
+            said = f"the template opens an answer otherwise than it writes messages[{place}]"
+            raise ValueError(f"{said}, so it can't be told where that begins; data.template can name another")
         end = text.rfind(template.end, len(before)) if template.end else -1
         text = text[: end + len(template.end)] if end >= 0 else text.rstrip()
         found.append((text, [(len(before), len(text))]))

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from k2mini.config import EvalSection
 from k2mini.data.batches import shuffled
+from k2mini.data.documents import data_path, read_user_text
 from k2mini.data.prompts import AnyTemplate, ChatTemplate, get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
-from k2mini.files import read_text
 
 SCORINGS = ("letter", "text", "k2")
 NORMALIZATIONS = ("byte", "token", "none")
@@ -65,7 +64,7 @@ class EvalConfig:
             raise ValueError(f"num_fewshot (--shots) must be 0 or more, not {self.num_fewshot}")
         if self.num_fewshot and self.fewshot_file is not None:
             raise ValueError("num_fewshot (--shots) and fewshot_file (--shots-file) can't be given together")
-        if self.fewshot_file is not None and not Path(self.fewshot_file).is_file():
+        if self.fewshot_file is not None and not data_path(self.fewshot_file).is_file():
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
     @cached_property
@@ -148,7 +147,7 @@ class PromptBuilder:
         self, questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, max_seq_len: int
     ) -> None:
         self.config, self.tokenizer, self.max_seq_len = config, tokenizer, max_seq_len
-        self._file = read_text(Path(config.fewshot_file), None) if config.fewshot_file is not None else None
+        self._file = read_user_text(config.fewshot_file) if config.fewshot_file is not None else None
         self._pool = _example_pool(questions, config.seed) if config.num_fewshot else []
         if config.num_fewshot and config.num_fewshot > len(self._pool) - 1:
             raise ValueError(

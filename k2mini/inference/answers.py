@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.documents import read_entries
+from k2mini.data.documents import data_path, read_entries
 from k2mini.data.prompts import rooms
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.errors import short, some
@@ -49,7 +49,7 @@ def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, 
 
     Raises ValueError, naming the file and the entry, where there is none or one is not a question.
     """
-    content = path.read_bytes() if content is None else content
+    content = data_path(path).read_bytes() if content is None else content
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl") or JSON_START.match(content):
         return [_question(entry, f"{path}, {place}") for place, entry in read_entries(path, content)]

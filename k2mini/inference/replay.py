@@ -75,12 +75,11 @@ class SlotGraphs:
 
         Returns: the logits, (S, V), and what was chosen with whether these were finite, (2, S) int64.
         """
-        self._said[1] = self._cache.spare
+        said = self._said.numpy()  # the same memory: a tensor's elements are slow to write
+        said[1] = self._cache.spare
         for slot, row in pairs:
-            drawn = row.draws[len(row.new)].view(torch.int64) if row.draws is not None else 0
-            values = (row.new[-1], row.length, len(row.prompt), drawn, row.adapter)
-            for line, value in zip(self._said, values, strict=True):
-                line[slot.number] = value
+            drawn = row.draws.numpy().view("int64")[len(row.new)] if row.draws is not None else 0
+            said[:, slot.number] = (row.new[-1], row.length, len(row.prompt), drawn, row.adapter)
         self._inputs.copy_(self._said, non_blocking=True)
         if sampling is not None and (sampling.looks_back or sampling.counts_new):
             self._note(pairs)
@@ -112,7 +111,13 @@ class SlotGraphs:
     def _step(self, sampling: Sampling | None, width: int, found: list[Tensor]) -> None:
         tokens, places, starts, draws, _ = self._inputs
         model = self._model
-        hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
+        # cuDNN's attention of single queries takes half of the others' time, and grouped ones. It plans for each shape,
+        # which is slow, and therefore off elsewhere (`gpu.use_gpu`); here shapes are few.
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
         found[:] = [(model.decode_logits or Llama.logits)(model, hidden)[:, : self._vocab_size]]
         if sampling is None:
             return

@@ -58,7 +58,8 @@ def export_adapter(last: Path, out: Path, section: LoraSection, base: str) -> No
     kept = best_checkpoint(last.parent) or last
     if kept != last:
         log.info("the adapter of the lowest validation loss is kept: %s", kept)
-    check_files(kept, read_state(kept)["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
+    state = read_state(kept)
+    check_files(kept, state["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
     stored = StoredModel(kept)
     adapters = {name: stored.tensor(name) for name in stored.names()}
-    save_adapter(adapters, section, out, base=base)
+    save_adapter(adapters, section, out, base=base, note=state["identity"].get("base", ""))

@@ -9,12 +9,12 @@ from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig, RunConfi
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, Documents, is_prepared
-from k2mini.data.documents import read_documents
+from k2mini.data.documents import data_path, read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Examples
 from k2mini.data.prepare import document_files
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.weights.model_directory import ModelDirectory, model_directory
 
 
 def preview(config: RunConfig, number: int) -> Iterator[str]:
@@ -22,7 +22,7 @@ def preview(config: RunConfig, number: int) -> Iterator[str]:
 
     Raises ValueError where the data or the tokenizer can't be read.
     """
-    base = ModelDirectory(config.model.path)
+    base = ModelDirectory(model_directory(config.model.path, weights=False))
     tokenizer = base.require_tokenizer()
     check_context(config, base.config.max_seq_len)
     if number < 1:
@@ -43,7 +43,7 @@ def _samples(config: RunConfig, base: Path, tokenizer: Tokenizer) -> Blocks | Ex
         template = open_template(section.template, base, tokenizer)
         examples = read_examples(Path(section.path), tokenizer, template, section)
         return Examples(examples, seed=seed)
-    corpus, source = config.data, Path(data.path)
+    corpus, source = config.data, data_path(data.path)
     if is_prepared(source):
         return Blocks(Corpus(source), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
     documents = [

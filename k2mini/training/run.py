@@ -20,6 +20,7 @@ from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks
 from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
+from k2mini.data.documents import data_path
 from k2mini.data.instructions import hold_out, read_examples
 from k2mini.data.packing import Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
@@ -36,7 +37,7 @@ from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
 from k2mini.training.step import total_steps
 from k2mini.weights.adapter import load_adapter, read_adapter_config
-from k2mini.weights.model_directory import ModelDirectory, read_manifest
+from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +123,13 @@ def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Bench
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
     samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    identity = _identity(config, sha256(Path(data.path)), base, world)
+    identity = _identity(config, sha256(data_path(data.path)), base, world)
     identity["data"]["template"] += getattr(template, "digest", "")  # a model's own may change
     task = Task(samples, val, identity, label, save_best=True)
     _accept(config, base, task, world)
     model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
     if section.init_adapter is not None:
-        _start_from(model, section, Path(section.init_adapter))
+        _start_from(model, section, model_directory(section.init_adapter))
     evaluate = None if benchmark is None else lambda trained: benchmark(trained, tokenizer)
     return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
 
@@ -242,7 +243,7 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
     """
     tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
-    if not is_prepared(path):
+    if not is_prepared(path) and not is_prepared(path := data_path(path)):
         files = document_files(path, config)
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
@@ -268,9 +269,7 @@ def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
     given = read_adapter_config(directory)
     for key in ("rank", "alpha", "target_modules"):
-        ours, theirs = getattr(section, key), getattr(given, key)
-        if isinstance(ours, list):
-            ours, theirs = sorted(ours), sorted(theirs)
+        ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
         if ours != theirs:
             raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
     load_adapter(model, directory, given)

@@ -1,10 +1,11 @@
-"""GGUF, which llama.cpp runs: LLaMA's tensors in F32 or F16, with the vocabulary. Extra: gguf.
+"""GGUF, which llama.cpp runs: a model's tensors in F32 or F16, with the vocabulary. Extra: gguf.
 
 Names, metadata and the order of q's and k's rows are those of llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2mini.architectures import LinearRopeScaling, Llama3RopeScaling
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import need_extra, short
 from k2mini.files import new_file, output, progress_bar, read_json, read_text
@@ -20,6 +22,8 @@ from k2mini.nn.layers import inverse_frequencies
 from k2mini.weights.meta import interleave, is_rotary
 from k2mini.weights.stream import SHOWN, Source, num_bytes
 
+log = logging.getLogger(__name__)
+
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 INNER = {
     "input_layernorm": "attn_norm",
@@ -27,6 +31,8 @@ INNER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -48,11 +54,11 @@ SCALED = "rope_freqs.weight"  # what each rotary frequency is divided by, under 
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name of a tensor that has Hugging Face's."""
-    module = name.removesuffix(".weight")
+    module, _, kind = name.rpartition(".")
     if module in OUTER:
-        return f"{OUTER[module]}.weight"
+        return f"{OUTER[module]}.{kind}"
     _, _, layer, inner = module.split(".", 3)
-    return f"blk.{layer}.{INNER[inner]}.weight"
+    return f"blk.{layer}.{INNER[inner]}.{kind}"
 
 
 def write_gguf(
@@ -73,7 +79,7 @@ def write_gguf(
         inputs: what is read, which the output must not touch.
 
     Raises ValueError where the extra is not installed, there is no tokenizer, `dtype` is another, a value is too large
-    for it, `out` exists and is not to be replaced, or the disk is too small.
+    for it, llama.cpp has no such rotary scaling, `out` exists and is not to be replaced, or the disk is too small.
     """
     try:
         import gguf
@@ -85,12 +91,13 @@ def write_gguf(
     if tokenizer is None:
         said = "there is no tokenizer.model or tokenizer.json"
         raise ValueError(f"GGUF holds the vocabulary too, and {said}; put it beside the weights")
+    architecture = _architecture(config)
     dtypes = {name: dtype if len(source.shape(name)) > 1 else torch.float32 for name in source.names()}
     sizes = {name: num_bytes(source.shape(name), kind) for name, kind in dtypes.items()}
     total = sum(sizes.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     with output(out, file=True, force=force, inputs=inputs, size=total), new_file(out) as beside:
-        writer = gguf.GGUFWriter(beside, "llama")
+        writer = gguf.GGUFWriter(beside, architecture)
         try:
             _add_fields(writer, config, dtype, gguf)
             _add_vocabulary(writer, config, tokenizer, gguf)
@@ -99,11 +106,23 @@ def write_gguf(
             writer.close()
 
 
+def _architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of the architecture."""
+    if config.model_type in ("llama", "mistral"):  # one and the same there
+        if config.sliding_window is not None and config.sliding_window < config.max_seq_len:
+            window = f"{config.sliding_window:,} tokens"
+            log.warning("llama.cpp has no sliding window for this model: past %s its answers are others", window)
+        return "llama"
+    if isinstance(config.rope_scaling, Llama3RopeScaling):
+        raise ValueError(f"llama.cpp's {config.model_type} has no rotary scaling of type llama3; convert to hf or bin")
+    return config.model_type
+
+
 def _write_tensors(
     writer: Any, source: Source, config: ModelConfig, dtypes: dict[str, torch.dtype], total: int
 ) -> None:
     """Write the header and all tensors, one after the other."""
-    if config.rope_scaling is not None:
+    if isinstance(config.rope_scaling, Llama3RopeScaling):
         writer.add_tensor_info(SCALED, (config.head_dim // 2,), torch.empty(0).numpy().dtype, config.head_dim * 2)
     for name, kind in dtypes.items():
         array = torch.empty(0, dtype=kind).numpy()
@@ -112,21 +131,23 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if config.rope_scaling is not None:
+    if isinstance(config.rope_scaling, Llama3RopeScaling):
         writer.write_tensor_data(_divisors(config).numpy())
     with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
         for name, kind in dtypes.items():
-            written = _tensor(source, name, kind, config.head_dim).numpy()
+            turned = is_rotary(name) and config.model_type in ("llama", "mistral")
+            written = _tensor(source, name, kind, config.head_dim if turned else None).numpy()
             writer.write_tensor_data(written)
             progress.update(written.nbytes)
 
 
-def _tensor(source: Source, name: str, dtype: torch.dtype, head_dim: int) -> Tensor:
+def _tensor(source: Source, name: str, dtype: torch.dtype, head_dim: int | None) -> Tensor:
+    """A tensor as it is written; with `head_dim`, its rows in the order in which llama.cpp's llama turns them."""
     stored = source.rows(name, 0, source.shape(name)[0])
     cast = stored.to(dtype)
     if dtype == torch.float16 and bool((stored.isfinite() & ~cast.isfinite()).any()):
         raise ValueError(f"{name} has values that are too large for float16; use --dtype float32")
-    return (interleave(cast, head_dim) if is_rotary(name) else cast).contiguous()
+    return (cast if head_dim is None else interleave(cast, head_dim)).contiguous()
 
 
 def _divisors(config: ModelConfig) -> Tensor:
@@ -149,6 +170,11 @@ def _add_fields(writer: Any, config: ModelConfig, dtype: torch.dtype, gguf: Any)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+    if isinstance(config.rope_scaling, LinearRopeScaling):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
 
 
 def _pre_tokenizer(part: Any) -> list[str]:

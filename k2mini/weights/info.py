@@ -135,6 +135,7 @@ def describe_directory(found: dict[str, Any]) -> str:
             f"({shape['num_kv_heads']} of keys and values) of {shape['head_dim']}, "
             f"intermediate_dim {shape['intermediate_dim']}, vocab_size {shape['vocab_size']}, "
             f"max_seq_len {shape['max_seq_len']}"
+            + (f", sliding_window {shape['sliding_window']}" if shape["sliding_window"] else "")
         )
         tokenizer = found["tokenizer"]
         known = "none"
@@ -154,8 +155,9 @@ def describe_directory(found: dict[str, Any]) -> str:
 
 
 def _title(found: dict[str, Any]) -> str:
+    kind = found.get("shape", {}).get("model_type", "llama")
     titles = {
-        "model": "a LLaMA model",
+        "model": f"a {'LLaMA' if kind == 'llama' else kind.capitalize()} model",
         "meta": "a LLaMA model in Meta's layout",
         "adapter": "a LoRA adapter",
         "delta": f"a delta of format {found.get('delta')}; k2mini delta apply puts it on its base",

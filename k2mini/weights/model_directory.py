@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from k2mini import hub
 from k2mini.data.tokenizer import Tokenizer, tokenizer_file
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
@@ -34,7 +35,6 @@ KINDS = ("model", "delta", "adapter", "meta")
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
 ENTRIES: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # checkpoints of 2023 carry what follows from config.json
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Vocabularies are padded (Qwen2.5's by 399) and get a few tokens added; more rows are another model's.
 MAX_SPARE_ROWS = 512
 
@@ -135,21 +135,18 @@ class ModelDirectory:
         return digest.hexdigest()
 
 
-def model_directory(path: str | Path) -> Path:
-    """`path`, checked to be a directory; one that a killed process was replacing is put right first.
-
-    Raises ValueError where it is none; for what looks like a hub id, with the command that downloads it.
-    """
-    directory = Path(path)
-    if not directory.exists():
+def model_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """`path`, if a directory, else that of a hub's id (see `hub.fetch`). Raises ValueError where it is neither."""
+    # One that a killed process was replacing is put right first.
+    if not (directory := Path(path)).exists():
         recover(directory)
     if directory.is_dir():
         return directory
     if directory.exists():
         raise ValueError(f"{path} is a file; a model is a directory with config.json and weights")
-    first = f"download it first (pip install huggingface_hub): hf download {path} --local-dir {directory.name}"
-    hint = f"; if it is a model on the Hugging Face hub, {first}"
-    raise ValueError(f"there is no directory {path}{hint if re.fullmatch(HUB_ID, str(path)) else ''}")
+    if hub.MODEL.fullmatch(str(path)):
+        return hub.fetch(str(path), weights=weights)
+    raise ValueError(f"there is no directory {path}")
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
@@ -296,7 +293,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], direc
         hint = "; is tie_word_embeddings meant to be true?" if missing == ["lm_head.weight"] else ""
         raise ValueError(f"{directory} lacks {some(missing)}{hint}")
     if extra:
-        raise ValueError(f"{directory} holds {some(extra)}, which a LLaMA of its config.json does not have")
+        raise ValueError(f"{directory} holds {some(extra)}, which a model of its config.json does not have")
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise ValueError(f"{directory}: {name} is {source.shape(name)}, config.json makes it {shape}")
