@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -43,72 +43,58 @@ def in_turns(messages: Sequence[Message], *, any_order: bool = False) -> tuple[s
 
 @dataclass(frozen=True)
 class Layout:
-    """A chat template as data: patterns with {text}, {role}, {bos} and {eos}.
+    """A chat template as data: patterns with {text}, {role}, {system}, {bos} and {eos}.
 
     Args:
-        user, assistant: a turn.
-        answer: what opens the assistant's next turn, where its pattern's beginning does not.
+        turn: a message of any role, in any order; where there is a pattern for the assistant's, the user's.
+        assistant: the assistant's, in turns with the user's after at most one system message.
         begin: what a conversation begins with.
-        system: a system message as a turn of its own; '': it is joined to the first user's text.
-        joined: how it is, a pattern with {system} and {text}.
-        default: the system message of a conversation without one.
+        first: the first user's text, where there is a system message that `begin` has not.
+        system: the system message of a conversation without one.
         strip: whether texts lose the white space at their ends.
-        marks: the special tokens that the patterns write out.
     """
 
-    user: str
-    assistant: str
-    answer: str = ""
+    turn: str
+    assistant: str = ""
     begin: str = "{bos}"
+    first: str = "{system}\n\n{text}"
     system: str = ""
-    joined: str = "{system}\n\n{text}"
-    default: str = ""
     strip: bool = False
-    marks: tuple[str, ...] = ()
+
+    @property
+    def marks(self) -> list[str]:
+        """The special tokens that a turn is written with, the one that ends it last."""
+        return re.findall(r"<\|\w+\|>", self.turn)
 
     def write(self, messages: Sequence[Message], generation: bool, **tokens: str) -> str:
         """The text of a conversation. Raises ValueError where roles come in an order that the template has not."""
-        system, turns = in_turns(messages, any_order=self.user == self.assistant)
-        system, strip = system or self.default, str.strip if self.strip else str
-        out = self.begin.format(**tokens)
-        if system and self.system:
-            out += self.system.format(text=strip(system), role="system", **tokens)
+        system, turns = in_turns(messages, any_order=not self.assistant)
+        system, turns = (system or self.system, turns) if self.assistant else ("", messages)
+        out = self.begin.format(system=system, **tokens)
         for place, message in enumerate(turns):
-            text = message["content"]
-            if system and not self.system and place == 0:
-                text = self.joined.format(system=system, text=text)
-            pattern = self.assistant if message["role"] == "assistant" else self.user
-            out += pattern.format(text=strip(text), role=message["role"], **tokens)
-        return out + self.answer * generation
+            text, pattern = message["content"], self.turn
+            if system and place == 0:
+                text = self.first.format(system=system, text=text)
+            elif message["role"] == "assistant":
+                pattern = self.assistant or self.turn
+            out += pattern.format(text=text.strip() if self.strip else text, role=message["role"], **tokens)
+        opening = (self.assistant or self.turn).partition("{text}")[0].format(role="assistant")
+        return out + opening.removesuffix(" ") * generation
 
 
-_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
-_IM = "<|im_start|>{role}\n{text}<|im_end|>\n"
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_SYSTEM = "<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
 
 # As published: by FastChat (conversation.py, vicuna_v1.1), and in the tokenizer_config.json of Llama-2-7b-chat-hf,
 # Meta-Llama-3-8B-Instruct and Mistral-7B-Instruct-v0.2; ChatML as OpenAI described it.
 CHAT_TEMPLATES = {
-    "vicuna": Layout("USER: {text} ", "ASSISTANT: {text}{eos}", "ASSISTANT:", system="{text} ", default=_VICUNA),
-    "llama2": Layout(
-        "{bos}[INST] {text} [/INST]",
-        " {text} {eos}",
-        begin="",
-        joined="<<SYS>>\n{system}\n<</SYS>>\n\n{text}",
-        strip=True,
-    ),
-    "llama3": Layout(
-        _HEADER,
-        _HEADER,
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        system=_HEADER,
-        strip=True,
-        marks=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    "chatml": Layout(_IM, _IM, "<|im_start|>assistant\n", begin="", system=_IM, marks=("<|im_start|>", "<|im_end|>")),
+    "vicuna": Layout("USER: {text} ", "ASSISTANT: {text}{eos}", "{bos}{system} ", "{text}", _VICUNA),
+    "llama2": Layout("{bos}[INST] {text} [/INST]", " {text} {eos}", "", _SYSTEM, strip=True),
+    "llama3": Layout("<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>", strip=True),
+    "chatml": Layout("<|im_start|>{role}\n{text}<|im_end|>\n", begin=""),
     "mistral": Layout(" [INST] {text} [/INST]", " {text}{eos}"),
 }
 
@@ -136,8 +122,13 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
         said = f"template {name} is written with {', '.join(lacking)}, which {tokenizer.path} has no tokens for"
         raise ValueError(f"{said}; vicuna and llama2 are written in plain text")
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
-    write = partial(layout.write, bos=bos, eos=(eos := tokenizer.piece(tokenizer.eos_id)))
-    return ChatTemplate(name, write, frozenset([*known, *ANSWER]), layout.marks[-1] if layout.marks else eos)
+    eos = tokenizer.piece(tokenizer.eos_id)
+    write = partial(layout.write, bos=bos, eos=eos)
+    return ChatTemplate(name, write, _any_of(known), [eos, *layout.marks][-1])
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, [*tokens, *ANSWER])))
 
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
@@ -162,8 +153,8 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     named: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
     named |= {name: config[name] for name in SPECIAL if name in config}
-    named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-    return _compiled(text, where, {name: token for name, token in named.items() if token is not None}, tokenizer)
+    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    return _compiled(text, where, {name: token for name, token in named.items() if isinstance(token, str)}, tokenizer)
 
 
 def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Tokenizer) -> ChatTemplate:
@@ -171,15 +162,15 @@ def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Token
     from k2mini.data.jinja_template import compile_template
 
     digest = hashlib.sha256(f"{text} {sorted(variables.items())}".encode()).hexdigest()[:12]
-    reserved = frozenset([*tokenizer.special_tokens, *ANSWER])
-    template = ChatTemplate(OWN, compile_template(text, where, variables), reserved, digest=f"@{digest}")
+    known = tokenizer.special_tokens
+    template = ChatTemplate(OWN, compile_template(text, where, variables), _any_of(known), digest=f"@{digest}")
     asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
     opened, closed = (template.render([asked], generation=generation) for generation in (True, False))
     opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
     if opened == closed and opening.strip():
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
         raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
-    ends = [(rest.index(token), -len(token), token) for token in reserved if token in rest]
+    ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
     return replace(template, end=min(ends)[2] if ends else "")
 
 
@@ -248,10 +239,8 @@ def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[
     whole = template.render(messages, generation=False, answers=True)
     if ANSWER[0] in whole:
         parts = re.split(f"[{ANSWER}]", whole)  # every second one is an answer
-        edges = [*accumulate(map(len, parts))]
-        return [
-            ("".join(parts), [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=False) if start < end])
-        ]
+        edges = accumulate(map(len, parts))
+        return [("".join(parts), [span for span in zip(edges, edges, strict=False) if span[0] < span[1]])]
     found = []
     for place in [place for place, message in enumerate(messages) if message["role"] == "assistant"]:
         before = template.render(messages[:place], generation=True)

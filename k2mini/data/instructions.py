@@ -20,14 +20,8 @@ from k2mini.errors import short
 log = logging.getLogger(__name__)
 
 # The names that files in ShareGPT's form have for the roles.
-SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-SHAREGPT |= {
-    "developer": "system",
-    "function_call": "assistant",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
+SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "developer": "system"}
+SHAREGPT |= {"function": "tool", "function_response": "tool", "observation": "tool"}
 
 
 def read_records(path: Path, on_error: OnError = raise_error) -> list[tuple[str, list[Message]]]:
@@ -86,8 +80,7 @@ def _conversation(record: dict[str, Any], key: str, place: str) -> list[Message]
         role = SHAREGPT.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"{here} has the role {short(role)}; roles are {', '.join(ROLES)}")
-        if text is None and fields.get("tool_calls"):
-            text = ""
+        text = "" if text is None and fields.get("tool_calls") else text
         if not isinstance(text, str) or not (text.strip() or fields.get("tool_calls")):
             raise ValueError(f"{here}, the {role}'s, must be text that is not empty, not {short(text)}")
         messages.append({**fields, "role": role, "content": text})

@@ -32,39 +32,16 @@ def compile_template(text: str, where: str, variables: Mapping[str, str]) -> Cal
     """
     try:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise need_extra("chat") from None
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [value if isinstance(value, (int, float)) else len(value) for value in (left, right)]
-            if operator == "**" or sizes[0] * sizes[1] > MOST:
-                raise jinja2.exceptions.SecurityError(f"{short(left)} {operator} {short(right)} may be huge")
-            return super().call_binop(context, operator, left, right)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def failed(error: Exception, line: str = "") -> ValueError:
         return ValueError(f"{where}{line}: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters |= {"tojson": tojson, "generation": lambda said: f"{ANSWER[0]}{said}{ANSWER[1]}"}
-    sandbox.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": lambda *given, **fields: dict(*given, **fields),  # not the class, which has methods
-    }
     for tag, block in _BLOCKS:
         text = re.sub(tag, block, text)
     try:
-        template = sandbox.from_string(text)
+        template = _sandbox().from_string(text)
     except (jinja2.TemplateError, RecursionError) as error:
         raise failed(error, f", line {getattr(error, 'lineno', '?')}") from None
 
@@ -91,3 +68,33 @@ def compile_template(text: str, where: str, variables: Mapping[str, str]) -> Cal
         return "".join(parts)
 
     return write
+
+
+def _sandbox() -> Any:
+    """Jinja's environment with what transformers adds to it, without what could take all memory or time at once."""
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [value if isinstance(value, (int, float)) else len(value) for value in (left, right)]
+            if operator == "**" or sizes[0] * sizes[1] > MOST:
+                raise SecurityError(f"{short(left)} {operator} {short(right)} may be huge")
+            return super().call_binop(context, operator, left, right)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters |= {"tojson": tojson, "generation": lambda said: f"{ANSWER[0]}{said}{ANSWER[1]}"}
+    sandbox.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": lambda *given, **fields: dict(*given, **fields),  # not the class, which has methods
+    }
+    return sandbox

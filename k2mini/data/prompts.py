@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,7 +63,7 @@ class ChatTemplate:
 
     name: str
     write: Callable[[Sequence[Message], bool], str]
-    reserved: frozenset[str]
+    reserved: re.Pattern[str]
     end: str = ""
     digest: str = ""
     bos: ClassVar[bool] = False
@@ -79,9 +80,9 @@ class ChatTemplate:
         """
         messages = [m | {"content": f"{m['content']}\n{m['input']}"} if m.get("input") else m for m in messages]
         for place, message in enumerate(messages):
-            held = ANSWER if message["role"] == "assistant" else self.reserved
-            if found := [token for token in held if token in message["content"]]:
-                said = f"messages[{place}] has {short(min(found))} in its text"
+            held = f"[{ANSWER}]" if message["role"] == "assistant" else self.reserved
+            if found := re.search(held, message["content"]):
+                said = f"messages[{place}] has {short(found[0])} in its text"
                 raise ValueError(f"{said}, which the model would take for the conversation's structure")
         text = self.write(messages, generation)
         return text if answers else text.translate(dict.fromkeys(map(ord, ANSWER)))

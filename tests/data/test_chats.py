@@ -93,9 +93,9 @@ def conversation(drawn, *, system):
     return messages
 
 
-def conversations(name):
+def conversations(name, number=80):
     drawn = random.Random(name)
-    return [conversation(drawn, system=name != "gemma") for _ in range(300)]
+    return [conversation(drawn, system=name != "gemma") for _ in range(number)]
 
 
 def expected_mask(reference, messages, end):
@@ -125,7 +125,7 @@ def test_texts_tokens_and_masks_equal_transformers(model, name):
     template = open_template("own", folder, tokenizer)
     assert template.end == END[name]
     rows, expected = [], []
-    for messages in conversations(name):
+    for messages in conversations(name, 300):
         for generation, part in ((True, messages[:-1]), (False, messages)):
             text = reference.apply_chat_template(part, tokenize=False, add_generation_prompt=generation)
             assert template.render(part, generation=generation) == text
@@ -234,7 +234,7 @@ def test_vicuna_is_fastchats(tiny_tokenizer, tmp_path):
 def test_answers_in_sentencepiece(tiny_tokenizer, tmp_path, name):
     """Whose tokens do not say where they end in the text."""
     template = open_template(name, tmp_path, tiny_tokenizer)
-    for messages in conversations(name)[:60]:
+    for messages in conversations(name):
         ((tokens, spans),) = encode_conversation(tiny_tokenizer, template, messages)
         assert tokens == encode_chat(tiny_tokenizer, template, messages, generation=False)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
