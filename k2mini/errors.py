@@ -120,14 +120,3 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|(calculation|multiplicat
 # How standard output writes what its encoding lacks: as JSON does, so that JSON stays JSON.
 ESCAPE = "k2mini.escape"
 codecs.register_error(ESCAPE, lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))  # type: ignore[attr-defined]
-
-
-def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """One U+FFFD for each byte that is not UTF-8, as SentencePiece does; Python's own "replace" merges some."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-REPLACE = "k2mini.replace"
-codecs.register_error(REPLACE, _replace_each_byte)

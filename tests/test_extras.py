@@ -11,6 +11,7 @@ import pytest
 from k2mini.errors import EXTRAS, need_extra
 from k2mini.evaluation.report import Result
 from tests.conftest import ROOT
+from tests.json_tokenizer import write_json_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # What an extra brings, and the modules through which k2mini gets at it.
@@ -128,6 +129,27 @@ def test_gguf_without_its_extra(tiny_directory, tmp_path, run, without):
     without("gguf")
     assert_one_sentence(run("convert", tiny_directory, "--to", "gguf", "--out", tmp_path / "m.gguf"), "gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_json_without_its_extra(tiny_directory, tmp_path, run, without):
+    """Beside a tokenizer.model that has all its tokens it is not needed."""
+    path = write_json_tokenizer(tmp_path / "model")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_directory / name, tmp_path / "model" / name)
+    (tmp_path / "text.txt").write_text("granite")
+    without("tokenizers")
+    assert_one_sentence(run("generate", "--model", tmp_path / "model", "--prompt", "granite"), "tokenizers")
+    prepare = ["prepare", tmp_path / "text.txt", "--out", tmp_path / "out", "--tokenizer"]
+    assert_one_sentence(run(*prepare, path), "tokenizers")
+    assert_one_sentence(run(*prepare, tmp_path / "model"), "tokenizers")
+    assert not (tmp_path / "out").exists()
+    shutil.copyfile(tiny_directory / "tokenizer.model", tmp_path / "model" / "tokenizer.model")
+    content = json.loads(path.read_text())
+    content["model"]["vocab"], content["added_tokens"] = {"<s>": 1}, []
+    path.write_text(json.dumps(content))
+    status, _, err = run("generate", "--model", tmp_path / "model", "--prompt", "granite", "--max-new-tokens", 1)
+    assert status == 0, err
+    assert "has two tokenizers; tokenizer.model is taken, for it has all tokens of the other" in err
 
 
 def test_tensorboard_without_its_extra(pretraining, run, without):

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import codecs
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 import sentencepiece
 
 from k2mini.data.tokenizer_json import JsonModel, tokens_beyond
-from k2mini.errors import REPLACE, short, some
+from k2mini.errors import short, some
 from k2mini.files import MOST, read_json
 
 log = logging.getLogger(__name__)
+_say_once = cache(log.info)
 
 
-def tokenizer_file(directory: Path) -> Path | None:
-    """tokenizer.model, or tokenizer.json where that is alone or has tokens that the other lacks; None: no file.
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """One U+FFFD for each byte that is not UTF-8, as SentencePiece does; Python's own "replace" merges some."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
 
-    Where both are there, a line of the log says which is taken. Raises ValueError where one of the two is damaged.
-    """
-    found = [path for name in ("tokenizer.model", "tokenizer.json") if os.path.lexists(path := directory / name)]
-    if len(found) < 2:
-        return found[0] if found else None
-    model = _SentencePiece(found[0])
-    lacking = tokens_beyond(found[1], {model.piece(token) for token in range(model.vocab_size)})
-    taken, why = (found[1], f"has {some(lacking)} more") if lacking else (found[0], "has all tokens of the other")
-    log.info("%s has two tokenizers; %s is taken, for it %s", directory, taken.name, why)
+
+codecs.register_error("k2mini.replace", _replace_each_byte)
+
+
+def choose_tokenizer(model: Path, json: Path) -> Path:
+    """Of two files the first, unless it lacks tokens of the other; the log says it. Raises ValueError for damage."""
+    known = _SentencePiece(model)
+    lacking = tokens_beyond(json, {known.piece(token) for token in range(known.vocab_size)})
+    taken, why = (json, f"has {some(lacking)} more") if lacking else (model, "has all tokens of the other")
+    _say_once(f"{model.parent} has two tokenizers; {taken.name} is taken, for it {why}")
     return taken
 
 
@@ -45,7 +49,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 class _SentencePiece:
     """What `tokenizer.model` says; ids of BOS and EOS come from it and from nowhere else."""
 
-    space, errors = "▁", REPLACE
+    space, errors = "▁", "k2mini.replace"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,9 +94,6 @@ class _SentencePiece:
 
     def text(self, token: int, piece: str) -> bytes:
         return " ⁇ ".encode() if self._model.is_unknown(token) else piece.replace("▁", " ").encode()
-
-    def score(self, token: int) -> float:
-        return float(self._model.get_score(token))
 
     def hf_config(self, adds_space: bool) -> dict[str, Any]:
         """With which transformers' LlamaTokenizer gives the same ids."""
@@ -216,11 +217,6 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]:
         """What `encode` recognises with `special`, and the ids."""
         return self._model.special_tokens
-
-    def score(self, token: int) -> float:
-        """The piece's score, by which SentencePiece chooses what to merge; tokenizer.json has none."""
-        assert isinstance(self._model, _SentencePiece)
-        return self._model.score(token)
 
     def hf_config(self) -> dict[str, Any]:
         """The content of a tokenizer_config.json with which transformers gives the same ids."""

@@ -9,7 +9,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from k2mini.errors import REPLACE, need_extra, short
+from k2mini.errors import need_extra, short
 from k2mini.files import parse_json, read_json, read_text
 
 
@@ -54,7 +54,7 @@ class JsonModel:
         self._byte_level = "ByteLevel" in decoders
         if not self._byte_level and not {"Metaspace", "ByteFallback"} & set(decoders):
             raise ValueError(f"{path} is neither byte-level BPE nor SentencePiece's: its decoder is {decoders}")
-        self.space, self.errors = ("Ġ", "replace") if self._byte_level else ("▁", REPLACE)
+        self.space, self.errors = ("Ġ", "replace") if self._byte_level else ("▁", "k2mini.replace")
         self._byte_fallback = bool(content["model"].get("byte_fallback"))
         self._lock = threading.Lock()
         self.special_tokens = {token.content: id_ for id_, token in self._added.items() if token.special}

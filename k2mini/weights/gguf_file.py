@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from torch import Tensor
 
@@ -217,10 +218,11 @@ def _add_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer, gguf
     if tokenizer.path.suffix == ".json":
         return _add_byte_level(writer, config, tokenizer, gguf)
     tokens, scores, kinds = [], [], []
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
     for token in range(config.vocab_size):
         known = token < tokenizer.vocab_size  # rows beyond the tokenizer's are padding
         tokens.append((tokenizer.piece(token) if known else f"[PAD{token}]").encode())
-        scores.append(tokenizer.score(token) if known else -1000.0)
+        scores.append(model.get_score(token) if known else -1000.0)
         kinds.append(getattr(gguf.TokenType, tokenizer.kind(token).upper() if known else "UNUSED"))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")

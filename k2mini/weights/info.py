@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from k2mini.data.tokenizer import open_tokenizer, tokenizer_file
+from k2mini.data.tokenizer import open_tokenizer
 from k2mini.distributed import local_part
 from k2mini.model_config import ModelConfig
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.convert import open_layout
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, tokenizer_file
 
 WEIGHTS = (".safetensors", ".bin", ".pth")
 

@@ -1,7 +1,4 @@
-"""Directories of weights: what each of their files says, and their tensors by name.
-
-A tensor is a view of a memory-mapped file, read when it is asked for: a 13 GB checkpoint opens at once.
-"""
+"""Directories of weights: what each of their files says, and their tensors by name, mapped and not read."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from k2mini import hub
-from k2mini.data.tokenizer import Tokenizer, tokenizer_file
+from k2mini.data.tokenizer import Tokenizer, choose_tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
@@ -53,10 +50,6 @@ class ModelDirectory:
         return read_config_json(self.path)
 
     @cached_property
-    def _tokenizer_file(self) -> Path | None:
-        return tokenizer_file(self.path)
-
-    @cached_property
     def config(self) -> ModelConfig:
         """The model's shape, from config.json."""
         return parse_config(self._raw_config, self.path)
@@ -83,10 +76,8 @@ class ModelDirectory:
 
     def require_tokenizer_file(self) -> Path:
         """Its path, as `tokenizer_file` finds it. Raises ValueError where there is none, or the manifest differs."""
-        if (path := self._tokenizer_file) is None or not path.exists():
-            raise ValueError(
-                f"{self.path} has no tokenizer.model; copy the one the model was trained with, or tokenizer.json"
-            )
+        if (path := tokenizer_file(self.path)) is None or not path.exists():
+            raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with (or .json)")
         noted = (self.manifest or {"files": {}})["files"].get(path.name)
         if noted is not None and noted["sha256"] != sha256(path):
             raise ValueError(f"{path} is not the one that {MANIFEST} has the hash of; copy the directory again")
@@ -96,13 +87,13 @@ class ModelDirectory:
         """Raise ValueError unless the embedding has a row for each of the tokenizer's `tokens`, and few more."""
         rows = self.config.vocab_size
         if not tokens <= rows <= tokens + MAX_SPARE_ROWS:
-            sizes = f"{self._tokenizer_file} has {tokens:,} tokens, the embedding has {rows:,} rows"
+            sizes = f"{tokenizer_file(self.path)} has {tokens:,} tokens, the embedding has {rows:,} rows"
             raise ValueError(f"{sizes}; this tokenizer belongs to another model")
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None where there is no file of one; else as `require_tokenizer`."""
-        return self._tokenizer if self._tokenizer_file is not None else None
+        return self._tokenizer if tokenizer_file(self.path) is not None else None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none, or it does not fit the model."""
@@ -147,6 +138,12 @@ def model_directory(path: str | Path, *, weights: bool = True) -> Path:
     if hub.MODEL.fullmatch(str(path)):
         return hub.fetch(str(path), weights=weights)
     raise ValueError(f"there is no directory {path}")
+
+
+def tokenizer_file(directory: Path) -> Path | None:
+    """tokenizer.model or tokenizer.json; where both are there, as `choose_tokenizer` says; None: neither is."""
+    found = [path for name in ("tokenizer.model", "tokenizer.json") if os.path.lexists(path := directory / name)]
+    return choose_tokenizer(*found) if len(found) == 2 else next(iter(found), None)
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:

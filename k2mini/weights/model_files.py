@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
+from k2mini.data.tokenizer import Tokenizer, open_tokenizer
 from k2mini.dtypes import DTYPES, NAMES
 from k2mini.errors import short
 from k2mini.files import new_directory, read_json, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
-from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text
+from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text, tokenizer_file
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
 
 log = logging.getLogger(__name__)

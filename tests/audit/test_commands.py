@@ -14,11 +14,13 @@ from k2mini.audit.page import STYLE
 from k2mini.audit.reports import visible
 from k2mini.cli import main
 from k2mini.config import LoraSection
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import fill_adapters
+from tests.json_tokenizer import write_json_tokenizer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -333,6 +335,14 @@ def test_every_token_can_be_seen(tiny_tokenizer):
     newline, half = (shown[tiny_tokenizer.encode(text, bos=False, eos=False)[-1]] for text in ("\n", "\u00e9\u200b"))
     assert newline == "⏎"
     assert half == "<0x8B>"
+
+
+def test_every_token_of_a_tokenizer_json_can_be_seen(tmp_path):
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
+    shown = [visible(tokenizer, token) for token in range(tokenizer.vocab_size)]
+    assert all(text and text.isprintable() and " " not in text and "\ufffd" not in text for text in shown)
+    ids = tokenizer.encode(" granite\n é", bos=False, eos=True)
+    assert [shown[token] for token in ids] == ["␣granite", "⏎", "␣", "<0xC3>", "<0xA9>", "<|im_end|>"]
 
 
 def test_a_long_question_is_folded(tiny_directory, other, benchmark, tmp_path, run):

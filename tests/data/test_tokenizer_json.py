@@ -2,12 +2,19 @@
 
 import json
 import random
+import re
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sentencepiece
 
 from k2mini.data.tokenizer import Tokenizer, open_tokenizer
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.weights.model_directory import ModelDirectory, tokenizer_file
+from tests.data.test_tokenizer import MUTATED
+from tests.json_tokenizer import ADDED, SPECIAL, write_json_tokenizer
 
 PARTS = [
     *"abcXYZ0123456789 \n\t\r.,;:!?'\"()[]{}<>|/\\=+-*_#@~`^&%$",
@@ -91,12 +98,12 @@ def by_score(model, vocab):
 
     (transformers 5 puts those of whitespace, whose scores are lowest, first.)
     """
-    found = []
+    found, scores = [], sentencepiece.SentencePieceProcessor(model_file=str(model.path))
     for token in (token for token in range(model.vocab_size) if model.kind(token) == "normal"):
         piece = model.piece(token)
         pairs = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
         pairs = sorted((p for p in pairs if p[0] in vocab and p[1] in vocab), key=lambda p: (vocab[p[0]], vocab[p[1]]))
-        found += [(-model.score(token), list(pair)) for pair in pairs]
+        found += [(-scores.get_score(token), list(pair)) for pair in pairs]
     return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]
 
 
@@ -153,3 +160,213 @@ def test_metaspace_gives_the_same_ids(llama, llama_tokenizer):
             assert (
                 "".join(streamed(tokenizer, ids)).removeprefix(" ") == tokenizer.decode(ids) == text.replace("▁", " ")
             )
+
+
+@pytest.mark.parametrize(
+    ("config", "bos", "expected"),
+    [
+        ({"bos_token": None}, None, None),  # Qwen's
+        ({"bos_token": "<|im_start|>"}, None, None),  # SmolLM2's: named, and never used
+        ({"bos_token": "<|im_start|>"}, "<|im_start|>", 1),  # LLaMA-3's
+        ({"bos_token": "<|im_start|>", "add_bos_token": True}, None, 1),
+        ({"bos_token": {"content": "<|im_start|>"}, "add_bos_token": True}, None, 1),
+        ({"bos_token": "<|im_start|>", "add_bos_token": False}, "<|im_start|>", None),
+        ({"bos_token": None}, "<|im_start|>", None),
+    ],
+)
+def test_bos_is_what_texts_begin_with(tmp_path, config, bos, expected):
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path, config={"eos_token": "<|im_end|>", **config}, bos=bos))
+    ids = tokenizer.encode("granite", bos=False, eos=False)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (expected, 2)
+    assert tokenizer.encode("granite", bos=True, eos=True) == [1] * (expected == 1) + ids + [2]
+    assert 1 not in ids
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("special_tokens_map.json", {"eos_token": {"content": "<|endoftext|>"}}, 0),
+        ("config.json", {"eos_token_id": 2}, 2),
+        ("config.json", {"eos_token_id": [2, 0]}, 2),
+        ("config.json", {"eos_token_id": 10**6}, "no EOS of .*tokenizer.json is named in tokenizer_config.json"),
+        ("config.json", {}, "no EOS of .*tokenizer.json is named in tokenizer_config.json"),
+        ("tokenizer_config.json", {"eos_token": None}, "no EOS of .*tokenizer.json is named"),
+        ("tokenizer_config.json", {"eos_token": "</s>"}, "tokenizer_config.json: eos_token '</s>' is no token of"),
+        ("tokenizer_config.json", {"eos_token": 5}, "tokenizer_config.json: eos_token 5 is no token of"),
+        ("tokenizer_config.json", [], "tokenizer_config.json must hold a JSON object"),
+    ],
+)
+def test_eos_by_the_files_beside(tmp_path, name, fields, expected):
+    path = write_json_tokenizer(tmp_path, config=None, generation=None)
+    path.with_name(name).write_text(json.dumps(fields))
+    if isinstance(expected, int):
+        assert Tokenizer(path).eos_id == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            Tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": 2}, (2, 0)),
+        ({"eos_token_id": [0, 2, 0]}, {}, (2, 0)),
+        ({"eos_token_id": 0}, {}, (2, 0)),
+        ({}, {"eos_token_id": [1, 0]}, (2, 1, 0)),
+        (None, None, (2,)),
+        ({"eos_token_id": [2, 10**6]}, {}, "generation_config.json: eos_token_id 1000000 is no token of"),
+        ({"eos_token_id": "<|im_end|>"}, {}, "generation_config.json: eos_token_id '<|im_end|>' is no token of"),
+        ({}, {"eos_token_id": [True]}, "config.json: eos_token_id True is no token of"),
+        ([], {}, "generation_config.json must hold a JSON object"),
+    ],
+)
+def test_all_end_tokens_are_known(tmp_path, generation, config, expected):
+    path = write_json_tokenizer(tmp_path, generation=generation)
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    if isinstance(expected, tuple):
+        assert open_tokenizer(path).stop_ids == expected
+    else:
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            open_tokenizer(path)
+
+
+def test_lists_end_answers_beside_tokenizer_model(tiny_tokenizer, tmp_path):
+    """But a lone id does not: LLaMA-1's files in the wild say 0 or 1."""
+    path = tmp_path / "tokenizer.model"
+    shutil.copyfile(tiny_tokenizer.path, path)
+    for said, expected in ((1, (2,)), (None, (2,)), ([2, 7], (2, 7)), ([7, 8], (2, 7, 8))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert open_tokenizer(path).stop_ids == expected
+
+
+def test_added_tokens_that_are_not_special(tmp_path):
+    """They are themselves in any text, as in transformers with `split_special_tokens`; and their text is their own."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text = f"granite {ADDED} <|im_end|> rock"
+    for special in (False, True):
+        ids = tokenizer.encode(text, bos=False, eos=False, special=special)
+        assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert tokenizer.special_tokens == {token: place for place, token in enumerate(SPECIAL)}
+    assert tokenizer.kind(tokenizer.vocab_size - 1) == "normal"
+    assert tokenizer.piece_bytes(tokenizer.vocab_size - 1) == ADDED.encode()
+
+
+def test_ids_that_the_vocabulary_leaves_out(tmp_path):
+    path = write_json_tokenizer(tmp_path)
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["zebra"] = 500
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.vocab_size == 501
+    assert (tokenizer.kind(450), tokenizer.piece(450), tokenizer.piece_bytes(450)) == ("unused", "[PAD450]", b"")
+    assert tokenizer.decode([450, 500]) == "zebra"
+
+
+def test_texts_are_neither_cut_nor_padded(tmp_path):
+    """Whatever the file was saved with."""
+    limits = {
+        "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 900}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                    "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+    }  # fmt: skip
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path, **limits))
+    ids = tokenizer.encode("granite basalt quartz rock mineral", bos=False, eos=False)
+    assert 2 < len(ids) < 900
+    assert tokenizer.decode(ids) == "granite basalt quartz rock mineral"
+
+
+def test_threads_do_not_switch_each_others_special_tokens(tmp_path):
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
+    texts = [("<|im_end|> granite" * 50, place % 2 == 0) for place in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda asked: tokenizer.encode(asked[0], bos=False, eos=False, special=asked[1]), texts)
+    assert all((2 in ids) == special for ids, (_, special) in zip(found, texts, strict=True))
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
+    with pytest.raises(ValueError, match=r"the text is not UTF-8 \(at the end of 'granite \\ud800'\)"):
+        tokenizer.encode("granite \ud800", bos=True, eos=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "tokenizer.json is not valid JSON"),
+        ("{}", "tokenizer.json is not a tokenizer.json, or is damaged"),
+        ("[]", "tokenizer.json is not a tokenizer.json, or is damaged"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "is not a tokenizer.json, or is damaged"),
+        (
+            '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+            "is neither byte-level BPE nor SentencePiece's",
+        ),
+        ('{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "is not a tokenizer.json, or is damaged"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "is not a tokenizer.json, or is damaged"),
+        ("[" * 100_000, "tokenizer.json is nested too deeply"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_is_no_tokenizer_json(tmp_path, content, match):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=match):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_decoder_that_joins_words_is_refused(tmp_path):
+    path = write_json_tokenizer(tmp_path, decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+    with pytest.raises(
+        ValueError, match=r"is neither byte-level BPE nor SentencePiece's: its decoder is \['WordPiece'\]"
+    ):
+        Tokenizer(path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    """Nor does the code in Rust, which may panic, end the interpreter."""
+    path = write_json_tokenizer(tmp_path / "whole")
+    command = [sys.executable, "-c", MUTATED.replace("m.model", "m.json"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 200
+    assert done.stdout.count("refused") > 100
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_directory_with_both_says_which_it_took(llama_tokenizer, llama, tmp_path, caplog, more):
+    """tokenizer.model, as ever; but what someone added is in tokenizer.json alone."""
+    for source in (llama_tokenizer.path, llama / "hub" / "tokenizer.json", llama / "hub" / "tokenizer_config.json"):
+        name = "tokenizer.model" if source.suffix == ".model" else source.name
+        shutil.copyfile(source, tmp_path / name)
+    if more:
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        for place, text in enumerate(("<|im_start|>", "<|im_end|>"), start=32000):
+            content["added_tokens"].append({**content["added_tokens"][0], "id": place, "content": text})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with caplog.at_level("INFO", logger="k2mini"):
+        path = tokenizer_file(tmp_path)
+    assert path.name == ("tokenizer.json" if more else "tokenizer.model")
+    (said,) = caplog.messages
+    why = "tokenizer.json is taken, for it has <|im_end|>, <|im_start|> more"
+    assert said.endswith(why if more else "tokenizer.model is taken, for it has all tokens of the other")
+    assert Tokenizer(path).vocab_size == 32000 + 2 * more
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json is not a tokenizer.json, or is damaged; copy it again, or remove"
+    ):
+        tokenizer_file(tmp_path)
+
+
+def test_one_file_is_taken_without_a_word(tiny_tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO", logger="k2mini")
+    assert tokenizer_file(tmp_path) is None
+    shutil.copyfile(tiny_tokenizer.path, tmp_path / "tokenizer.model")
+    assert tokenizer_file(tmp_path) == tmp_path / "tokenizer.model"
+    (tmp_path / "tokenizer.model").unlink()
+    assert tokenizer_file(tmp_path) is None
+    write_json_tokenizer(tmp_path)
+    assert tokenizer_file(tmp_path) == tmp_path / "tokenizer.json"
+    assert not caplog.messages

@@ -11,6 +11,7 @@ import torch
 from k2mini.build import load_model
 from k2mini.data.chats import open_template
 from k2mini.data.prompts import shared_prefix
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
@@ -26,6 +27,37 @@ def test_white_space_that_ends_a_context_belongs_to_the_option(llama_tokenizer):
     context, options = split_jointly(llama_tokenizer, "### Response:\n", ["A", "B"])
     assert context == llama_tokenizer.encode("### Response:\n", bos=True, eos=False)
     assert options == [[29909], [29933]]
+
+
+def test_joint_tokenisation_with_a_tokenizer_json(smollm2_json, geobench):
+    """GeoBench's questions, with letters and with texts: as one text, and nothing but the answer behind the context."""
+    tokenizer = Tokenizer(smollm2_json / "tokenizer.json")
+    questions = load_geobench(geobench["npee"]) + load_geobench(geobench["ap"])
+    for config in (EvalConfig("letter"), EvalConfig("text", answer_prefix="The answer is: ")):
+        for task in ("npee/choice", "npee/tf", "ap"):
+            builder = PromptBuilder([q for q in questions if q.task == task], config, tokenizer, 10**9)
+            for question in builder_questions(questions, task)[:200]:
+                instance = builder.build(question)
+                for place, ids in zip(instance.places, instance.ids, strict=True):
+                    text = config.prompt(question) + config.options(question)[place]
+                    assert [*instance.request.prefix, *ids] == tokenizer.encode(text, bos=True, eos=False)
+                    assert tokenizer.decode(ids).strip() in config.options(question)[place]
+    with pytest.raises(ValueError, match="scoring 'k2' reads LLaMA's ids of the letters"):
+        PromptBuilder(questions[:1], EvalConfig("k2"), tokenizer, 10**9)
+
+
+def test_nothing_is_left_of_a_context_without_bos(smollm2_json):
+    """EOS stands before the option then, as in lm-evaluation-harness; templates with special tokens are so encoded."""
+    tokenizer = Tokenizer(smollm2_json / "tokenizer.json")
+    for context in ("", "t"):
+        prefix, (ids,) = split_jointly(tokenizer, context, ["he"])
+        assert [2, *tokenizer.encode(context + "he", bos=False, eos=False)] == prefix + ids
+    context = "<|im_start|>user\nA rock?<|im_end|>\n<|im_start|>assistant\n"
+    prefix, options = split_jointly(tokenizer, context, ["A", "B"], bos=False, special=True)
+    assert prefix.count(1) == 2
+    assert tokenizer.decode(prefix) == "user\nA rock?\nassistant\n"
+    assert [tokenizer.decode(ids) for ids in options] == ["A", "B"]
+    assert 1 not in split_jointly(tokenizer, context, ["A", "B"])[0]
 
 
 EVAL_CONFIGS = [

@@ -11,6 +11,7 @@ import torch
 from k2mini.build import load_model
 from k2mini.data.chats import open_template
 from k2mini.data.prompts import TEMPLATES, encode_prompt
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
@@ -19,6 +20,7 @@ from k2mini.serving.choices import token_text
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import copy_model
+from tests.json_tokenizer import write_json_tokenizer
 from tests.serving.conftest import Server
 
 openai = pytest.importorskip("openai")
@@ -372,8 +374,11 @@ def test_chat_logprobs(server, client):
     assert streamed == choice.logprobs.content
 
 
-def test_no_two_tokens_are_written_alike(tiny_tokenizer, llama_tokenizer):
-    for tokenizer in (tiny_tokenizer, llama_tokenizer):
+def test_no_two_tokens_are_written_alike(tiny_tokenizer, llama_tokenizer, tmp_path):
+    byte_level = Tokenizer(write_json_tokenizer(tmp_path))
+    shown = [token_text(byte_level, token) for token in byte_level.encode(" granite\n é", bos=False, eos=True)]
+    assert shown == [" granite", "\n", " ", "bytes:\\xc3", "bytes:\\xa9", "<|im_end|>"]
+    for tokenizer in (tiny_tokenizer, llama_tokenizer, byte_level):
         names = {token_text(tokenizer, token) for token in range(tokenizer.vocab_size)}
         assert len(names) == tokenizer.vocab_size
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from k2mini.data.prompts import get_template
+from tests.json_tokenizer import write_json_tokenizer
 
 LINE = re.compile(r"^ *(\d+) +(\d+)  ('.*?'|\".*?\") *(?: (\d+)  (?:'.*'|\".*\"))?$")
 
@@ -88,6 +89,21 @@ def test_where_all_is_supervised_and_where_a_document_goes_on(tiny_tokenizer, pr
     out = preview("corpus.jsonl", content, {"seq_len": length}, "run.seed=1", "--number", 9)[1]
     assert "\nsupervised, a document from its beginning:\n    <s> granite is a rock\n\n" in out
     assert "\nsupervised, a document goes on:\n" in out
+
+
+def test_documents_without_bos(tiny_directory, tmp_path, preview):
+    """One begins after another's EOS; where the row begins, it is not known."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory, ignore=shutil.ignore_patterns("tokenizer*", "generation*", "manifest*"))
+    write_json_tokenizer(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": 2, "bos_token_id": None}))
+    content = '{"text": "granite is a rock"}\n{"text": "basalt"}\n'
+    for more in ("data.document_mask=true", "data.document_mask=false"):
+        status, out, err = preview("corpus.jsonl", content, {"seq_len": 6}, f"model.path={directory}", more)
+        assert status == 0, err
+        heading = "supervised, a document from its beginning:\n    basalt"
+        assert out.startswith(f"sample 0 of 1\nsupervised:\n    granite is a rock<|im_end|>\n{heading}")
 
 
 @pytest.mark.parametrize("template", ["own", "llama2", None])
