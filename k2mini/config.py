@@ -81,7 +81,10 @@ class CorpusSection:
 
 @dataclass(frozen=True)
 class InstructionSection:
-    """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`."""
+    """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`.
+
+    Or conversations, of which each answer is learned: `messages`, or `conversations` as ShareGPT has them.
+    """
 
     path: str  # the file, or its hf://…; demo:general.json and demo:expert.json are the demo's
     val_path: str | None = None  # a file to validate on

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES, InstructionSection
+from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
 from k2mini.data.chats import CHAT_TEMPLATES
 from k2mini.data.prompts import TEMPLATES
 
@@ -27,8 +27,7 @@ class PrintVersion(argparse.Action):
 LIST: Any = {"nargs": "+", "action": "extend"}  # an option that takes several values, and more where it is repeated
 # How a model is asked.
 TEMPLATE_HELP = f"{', '.join((*TEMPLATES, *CHAT_TEMPLATES))}, or own, the model's chat template"
-TEMPLATE_DEFAULT = f"(default: own where there is one, else {InstructionSection.template})"
-TEMPLATE: Any = {"metavar": "NAME", "help": f"{TEMPLATE_HELP} {TEMPLATE_DEFAULT}"}
+TEMPLATE: Any = {"metavar": "NAME", "help": f"{TEMPLATE_HELP} (default: own where there is one, else alpaca)"}
 
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -61,11 +61,6 @@ class Layout:
     system: str = ""
     strip: bool = False
 
-    @property
-    def marks(self) -> list[str]:
-        """The special tokens that a turn is written with, the one that ends it last."""
-        return re.findall(r"<\|\w+\|>", self.turn)
-
     def write(self, messages: Sequence[Message], generation: bool, **tokens: str) -> str:
         """The text of a conversation. Raises ValueError where roles come in an order that the template has not."""
         system, turns = in_turns(messages, any_order=not self.assistant)
@@ -118,13 +113,18 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
         there = ", ".join([*TEMPLATES, *CHAT_TEMPLATES])
         raise ValueError(f"there is no template {name!r}; there are {there}, and own, the model's")
     layout, known = CHAT_TEMPLATES[name], tokenizer.special_tokens
-    if lacking := [mark for mark in layout.marks if mark not in known]:
+    marks = re.findall(r"<\|\w+\|>", layout.turn)  # the last one ends a turn
+    if lacking := [mark for mark in marks if mark not in known]:
         said = f"template {name} is written with {', '.join(lacking)}, which {tokenizer.path} has no tokens for"
         raise ValueError(f"{said}; vicuna and llama2 are written in plain text")
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
     eos = tokenizer.piece(tokenizer.eos_id)
     write = partial(layout.write, bos=bos, eos=eos)
-    return ChatTemplate(name, write, frozenset([*known, *ANSWER]), [eos, *layout.marks][-1])
+    return ChatTemplate(name, write, _any_of(known), [eos, *marks][-1])
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, [*tokens, *ANSWER])))
 
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
@@ -137,7 +137,8 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
         raise ValueError(f"{path} must be an object, not {short(config)}")
     where, text = f"{path}: chat_template", config.get("chat_template")
     if isinstance(text, list):
-        text = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}.get("default", text)
+        named = [each.get("template") for each in text if isinstance(each, dict) and each.get("name") == "default"]
+        text = named[0] if named else text
     if (newer := folder / "chat_template.jinja").is_file():  # which transformers prefers, too
         where, text = str(newer), read_text(newer)
     if text is None:
@@ -147,10 +148,10 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
     if chosen:
         log.info("the template is the model's own, %s", where)
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    named: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
-    named |= {name: config[name] for name in SPECIAL if name in config}
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    return _compiled(text, where, {name: token for name, token in named.items() if isinstance(token, str)}, tokenizer)
+    tokens: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
+    tokens |= {name: config[name] for name in SPECIAL if name in config}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return _compiled(text, where, {name: token for name, token in tokens.items() if isinstance(token, str)}, tokenizer)
 
 
 def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Tokenizer) -> ChatTemplate:
@@ -158,15 +159,15 @@ def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Token
     from k2mini.data.jinja_template import compile_template
 
     digest = hashlib.sha256(f"{text} {sorted(variables.items())}".encode()).hexdigest()[:12]
-    reserved = frozenset([*tokenizer.special_tokens, *ANSWER])
-    template = ChatTemplate(OWN, compile_template(text, where, variables), reserved, digest=f"@{digest}")
+    known = tokenizer.special_tokens
+    template = ChatTemplate(OWN, compile_template(text, where, variables), _any_of(known), digest=f"@{digest}")
     asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
     opened, closed = (template.render([asked], generation=generation) for generation in (True, False))
     opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
     if opened == closed and opening.strip():
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
         raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
-    ends = [(rest.index(token), -len(token), token) for token in reserved if token in rest]
+    ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
     return replace(template, end=min(ends)[2] if ends else "")
 
 
@@ -242,8 +243,8 @@ def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[
         before = template.render(messages[:place], generation=True)
         text = template.render(messages[: place + 1], generation=False)
         if not text.startswith(before):
-            said = f"messages[:{place + 1}], as the template writes them, do not begin with those before the answer"
-            raise ValueError(f"{said}, so it can't be told where it begins")
+            said = f"the template opens an answer otherwise than it writes messages[{place}]"
+            raise ValueError(f"{said}, so it can't be told where that begins; data.template can name another")
         end = text.rfind(template.end, len(before)) if template.end else -1
         text = text[: end + len(template.end)] if end >= 0 else text.rstrip()
         found.append((text, [(len(before), len(text))]))

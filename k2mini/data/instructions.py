@@ -75,7 +75,7 @@ def _conversation(record: dict[str, Any], key: str, place: str) -> list[Message]
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         here = f"{place}[{number}]"
-        fields = {name: value for name, value in turn.items() if value is not None}
+        fields = {name: value for name, value in turn.items() if value is not None and name != "input"}
         role, text = (fields.pop(old, fields.get(new)) for new, old in (("role", "from"), ("content", "value")))
         role = SHAREGPT.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
@@ -94,31 +94,26 @@ def encode_example(
     record: Mapping[str, str], tokenizer: Tokenizer, template: AnyTemplate, *, train_on_inputs: bool, max_seq_len: int
 ) -> tuple[Example, int]:
     """An instruction with its answer as an example. See `encode_examples`."""
-    messages = _record(record, "the record")
-    (found,) = encode_examples(messages, tokenizer, template, train_on_inputs=train_on_inputs, max_seq_len=max_seq_len)
+    section = InstructionSection("", train_on_inputs=train_on_inputs, max_seq_len=max_seq_len)
+    (found,) = encode_examples(_record(record, "the record"), tokenizer, template, section)
     return found
 
 
 def encode_examples(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    template: AnyTemplate,
-    *,
-    train_on_inputs: bool,
-    max_seq_len: int,
+    messages: Sequence[Message], tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
 ) -> list[tuple[Example, int]]:
-    """A conversation as examples, of which `encode_conversation` says how many; with `train_on_inputs` it is one.
+    """A conversation as examples, of which `encode_conversation` says how many; with `data.train_on_inputs` it is one.
 
-    Returns: each example, cut to `max_seq_len` tokens, and how many it had before.
+    Returns: each example, cut to `data.max_seq_len` tokens, and how many it had before.
     """
     found = []
     for tokens, spans in encode_conversation(tokenizer, template, messages):
-        cut = tokens[:max_seq_len]
-        edges = [edge for span in spans for edge in span] if not train_on_inputs else [0]
+        cut = tokens[: section.max_seq_len]
+        edges = [edge for span in spans for edge in span] if not section.train_on_inputs else [0]
         first, *edges = [min(edge, len(cut)) for edge in [*edges, len(tokens)]]
         gaps = zip(edges[::2], edges[1::2], strict=False)
         found.append((Example(cut, first, tuple(gap for gap in gaps if gap[0] < gap[1])), len(tokens)))
-    return found[-1:] if train_on_inputs else found
+    return found[-1:] if section.train_on_inputs else found
 
 
 def read_examples(
@@ -138,12 +133,10 @@ def read_examples(
             raise ValueError(f"{message}; data.on_error=skip leaves such records out and counts them")
         bad.append(message)
 
-    encoded, supervise_all, most = [], section.train_on_inputs, section.max_seq_len
+    encoded = []
     for place, messages in read_records(path, on_error):
         try:
-            encoded.append(
-                encode_examples(messages, tokenizer, template, train_on_inputs=supervise_all, max_seq_len=most)
-            )
+            encoded.append(encode_examples(messages, tokenizer, template, section))
         except ValueError as error:  # which the template refuses
             on_error(f"{place}: {error}")
     for message in bad[:3]:

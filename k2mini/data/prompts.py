@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,10 +36,8 @@ class Template:
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
         """The prompt, up to where the model's answer begins. An empty `input` counts as none; `system` comes first."""
-        before = f"{system}\n\n" if system else ""
-        if input:
-            return before + self.with_input.format(instruction=instruction, input=input)
-        return before + self.without_input.format(instruction=instruction)
+        pattern = self.with_input if input else self.without_input
+        return (f"{system}\n\n" if system else "") + pattern.format(instruction=instruction, input=input)
 
 
 Message = dict[str, Any]  # a role, its content, and other fields for a model's own template that knows them
@@ -62,7 +61,7 @@ class ChatTemplate:
 
     name: str
     write: Callable[[Sequence[Message], bool], str]
-    reserved: frozenset[str]
+    reserved: re.Pattern[str]
     end: str = ""
     digest: str = ""
     bos: ClassVar[bool] = False
@@ -79,9 +78,9 @@ class ChatTemplate:
         """
         messages = [m | {"content": f"{m['content']}\n{m['input']}"} if m.get("input") else m for m in messages]
         for place, message in enumerate(messages):
-            held = ANSWER if message["role"] == "assistant" else self.reserved
-            if found := [token for token in held if token in message["content"]]:
-                said = f"messages[{place}] has {short(min(found))} in its text"
+            held = f"[{ANSWER}]" if message["role"] == "assistant" else self.reserved
+            if found := re.search(held, message["content"]):
+                said = f"messages[{place}] has {short(found[0])} in its text"
                 raise ValueError(f"{said}, which the model would take for the conversation's structure")
         text = self.write(messages, generation)
         return text if answers else text.translate(dict.fromkeys(map(ord, ANSWER)))

@@ -164,7 +164,10 @@ def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
     if len(many) > served.rows:
         raise refuse("prompt", f"asks for more than {served.rows} answers at once")
     texts = [served.text("prompt", one) if isinstance(one, str) else served.ids("prompt", one) for one in many]
-    return [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
+    found = [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
+    if [] in found:
+        raise refuse("prompt", "must not be empty, since this model has no BOS to go on from")
+    return found
 
 
 def _chat_prompt(given: Mapping[str, Any], served: Served, template: AnyTemplate) -> list[int]:

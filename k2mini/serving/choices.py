@@ -99,8 +99,9 @@ class Choice:
             self.made += not self._eos
             if not self._eos or self._keep_eos:
                 self._held.append(Token(event.token, self._place, event.logprob, event.top))
-            self._place += len(self._all.push(event.token))
-            part.text = self._text.push(event.token)
+            if not self._eos:  # whose text, if it has any, is none of the answer's
+                self._place += len(self._all.push(event.token))
+                part.text = self._text.push(event.token)
         else:
             part.text = self._text.flush()
             reason = "eos" if self._eos else "stop" if self._text.stopped else event.reason

@@ -93,9 +93,9 @@ def conversation(drawn, *, system):
     return messages
 
 
-def conversations(name):
+def conversations(name, number=80):
     drawn = random.Random(name)
-    return [conversation(drawn, system=name != "gemma") for _ in range(300)]
+    return [conversation(drawn, system=name != "gemma") for _ in range(number)]
 
 
 def expected_mask(reference, messages, end):
@@ -125,7 +125,7 @@ def test_texts_tokens_and_masks_equal_transformers(model, name):
     template = open_template("own", folder, tokenizer)
     assert template.end == END[name]
     rows, expected = [], []
-    for messages in conversations(name):
+    for messages in conversations(name, 300):
         for generation, part in ((True, messages[:-1]), (False, messages)):
             text = reference.apply_chat_template(part, tokenize=False, add_generation_prompt=generation)
             assert template.render(part, generation=generation) == text
@@ -135,7 +135,7 @@ def test_texts_tokens_and_masks_equal_transformers(model, name):
         ids, mask = expected_mask(reference, messages, END[name])
         assert tokens == ids
         assert mask_of(tokens, spans) == mask
-        ((example, _),) = encode_examples(messages, tokenizer, template, train_on_inputs=False, max_seq_len=10**6)
+        ((example, _),) = encode_examples(messages, tokenizer, template, InstructionSection("", max_seq_len=10**6))
         rows.append(example)
         labels = [token if one else IGNORE_INDEX for token, one in zip(ids, mask, strict=True)]
         expected.append((ids[:-1], labels[1:]))
@@ -234,7 +234,7 @@ def test_vicuna_is_fastchats(tiny_tokenizer, tmp_path):
 def test_answers_in_sentencepiece(tiny_tokenizer, tmp_path, name):
     """Whose tokens do not say where they end in the text."""
     template = open_template(name, tmp_path, tiny_tokenizer)
-    for messages in conversations(name)[:60]:
+    for messages in conversations(name):
         ((tokens, spans),) = encode_conversation(tiny_tokenizer, template, messages)
         assert tokens == encode_chat(tiny_tokenizer, template, messages, generation=False)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -248,6 +248,7 @@ def test_each_answer_is_learned_as_it_was_given(model):
     folder, tokenizer, reference = model("qwen3")
     template = open_template("own", folder, tokenizer)
     drawn, several = random.Random(0), 0
+    supervise_all = InstructionSection("", max_seq_len=10**6, train_on_inputs=True)
     for _ in range(60):
         messages = conversation(drawn, system=True)
         found = encode_conversation(tokenizer, template, messages)
@@ -257,9 +258,10 @@ def test_each_answer_is_learned_as_it_was_given(model):
         for place, (tokens, spans) in zip(answers, found, strict=True):
             prompt = reference.apply_chat_template(messages[:place], add_generation_prompt=True)["input_ids"]
             whole = reference.apply_chat_template(messages[: place + 1])["input_ids"][:-1]  # but for the line's end
-            assert (tokens, spans) == (whole, [(len(prompt), len(whole))]) or len(answers) == 1
-            assert tokens[len(prompt) :] == whole[len(prompt) :] or len(answers) == 1
-        everything = encode_examples(messages, tokenizer, template, train_on_inputs=True, max_seq_len=10**6)
+            assert spans == [(len(prompt), len(whole))]
+            assert tokens[: len(whole)] == whole
+            assert len(tokens) - len(whole) == (len(answers) == 1)  # one answer's text is the whole conversation's
+        everything = encode_examples(messages, tokenizer, template, supervise_all)
         assert [example.unsupervised for example, _ in everything] == [0]
     assert several
 
@@ -293,7 +295,7 @@ def test_the_default_of_several_is_taken(model):
     assert (
         open_template(None, folder, tokenizer).prompt("a") == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     )
-    for wrong in (several[:1], 3, {"default": text}):
+    for wrong in (several[:1], 3, {"default": text}, [{"name": ["default"]}, 3]):
         folder, tokenizer, _ = model("chatml", chat_template=wrong)
         with pytest.raises(ValueError, match="chat_template must be text, or a list with one named default, not"):
             open_template(None, folder, tokenizer)
@@ -350,6 +352,19 @@ def test_a_template_without_a_generation_prompt(model):
     folder, tokenizer, _ = model("chatml", text)
     with pytest.raises(ValueError, match=r"has no generation prompt: it does not write '<\|im_start\|>assistant\\n'"):
         open_template(None, folder, tokenizer)
+
+
+def test_a_template_that_opens_answers_otherwise(model):
+    """As those do that begin to think in a prompt, and leave it out in the conversation: fit for chats alone."""
+    text = (FOLDER / "chatml.jinja").read_text().replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+    folder, tokenizer, _ = model("chatml", text)
+    template = open_template(None, folder, tokenizer)
+    assert template.prompt("a").endswith("<think>\n")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(
+        ValueError, match=r"opens an answer otherwise than it writes messages\[1\], so it can't be told"
+    ):
+        encode_conversation(tokenizer, template, messages)
 
 
 def test_nobody_but_the_assistant_writes_special_tokens(model):

@@ -184,6 +184,8 @@ def test_a_chat_in_the_models_own_template(own, chat_directory):
     assert choice["prompt_token_ids"] == published.apply_chat_template(
         wanted, add_generation_prompt=True, return_dict=False
     )
+    for path, empty in (("completions", {"prompt": ""}), ("completions", {"prompt": ["a", ""], "echo": True})):
+        assert own.ask(f"/v1/{path}", {"model": "tiny", **empty})[0] == 400
     info = json.loads(own.ask("/k2mini/info")[2])
     assert (info["template"], info["templates"]) == ("alpaca_short", ["own", "chatml", "alpaca_short"])
     assert json.loads(own.ask("/tokenize", {"prompt": "<|endoftext|>"})[2])["tokens"] == [0]
@@ -224,7 +226,11 @@ def test_every_end_token_ends_an_answer(chat_directory, tmp_path):
         (choice,) = json.loads(running.ask(f"/v1/{path}", body)[2])["choices"]
         running.stop()
         assert choice["finish_reason"] == "stop"
-        assert choice["token_ids"] == found[number][: found[number].index(end)]
+        before = found[number][: found[number].index(end)]
+        assert choice["token_ids"] == before
+        stream = running.tokenizer.stream()
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        assert text == "".join(map(stream.push, before)) + stream.flush()  # the end token has a text, too
 
 
 def test_without_a_limit_a_chat_goes_on_to_the_end_of_the_context(server, client):
