@@ -100,6 +100,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
     target, equals, text = override.partition("=")
     section, dot, key = target.partition(".")
+    if target and text == "null" and not dot:  # such as lora=null
+        raw[target] = None
+        return
     if not equals or not dot or not key:
         errors.append(f"override {short(override)} is not section.key=value")
         return
@@ -108,7 +111,7 @@ def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
     except (*_INVALID, RecursionError):
         errors.append(f"override {short(override)}: the value is not valid YAML")
         return
-    content = raw.setdefault(section, {})
+    content = raw[section] = {} if raw.get(section) is None else raw[section]
     if isinstance(content, dict):
         content[key] = value
 

@@ -4,8 +4,8 @@ from typing import get_type_hints
 
 import pytest
 
-from k2mini.config import FinetuneConfig, PretrainConfig
-from k2mini.config_file import load_config
+from k2mini.config import LORA_TARGETS, FinetuneConfig, PretrainConfig
+from k2mini.config_file import config_kind, load_config
 from tests.conftest import ROOT
 
 GOOD = """
@@ -44,7 +44,7 @@ def test_all_errors_come_at_once(write):
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
         load_config(
             PretrainConfig,
-            write("run: {dir: 3}\nmodel: {pth: base}\ntrain: {lr: fast, max_step: 10}\nlora: {rank: 8}\n"),
+            write("run: {dir: 3}\nmodel: {pth: base}\ntrain: {lr: fast, max_step: 10}\nlor: {rank: 8}\n"),
             ["train.schedule=sine", "nonsense"],
         )
     message = str(caught.value)
@@ -56,10 +56,34 @@ def test_all_errors_come_at_once(write):
         "unknown key train.max_step; did you mean train.max_steps?",
         "train.schedule must be one of constant, linear, cosine, not 'sine'",
         "data is missing",
-        "unknown key lora",
+        "unknown key lor; did you mean lora?",
         "override 'nonsense' is not section.key=value",
     ]:
         assert part in message
+
+
+def test_lora_may_be_null_and_its_modules_a_word(write):
+    assert load_config(PretrainConfig, write(GOOD)).lora is None
+    everything = load_config(PretrainConfig, write(GOOD), ["lora.rank=4", "lora.target_modules=all"]).lora
+    assert everything.rank == 4
+    assert everything.target_modules == [*LORA_TARGETS]
+    assert load_config(FinetuneConfig, write(GOOD), ["lora=null"]).lora is None
+    assert load_config(FinetuneConfig, write(GOOD + "lora: null"), ["lora.rank=4"]).lora.rank == 4
+    with pytest.raises(ValueError, match="override 'lora=5' is not section"):
+        load_config(PretrainConfig, write(GOOD), ["lora=5"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind"),
+    [
+        ("data: {seq_len: 8}\nlora: {rank: 2}\n", PretrainConfig),
+        ("data: {template: alpaca}\nlora: null\n", FinetuneConfig),
+        ("data: {path: x}\nlora: {rank: 2}\n", FinetuneConfig),
+        ("data: {path: x}\n", PretrainConfig),
+    ],
+)
+def test_the_keys_of_data_say_what_a_file_is_for(write, sections, kind):
+    assert config_kind(write(sections)) is kind
 
 
 @pytest.mark.parametrize(
