@@ -24,7 +24,7 @@ from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.weights.adapter import check_base, checked_adapter, load_adapter, merged_reader
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, model_directory
 
 log = logging.getLogger(__name__)
 KINDS = {"int8": quant.Int8Linear, "w8a8": quant.DynamicLinear}
@@ -40,7 +40,7 @@ def load_model(
     merge: bool = False,
     quantize_head: bool = False,
 ) -> tuple[Llama, Tokenizer | None]:
-    """Load a Hugging Face LLaMA directory, in evaluation mode.
+    """Load a Hugging Face directory of one of `architectures.ARCHITECTURES`, in evaluation mode.
 
     Weights whose dtype and device are already right stay memory-mapped; others are converted one tensor at a time, so
     that the model is never in memory twice.
@@ -71,12 +71,12 @@ def load_model(
     model.to(dtype)
     _quantize(model, quantize)
     if adapter is not None and merge:
-        reader = merged_reader(opened, [Path(adapter)])
+        reader = merged_reader(opened, [model_directory(adapter)])
     elif adapter is not None:
-        attach(model, section := checked_adapter(Path(adapter), opened))
+        attach(model, section := checked_adapter(model_directory(adapter), opened))
     _materialise(model, reader, device)
     if adapter is not None and not merge:
-        load_adapter(model, Path(adapter), section)
+        load_adapter(model, model_directory(adapter), section)
     if quantize_head and quantize is not None:
         model.quantized_head = quant.quantized_head(model.head_weight, KINDS[quantize])
     return model.eval(), tokenizer
@@ -193,7 +193,7 @@ def training_model(
         raise ValueError(f"{directory.path} is quantised; train adapters over it with model.quantize=int8")
     directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
-        check_base(Path(lora.init_adapter), directory)
+        check_base(model_directory(lora.init_adapter), directory)
     model.to(kept := kept_dtype(section, lora))
     mesh = device_mesh(world, parallel) if is_sharded(section, parallel, lora, world.size) else None
     make_trainable(model, section, train, parallel, lora, world.device, mesh)

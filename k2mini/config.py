@@ -59,7 +59,7 @@ class ModelSection:
     Parameters that train, their gradients and AdamW's moments are kept in float32 at least.
     """
 
-    path: str  # a Hugging Face directory of a LLaMA, with its tokenizer.model; demo:base is the demo's
+    path: str  # a Hugging Face directory with its tokenizer, or an id (extra: hub); demo:base is the demo's
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
     quantize: Literal["int8"] | None = None  # the frozen base of LoRA in int8
 
@@ -71,7 +71,7 @@ class CorpusSection:
     Documents are prepared on first use, into `run.dir`.
     """
 
-    path: str  # the directory, a file, or a folder of files; demo:corpus.jsonl is the demo's
+    path: str  # the directory, a file, or a folder of files, or its hf://…; demo:corpus.jsonl is the demo's
     val_path: str | None = None  # documents to validate on; null: the split that `prepare --val-percent` made, if any
     seq_len: int = 1024  # tokens a block
     eos: bool = True  # EOS after each document (BOS stands before it in any case)
@@ -81,12 +81,15 @@ class CorpusSection:
 
 @dataclass(frozen=True)
 class InstructionSection:
-    """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`."""
+    """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`.
 
-    path: str  # the file; demo:general.json and demo:expert.json are the demo's
+    Or conversations, of which each answer is learned: `messages`, or `conversations` as ShareGPT has them.
+    """
+
+    path: str  # the file, or its hf://…; demo:general.json and demo:expert.json are the demo's
     val_path: str | None = None  # a file to validate on
     val_size: int = 0  # so many records of `path`, drawn by run.seed, validate and are not trained on
-    template: str = "alpaca"  # of the prompt, as of `k2mini generate --template`
+    template: str | None = None  # as of `k2mini generate --template`; null: the model's own, or else alpaca
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
     train_on_inputs: bool = False  # if true, the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
@@ -213,7 +216,7 @@ class EvalSection:
     every: int = 0  # steps between its runs, the last of them after the last step; 0: never
     limit: int | None = None  # so many questions of each task, the first ones; null: all
     scoring: str = "letter"  # as of `k2mini eval --scoring`
-    template: str = "alpaca"  # as of `k2mini eval --template`
+    template: str | None = None  # as of `k2mini eval --template`; null: the model's own, or else alpaca
     answer_prefix: str = ""  # what the answer begins with, after the prompt
 
     def __post_init__(self) -> None:

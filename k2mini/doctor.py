@@ -92,7 +92,7 @@ def demo(device: torch.device) -> str:
     model, tokenizer = load_model(BASE, device=device)
     assert tokenizer is not None
     prompt = tokenizer.encode("A cat is", bos=True, eos=False)
-    (answer,) = generate(model, [prompt], Decoding(12), stop_ids=[tokenizer.eos_id])
+    (answer,) = generate(model, [prompt], Decoding(12), stop_ids=tokenizer.stop_ids)
     return f"A cat is {tokenizer.decode(answer.tokens).strip()}"
 
 

@@ -6,25 +6,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from k2mini.architectures import LinearRopeScaling, Llama3RopeScaling
 from k2mini.cli import main
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.model_config import Llama3RopeScaling, ModelConfig
+from k2mini.model_config import ModelConfig
 from k2mini.nn.init import init_weights
 from k2mini.nn.llama import Llama
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor do programs that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub itself
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(os.environ.get("K2MINI_ASSETS", ROOT.parent / "shared"))
 
-# Shapes that differ in what can go wrong: heads, groups, tying, rotary scaling, head_dim unlike dim / heads.
+# Shapes that differ in what can go wrong: heads, groups, tying, rotary scaling, head_dim unlike dim / heads, a window
+# shorter than most prompts, biases, norms of q and k.
 SHAPES = {
     "multi-head": {},
     "grouped": {"num_kv_heads": 2},
     "tied": {"tie_embeddings": True},
     "llama3-rope": {"num_kv_heads": 1, "rope_theta": 5e5, "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 64)},
-    "wide-heads": {"head_dim": 32, "norm_eps": 1e-5},
+    "wide-heads": {"head_dim": 32, "norm_eps": 1e-5, "rope_scaling": LinearRopeScaling(4.0)},
+    "mistral": {"num_kv_heads": 2, "sliding_window": 4},
+    "qwen2": {"num_kv_heads": 2, "attention_bias": True, "rope_scaling": LinearRopeScaling(2.5)},
+    "qwen3": {"num_kv_heads": 2, "head_dim": 32, "qk_norm": True, "tie_embeddings": True},
 }
 
 
@@ -47,6 +53,10 @@ def tiny_llama(config: ModelConfig | None = None, seed: int = 0, dtype=torch.flo
     """A random model whose logits have a standard deviation near 1, so that tolerances mean something."""
     model = Llama(config or tiny_config())
     init_weights(model, seed, std=0.12)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.to(dtype).eval()
 
 
@@ -80,6 +90,15 @@ def real_model() -> Path:
     if not folder:
         pytest.skip("no real model; build one (assets/make_smollm2.py DIR) and set K2MINI_REAL_MODEL=DIR")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_json(real_model) -> Path:
+    """SmolLM2-135M with its own tokenizer, a tokenizer.json."""
+    folder = real_model.with_name(f"{real_model.name}-json")
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; python tests/make_smollm2_json.py {real_model} makes it")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +145,16 @@ def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
     config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
     save_model(tiny_llama(config).state_dict(), config, directory, tokenizer=tiny_tokenizer)
     return directory
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory) -> Path:
+    """A tiny random model with a byte-level tokenizer.json and a ChatML template of its own."""
+    from tests.helpers import make_chat_model
+
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package)
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Adapters, examples and settings that several test modules use."""
 
+import json
+import shutil
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -7,10 +10,53 @@ from k2mini.config import LoraSection, TrainSection
 from k2mini.data.packing import Example
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
-from tests.conftest import tiny_llama
+from k2mini.weights.model_files import save_model
+from tests.conftest import tiny_config, tiny_llama
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.randint(199, (2, 25), generator=torch.Generator().manual_seed(1))
+
+
+# As SmolLM2's, but that it refuses two messages of one role in a row, as Gemma's does.
+CHATML = (
+    "{% for message in messages %}"
+    "{% if not loop.first and message['role'] == messages[loop.index0 - 1]['role'] %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_chat_model(folder, template=CHATML, ends=None, seed=0):
+    """A tiny model with a byte-level tokenizer.json whose EOS is <|endoftext|>, and a chat template of its own.
+
+    Args:
+        template: None: it has none.
+        ends: the list of generation_config.json, if it has one.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(["granite is a rock, basalt is a rock of the mantle. "] * 9, 300, 2, False, names)
+    config = tiny_config(vocab_size=made.get_vocab_size(), max_seq_len=512)
+    save_model(tiny_llama(config, seed).state_dict(), config, folder)
+    made.save(str(folder / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[0]}
+    if template is not None:
+        fields["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    if ends is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return folder
+
+
+def copy_model(source, folder, **generation):
+    """A copy of a model, with another generation_config.json."""
+    shutil.copytree(source, folder)
+    (folder / "manifest.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
 
 
 def fill_adapters(model: Llama, std: float = 0.1) -> None:

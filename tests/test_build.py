@@ -141,7 +141,7 @@ def test_each_file_of_a_directory_is_opened_once(tiny_directory, monkeypatch):
     _, tokenizer = load_model(directory)
     assert directory.require_tokenizer() is tokenizer
     assert directory.fingerprint() == ModelDirectory(tiny_directory).fingerprint()
-    once = {"config.json": 1, "manifest.json": 1, "tokenizer.model": 1}
+    once = {"config.json": 1, "manifest.json": 1, "tokenizer.model": 1, "generation_config.json": 1}
     assert opened == {**once, "model.safetensors": 2}  # the second for the comparison
 
 

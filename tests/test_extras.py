@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from k2mini.errors import EXTRAS, need_extra
 from k2mini.evaluation.report import Result
 from tests.conftest import ROOT
+from tests.json_tokenizer import write_json_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # What an extra brings, and the modules through which k2mini gets at it.
@@ -129,9 +131,50 @@ def test_gguf_without_its_extra(tiny_directory, tmp_path, run, without):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tokenizer_json_without_its_extra(tiny_directory, tmp_path, run, without):
+    """Beside a tokenizer.model that has all its tokens it is not needed."""
+    path = write_json_tokenizer(tmp_path / "model")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_directory / name, tmp_path / "model" / name)
+    (tmp_path / "text.txt").write_text("granite")
+    without("tokenizers")
+    assert_one_sentence(run("generate", "--model", tmp_path / "model", "--prompt", "granite"), "tokenizers")
+    prepare = ["prepare", tmp_path / "text.txt", "--out", tmp_path / "out", "--tokenizer"]
+    assert_one_sentence(run(*prepare, path), "tokenizers")
+    assert_one_sentence(run(*prepare, tmp_path / "model"), "tokenizers")
+    assert not (tmp_path / "out").exists()
+    shutil.copyfile(tiny_directory / "tokenizer.model", tmp_path / "model" / "tokenizer.model")
+    content = json.loads(path.read_text())
+    content["model"]["vocab"], content["added_tokens"] = {"<s>": 1}, []
+    path.write_text(json.dumps(content))
+    status, _, err = run("generate", "--model", tmp_path / "model", "--prompt", "granite", "--max-new-tokens", 1)
+    assert status == 0, err
+    assert "has two tokenizers; tokenizer.model is taken, for it has all tokens of the other" in err
+
+
 def test_tensorboard_without_its_extra(pretraining, run, without):
     without("tensorboard")
     assert_one_sentence(run(*pretraining), "tensorboard")
+
+
+def test_a_models_own_template_without_its_extra(tiny_directory, tmp_path, run, without):
+    """No other template is taken in its place, unless one is named."""
+    without("chat")
+    shutil.copytree(tiny_directory, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    chat = [{"role": "user", "content": "granite is"}, {"role": "assistant", "content": "rock"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": chat}]))
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"path": str(tmp_path / "data.json"), "max_seq_len": 64},
+        "train": {"lr": 1e-3, "global_batch_size": 1, "micro_batch_size": 1, "max_steps": 1},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert_one_sentence(run("preview", tmp_path / "config.yaml"), "chat")
+    assert_one_sentence(run("finetune", tmp_path / "config.yaml"), "chat")
+    assert not (tmp_path / "run").exists()
+    assert run("preview", tmp_path / "config.yaml", "data.template=llama2")[0] == 0
 
 
 def test_the_demo_without_the_picture(tmp_path, monkeypatch, caplog, without):
@@ -149,6 +192,17 @@ def test_the_demo_without_the_picture(tmp_path, monkeypatch, caplog, without):
     assert line == f"no loss.png, the stages' loss curves: {need_extra('plot')}"
     assert (tmp_path / "report.json").exists()
     assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "eval", "serve"])
+def test_asking_in_a_models_own_template_without_its_extra(chat_directory, tmp_path, run, without, command):
+    """It is not passed over in silence; another template does without."""
+    (tmp_path / "rocks.jsonl").write_text('{"question": "What?", "choices": ["rock", "fruit"], "answer": "A"}\n')
+    more = {"generate": ["--prompt", "granite"], "eval": ["--benchmark", tmp_path / "rocks.jsonl"]}.get(command, [])
+    without("chat")
+    assert_one_sentence(run(command, "--model", chat_directory, *more), "chat")
+    if more:
+        assert run(command, "--model", chat_directory, *more, "--template", "alpaca")[0] == 0
 
 
 def drawn(monkeypatch):
@@ -241,3 +295,23 @@ def test_tensorboard_gets_what_metrics_jsonl_has(pretraining, tmp_path, run):
     assert [event.step for event in events] == [line["step"] for line in lines] == [1, 2]
     assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
     assert set(board.Tags()["scalars"]) == set(lines[0]) - {"step"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "by_hand"),
+    [
+        (["info", "daven3/k2-v1"], "there is no directory daven3/k2-v1", "daven3/k2-v1 --local-dir k2-v1"),
+        (["info", "daven3/k2-v1@main"], "there is no directory", "daven3/k2-v1 --revision main --local-dir k2-v1"),
+        (["prepare", "hf://datasets/o/d/x.txt", "--tokenizer", "t", "--out", "o"], "there is no file hf://datasets/o/d",
+         "o/d x.txt --repo-type dataset --local-dir d"),
+    ],
+)  # fmt: skip
+def test_the_hub_by_hand(without, run, monkeypatch, tmp_path, arguments, missing, by_hand):
+    """The command that downloads, beside the extra that would."""
+    without("hub")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"k2mini: {missing}")
+    assert f"download it first (pip install huggingface_hub): hf download {by_hand}; or {need_extra('hub')}" in err
+    assert len(err.splitlines()) == 1

@@ -9,8 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "k2mini"
 # A module may import from its own layer's folder and from earlier layers.
 LAYERS = [
-    {"config", "errors", "files", "sizes"},
-    {"dtypes", "model_config"},
+    {"architectures", "config", "errors", "files", "sizes"},
+    {"dtypes", "hub", "model_config"},
     {"config_file", "distributed", "gpu"},
     {"nn"},
     {"data"},
@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RUNTIME = {"torch", "sentencepiece", "safetensors", "numpy", "yaml", "tqdm"}
 # Extras are imported where they are used, never at module level.
-EXTRAS = {"matplotlib", "tensorboard", "gguf", "triton", "uvicorn"}
+EXTRAS = {"matplotlib", "tensorboard", "gguf", "triton", "uvicorn", "tokenizers", "jinja2", "huggingface_hub"}
 
 
 def imports(path):

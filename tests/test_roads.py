@@ -20,9 +20,9 @@ ARCHITECTURE = ROOT / ".github" / "ARCHITECTURE.md"
 LIMITS = {
     "training": (18, None),
     "training, core": (8, 1200),
-    "generate": (16, None),  # with the scheduler, which answers many at once
+    "generate": (17, None),  # with the scheduler, which answers many at once, and chat templates
     "generate, core": (8, 1430),
-    "eval": (18, None),
+    "eval": (19, None),  # with chat templates
     "delta": (9, None),
 }
 # The functions that make a core: a batch, its learning rate and the step; a token, from the logits before it to its id.

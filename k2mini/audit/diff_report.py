@@ -60,11 +60,11 @@ def _change_map(changes: list[Change], layers: list[int]) -> page.Section:
     """Layers by modules, coloured by the relative change; a module that has no entry is blank."""
     inner = [change.name.removesuffix(".weight").split(".", 3)[3] for change in changes if ".layers." in change.name]
     kinds = list(dict.fromkeys(inner))
-    relative = {change.name: 100 * change.relative for change in changes}
-    found = [[relative.get(f"model.layers.{layer}.{kind}.weight") for kind in kinds] for layer in layers]
+    relative = {change.name.removesuffix(".weight"): 100 * change.relative for change in changes}
+    found = [[relative.get(f"model.layers.{layer}.{kind}") for kind in kinds] for layer in layers]
     grid = [[value or 0.0 for value in row] for row in found]
     texts = [["" if value is None else f"{value:.2g}" for value in row] for row in found]
-    columns = [kind.split(".")[-1].removesuffix("_proj").removesuffix("_layernorm") for kind in kinds]
+    columns = [kind.split(".", 1)[-1].replace("_proj", "").removesuffix("_layernorm") for kind in kinds]
     draw = partial(page.heat_map, values=grid, rows=[*map(str, layers)], columns=columns, texts=texts)
     lead = "The change of each tensor, relative to its length (Frobenius norm)."
     scale = page.span_of(grid, "% of the tensor's length")

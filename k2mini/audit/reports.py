@@ -23,12 +23,14 @@ from k2mini.audit.patching import (
     patch_heads,
     patch_positions,
 )
+from k2mini.data.prompts import encode_text
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.llama import Llama
 
 log = logging.getLogger(__name__)
 
 BLANKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+BYTES = {0xDC00 + byte: f"<0x{byte:02X}>" for byte in range(128, 256)}  # of what is not UTF-8, as Python escapes it
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Report:
 
 def visible(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, all of it to be seen: blanks as signs, what shows nothing as <200B>, lone bytes as <0xE2>."""
-    text = tokenizer.piece_bytes(token).decode(errors="replace")
-    text = (text if text and "\ufffd" not in text else tokenizer.piece(token)).translate(BLANKS)
+    text = tokenizer.piece_bytes(token).decode(errors="surrogateescape") or tokenizer.piece(token)
+    text = text.translate(BLANKS).translate(BYTES)
     return "".join(char if char.isprintable() else f"<{ord(char):04X}>" for char in text)
 
 
@@ -54,8 +56,8 @@ def first_token(tokenizer: Tokenizer, prompt: str, answer: str, what: str = "the
     """
     if not answer:
         raise ValueError(f"{what} is empty")
-    before = tokenizer.encode(prompt, bos=True, eos=False)
-    joint = tokenizer.encode(prompt + answer, bos=True, eos=False)
+    before = encode_text(tokenizer, prompt)
+    joint = encode_text(tokenizer, type(prompt)(prompt + answer))
     place = next((i for i, (a, b) in enumerate(zip(before, joint, strict=False)) if a != b), len(before))
     if place >= len(joint):
         raise ValueError(f"{what} {answer!r} adds no token to the prompt")
@@ -67,7 +69,7 @@ def first_token(tokenizer: Tokenizer, prompt: str, answer: str, what: str = "the
 
 def lens_report(model: Llama, tokenizer: Tokenizer, name: str, prompt: str, answer: str | None) -> Report:
     """The logit lens over a prompt: the likeliest next token after each layer, and where the answer's rank rises."""
-    tokens = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = encode_text(tokenizer, prompt)
     target = first_token(tokenizer, prompt, answer, f"{name}: the target") if answer is not None else None
     lens = logit_lens(model, tokens, target)
     columns = [visible(tokenizer, token) for token in tokens]
@@ -139,7 +141,7 @@ def attention_report(
         raise ValueError(f"--layer {layer}: the model has layers 0 to {number - 1}")
     if head is not None and not 0 <= head < heads:
         raise ValueError(f"--head {head}: the model has heads 0 to {heads - 1}")
-    tokens = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = encode_text(tokenizer, prompt)
     patterns = attention_patterns(model, tokens).float()
     columns = [visible(tokenizer, token) for token in tokens]
     scores = (entropies(patterns), previous_token_scores(patterns), induction_scores(model))
@@ -200,7 +202,7 @@ def attribution_report(
     model: Llama, tokenizer: Tokenizer, name: str, prompt: str, answer: str, foil: str | None
 ) -> Report:
     """Direct logit attribution: what each head and MLP adds to the answer's logit (above the foil's)."""
-    tokens = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = encode_text(tokenizer, prompt)
     target = first_token(tokenizer, prompt, answer, f"{name}: the target")
     other = first_token(tokenizer, prompt, foil, f"{name}: the foil") if foil is not None else None
     found = direct_logit_attribution(model, tokens, target, other)
@@ -241,7 +243,7 @@ def patch_report(
     model: Llama, tokenizer: Tokenizer, name: str, clean: str, corrupted: str, answer: str, foil: str | None, point: str
 ) -> Report:
     """Activation patching: what part of the metric each clean activation restores in the corrupted run."""
-    clean_tokens, corrupted_tokens = (tokenizer.encode(text, bos=True, eos=False) for text in (clean, corrupted))
+    clean_tokens, corrupted_tokens = (encode_text(tokenizer, text) for text in (clean, corrupted))
     metric, what = _patch_metric(tokenizer, name, clean, answer, foil)
     clean_value = metric(final_logits(model, clean_tokens))
     corrupted_value = metric(final_logits(model, corrupted_tokens))

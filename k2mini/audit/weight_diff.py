@@ -193,11 +193,11 @@ def moved_rows(before: Path, after: Path, number: int = 20) -> list[tuple[int, f
 
 
 def by_module(changes: list[Change]) -> dict[str, float]:
-    """The relative change of each kind of module (q_proj, …): the root mean square over all layers."""
+    """The relative change of each kind of module (q_proj, q_proj.bias, …): the root mean square over all layers."""
     kinds: dict[str, list[float]] = {}
     for change in changes:
         parts = change.name.removesuffix(".weight").split(".")
-        kinds.setdefault(parts[-1], []).append(change.relative)
+        kinds.setdefault(".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1], []).append(change.relative)
     return {kind: (sum(v * v for v in values) / len(values)) ** 0.5 for kind, values in sorted(kinds.items())}
 
 

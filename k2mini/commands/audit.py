@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import COMPUTE, DEBUG, LIST
+from k2mini.commands.common import COMPUTE, DEBUG, LIST, TEMPLATE_HELP
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 def audit_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands `audit lens`, `attention`, `attribute`, `patch` and `diff`."""
-    from k2mini.evaluation.instances import EvalConfig
-
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page that a browser shows")
     output.add_argument("--force", action="store_true", help="replace FILE")
@@ -38,7 +36,7 @@ def audit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("FILE", "TASK", "N"),
         help="question N (from 0) of a benchmark, as eval asks it, such as geobench_npee.json npee/choice 3",
     )
-    asked.add_argument("--template", metavar="NAME", help=f"of --question (default: {EvalConfig.template})")
+    asked.add_argument("--template", metavar="NAME", help=f"of --question: {TEMPLATE_HELP} (default: the last model's)")
     kinds: Any = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, declare, what in (
         ("lens", _lens_arguments, "what each layer would answer"),
@@ -83,8 +81,11 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
     Raises ValueError where there is no such question, no target, or nothing to replace.
     """
+    from k2mini.data.chats import open_template
+    from k2mini.data.prompts import Rendered
     from k2mini.evaluation.benchmarks import read_benchmark
     from k2mini.evaluation.instances import EvalConfig
+    from k2mini.weights.model_directory import ModelDirectory
 
     if options.question is not None:
         file, task, number = options.question
@@ -93,8 +94,11 @@ def _read_prompt(options: argparse.Namespace) -> None:
             tasks = Counter(known for known, _ in questions)
             there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
             raise ValueError(f"{file} has no question {task} {number}; it has {there}")
-        config, question = EvalConfig(template=options.template or EvalConfig.template), questions[task, number]
-        options.prompt, options.asked = config.prompt(question), f"{task} {number}: {question.stem}"
+        directory, question = ModelDirectory(options.model[-1]), questions[task, number]
+        template = open_template(options.template, directory.path, directory.require_tokenizer())
+        prompt = EvalConfig(template=template).prompt(question)
+        options.prompt = Rendered(prompt) if template.special else prompt
+        options.asked = f"{task} {number}: {question.stem}"
         if getattr(options, "target", "") is None:
             options.target = question.answer
     elif options.template is not None:
@@ -106,6 +110,8 @@ def _read_prompt(options: argparse.Namespace) -> None:
         if options.prompt.count(old) != 1:
             raise ValueError(f"--replace {old!r}: the prompt has it {options.prompt.count(old)} times, and not once")
         options.corrupted = options.prompt.replace(old, new)
+    if getattr(options, "corrupted", None) is not None:
+        options.corrupted = type(options.prompt)(options.corrupted)  # encoded as the prompt is
 
 
 def _page(options: argparse.Namespace) -> AbstractContextManager[None]:
@@ -233,12 +239,13 @@ def run_diff(options: argparse.Namespace) -> None:
     from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     with _page(options):
-        base, paths = ModelDirectory(options.base), list(map(Path, options.others))
+        base, paths = ModelDirectory(options.base), [model_directory(path) for path in options.others]
+        names = dict(zip([base.path, *paths], [options.base, *options.others], strict=True))
         # All are checked before the first takes its minutes.
         adapters = {path for path in paths if (path / CONFIG).is_file()}
         for path in paths:
             if path not in adapters:
-                check_shapes(base.path, model_directory(path))
+                check_shapes(base.path, path)
         models = [base, *(ModelDirectory(path) for path in paths if path not in adapters)]
         bases = {path: check_base(path, *models) for path in adapters}
         for path in adapters:
@@ -249,7 +256,7 @@ def run_diff(options: argparse.Namespace) -> None:
             if path in adapters:
                 changes, moved = diff_adapter(own.path, path), []
             else:
-                changes = diff_checkpoints(base.path, model_directory(path), subspace=options.subspace)
+                changes = diff_checkpoints(base.path, path, subspace=options.subspace)
                 moved = moved_rows(base.path, path)
-            found.append(diff_report(f"{own.path} → {path}", changes, moved, base.tokenizer))
+            found.append(diff_report(f"{names[own.path]} → {names[path]}", changes, moved, base.tokenizer))
         _finish(options, "What training changed", found)

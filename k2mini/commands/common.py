@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
+from k2mini.data.chats import CHAT_TEMPLATES
+from k2mini.data.prompts import TEMPLATES
 
 
 class PrintVersion(argparse.Action):
@@ -23,6 +25,10 @@ class PrintVersion(argparse.Action):
 
 
 LIST: Any = {"nargs": "+", "action": "extend"}  # an option that takes several values, and more where it is repeated
+# How a model is asked.
+TEMPLATE_HELP = f"{', '.join((*TEMPLATES, *CHAT_TEMPLATES))}, or own, the model's chat template"
+TEMPLATE: Any = {"metavar": "NAME", "help": f"{TEMPLATE_HELP} (default: own where there is one, else alpaca)"}
+
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -47,7 +53,7 @@ _group.add_argument(
 
 # The model that a command loads. LOADED are the parameters of `load_model` that options name as it does.
 MODEL = argparse.ArgumentParser(add_help=False)
-MODEL.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face LLaMA directory")
+MODEL.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory, or an id (extra: hub)")
 MODEL.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for it (PEFT's format)")
 MODEL.add_argument("--merge", action="store_true", help="put the adapter into the weights (default: beside them)")
 MODEL.add_argument(

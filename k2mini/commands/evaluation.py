@@ -11,13 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST, LOADED
-from k2mini.data.prompts import TEMPLATES, utf8
+from k2mini.commands.common import LIST, LOADED, TEMPLATE
+from k2mini.data.chats import open_template, stop_ids
+from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.inference.decoding import Decoding
+    from k2mini.weights.model_directory import ModelDirectory
 
     Inputs = tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]
 
@@ -53,12 +56,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of text: divide by the option's length or not (default: {EvalConfig.normalize})",
     )
     parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
-    parser.add_argument(
-        "--template",
-        default=EvalConfig.template,
-        metavar="NAME",
-        help=f"{', '.join(TEMPLATES)} (default: {EvalConfig.template})",
-    )
+    parser.add_argument("--template", **TEMPLATE)
     parser.add_argument(
         "--answer-prefix",
         type=utf8,
@@ -99,34 +97,34 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.weights.model_directory import ModelDirectory
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
-    inputs = _read_inputs(options)
-    ModelDirectory(options.model).require_tokenizer_file()
+    directory = ModelDirectory(options.model)
+    inputs = _read_inputs(options, open_template(options.template, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:
         with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
-            _evaluate(options, inputs, decoding)
+            _evaluate(options, directory, inputs, decoding)
     finally:
         if created:
             with suppress(OSError):  # it has something in it, unless nothing came of it
                 options.out.rmdir()
 
 
-def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -> None:
+def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding) -> None:
     from k2mini.build import empty_model, open_model
     from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.inference.compile import compile_decoding
-    from k2mini.weights.model_directory import ModelDirectory
 
     (config, questions, pairs, texts), out = inputs, options.out
-    directory = ModelDirectory(options.model)
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
+    if pairs and (ends := stop_ids(tokenizer, config.shape)) != (tokenizer.eos_id,):
+        made_by["stop_ids"] = list(ends)
     if out is not None:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
     wanted = {name: getattr(options, name) for name in LOADED}
@@ -137,12 +135,12 @@ def _evaluate(options: argparse.Namespace, inputs: Inputs, decoding: Decoding) -
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
     if pairs:
         report["subjective"] = [
-            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=options.template, out=out)
+            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.shape, out=out)
             for task in pairs
         ]
     if texts:
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
-        report["perplexity"] = {"files": [str(path) for path in options.perplexity], **asdict(found)}
+        report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
     try:
         if options.json:
             print(json.dumps(report, ensure_ascii=False))
@@ -166,11 +164,12 @@ def kept_by(
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
+    from k2mini.weights.model_directory import model_directory
 
     made_by: dict[str, Any] = {"model": fingerprint, "adapter": None}
     made_by |= {name: getattr(options, name) for name in ("merge", "quantize", "quantize_head")}
     if options.adapter is not None:
-        files = sorted(Path(options.adapter).glob("adapter_*"))
+        files = sorted(model_directory(options.adapter).glob("adapter_*"))
         made_by["adapter"] = digest([(file.name, sha256(file)) for file in files])
     if pairs:
         made_by |= {"open_tasks": list(pairs), "max_new_tokens": options.max_new_tokens}
@@ -180,11 +179,11 @@ def kept_by(
     return made_by
 
 
-def _read_inputs(options: argparse.Namespace) -> Inputs:
+def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
     """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
+    from k2mini.data.documents import read_user_text
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
-    from k2mini.files import read_text
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -192,7 +191,7 @@ def _read_inputs(options: argparse.Namespace) -> Inputs:
         raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
     config = EvalConfig(
         options.scoring,
-        options.template,
+        template,
         options.answer_prefix.replace("\\n", "\n"),
         options.normalize,
         options.score_end,
@@ -217,7 +216,7 @@ def _read_inputs(options: argparse.Namespace) -> Inputs:
             tasks += [f"npee/{kind}" for kind in SUBJECTIVE]
         known = ", ".join(tasks) or "none, since --benchmark names no file"
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
-    texts = [read_text(path, None) for path in options.perplexity]
+    texts = [read_user_text(path) for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
 
@@ -246,10 +245,10 @@ def run_score(options: argparse.Namespace) -> None:
     """Each token of a text with its log-probability and rank, then what they come to."""
     from k2mini.audit.reports import visible
     from k2mini.build import open_model
+    from k2mini.data.documents import read_user_text
     from k2mini.evaluation.perplexity import score_text
-    from k2mini.files import read_text
 
-    text = read_text(options.input, None) if options.input is not None else options.text
+    text = read_user_text(options.input) if options.input is not None else options.text
     text = sys.stdin.read().removeprefix("\ufeff") if options.text == "-" else text
     if not text:
         raise ValueError(f"{options.input or '--text'}: there is no text to score")

@@ -11,15 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import LOADED
-from k2mini.config import InstructionSection
-from k2mini.data.prompts import TEMPLATES, Template, encode_prompt, get_template, room, utf8
+from k2mini.commands.common import LOADED, TEMPLATE
+from k2mini.data.chats import open_template, stop_ids
+from k2mini.data.prompts import encode_prompt, room, utf8
 from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.data.tokenizer import Tokenizer
     from k2mini.inference.decoding import Decoding
     from k2mini.nn.llama import Llama
+    from k2mini.weights.model_directory import ModelDirectory
+
+    Asked = tuple[ModelDirectory, Tokenizer, AnyTemplate]
 
 log = logging.getLogger("k2mini.commands")
 
@@ -67,10 +71,7 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     def number(option: str, kind: type, default: float, metavar: str, what: str) -> None:
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{what} (default: {default:g})")
 
-    template = InstructionSection.template  # what `finetune` tunes with where its file names no other
-    parser.add_argument(
-        "--template", default=template, metavar="NAME", help=f"{', '.join(TEMPLATES)} (default: {template})"
-    )
+    parser.add_argument("--template", **TEMPLATE)
     number("--max-new-tokens", int, Decoding.max_new_tokens, "N", "at most N")
     number("--temperature", float, Sampling.temperature, "T", "0 is greedy")
     number("--top-k", int, Sampling.top_k, "K", "sample among the K likeliest; 0: all")
@@ -85,16 +86,25 @@ def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--early-stopping", action="store_true", help="of beams: end when --num-beams have ended")
 
 
-def _load(options: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """The model that the options name, as they want it, and its tokenizer. Raises ValueError where it has none."""
+def _open(options: argparse.Namespace) -> Asked:
+    """The directory that the options name, its tokenizer, and how it is asked. Raises ValueError where it has none."""
+    from k2mini.weights.model_directory import ModelDirectory
+
+    directory = ModelDirectory(options.model)
+    tokenizer = directory.require_tokenizer()
+    return directory, tokenizer, open_template(options.template, directory.path, tokenizer)
+
+
+def _load(options: argparse.Namespace, directory: ModelDirectory) -> Llama:
+    """The model, as the options want it."""
     from k2mini.build import open_model
     from k2mini.inference.compile import compile_decoding
 
     wanted = {name: getattr(options, name) for name in LOADED}
-    model, directory = open_model(options.model, options.device, options.threads, **wanted)
+    model, _ = open_model(directory, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
-    return model, directory.require_tokenizer()
+    return model
 
 
 def _decoding(options: argparse.Namespace) -> Decoding:
@@ -139,22 +149,22 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
     # What costs nothing is checked before the model is loaded.
-    decoding, template = _decoding(options), get_template(options.template)
-    questions = _questions(options)
+    decoding, questions = _decoding(options), _questions(options)
+    opened = _open(options)
     if options.input is None and decoding.beams is None and not options.json and options.out is None:
-        model, tokenizer = _load(options)
-        _print_answer(model, tokenizer, encode_prompt(tokenizer, template, *questions[0]), decoding)
+        _print_answer(options, questions[0], opened, decoding)
     else:
-        _answer_all(options, questions, template, decoding)
+        _answer_all(options, questions, opened, decoding)
 
 
 def _answer_all(
-    options: argparse.Namespace, questions: list[tuple[str, str]], template: Template, decoding: Decoding
+    options: argparse.Namespace, questions: list[tuple[str, str]], opened: Asked, decoding: Decoding
 ) -> None:
     """Answer, then print or write the answers; where they can't be written, they are printed before that is said."""
     from k2mini.files import check_output, output, write_text
     from k2mini.inference.answers import Journal, answers
 
+    directory, tokenizer, template = opened
     asked = [{"prompt": question, **({"input": context} if context else {})} for question, context in questions]
     read = [path for path in (options.model, options.adapter, options.input) if path not in (None, "-")]
     out, by_line = options.out, options.out is not None and options.out.suffix.lower() == ".jsonl"
@@ -163,18 +173,18 @@ def _answer_all(
         path = out if out is None or by_line else out.with_name(f"{out.name}.part")
         if path is not None:
             check_output(path, file=True, force=True, inputs=read)
-        made_by = "" if path is None else _made_by(options, decoding)
+        made_by = "" if path is None else _made_by(options, opened, decoding)
         journal = Journal(path, asked, made_by, force=options.force)
         done = len(journal.entries)
         try:
             if done < len(asked):
-                model, tokenizer = _load(options)
+                model = _load(options, directory)
                 prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
                 for number, prompt in enumerate(prompts):
                     where = "" if options.input is None else f"{options.input}, question {number}: "
                     room(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
-                label = "answering" if len(prompts) > 1 else None
-                for found in answers(model, tokenizer, prompts, decoding, label, first=done):
+                label, ends = "answering" if len(prompts) > 1 else None, stop_ids(tokenizer, template)
+                for found in answers(model, tokenizer, prompts, decoding, label, first=done, stop_ids=ends):
                     journal.add(*found)
             if path != out:
                 write_text(out, json.dumps(journal.entries, ensure_ascii=False, indent=1) + "\n")
@@ -196,20 +206,20 @@ def _answer_all(
     print(out or (journal.entries[0]["answer"] if as_text else json.dumps(journal.entries, ensure_ascii=False)))
 
 
-def _made_by(options: argparse.Namespace, decoding: Decoding) -> str:
+def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> str:
     """A digest of all that answers follow from, but for what is asked."""
     from k2mini.build import empty_model, pick_device, resolve_dtype
     from k2mini.commands.evaluation import kept_by
-    from k2mini.evaluation.evaluate import digest
+    from k2mini.evaluation.evaluate import digest, known_by
     from k2mini.files import sha256
-    from k2mini.weights.model_directory import ModelDirectory
 
-    directory = ModelDirectory(options.model)
+    directory, tokenizer, template = opened
     empty_model(directory)  # says what is missing
     stored = directory.reader.dtype("model.embed_tokens.weight")
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
-    model = [kept_by(options, directory.fingerprint(), {}, []), asdict(directory.config), dtype]
-    return digest([model, sha256(directory.require_tokenizer().path), options.template, asdict(decoding)])
+    model = [kept_by(options, directory.fingerprint(), {}, []), directory.config.features(), dtype]
+    ends = [stop_ids(tokenizer, template)] * (stop_ids(tokenizer, template) != (tokenizer.eos_id,))
+    return digest([model, sha256(tokenizer.path), known_by(template), asdict(decoding), *ends])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -233,21 +243,21 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
     return read_questions(Path(options.input))
 
 
-def _print_answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding) -> None:
+def _print_answer(options: argparse.Namespace, question: tuple[str, str], opened: Asked, decoding: Decoding) -> None:
     """Print one answer, as it is made."""
     from k2mini.data.tokenizer import TextStream
     from k2mini.inference.generate import generate
 
+    directory, tokenizer, template = opened
+    prompt, model = encode_prompt(tokenizer, template, *question), _load(options, directory)
     stream, context = TextStream(tokenizer, decoding.stop), model.config.max_seq_len
     new = room(len(prompt), decoding.max_new_tokens, context)
 
     def write(_row: int, token: int) -> bool:
         return stream.write(token, sys.stdout)
 
-    stop_ids, vocab_size = [tokenizer.eos_id], tokenizer.vocab_size
-    (completion,) = generate(
-        model, [prompt], decoding, stop_ids=stop_ids, vocab_size=vocab_size, stopping_criteria=write
-    )
+    ends, vocab_size = stop_ids(tokenizer, template), tokenizer.vocab_size
+    (completion,) = generate(model, [prompt], decoding, stop_ids=ends, vocab_size=vocab_size, stopping_criteria=write)
     print(stream.flush())
     if completion.finish == "length":
         cut = new < decoding.max_new_tokens
@@ -259,6 +269,6 @@ def run_chat(options: argparse.Namespace) -> None:
     """Talk until end of file."""
     from k2mini.inference import terminal
 
-    decoding, template = _decoding(options), get_template(options.template)
-    model, tokenizer = _load(options)
-    terminal.chat(terminal.Conversation(model, tokenizer, template, decoding))
+    decoding = _decoding(options)
+    directory, tokenizer, template = _open(options)
+    terminal.chat(terminal.Conversation(_load(options, directory), tokenizer, template, decoding))

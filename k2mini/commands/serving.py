@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.config import QUANTIZE_NAMES, InstructionSection
+from k2mini.commands.common import TEMPLATE_HELP
+from k2mini.config import QUANTIZE_NAMES
+from k2mini.data.chats import CHAT_TEMPLATES, open_template
 from k2mini.data.prompts import TEMPLATES
 
 if TYPE_CHECKING:
+    from k2mini.data.prompts import AnyTemplate
     from k2mini.inference.engine import Engine
     from k2mini.serving.service import Service
     from k2mini.weights.model_directory import ModelDirectory
@@ -26,7 +29,7 @@ BASE = DEMO / "base"  # which learnt no geoscience: what the demo began with
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="a Hugging Face LLaMA directory")
+    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory, or an id (extra: hub)")
     which.add_argument("--demo", action="store_true", help=f"the models of `k2mini demo`, in {DEMO}")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="a LoRA adapter, by name; may be repeated"
@@ -46,7 +49,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a site whose pages may ask; may be repeated"
     )
-    parser.add_argument("--template", metavar="NAME", help=f"of a chat: {', '.join(TEMPLATES)} (default: the run's)")
+    parser.add_argument("--template", metavar="NAME", help=f"of chats: {TEMPLATE_HELP} (default: the run's)")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
     parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
     parser.add_argument("--compile", action="store_true", help="compile decoding; on a CPU it answers meanwhile")
@@ -55,12 +58,11 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(options: argparse.Namespace) -> None:
     """Serve until a signal; what costs nothing is checked before the model is loaded."""
-    from k2mini.data.prompts import get_template
     from k2mini.files import read_text
     from k2mini.serving.app import LOOPBACK, Access, App
     from k2mini.serving.server import open_socket, serve
     from k2mini.weights.adapter import checked_adapter
-    from k2mini.weights.model_directory import ModelDirectory
+    from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     for name in ("slots", "queue", "max_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -71,7 +73,7 @@ def run_serve(options: argparse.Namespace) -> None:
         pairs[:0] = [(stage, str(DEMO / stage / "adapter")) for stage in ("stage1", "stage2")]
         if missing := [path for path in (BASE, options.model, *dict(pairs).values()) if not Path(path).exists()]:
             raise ValueError(f"there is no {missing[0]}; `k2mini demo` makes it, in minutes")
-    adapters = {name: Path(path) for name, path in pairs}
+    adapters = {name: model_directory(path) for name, path in pairs}
     if not all(name and path for name, path in pairs) or len(adapters) < len(pairs):
         raise ValueError(f"--adapter takes NAME=DIR, each name once, not {' '.join(options.adapter)}")
     keys = [key.encode() for key in read_text(options.api_key_file).split()] if options.api_key_file else []
@@ -79,14 +81,14 @@ def run_serve(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.api_key_file} holds no key")
     directory = ModelDirectory(options.model)
     directory.require_model()
-    directory.require_tokenizer()
-    bases = [BASE.name, "pretrain"] if options.demo else [directory.path.resolve().name]
+    tokenizer = directory.require_tokenizer()
+    own = directory.path.resolve().name if Path(options.model).is_dir() else options.model
+    bases = [BASE.name, "pretrain"] if options.demo else [own]
     if taken := {*bases} & {*adapters}:
         raise ValueError(f"--adapter {taken.pop()} has the name of a model")
     for path in adapters.values():
         checked_adapter(path, directory)
-    template = options.template or _template([*adapters.values()])
-    get_template(template)
+    template = open_template(options.template or _template([*adapters.values()]), directory.path, tokenizer)
     local = options.host in LOOPBACK
     if not local and not keys:
         log.warning("whoever reaches %s may ask: no --api-key-file FILE says whose keys are good", options.host)
@@ -98,28 +100,42 @@ def run_serve(options: argparse.Namespace) -> None:
         served, slots = service.served, options.slots
         room = f"{slots} slot{'s' * (slots > 1)}, each of {served.capacity:,} tokens for a prompt and its answer"
         print(f"{address} serves {', '.join(served.models)}: {room}", flush=True)
-        log.info("chats are asked in the template %s", template)
+        log.info("chats are asked in the template %s", template.name)
 
     log.info("%s is open; it answers once %s is loaded", address, options.model)
     app = App(Access(keys, options.cors, LOOPBACK if local and not keys else ()))
     serve(app, listening, partial(_load, options, directory, bases, adapters, template), ready)
 
 
-def _template(adapters: list[Path]) -> str:
-    """The template that adapters were tuned with, as the run beside them notes it; without one, the usual."""
+def _template(adapters: list[Path]) -> str | None:
+    """The template that adapters were tuned with, as the run beside them notes it."""
     from k2mini.files import read_json
 
     found = set()
     for path in adapters:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found.add(str(read_json(path.parent / "config.yaml")["data"]["template"]))
+            found.add(read_json(path.parent / "config.yaml")["data"]["template"])
     if len(found) > 1:
-        raise ValueError(f"the adapters were tuned with {' and '.join(sorted(found))}; --template names the one to use")
-    return found.pop() if found else InstructionSection.template
+        names = " and ".join(sorted(map(str, found)))
+        raise ValueError(f"the adapters were tuned with {names}; --template names the one to use")
+    return found.pop() if found else None
+
+
+def _templates(directory: ModelDirectory, default: AnyTemplate) -> dict[str, AnyTemplate]:
+    """What a request may name: all that are built in, and the model's own where it can be had."""
+    found, tokenizer = {**TEMPLATES, default.name: default}, directory.require_tokenizer()
+    for name in (*CHAT_TEMPLATES, "own"):
+        with suppress(ValueError):  # there is none, or it wants the extra
+            found.setdefault(name, open_template(name, directory.path, tokenizer))
+    return found
 
 
 def _load(
-    options: argparse.Namespace, directory: ModelDirectory, bases: list[str], adapters: dict[str, Path], template: str
+    options: argparse.Namespace,
+    directory: ModelDirectory,
+    bases: list[str],
+    adapters: dict[str, Path],
+    template: AnyTemplate,
 ) -> Service:
     """The model with its adapters, and of the demo what it began with."""
     from k2mini.serving.asked import Served
@@ -130,8 +146,9 @@ def _load(
     engine = _engine(options, directory, adapters)
     others = {BASE.name: _engine(options, ModelDirectory(str(BASE)), {})} if options.demo else {}
     models = {**dict.fromkeys(bases), **{name: name for name in adapters}}
-    told = (directory.require_tokenizer(), models, template, engine.capacity, options.max_tokens, options.seed)
-    return Service(engine, Served(*told, min(MOST_ROWS, options.slots + options.queue)), others)
+    told = (directory.require_tokenizer(), models, template.name, engine.capacity, options.max_tokens, options.seed)
+    rows = min(MOST_ROWS, options.slots + options.queue)
+    return Service(engine, Served(*told, rows, _templates(directory, template)), others)
 
 
 def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: dict[str, Path]) -> Engine:

@@ -61,11 +61,12 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prepare(options: argparse.Namespace) -> None:
     """Encode documents into a prepared corpus, and print what is in it."""
     from k2mini.data.prepare import describe, prepare
-    from k2mini.weights.model_directory import ModelDirectory
+    from k2mini.hub import MODEL
+    from k2mini.weights.model_directory import ModelDirectory, model_directory
 
     tokenizer = options.tokenizer
-    if tokenizer.is_dir():
-        tokenizer = ModelDirectory(tokenizer).require_tokenizer_file()
+    if tokenizer.is_dir() or (MODEL.fullmatch(str(tokenizer)) and not tokenizer.exists()):
+        tokenizer = ModelDirectory(model_directory(tokenizer, weights=False)).require_tokenizer_file()
     manifest = prepare(
         options.inputs,
         tokenizer,
@@ -174,13 +175,17 @@ def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
     section = config.eval
     if not section.every:
         return None
+    from k2mini.data.chats import open_template
     from k2mini.evaluation.benchmarks import read_benchmark
     from k2mini.evaluation.evaluate import evaluate
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.report import summarise
     from k2mini.training.loop import ACCURACY
+    from k2mini.weights.model_directory import ModelDirectory
 
-    eval_config = EvalConfig(section.scoring, section.template, section.answer_prefix)
+    base = ModelDirectory(config.model.path)
+    template = open_template(section.template, base.path, base.require_tokenizer())
+    eval_config = EvalConfig(section.scoring, template, section.answer_prefix)
     questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
 

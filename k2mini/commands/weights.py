@@ -35,8 +35,8 @@ def run_merge(options: argparse.Namespace) -> None:
 
     if len(options.adapter) > 1 and not options.weights:
         log.info("each adapter has weight 1; --weights gives others")
-    base = model_directory(options.base)
-    merge_adapters(base, options.adapter, options.out, weights=options.weights, force=options.force)
+    base, adapters = model_directory(options.base), [model_directory(path) for path in options.adapter]
+    merge_adapters(base, adapters, options.out, weights=options.weights, force=options.force)
     print(options.out)
 
 
@@ -149,7 +149,7 @@ def run_info(options: argparse.Namespace) -> None:
     from k2mini.weights.info import describe_directory, inspect_directory
     from k2mini.weights.model_directory import model_directory
 
-    found = inspect_directory(model_directory(options.directory))
+    found = inspect_directory(model_directory(options.directory)) | {"directory": str(Path(options.directory))}
     print(json.dumps(found) if options.json else describe_directory(found))
 
 

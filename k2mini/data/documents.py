@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import parse_json
+from k2mini.files import parse_json, read_text
+from k2mini.hub import fetch
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md")
 MOST = 2**29  # bytes of a document, of a line of JSONL, or of a list: a small .gz may hold any number of them
@@ -32,6 +33,18 @@ def raise_error(message: str) -> None:
     raise ValueError(message)
 
 
+def data_path(name: str | Path) -> Path:
+    """Where data are: at `name`, or, of data on the hub (`hf://…`), where they are downloaded to on first use."""
+    if not str(name).startswith("hf:/") or Path(name).exists():
+        return Path(name)
+    return fetch(re.sub("^hf:/+", "hf://", str(name)))  # a Path has lost a slash
+
+
+def read_user_text(name: str | Path) -> str:
+    """All that a file of text holds, or a pipe, or a file of the hub. Raises as `read_text` does."""
+    return read_text(data_path(name), None)
+
+
 def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) -> list[Path]:
     """The files that hold documents: the inputs in their order, folders searched through and their files sorted.
 
@@ -42,7 +55,7 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
     OSError where a folder can't be read.
     """
     files: list[Path] = []
-    for path in inputs:
+    for path in map(data_path, inputs):
         if path.is_dir():
             found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names]
             taken = [file for file in found if _suffix(file) not in (None, ".json") and file.is_file()]
@@ -182,7 +195,7 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, eos: bool) -> list[list[
     Raises ValueError naming file and line where something is not a document, or where there is none.
     """
     (file,) = list_files([path])
-    documents = [tokenizer.encode(text, bos=True, eos=eos) for text in read_texts(file, raise_error)]
+    documents = [ids for text in read_texts(file, raise_error) if (ids := tokenizer.encode(text, bos=True, eos=eos))]
     if not documents:
         raise ValueError(f"{path} is empty")
     return documents
@@ -202,6 +215,7 @@ def read_entries(path: Path, content: bytes | None = None, on_error: OnError = r
     Raises ValueError naming the file where it is missing, holds no entry, or is a list that is not valid JSON.
     """
     if content is None:
+        path = data_path(path)
         if not path.is_file():
             raise ValueError(f"there is no data file {path}")
         content = path.read_bytes()

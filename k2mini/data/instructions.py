@@ -1,25 +1,34 @@
-"""Instructions with answers, as Alpaca and GeoSignal lay them out."""
+"""Instructions with answers, as Alpaca and GeoSignal lay them out, and conversations, as `messages` or ShareGPT's."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from k2mini.config import InstructionSection
 from k2mini.data.batches import shuffled
+from k2mini.data.chats import ROLES, encode_conversation
 from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
-from k2mini.data.prompts import Template
+from k2mini.data.prompts import AnyTemplate, Message
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 
 log = logging.getLogger(__name__)
 
+# The names that files in ShareGPT's form have for the roles.
+SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "developer": "system"}
+SHAREGPT |= {"function": "tool", "function_response": "tool", "observation": "tool"}
 
-def read_records(path: Path, on_error: OnError = raise_error) -> list[dict[str, str]]:
-    """The records of a JSON list or a JSONL file, each with `instruction`, `input` ('' where absent) and `output`.
+
+def read_records(path: Path, on_error: OnError = raise_error) -> list[tuple[str, list[Message]]]:
+    """(place, messages) of the records of a JSON list or a JSONL file.
+
+    A record has `messages`, each a `role` and `content`, or ShareGPT's `conversations`, each `from` and `value`, or
+    `instruction`, `input` ('' where absent) and `output`.
 
     Args:
         on_error: called with one sentence, naming file and record, for each record that is not of this form. The record
@@ -30,16 +39,19 @@ def read_records(path: Path, on_error: OnError = raise_error) -> list[dict[str, 
     records = []
     for place, entry in read_entries(path, on_error=on_error):
         try:
-            records.append(_record(entry, f"{path}, {place}"))
+            records.append((f"{path}, {place}", _record(entry, f"{path}, {place}")))
         except ValueError as error:
             on_error(str(error))
     return records
 
 
-def _record(entry: Any, place: str) -> dict[str, str]:
+def _record(entry: Any, place: str) -> list[Message]:
     if not isinstance(entry, dict):
         raise ValueError(f"{place} must be a JSON object, not {type(entry).__name__}")
     record = {"input": "", **{key: value for key, value in entry.items() if value is not None}}
+    for key in ("messages", "conversations"):
+        if key in record:
+            return _conversation(record, key, f"{place}: {key}")
     for key in ("instruction", "input", "output"):
         if key not in record:
             raise ValueError(f"{place} has no `{key}`")
@@ -47,29 +59,67 @@ def _record(entry: Any, place: str) -> dict[str, str]:
             raise ValueError(f"{place}: `{key}` must be text, not {short(record[key])}")
     if not record["output"].strip():
         raise ValueError(f"{place}: `output` is empty, so there is nothing to learn")
-    return record
+    question = {"role": "user", "content": record["instruction"], "input": record["input"]}
+    return [question, {"role": "assistant", "content": record["output"]}]
+
+
+def _conversation(record: dict[str, Any], key: str, place: str) -> list[Message]:
+    """The messages of a record, as transformers has them."""
+    turns = record[key]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{place} must be a list of messages, not {short(turns)}")
+    if record.get("tools"):
+        raise ValueError(f"{place}: the record has `tools`, which k2mini gives to no template")
+    if record.get("system"):  # beside the turns, as some ShareGPT files have it
+        turns = [{"role": "system", "content": record["system"]}, *turns]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        here = f"{place}[{number}]"
+        fields = {name: value for name, value in turn.items() if value is not None and name != "input"}
+        role, text = (fields.pop(old, fields.get(new)) for new, old in (("role", "from"), ("content", "value")))
+        role = SHAREGPT.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            raise ValueError(f"{here} has the role {short(role)}; roles are {', '.join(ROLES)}")
+        text = "" if text is None and fields.get("tool_calls") else text
+        if not isinstance(text, str) or not (text.strip() or fields.get("tool_calls")):
+            raise ValueError(f"{here}, the {role}'s, must be text that is not empty, not {short(text)}")
+        messages.append({**fields, "role": role, "content": text})
+    roles = [message["role"] for message in messages]
+    if roles[roles[:1] == ["system"] :][:1] != ["user"] or "assistant" not in roles:
+        raise ValueError(f"{place} must begin with a user, after at most one system message, and have an answer")
+    return messages
 
 
 def encode_example(
-    record: dict[str, str], tokenizer: Tokenizer, template: Template, *, train_on_inputs: bool, max_seq_len: int
+    record: Mapping[str, str], tokenizer: Tokenizer, template: AnyTemplate, *, train_on_inputs: bool, max_seq_len: int
 ) -> tuple[Example, int]:
-    """One record as tokens: BOS, prompt, answer, EOS; prompt and answer are tokenised as one text.
+    """An instruction with its answer as an example. See `encode_examples`."""
+    section = InstructionSection("", train_on_inputs=train_on_inputs, max_seq_len=max_seq_len)
+    (found,) = encode_examples(_record(record, "the record"), tokenizer, template, section)
+    return found
 
-    The first supervised token is the first one in which this text differs from the prompt alone, so all of the answer
-    is supervised, even where its first letters share a token with the prompt. The last one is EOS, so that the model
-    learns to end its answers.
 
-    Returns: the example, cut to `max_seq_len` tokens, and how many it had before.
+def encode_examples(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
+) -> list[tuple[Example, int]]:
+    """A conversation as examples, of which `encode_conversation` says how many; with `data.train_on_inputs` it is one.
+
+    Returns: each example, cut to `data.max_seq_len` tokens, and how many it had before.
     """
-    prompt = template.prompt(record["instruction"], record["input"])
-    tokens = tokenizer.encode(prompt + record["output"], bos=True, eos=True)
-    alone = tokenizer.encode(prompt, bos=True, eos=False)
-    shared = next((i for i, (a, b) in enumerate(zip(alone, tokens, strict=False)) if a != b), len(alone))
-    return Example(tokens[:max_seq_len], 0 if train_on_inputs else shared), len(tokens)
+    found = []
+    for tokens, spans in encode_conversation(tokenizer, template, messages):
+        cut = tokens[: section.max_seq_len]
+        edges = [edge for span in spans for edge in span] if not section.train_on_inputs else [0]
+        first, *edges = [min(edge, len(cut)) for edge in [*edges, len(tokens)]]
+        gaps = zip(edges[::2], edges[1::2], strict=False)
+        found.append((Example(cut, first, tuple(gap for gap in gaps if gap[0] < gap[1])), len(tokens)))
+    return found[-1:] if section.train_on_inputs else found
 
 
-def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section: InstructionSection) -> list[Example]:
-    """All examples of a file that have some of their answer within `data.max_seq_len` tokens.
+def read_examples(
+    path: Path, tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
+) -> list[Example]:
+    """All examples of a file that have some of their answers within `data.max_seq_len` tokens.
 
     Examples that are cut or left out are counted on the log.
 
@@ -83,23 +133,25 @@ def read_examples(path: Path, tokenizer: Tokenizer, template: Template, section:
             raise ValueError(f"{message}; data.on_error=skip leaves such records out and counts them")
         bad.append(message)
 
-    records = read_records(path, on_error)
+    encoded = []
+    for place, messages in read_records(path, on_error):
+        try:
+            encoded.append(encode_examples(messages, tokenizer, template, section))
+        except ValueError as error:  # which the template refuses
+            on_error(f"{place}: {error}")
     for message in bad[:3]:
         log.warning("skipped: %s", message)
     if bad:
-        log.warning("%s: %d records are skipped (data.on_error is skip), %d are left", path, len(bad), len(records))
-    if not records:
+        log.warning("%s: %d records are skipped (data.on_error is skip), %d are left", path, len(bad), len(encoded))
+    if not encoded:
         raise ValueError(f"{path}: every record was skipped, so there is nothing to train on")
-    examples, lengths, dropped = [], [], 0
-    for record in records:
-        example, length = encode_example(
-            record, tokenizer, template, train_on_inputs=section.train_on_inputs, max_seq_len=section.max_seq_len
-        )
-        lengths.append(length)
-        if example.unsupervised >= len(example.tokens):
-            dropped += 1
-            continue
-        examples.append(example)
+    every = [example for examples in encoded for example in examples]
+    if len(every) > len(encoded):
+        said = "the template rewrites earlier answers of a conversation, so each answer is an example of its own"
+        log.info("%s: %s: %d of %d conversations", path, said, len(every), len(encoded))
+    lengths = [length for _, length in every]
+    examples = [example for example, _ in every if example.unsupervised < len(example.tokens)]
+    dropped = len(every) - len(examples)
     cut = sum(length > section.max_seq_len for length in lengths) - dropped
     if cut or dropped:
         log.warning(

@@ -19,10 +19,16 @@ MULTIPLE = 8  # rows are padded to a multiple of it, for the sake of GPUs
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction with its answer: (T,) token ids, of which the first `unsupervised` do not count in the loss."""
+    """One instruction with its answer, or a conversation: (T,) token ids, of which some do not count in the loss.
+
+    Args:
+        unsupervised: so many of the first do not.
+        gaps: (first, end) of those after them that do not.
+    """
 
     tokens: Sequence[int]
     unsupervised: int
+    gaps: Sequence[tuple[int, int]] = ()
 
 
 class Examples:
@@ -133,5 +139,7 @@ def packed_rows(rows: Sequence[Sequence[Example]], multiple: int = MULTIPLE) -> 
             positions[index, start:end] = torch.arange(end - start)
             first = max(example.unsupervised - 1, 0)  # position t predicts token t + 1
             labels[index, start + first : end] = ids[first + 1 :]
+            for first, stop in example.gaps:
+                labels[index, start + first - 1 : start + stop - 1] = IGNORE_INDEX
             start = end
     return Batch(tokens, positions, labels)

@@ -41,7 +41,7 @@ RECORD = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("tokens", "<u4")])
 class Settings:
     """Everything that the bytes of a prepared corpus depend on, beside the documents; it stands in the manifest."""
 
-    tokenizer: str  # SHA-256 of the SentencePiece model
+    tokenizer: str  # SHA-256 of its file
     vocab_size: int
     eos: bool = True
     val_percent: float = 0.0
@@ -156,7 +156,9 @@ def _encode(file: Path, tokenizer_path: Path, settings: Settings, part: Path) ->
     try:
         with own.with_suffix(".tokens").open("wb") as out:
             for text in read_texts(file, on_error):
-                ids = tokenizer.encode(text, bos=True, eos=settings.eos)
+                if not (ids := tokenizer.encode(text, bos=True, eos=settings.eos)):
+                    on_error(f"{file}: a document has no token in {tokenizer_path}")
+                    continue
                 out.write(np.array(ids, dtype=settings.dtype).tobytes())
                 records.append((hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest(), len(ids)))
         own.with_suffix(".records").write_bytes(np.array(records, dtype=RECORD).tobytes())

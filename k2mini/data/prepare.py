@@ -47,8 +47,8 @@ def prepare(
 
     Args:
         inputs: files or folders (see documents.py).
-        tokenizer: a tokenizer.model.
-        eos: EOS after each document. BOS stands before it in any case, K2's scheme.
+        tokenizer: a tokenizer.model or tokenizer.json.
+        eos: EOS after each document. BOS, where there is one, stands before it in any case, K2's scheme.
         val_percent: about so many documents in a hundred go into the split `val`. A document's split follows from its
             text alone, so it does not change when the corpus grows.
         on_error: at a line that is not a document: 'raise', or 'skip' it and count it.
@@ -65,8 +65,10 @@ def prepare(
     if passed_over:
         counts = ", ".join(f"{number:,} of {suffix}" for suffix, number in sorted(passed_over.items()))
         log.info("passed over, since documents in folders are .jsonl, .txt, .md or .gz of these: %s", counts)
-    vocab_size = Tokenizer(tokenizer).vocab_size
-    settings = Settings(sha256(tokenizer), vocab_size, eos, float(val_percent), on_error)
+    opened = Tokenizer(tokenizer)
+    if opened.bos_id is None and not eos:
+        log.warning("%s has no BOS: without EOS, nothing will stand between two documents", tokenizer)
+    settings = Settings(sha256(tokenizer), opened.vocab_size, eos, float(val_percent), on_error)
     folder = _parts_folder(out)
     if not force:
         remove_parts(out)

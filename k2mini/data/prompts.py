@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from k2mini.errors import short
 
 if TYPE_CHECKING:  # the command line lists the templates, and does without sentencepiece until it runs a command
     from k2mini.data.tokenizer import Tokenizer
@@ -18,18 +21,77 @@ class Template:
     Args:
         with_input, without_input: patterns with `{instruction}` and `{input}`.
         response_mark: the line that the answer follows, or '' where there is none.
+        name: by which TEMPLATES has it.
+
+    Attributes:
+        bos, special: how its text is encoded: after BOS, special tokens written out in it being plain text.
     """
 
     with_input: str
     without_input: str
     response_mark: str
+    name: str = ""
+    bos: ClassVar[bool] = True
+    special: ClassVar[bool] = False
 
-    def prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt, up to where the model's answer begins. An empty `input` counts as none."""
-        if input:
-            return self.with_input.format(instruction=instruction, input=input)
-        return self.without_input.format(instruction=instruction)
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
+        """The prompt, up to where the model's answer begins. An empty `input` counts as none; `system` comes first."""
+        pattern = self.with_input if input else self.without_input
+        return (f"{system}\n\n" if system else "") + pattern.format(instruction=instruction, input=input)
 
+
+Message = dict[str, Any]  # a role, its content, and other fields for a model's own template that knows them
+ANSWER = "\ufdd0\ufdd1"  # which is no text: before and after what a template says is the model's answer
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation becomes text, special tokens written out in it.
+
+    Args:
+        name: of CHAT_TEMPLATES, or 'own'.
+        write: the text of messages, and what opens the assistant's next turn where asked.
+        reserved: the special tokens, which nobody but the assistant may write.
+        end: the special token that ends the assistant's turn; '' where none does.
+        digest: of a model's own template, by which it is known again; '' for those written here.
+
+    Attributes:
+        bos, special: how its text is encoded: BOS where the text has it, special tokens as themselves.
+    """
+
+    name: str
+    write: Callable[[Sequence[Message], bool], str]
+    reserved: re.Pattern[str]
+    end: str = ""
+    digest: str = ""
+    bos: ClassVar[bool] = False
+    special: ClassVar[bool] = True
+
+    def render(self, messages: Sequence[Message], *, generation: bool, answers: bool = False) -> str:
+        """The text of a conversation.
+
+        Args:
+            generation: it ends with what opens the assistant's next answer, if anything does.
+            answers: what the template says is an answer stands between the two characters of `ANSWER`.
+
+        Raises ValueError where the template refuses it, or a text but the assistant's has a special token in it.
+        """
+        messages = [m | {"content": f"{m['content']}\n{m['input']}"} if m.get("input") else m for m in messages]
+        for place, message in enumerate(messages):
+            held = f"[{ANSWER}]" if message["role"] == "assistant" else self.reserved
+            if found := re.search(held, message["content"]):
+                said = f"messages[{place}] has {short(found[0])} in its text"
+                raise ValueError(f"{said}, which the model would take for the conversation's structure")
+        text = self.write(messages, generation)
+        return text if answers else text.translate(dict.fromkeys(map(ord, ANSWER)))
+
+    def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
+        """The prompt, up to where the model's answer begins; an input stands in a line after its instruction."""
+        first = [{"role": "system", "content": system}] if system else []
+        return self.render([*first, {"role": "user", "content": instruction, "input": input}], generation=True)
+
+
+AnyTemplate = Template | ChatTemplate
 
 _WITH = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -70,6 +132,7 @@ TEMPLATES = {
     ),
     "none": Template("{instruction}\n{input}", "{instruction}", ""),
 }
+TEMPLATES = {name: replace(template, name=name) for name, template in TEMPLATES.items()}
 
 
 def utf8(value: str) -> str:
@@ -89,16 +152,28 @@ def get_template(name: str) -> Template:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str = ""
+    tokenizer: Tokenizer, template: AnyTemplate, instruction: str, input: str = "", system: str = ""
 ) -> list[int]:
-    """The token ids, BOS first, of an instruction and its input in a template; `system` begins a conversation.
+    """The token ids of an instruction and its input in a template; `system` begins a conversation.
 
-    Raises ValueError where the instruction is empty.
+    Raises ValueError where the instruction is empty, or the template refuses it.
     """
     if not instruction.strip():
         raise ValueError("the prompt is empty")
-    before = f"{system}\n\n" if system else ""
-    return tokenizer.encode(before + template.prompt(instruction, input), bos=True, eos=False)
+    text = template.prompt(instruction, input, system)
+    return tokenizer.encode(text, bos=template.bos, eos=False, special=template.special)
+
+
+class Rendered(str):
+    """A chat template's text: BOS and the special tokens that stand in it are meant."""
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a whole prompt, BOS first but for what is `Rendered`. Raises ValueError where there is none."""
+    rendered = isinstance(text, Rendered)
+    if not (ids := tokenizer.encode(text, bos=not rendered, eos=False, special=rendered)):
+        raise ValueError("the prompt is empty")
+    return ids
 
 
 def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> int:

@@ -114,7 +114,7 @@ def answers(out: Path, stages: list[Stage]) -> list[dict[str, Any]]:
         model, tokenizer = load_model(stage.model, stage.adapter)
         assert tokenizer is not None
         prompts = [tokenizer.encode(template.prompt(question.stem), bos=True, eos=False) for question in questions]
-        completions = generate(model, prompts, Decoding(16), stop_ids=[tokenizer.eos_id])
+        completions = generate(model, prompts, Decoding(16), stop_ids=tokenizer.stop_ids)
         for entry, completion in zip(entries, completions, strict=True):
             entry["answers"][stage.name] = tokenizer.decode(completion.tokens).strip()
     return entries

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.documents import read_entries
+from k2mini.data.documents import data_path, read_entries
 from k2mini.errors import short
 
 NPEE_MARK = "Choose from:"
@@ -122,6 +122,7 @@ def read_benchmark(path: Path) -> list[Question]:
 
 
 def _read(path: Path) -> list[tuple[str, Any]]:
+    path = data_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it: {EXPECTED}")
     if not path.is_file():

@@ -8,13 +8,15 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from k2mini.data.documents import data_path
+from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
@@ -150,7 +152,7 @@ def run_benchmark(
     journal, made_by = None, made_by or {}
     with output(out, mark=MARK):
         if out is not None:
-            journal, shape = out / RESULTS, digest(asdict(model.config))
+            journal, shape = out / RESULTS, digest(model.config.features())
             of_model = {"config": shape, "dtype": NAMES[model.dtype]}
             settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
             _check_settings(out, settings)
@@ -198,12 +200,17 @@ def kept_in(journal: Path | None) -> Iterator[None]:
 
 def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {"tokenizer": sha256(tokenizer.path), **config.settings()}
+    asking = {"tokenizer": sha256(tokenizer.path), **config.settings(), "template": known_by(config.shape)}
     if config.fewshot_file is not None:
-        asking["examples"] = sha256(Path(config.fewshot_file))
+        asking["examples"] = sha256(data_path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
         asking["questions"] = digest([(question.index, question.digest, question.answer) for question in questions])
     return asking
+
+
+def known_by(template: AnyTemplate) -> str:
+    """A template's name; with a digest of its text where that is a model's own."""
+    return " ".join(filter(None, (template.name, getattr(template, "digest", ""))))
 
 
 def digest(value: Any) -> str:

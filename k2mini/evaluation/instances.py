@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from k2mini.config import EvalSection
 from k2mini.data.batches import shuffled
-from k2mini.data.prompts import get_template
+from k2mini.data.documents import data_path, read_user_text
+from k2mini.data.prompts import AnyTemplate, ChatTemplate, get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
-from k2mini.files import read_text
 
 SCORINGS = ("letter", "text", "k2")
 NORMALIZATIONS = ("byte", "token", "none")
@@ -31,7 +31,7 @@ class EvalConfig:
         scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
             log p(option's text); 'k2' is K2's own: the softmax at the last position over fixed ids, for comparison with
             published figures.
-        template: a name of `TEMPLATES`.
+        template: a name of `TEMPLATES` (None: 'alpaca'), or the template itself.
         answer_prefix: the beginning of the answer, given.
         normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
             are not at a disadvantage; 'none' does not.
@@ -44,7 +44,7 @@ class EvalConfig:
     """
 
     scoring: str = EvalSection.scoring
-    template: str = EvalSection.template
+    template: str | AnyTemplate | None = None
     answer_prefix: str = EvalSection.answer_prefix
     normalize: str = "byte"
     score_end: bool = False
@@ -54,7 +54,7 @@ class EvalConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        get_template(self.template)
+        _ = self.shape
         for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -64,14 +64,19 @@ class EvalConfig:
             raise ValueError(f"num_fewshot (--shots) must be 0 or more, not {self.num_fewshot}")
         if self.num_fewshot and self.fewshot_file is not None:
             raise ValueError("num_fewshot (--shots) and fewshot_file (--shots-file) can't be given together")
-        if self.fewshot_file is not None and not Path(self.fewshot_file).is_file():
+        if self.fewshot_file is not None and not data_path(self.fewshot_file).is_file():
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
+
+    @cached_property
+    def shape(self) -> AnyTemplate:
+        """The template itself."""
+        return get_template(self.template or "alpaca") if isinstance(self.template, str | None) else self.template
 
     def settings(self) -> dict[str, Any]:
         """The fields that change results, under their names in report.json; batch_size is not one."""
         values: dict[str, Any] = {
             "scoring": self.scoring,
-            "template": self.template,
+            "template": self.shape.name,
             "answer_prefix": self.answer_prefix,
         }
         if self.scoring == "text":
@@ -90,17 +95,23 @@ class EvalConfig:
     def instruction(self, question: Question) -> str:
         """The question as the template gets it: without its options where their texts are scored."""
         bare = self.scoring == "text" and not question.is_true_false
-        if self.template.startswith("k2") and question.is_true_false:
+        if self.shape.name.startswith("k2") and question.is_true_false:
             return question.stem
         return question.stem if bare else question.listed()
 
-    def prompt(self, question: Question) -> str:
-        """One question, up to where the answer begins."""
-        return get_template(self.template).prompt(self.instruction(question)) + self.answer_prefix
+    def prompt(self, question: Question, examples: Sequence[str] = ()) -> str:
+        """One question after examples, up to where the answer begins. A chat has all of them in one user's turn."""
+        before, asked = "".join(example + GAP for example in examples), self.instruction(question)
+        if isinstance(self.shape, ChatTemplate):
+            return self.shape.prompt(before + asked) + self.answer_prefix
+        return before + self.shape.prompt(asked) + self.answer_prefix
 
     def example(self, question: Question) -> str:
         """A question with its answer, as an example for others."""
-        return self.prompt(question) + self.options(question)[question.labels.index(question.answer)]
+        asked = self.prompt(question)
+        if isinstance(self.shape, ChatTemplate):
+            asked = f"{self.instruction(question)}\n{self.answer_prefix}"
+        return asked + self.options(question)[question.labels.index(question.answer)]
 
 
 @dataclass
@@ -136,7 +147,7 @@ class PromptBuilder:
         self, questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, max_seq_len: int
     ) -> None:
         self.config, self.tokenizer, self.max_seq_len = config, tokenizer, max_seq_len
-        self._file = read_text(Path(config.fewshot_file), None) if config.fewshot_file is not None else None
+        self._file = read_user_text(config.fewshot_file) if config.fewshot_file is not None else None
         self._pool = _example_pool(questions, config.seed) if config.num_fewshot else []
         if config.num_fewshot and config.num_fewshot > len(self._pool) - 1:
             raise ValueError(
@@ -169,7 +180,8 @@ class PromptBuilder:
         if cut >= len(prefix) - 1:
             raise ValueError(f"{question.task} question {question.index}: an option alone is longer than the context")
         if cut:
-            prefix = [prefix[0], *prefix[1 + cut :]]  # BOS stays
+            kept = int(prefix[0] == self.tokenizer.bos_id)
+            prefix = prefix[:kept] + prefix[kept + cut :]  # BOS stays
         group = self._groups.setdefault(tuple(examples[dropped:]), len(self._groups))
         request = Request(tuple(prefix), tuple(map(tuple, ids)), group)
         return Instance(question, request, answers, places, ids, dropped, cut)
@@ -178,13 +190,18 @@ class PromptBuilder:
         self, question: Question, examples: Sequence[str], answers: list[str]
     ) -> tuple[list[int], list[list[int]]]:
         """The context's tokens, and those of every continuation."""
-        context = "".join(example + GAP for example in examples) + self.config.prompt(question)
+        shape = self.config.shape
+        try:
+            context = self.config.prompt(question, examples)
+        except ValueError as error:  # a chat template's
+            raise ValueError(f"{question.task} question {question.index}: {error}") from None
         if self.config.scoring == "k2":
             fixed = K2_LETTERS | K2_WORDS
-            return self.tokenizer.encode(context, bos=True, eos=False), [[fixed[answer]] for answer in answers]
+            ids = self.tokenizer.encode(context, bos=shape.bos, eos=False, special=shape.special)
+            return ids, [[fixed[answer]] for answer in answers]
         texts = [text for text in self.config.options(question) if text.strip()]
         end = self.config.scoring == "text" and not question.is_true_false and self.config.score_end
-        return split_jointly(self.tokenizer, context, texts, eos=end)
+        return split_jointly(self.tokenizer, context, texts, eos=end, bos=shape.bos, special=shape.special)
 
     def _examples(self, question: Question) -> list[str]:
         if self._file is not None:

@@ -62,7 +62,9 @@ def text_perplexity(
     nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
     for text in texts:
         num_bytes += len(text.encode())
-        for own, _ in _predicted(model, tokenizer.encode(text, bos=True, eos=False), 1, window, stride):
+        before = [tokenizer.eos_id] if tokenizer.bos_id is None else []  # as lm-evaluation-harness has it
+        ids = before + tokenizer.encode(text, bos=True, eos=False)
+        for own, _ in _predicted(model, ids, 1, window, stride):
             nats = nats - own.sum()
             tokens += len(own)
         _finite(model, nats)  # a GPU is waited for here, once a text

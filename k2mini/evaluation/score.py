@@ -40,7 +40,13 @@ class Request:
 
 
 def split_jointly(
-    tokenizer: Tokenizer, context: str, options: Sequence[str], *, eos: bool = False
+    tokenizer: Tokenizer,
+    context: str,
+    options: Sequence[str],
+    *,
+    eos: bool = False,
+    bos: bool = True,
+    special: bool = False,
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenise context and option together, as one text, and find where the options begin.
 
@@ -50,8 +56,10 @@ def split_jointly(
 
     Args:
         eos: the options end with EOS.
+        bos, special: of `encode`, as a template has them.
 
-    Returns: the context's ids, BOS first, and each option's.
+    Returns: the context's ids, BOS first, and each option's. Where nothing is left of a context without BOS, it is EOS,
+        as in lm-evaluation-harness.
 
     Raises ValueError where an option is empty.
     """
@@ -59,12 +67,12 @@ def split_jointly(
     for option in options:
         if not option:
             raise ValueError("an option is empty")
-        joint.append(tokenizer.encode(context + option, bos=True, eos=eos))
-    first = tokenizer.encode(context, bos=True, eos=False)
+        joint.append(tokenizer.encode(context + option, bos=bos, eos=eos, special=special))
+    first = tokenizer.encode(context, bos=bos, eos=False, special=special)
     common = min(len(first), *(len(ids) - 1 for ids in joint))  # an option keeps at least one token
     for ids in joint:
         common = next((i for i in range(common) if ids[i] != first[i]), common)
-    return first[:common], [ids[common:] for ids in joint]
+    return first[:common] or [tokenizer.eos_id], [ids[common:] for ids in joint]
 
 
 @torch.no_grad()  # not inference_mode: what sharded weights are gathered into is trained with afterwards

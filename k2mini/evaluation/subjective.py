@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.prompts import get_template
+from k2mini.data.chats import stop_ids
+from k2mini.data.prompts import AnyTemplate, get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
@@ -28,7 +29,7 @@ def run_subjective(
     decoding: Decoding,
     *,
     task: str,
-    template: str,
+    template: str | AnyTemplate,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Answer open questions, compare the answers with the references, and measure how likely the references are.
@@ -46,7 +47,8 @@ def run_subjective(
 
     Raises ValueError where no question is left, or `out` holds answers to others.
     """
-    kept, requests, prompts = _prepare(model, tokenizer, pairs, template)
+    shape = get_template(template) if isinstance(template, str) else template
+    kept, requests, prompts = _prepare(model, tokenizer, pairs, shape)
     if not kept:
         raise ValueError(f"{task}: no question fits the model's context of {model.config.max_seq_len} tokens")
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
@@ -55,8 +57,14 @@ def run_subjective(
     asked, path = [question for question, _ in kept], None
     if out is not None:
         path = out / f"answers_{task.replace('/', '_')}.jsonl"
+    ends = stop_ids(tokenizer, shape)
+
+    def answer(prompts: list[list[int]]) -> Iterator[str]:
+        made = answers(model, tokenizer, prompts, decoding, label=task, stop_ids=ends)
+        return (text for text, _ in made)
+
     with kept_in(path):
-        texts = _answers(model, tokenizer, asked, prompts, decoding, label=task, journal=path)
+        texts = _answers(asked, prompts, answer, path)
     if path is not None:
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
@@ -71,23 +79,19 @@ def run_subjective(
         "reference_words": sum(len(words(reference)) for _, reference in kept) / number,
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
-        "template": template,
+        "template": shape.name,
     }
 
 
 def _answers(
-    model: Llama,
-    tokenizer: Tokenizer,
     questions: list[str],
     prompts: list[list[int]],
-    decoding: Decoding,
-    *,
-    label: str,
+    answer: Callable[[list[list[int]]], Iterator[str]],
     journal: Path | None,
 ) -> list[str]:
     """The answers, of which the journal keeps each."""
     if journal is None:
-        return [text for text, _ in answers(model, tokenizer, prompts, decoding, label=label)]
+        return list(answer(prompts))
     texts = _read_journal(journal, questions)
 
     def line(question: str, text: str) -> str:
@@ -96,7 +100,7 @@ def _answers(
     write_text(journal, "".join(map(line, questions, texts)))
     if new := prompts[len(texts) :]:
         with journal.open("a", encoding="utf-8") as file:
-            for text, _ in answers(model, tokenizer, new, decoding, label=label):
+            for text in answer(new):
                 file.write(line(questions[len(texts)], text))
                 file.flush()
                 texts.append(text)
@@ -114,17 +118,17 @@ def _read_journal(path: Path, questions: list[str]) -> list[str]:
 
 
 def _prepare(
-    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: str
+    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], shape: AnyTemplate
 ) -> tuple[list[tuple[str, str]], list[Request], list[list[int]]]:
     """The pairs that can be asked, the requests that score their references, and the prompts."""
-    shape = get_template(template)
+    flags = {"bos": shape.bos, "special": shape.special}
     kept, requests, prompts = [], [], []
     for question, reference in pairs:
         if not question.strip() or not reference.strip():
             continue
         prompt = shape.prompt(question)
-        prefix, (ids,) = split_jointly(tokenizer, prompt, [reference])
-        prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
+        prefix, (ids,) = split_jointly(tokenizer, prompt, [reference], **flags)
+        prompt_ids = tokenizer.encode(prompt, eos=False, **flags)
         if max(len(prefix) + len(ids), len(prompt_ids) + 1) <= model.config.max_seq_len:
             kept.append((question, reference))
             requests.append(Request(tuple(prefix), (tuple(ids),)))

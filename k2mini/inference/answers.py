@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from k2mini.data.documents import read_entries
+from k2mini.data.documents import data_path, read_entries
 from k2mini.data.prompts import rooms
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.errors import short, some
@@ -49,7 +49,7 @@ def read_questions(path: Path, content: bytes | None = None) -> list[tuple[str, 
 
     Raises ValueError, naming the file and the entry, where there is none or one is not a question.
     """
-    content = path.read_bytes() if content is None else content
+    content = data_path(path).read_bytes() if content is None else content
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl") or JSON_START.match(content):
         return [_question(entry, f"{path}, {place}") for place, entry in read_entries(path, content)]
@@ -171,12 +171,15 @@ def answers(
     decoding: Decoding,
     label: str | None = None,
     first: int = 0,
+    *,
+    stop_ids: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Completion]]:
     """Answer prompts, in their order.
 
     Args:
         label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
         first: begin with this one, as if those before it had been answered too.
+        stop_ids: each of them ends an answer; None: the tokenizer's.
 
     Yields: each one's text and completion. How many were cut where the model's context ends is said at the end.
     """
@@ -185,8 +188,9 @@ def answers(
     # A search's batches stay as they are: its scores' last bits depend on them.
     start = first // decoding.batch_size * decoding.batch_size if decoding.beams else first
     here, found = replace(decoding, seed=decoding.seed + start), _searched if decoding.beams else _continued
+    how = {"stop_ids": tokenizer.stop_ids if stop_ids is None else stop_ids, "vocab_size": tokenizer.vocab_size}
     with progress_bar(sum(tokens), label or "", "tokens", sum(tokens[:first]), shown=label is not None) as progress:
-        for place, completion in enumerate(found(model, tokenizer, prompts[start:], here), start=start):
+        for place, completion in enumerate(found(model, tokenizer, prompts[start:], here, **how), start=start):
             if place < first:
                 continue
             text = _text(tokenizer, completion, decoding.stop)
@@ -202,16 +206,15 @@ def answers(
 
 
 def _searched(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: Llama, _tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, **how: Any
 ) -> Iterator[Completion]:
     for start in range(0, len(prompts), decoding.batch_size):
-        batch, stop_ids = prompts[start : start + decoding.batch_size], [tokenizer.eos_id]
-        for best, *_ in beam_search(model, batch, decoding, stop_ids=stop_ids, vocab_size=tokenizer.vocab_size):
+        for best, *_ in beam_search(model, prompts[start : start + decoding.batch_size], decoding, **how):
             yield best
 
 
 def _continued(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, **how: Any
 ) -> Iterator[Completion]:
     streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
 
@@ -219,14 +222,7 @@ def _continued(
         streams[row].push(token)
         return streams[row].stopped
 
-    return completions(
-        model,
-        prompts,
-        decoding,
-        stop_ids=[tokenizer.eos_id],
-        vocab_size=tokenizer.vocab_size,
-        stopping_criteria=stopping_criteria if decoding.stop else None,
-    )
+    return completions(model, prompts, decoding, **how, stopping_criteria=stopping_criteria if decoding.stop else None)
 
 
 def _text(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:

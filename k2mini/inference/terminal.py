@@ -8,7 +8,8 @@ from dataclasses import replace
 from select import select
 from typing import TextIO
 
-from k2mini.data.prompts import Template, encode_prompt, room
+from k2mini.data.chats import encode_chat, stop_ids
+from k2mini.data.prompts import AnyTemplate, ChatTemplate, encode_prompt, room
 from k2mini.data.tokenizer import TextStream, Tokenizer
 from k2mini.inference.decoding import Completion, Decoding, Step
 from k2mini.inference.request import End, Prompt, Request
@@ -28,10 +29,11 @@ HELP = f"""\
 class Conversation:
     """A chat: each turn is the template's prompt, the answer and EOS, after all turns before it.
 
-    Earlier turns are not computed again. Turn i (from 0) draws with decoding.seed + i.
+    A chat template is given all messages each time: it may change what it wrote of earlier ones.
+    What stays the same is not computed again. Turn i (from 0) draws with decoding.seed + i.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, template: Template, decoding: Decoding) -> None:
+    def __init__(self, model: Llama, tokenizer: Tokenizer, template: AnyTemplate, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.template, self.decoding = model, tokenizer, template, decoding
         self.system = ""  # stands before the first turn
         self.interrupted = False  # the last answer was cut by Ctrl-C
@@ -49,6 +51,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget all turns."""
         self.history: list[int] = []  # every token so far
+        self.messages = [{"role": "system", "content": self.system}] * bool(self.system)  # and all that was said
 
     def turn(self, prompt: str, out: TextIO) -> Completion:
         """Answer one prompt, streaming to `out` (see `extended` and `answer`)."""
@@ -56,8 +59,12 @@ class Conversation:
 
     def extended(self, prompt: str) -> list[int]:
         """The tokens of all turns and of one more prompt. Raises ValueError where it is empty or too long."""
-        system = "" if self.history else self.system
-        history = self.history + encode_prompt(self.tokenizer, self.template, prompt, system=system)
+        self._asked = {"role": "user", "content": prompt}
+        if isinstance(self.template, ChatTemplate):
+            history = encode_chat(self.tokenizer, self.template, [*self.messages, self._asked])
+        else:
+            system = "" if self.history else self.system
+            history = self.history + encode_prompt(self.tokenizer, self.template, prompt, system=system)
         self.room(history)
         return history
 
@@ -81,7 +88,7 @@ class Conversation:
                 return stream.write(event.token, out)
             return False
 
-        request = Request(history, self.decoding, (self.tokenizer.eos_id,), deliver)
+        request = Request(history, self.decoding, stop_ids(self.tokenizer, self.template), deliver)
         try:
             self._scheduler.admit(request)
             while self._scheduler.step():
@@ -94,6 +101,7 @@ class Conversation:
         if completion.finish == "error":
             raise ValueError(ends[0].error)
         self.history = [*history, *completion.tokens, self.tokenizer.eos_id]
+        self.messages += [self._asked, {"role": "assistant", "content": stream.text}]
         self.decoding = replace(self.decoding, seed=self.decoding.seed + 1)
         return completion
 

@@ -51,8 +51,9 @@ class LayerCache(NamedTuple):
 class KVCache:
     """A rotated key and a value for each row, layer and position.
 
-    Slot p of a row holds the token at position p, and a query at position p attends to slots 0..p. So rows may differ
-    in length. Padding (position -1) is stored in one spare slot at the end, which no query attends to.
+    Slot p of a row holds the token at position p, and a query at position p attends to slots 0..p, or to the last of
+    these, which a sliding window covers (the others stay). So rows may differ in length. Padding (position -1) is
+    stored in one spare slot at the end, which no query attends to.
 
     Args:
         config: the model's shape.
@@ -78,7 +79,7 @@ class KVCache:
         fixed: bool = False,
     ) -> None:
         self.fixed = fixed
-        self.max_seq_len = config.max_seq_len
+        self.max_seq_len, self.window = config.max_seq_len, config.sliding_window
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length = 0
         self.capacity = 0
@@ -141,7 +142,9 @@ class KVCache:
             self._slots = slice(start, end)
             self.lengths += num_tokens
             positions = torch.arange(start, end, device=self.lengths.device).unsqueeze(0)  # (1, T)
-            if start == 0 or num_tokens == 1 or self.maskless:
+            if self.window is not None and end > self.window:
+                self._seen = self._aligned(end)
+            elif start == 0 or num_tokens == 1 or self.maskless:
                 return positions, None
         else:
             if positions is None:
@@ -152,10 +155,16 @@ class KVCache:
                 self.lengths += 1  # in place: a graph goes on from it
             else:
                 self._in_step, self.lengths = False, torch.maximum(self.lengths, positions.amax(dim=1) + 1)
-                self._seen = -(-end // ALIGNED) * ALIGNED if self.maskless else end
+                self._seen = self._aligned(end)
         # A padding query sees slot 0, so that its (ignored) softmax is not 0/0.
         slots = torch.arange(self._seen, device=positions.device)
-        return positions, (slots <= positions.clamp(min=0)[..., None]).unsqueeze(1)
+        mask = slots <= (last := positions.clamp(min=0)[..., None])
+        if self.window is not None and self._seen > self.window:
+            mask &= slots > last - self.window
+        return positions, mask.unsqueeze(1)
+
+    def _aligned(self, end: int) -> int:
+        return -(-end // ALIGNED) * ALIGNED if self.maskless else end
 
     def compiled(self, num_tokens: int) -> bool:
         """Whether a pass of so many tokens a row runs compiled code, if the model has any."""

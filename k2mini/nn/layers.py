@@ -10,7 +10,6 @@ and `model.to(bfloat16)` rounds nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2mini.model_config import Llama3RopeScaling, ModelConfig
+from k2mini.model_config import ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
-from k2mini.nn.packed import varlen
+from k2mini.nn.packed import causal_mask, varlen
+from k2mini.nn.rope import stretched
 from k2mini.nn.slots import Cached, SlotLayer
 
 # Which positions a query attends to. (B or 1, 1, T, S) bool: those that are True. A list: the lengths of the documents
@@ -34,17 +34,21 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without bias: (…, in) -> (…, out). The weight is (out, in)."""
+    """y = x W^T, plus a bias where there is one: (…, in) -> (…, out). The weight is (out, in)."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
         """Leave the weight as allocated."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
-        return product(x, self.weight)
+        return self.biased(product(x, self.weight))
+
+    def biased(self, out: Tensor) -> Tensor:
+        """The product, plus the bias. (…, out)."""
+        return out if self.bias is None else out + self.bias
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -131,16 +135,7 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.d
     """Angular frequencies theta_i = rope_theta^(-2i/E) in radians a position (Su et al., section 3.2.2). (E/2,)"""
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim  # (E/2,)
     frequencies = 1.0 / config.rope_theta**exponents
-    return frequencies if config.rope_scaling is None else _llama3_scaled(frequencies, config.rope_scaling)
-
-
-def _llama3_scaled(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Low frequencies divided by `factor`, high ones kept, those between interpolated. (E/2,) -> (E/2,)."""
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_seq_len / wavelengths  # full turns within the pretraining context
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)  # 0: low, divided; 1: high, kept
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    return frequencies if config.rope_scaling is None else stretched(frequencies, config.rope_scaling)
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -175,20 +170,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.sliding_window
         self.grouped = config.num_kv_heads != config.num_heads
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, q_dim)
-        self.k_proj = Linear(config.dim, kv_dim)
-        self.v_proj = Linear(config.dim, kv_dim)
+        self.q_proj = Linear(config.dim, q_dim, bias=config.attention_bias)
+        self.k_proj = Linear(config.dim, kv_dim, bias=config.attention_bias)
+        self.v_proj = Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.o_proj = Linear(q_dim, config.dim)
+        both = [RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)]
+        self.q_norm, self.k_norm = both
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cached) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch_size, num_tokens, _ = x.shape
         heads = (batch_size, num_tokens, -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, T, H, E)
-        k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, T, K, E)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # (B, T, H, E)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # (B, T, K, E)
         v = self.v_proj(x).view(heads)  # (B, T, K, E)
         if self.hook is not None:
             q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)
@@ -226,12 +223,13 @@ class Attention(nn.Module):
         """
         row, (q, k, v) = q.shape[1], (part.flatten(0, 1) for part in (q, k, v))
         if isinstance(documents, Tensor):
-            return varlen(q, k, v, documents, row, grouped=self.grouped)
+            return varlen(q, k, v, documents, row, self.window, grouped=self.grouped)
         outs = []
         for document in zip(q.split(documents), k.split(documents), v.split(documents), strict=True):
             own_q, own_k, own_v = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, t, E)
-            own = {"is_causal": own_q.shape[2] > 1, "enable_gqa": self.grouped}
-            outs.append(F.scaled_dot_product_attention(own_q, own_k, own_v, **own).squeeze(0).transpose(0, 1))
+            bias = None if self.window is None else causal_mask(own_q.shape[2], self.window, q.device)
+            own = {"is_causal": bias is None and own_q.shape[2] > 1, "enable_gqa": self.grouped}
+            outs.append(F.scaled_dot_product_attention(own_q, own_k, own_v, bias, **own).squeeze(0).transpose(0, 1))
         return torch.cat(outs)
 
 

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023, arXiv 2302.13971), with Hugging Face's parameter names.
+"""LLaMA (Touvron et al. 2023, arXiv 2302.13971) and its kin (see `ModelConfig`), with Hugging Face's parameter names.
 
 Shapes: B batch, T tokens, S tokens attended to, D model dim, H query heads, K key/value heads, E head dim,
 V vocabulary.
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
-from k2mini.nn.packed import document_mask
+from k2mini.nn.packed import causal_mask, document_mask
 from k2mini.nn.slots import Cache, Cached
 
 
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None, mask: Mask = None
     ) -> Tensor:
         """(B, T) int64 -> (B, T, D); the arguments are those of `Llama.forward` and `Llama.loss`."""
-        num_tokens = tokens.shape[1]
+        num_tokens, window = tokens.shape[1], self.config.sliding_window
         if positions is not None and positions.shape != tokens.shape:
             raise ValueError(f"positions {tuple(positions.shape)} must have the shape of tokens {tuple(tokens.shape)}")
         if cache is not None:
@@ -109,8 +109,9 @@ class Decoder(nn.Module):
             positions, mask = cache.advance(num_tokens, positions)
         elif positions is None:
             positions = torch.arange(num_tokens, device=tokens.device).unsqueeze(0)
+            mask = None if window is None else causal_mask(num_tokens, window, tokens.device)
         elif mask is None:
-            mask = document_bounds(positions).diff().tolist() if self.by_document else document_mask(positions)
+            mask = document_bounds(positions).diff().tolist() if self.by_document else document_mask(positions, window)
         x = self.embed_tokens(tokens)  # (B, T, D)
         if self.hook is not None:
             x = self.hook("embed", x)

@@ -22,7 +22,8 @@ TARGETS = LORA_TARGETS
 
 
 class LoraLinear(Linear):
-    """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3). The weight keeps its name and is frozen.
+    """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3), plus W's bias where it has one. The weight
+    keeps its name and is frozen.
 
     W may be in int8. A and B are kept in `promote_types(W.dtype, float32)` and multiply in x's dtype, as W does;
     `init_adapters` gives them values.
@@ -31,7 +32,7 @@ class LoraLinear(Linear):
     def __init__(self, base: Linear, section: LoraSection) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
-        self.weight = base.weight.requires_grad_(False)
+        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         self.scale = base.scale if isinstance(base, Int8Linear) else None
         dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_A = nn.Parameter(torch.empty(section.rank, base.in_features, dtype=dtype, device=device))  # (R, in)
@@ -44,7 +45,7 @@ class LoraLinear(Linear):
         """(…, in) -> (…, out), in x's dtype."""
         out = product(x, self.weight) if self.scale is None else int8_product(x, self.weight, self.scale)
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (…, R)
-        return out + F.linear(low, self.lora_B.to(x.dtype)) * self.scaling
+        return self.biased(out) + F.linear(low, self.lora_B.to(x.dtype)) * self.scaling
 
 
 def attach(model: nn.Module, section: LoraSection) -> list[str]:

@@ -18,16 +18,25 @@ from k2mini.distributed import send
 log = logging.getLogger(__name__)
 
 
-def document_mask(positions: Tensor) -> Tensor:
+def causal_mask(length: int, window: int, device: torch.device) -> Tensor | None:
+    """The attention mask of a document, (1, 1, T, T) bool; None where no token is out of a later one's window."""
+    if length <= window:
+        return None
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def document_mask(positions: Tensor, window: int | None = None) -> Tensor:
     """The attention mask of rows that hold several documents, each starting at position 0: causal, within a document.
 
     Args:
         positions: (B, T) int64; -1 is padding.
+        window: how many tokens a query attends to, its own among them; None: all.
 
     Returns: (B, 1, T, T) bool.
     """
     document = (positions == 0).cumsum(dim=1)  # (B, T)
-    return (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
+    mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)  # (B, T, T) -> (B, 1, T, T)
+    return mask if window is None or window >= positions.shape[1] else mask.triu(1 - window)
 
 
 @functools.cache
@@ -57,8 +66,11 @@ def sent_bounds(bounds: Tensor, device: torch.device, dtype: torch.dtype, head_d
     return bounds
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, row: int, *, grouped: bool) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, row: int, window: int | None = None, *, grouped: bool
+) -> Tensor:
     """Causal attention within each document. q: (B*T, H, E); k, v: (B*T, K, E), in rows of T = `row`. (B*T, H, E)."""
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
 
-    return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, row, row, window_size=(-1, 0), enable_gqa=grouped))
+    sides = (-1 if window is None or window >= row else window - 1, 0)  # keys before a query's own, and after it
+    return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, row, row, window_size=sides, enable_gqa=grouped))

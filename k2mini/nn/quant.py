@@ -2,7 +2,7 @@
 
 This is row-wise absmax quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 2.1), which bitsandbytes calls
 `load_in_8bit`, without the outlier columns of that paper. It is weight-only: for each product the weight is dequantised
-to the compute dtype, and freed afterwards. Embedding, norms and head are not quantised.
+to the compute dtype, and freed afterwards. Embedding, norms, biases and head are not quantised.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Int8Linear(Linear):
     def __init__(self, base: Linear) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
-        device = base.weight.device
+        device, self.bias = base.weight.device, base.bias
         shape = (base.out_features, base.in_features)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
         self.scale = nn.Parameter(
@@ -56,7 +56,7 @@ class Int8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
-        return int8_product(x, self.weight, self.scale)
+        return self.biased(int8_product(x, self.weight, self.scale))
 
 
 def fill_int8(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
@@ -113,7 +113,7 @@ class DynamicLinear(Int8Linear):
         if self._packed is None:
             self._packed = _pack(self.weight, self.scale)
         row = torch.ops.quantized.linear_dynamic(x.reshape(1, -1).float(), self._packed, reduce_range=True)
-        return row.to(x.dtype).view(*x.shape[:-1], -1)
+        return self.biased(row.to(x.dtype).view(*x.shape[:-1], -1))
 
 
 def _pack(weight: Tensor, scale: Tensor) -> Any:

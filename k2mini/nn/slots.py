@@ -59,7 +59,8 @@ class SlotLayer(NamedTuple):
             )
         for (slot, start, end), mask in self.chunks:
             each = q[done : done + end - start].transpose(0, 1).unsqueeze(0)  # (1, H, T, E), over (1, K, end, E)
-            keys, values = self.keys[slot : slot + 1, :, :end], self.values[slot : slot + 1, :, :end]
+            width = end if mask is None else mask.shape[1]
+            keys, values = self.keys[slot : slot + 1, :, :width], self.values[slot : slot + 1, :, :width]
             bias: Any = mask
             if start and mask is None:
                 from torch.nn.attention.bias import causal_lower_right  # takes a second to import
@@ -136,11 +137,11 @@ class SlotBatch:
             ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
             for slot, place in rows:
                 ends[slot - self._first] = place
-            self._mask = attended(ends, (int(ends.max()) // WIDTH + 1) * WIDTH).to(device, non_blocking=True)
+            width = (int(ends.max()) // WIDTH + 1) * WIDTH
+            self._mask = attended(ends, width, cache.window).to(device, non_blocking=True)
         if fixed:  # `layer` gives the part of the cache from there on
             self._slots = self._slots - self._first
-        later = device.type == "cpu"
-        self.chunks = [(chunk, _later(chunk) if later else None) for chunk in chunks]
+        self.chunks = [(chunk, _mask(chunk, cache.window, device)) for chunk in chunks]
 
     @classmethod
     def of_all(cls, cache: Slots, places: Tensor, width: int) -> SlotBatch:
@@ -148,7 +149,7 @@ class SlotBatch:
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
         new._slots, new.places, new.chunks = torch.arange(cache.number, device=places.device), places, []
-        new._mask = attended(places, width)
+        new._mask = attended(places, width, cache.window)
         return new
 
     def advance(self, _num_tokens: int, _positions: Tensor | None) -> tuple[Tensor, None]:
@@ -169,14 +170,22 @@ class SlotBatch:
         return SlotLayer(keys, values, *where)
 
 
-def attended(ends: Tensor, width: int) -> Tensor:
+def attended(ends: Tensor, width: int, window: int | None = None) -> Tensor:
     """The mask of queries at places `ends`, (S,) int64: (S, 1, 1, width) bool."""
-    return (torch.arange(width, device=ends.device) <= ends[:, None])[:, None, None]
+    places = torch.arange(width, device=ends.device)
+    mask = places <= ends[:, None]
+    if window is not None and width > window:
+        mask &= places > ends[:, None] - window
+    return mask[:, None, None]
 
 
-def _later(chunk: Chunk) -> Tensor | None:
-    """The mask of a chunk that does not begin its prompt, (T, end)."""
-    return torch.arange(chunk.end) <= torch.arange(chunk.start, chunk.end)[:, None] if chunk.start else None
+def _mask(chunk: Chunk, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask of a chunk, (T, end); on a GPU over some more places, and only where causal attention does not do."""
+    on_cpu, leaves = device.type == "cpu", window is not None and chunk.end > window
+    if not leaves and not (on_cpu and chunk.start):
+        return None
+    width = chunk.end if on_cpu else -(-chunk.end // ALIGNED) * ALIGNED
+    return attended(torch.arange(chunk.start, chunk.end, device=device), width, window)[:, 0, 0]
 
 
 def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -196,7 +205,7 @@ class Slots:
     def __init__(
         self, config: ModelConfig, number: int, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.number, self.spare = number, -1
+        self.number, self.spare, self.window = number, -1, config.sliding_window
         shape = (number, config.num_kv_heads, 0, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]

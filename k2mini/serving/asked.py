@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from k2mini.data.prompts import TEMPLATES, encode_prompt
+from k2mini.data.chats import encode_chat, stop_ids
+from k2mini.data.prompts import TEMPLATES, AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.sampling import Sampling
-from k2mini.serving.fields import CHAT, COMPLETION, MESSAGE, MOST_ROWS, SAMPLING, RefusedError, read, refuse
+from k2mini.serving.fields import CHAT, COMPLETION, MESSAGE, MOST_ROWS, SAMPLING, RefusedError, only, read, refuse
 
 COMPLETION_TOKENS = 16  # of a completion, where a request does not say (OpenAI's)
 
@@ -29,6 +30,7 @@ class Served:
         max_tokens: of an answer; None: what the capacity leaves.
         seed: where a request names none; None: drawn.
         rows: answers of one request.
+        templates: those that a request may name.
     """
 
     tokenizer: Tokenizer
@@ -38,6 +40,7 @@ class Served:
     max_tokens: int | None = None
     seed: int | None = None
     rows: int = MOST_ROWS
+    templates: Mapping[str, AnyTemplate] = field(default_factory=lambda: TEMPLATES)
 
     @cached_property
     def _longest(self) -> int:
@@ -85,6 +88,7 @@ class Asked:
         logprobs: None, or of how many of the likeliest tokens the answer has the log-probabilities.
         usage: the last event of a stream says how many tokens there were.
         token_ids: the answer has ids too.
+        stop_ids: each of them ends an answer.
     """
 
     chat: bool
@@ -100,17 +104,19 @@ class Asked:
     usage: bool
     echo: bool
     token_ids: bool
+    stop_ids: tuple[int, ...]
 
 
 def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
     """Check a request for a completion or a chat. Raises RefusedError, which names the field."""
-    given = read(body, CHAT if chat else COMPLETION)
+    given = read(body, {**CHAT, "template": only(*served.templates)} if chat else COMPLETION)
+    template = served.templates[given.get("template", served.template)]
     adapter, n, echo = served.adapter(given), given.get("n", 1), given.get("echo", False)
     best = given.get("best_of", n)
     top, limit = given.get("logprobs"), _limit(given, served)
     if chat:
         top = given.get("top_logprobs", 0) if top else None
-    for field, wrong, why in (
+    for param, wrong, why in (
         ("best_of", best < n, f"must be at least `n`, which is {n}"),
         ("best_of", best > n and given.get("stream"), "does not go with `stream`: the best is known at the end"),
         ("stream_options", "stream_options" in given and not given.get("stream"), "goes with `stream`"),
@@ -119,14 +125,14 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
         ("max_tokens", limit == 0 and not echo, "is 0, which goes with `echo` alone"),
     ):
         if wrong:
-            raise refuse(field, why)
+            raise refuse(param, why)
     for token, _ in given.get("logit_bias", ()):
         served.ids("logit_bias", [token])
     sampling = Sampling(**{"temperature": 1.0, **{name: given[name] for name in SAMPLING if name in given}})
     seed = given.get("seed", secrets.randbits(48) if served.seed is None else served.seed)
     scored = 0 if best > n and top is None else top
     decoding = Decoding(sampling=sampling, seed=seed, stop=given.get("stop", ()), top_logprobs=scored)
-    prompts, new = [_chat_prompt(given, served)] if chat else _prompts(given, served), []
+    prompts, new = [_chat_prompt(given, served, template)] if chat else _prompts(given, served), []
     if len(prompts) * best > served.rows:
         field = "best_of" if best > n else "n" if n > 1 else "prompt"
         raise refuse(field, f"asks for more than {served.rows} answers at once")
@@ -135,7 +141,8 @@ def read_asked(body: Mapping[str, Any], served: Served, *, chat: bool) -> Asked:
         most = (served.max_tokens or served.capacity) if chat else COMPLETION_TOKENS
         new.append(min(most, served.capacity - len(prompt)) if limit is None else limit)
     usage, ids = given.get("stream_options", {}).get("include_usage", False), given.get("return_token_ids", False)
-    how = (n, best, top, decoding, given.get("stream", False), usage, echo, ids)
+    ends = stop_ids(served.tokenizer, template) if chat else served.tokenizer.stop_ids
+    how = (n, best, top, decoding, given.get("stream", False), usage, echo, ids, ends)
     return Asked(chat, given["model"], adapter, prompts, new, *how)
 
 
@@ -157,31 +164,26 @@ def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
     if len(many) > served.rows:
         raise refuse("prompt", f"asks for more than {served.rows} answers at once")
     texts = [served.text("prompt", one) if isinstance(one, str) else served.ids("prompt", one) for one in many]
-    return [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
+    found = [encode(one, bos=True, eos=False) if isinstance(one, str) else one for one in texts]
+    if [] in found:
+        raise refuse("prompt", "must not be empty, since this model has no BOS to go on from")
+    return found
 
 
-def _chat_prompt(given: Mapping[str, Any], served: Served) -> list[int]:
-    """The tokens of a conversation, as `k2mini chat` joins its turns."""
-    template, tokenizer = TEMPLATES[given.get("template", served.template)], served.tokenizer
-    turns = [_message(message, place) for place, message in enumerate(given.get("messages", []))]
-    system = turns.pop(0)[1] if turns and turns[0][0] in ("system", "developer") else ""
-    if [role for role, *_ in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        order = "must be `user` and `assistant` in turns, the last `user`; one `system` may come first"
-        raise refuse("messages", f"{order}: templates have no other order")
-    served.text("messages", system + "".join(text + context for _, text, context in turns))
-    ids: list[int] = []
-    for role, text, context in turns:
-        if role == "assistant":
-            ids += [*tokenizer.encode_more(text), tokenizer.eos_id]
-        elif text.strip():
-            ids += encode_prompt(tokenizer, template, text, context, "" if ids else system)
-        else:
-            raise refuse("messages", "must not be empty")
-    return ids
+def _chat_prompt(given: Mapping[str, Any], served: Served, template: AnyTemplate) -> list[int]:
+    """The tokens of a conversation, as `k2mini chat` has them. The template says which roles go, in which order."""
+    messages = [_message(message, place) for place, message in enumerate(given.get("messages", []))]
+    if not messages or messages[-1]["role"] in ("system", "assistant") or not messages[-1]["content"].strip():
+        raise refuse("messages", "must end with what is to be answered")
+    served.text("messages", "".join(message["content"] + message.get("input", "") for message in messages))
+    try:
+        return encode_chat(served.tokenizer, template, messages)
+    except ValueError as error:
+        raise refuse("messages", f"can't be asked in the template {template.name}: {error}") from None
 
 
-def _message(message: Any, place: int) -> tuple[str, str, str]:
-    """A message's role, text and, where a user gives one, the template's input."""
+def _message(message: Any, place: int) -> dict[str, str]:
+    """A message's role, content and, where a user gives one, the template's input."""
     try:
         given = read(message, MESSAGE) if isinstance(message, dict) else {}
     except RefusedError as error:
@@ -192,4 +194,5 @@ def _message(message: Any, place: int) -> tuple[str, str, str]:
         content = "".join(part["text"] for part in content) if plain else None
     if role is None or content is None or ("input" in given and role != "user"):
         raise refuse("messages", f"must have a role and text, and an input the user's alone; [{place}] does not")
-    return role, content, given.get("input", "")
+    role = "system" if role == "developer" else role
+    return {"role": role, "content": content, **({"input": given["input"]} if "input" in given else {})}

@@ -57,6 +57,7 @@ class Choice:
         self._text, self._all = TextStream(tokenizer, decoding.stop), tokenizer.stream()
         self._before = self._place = 0  # characters of the prompt, and of all text so far
         self._held: list[Token] = []
+        self._stop_ids = asked.stop_ids
         self._keep_eos, self._eos = not asked.chat and top is not None, False
         self.made, self.mean = 0, 0.0
         self.end: End | None = None
@@ -94,12 +95,13 @@ class Choice:
         if isinstance(event, Step):
             self.times.append(time.perf_counter())
             self.mean += ((event.logprob or 0.0) - self.mean) / (len(self.times) - 1)
-            self._eos = event.token == self._tokenizer.eos_id
+            self._eos = event.token in self._stop_ids
             self.made += not self._eos
             if not self._eos or self._keep_eos:
                 self._held.append(Token(event.token, self._place, event.logprob, event.top))
-            self._place += len(self._all.push(event.token))
-            part.text = self._text.push(event.token)
+            if not self._eos:  # whose text, if it has any, is none of the answer's
+                self._place += len(self._all.push(event.token))
+                part.text = self._text.push(event.token)
         else:
             part.text = self._text.flush()
             reason = "eos" if self._eos else "stop" if self._text.stopped else event.reason
@@ -115,10 +117,13 @@ class Choice:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """How a token is written where it stands alone: no two are alike, so bytes are 'bytes:\\x0a' and EOS '</s>'."""
-    kind, piece = tokenizer.kind(token), tokenizer.piece(token)
-    if kind == "byte":
-        return f"bytes:\\x{tokenizer.piece_bytes(token).hex()}"
-    return piece.replace("▁", " ") if kind == "normal" else piece
+    kind, content = tokenizer.kind(token), tokenizer.piece_bytes(token)
+    if kind not in ("normal", "byte"):
+        return tokenizer.piece(token)
+    try:
+        return content.decode() if kind == "normal" else f"bytes:\\x{content.hex()}"
+    except UnicodeDecodeError:  # of byte-level BPE, a part of a character
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:

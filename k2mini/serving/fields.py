@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from k2mini.data.prompts import TEMPLATES
 from k2mini.errors import short
 
 Check = Callable[[Any], Any]  # a field's value as it is used; raises ValueError saying what it must be
@@ -108,11 +107,11 @@ SHARED: dict[str, Check] = {
 COMPLETION: dict[str, Check] = dict(
     SHARED, prompt=only(str, list), echo=FLAG, best_of=ROWS, logprobs=TOP, max_tokens=between(int, 0, 2**31)
 )
-CHAT: dict[str, Check] = dict(SHARED, messages=only(list), template=only(*TEMPLATES), logprobs=FLAG, top_logprobs=TOP)
+CHAT: dict[str, Check] = dict(SHARED, messages=only(list), template=only(str), logprobs=FLAG, top_logprobs=TOP)
 CHAT |= dict.fromkeys(("max_tokens", "max_completion_tokens"), between(int, 1, 2**31))
 MESSAGE: dict[str, Check] = {
     **dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "annotations"), only([])),
-    "role": only("system", "developer", "user", "assistant"),
+    "role": only("system", "developer", "user", "assistant", "tool"),
     "content": only(str, list),
     "input": only(str),
 }

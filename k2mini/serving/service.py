@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from k2mini.audit.hooks import trace
-from k2mini.data.prompts import TEMPLATES
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.engine import Engine
 from k2mini.inference.request import QueueFullError
@@ -71,7 +70,7 @@ class Service:
         """GET /k2mini/info, for the page."""
         models = [{"id": name, "adapter": adapter is not None} for name, adapter in self.served.models.items()]
         about = {"context": self.served.capacity, "version": version("k2mini")}
-        return {"models": models, "templates": list(TEMPLATES), "template": self.served.template, **about}
+        return {"models": models, "templates": list(self.served.templates), "template": self.served.template, **about}
 
     def tokenizer_info(self) -> dict[str, Any]:
         """GET /tokenizer_info, which lm-evaluation-harness asks for."""
@@ -81,8 +80,8 @@ class Service:
         """POST /tokenize. A control symbol that stands alone, such as '</s>', is its id: so a client learns it."""
         given = self._given(body, "prompt", prompt=only(str), add_special_tokens=FLAG)
         tokenizer, text, bos = self.served.tokenizer, given["prompt"], given.get("add_special_tokens", True)
-        control = {tokenizer.piece(token): [token] for token in (tokenizer.bos_id, tokenizer.eos_id)}
-        tokens = control.get(text, [])
+        stands = [token for token in (tokenizer.bos_id, *tokenizer.stop_ids) if token is not None]
+        tokens = {tokenizer.piece(token): [token] for token in stands}.get(text, [])
         if not tokens:
             tokens = await asyncio.to_thread(tokenizer.encode, text, bos=bos, eos=False)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.served.capacity}

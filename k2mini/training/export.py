@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from k2mini.config import LoraSection, check_fields
-from k2mini.data.tokenizer import Tokenizer
+from k2mini.data.tokenizer import open_tokenizer
 from k2mini.distributed import ALONE
 from k2mini.dtypes import DTYPES
 from k2mini.files import output
@@ -43,13 +43,14 @@ def export(
             raise ValueError(f"{base.path} is no longer the base that {checkpoint} was trained from; put that back")
         tensors = StoredModel(checkpoint, DTYPES[dtype or identity["dtype"]])
         check_tensors(tensors, tensor_shapes(base.config), checkpoint)
-        tokenizer = Tokenizer(base.require_tokenizer_file())
+        tokenizer = open_tokenizer(base.require_tokenizer_file())
         save_model(tensors, base.config, out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base.path))
 
 
 def export_adapter(kept: Path, out: Path, section: LoraSection, base: str) -> None:
     """Write the adapter that a checkpoint holds. Raises ValueError where the checkpoint is damaged."""
-    check_files(kept, read_state(kept)["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
+    state = read_state(kept)
+    check_files(kept, state["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
     stored = StoredModel(kept)
     adapters = {name: stored.tensor(name) for name in stored.names()}
-    save_adapter(adapters, section, out, base=base)
+    save_adapter(adapters, section, out, base=base, note=state["identity"].get("base", ""))

@@ -136,7 +136,7 @@ def planned_shape(path: str) -> ModelConfig:
     if not Path(path).exists() and name in PRESETS:
         return PRESETS[name]
     try:
-        directory = model_directory(path)
+        directory = model_directory(path, weights=False)
     except ValueError as error:
         raise ValueError(
             f"model.path: {error}; if another run has yet to make it, plan from a preset of its shape, such as "

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig, RunConfig, check_context
 from k2mini.data.batches import Batch, Blocks
+from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, Documents, is_prepared
-from k2mini.data.documents import read_documents
+from k2mini.data.documents import data_path, read_documents
 from k2mini.data.instructions import read_examples
 from k2mini.data.packing import Examples
 from k2mini.data.prepare import document_files
-from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.weights.model_directory import ModelDirectory, model_directory
 
 
 def preview(config: RunConfig, number: int) -> Iterator[str]:
@@ -22,12 +22,12 @@ def preview(config: RunConfig, number: int) -> Iterator[str]:
 
     Raises ValueError where the data or the tokenizer can't be read.
     """
-    base = ModelDirectory(config.model.path)
+    base = ModelDirectory(model_directory(config.model.path, weights=False))
     tokenizer = base.require_tokenizer()
     check_context(config, base.config.max_seq_len)
     if number < 1:
         raise ValueError(f"--number must be at least 1, not {number}")
-    samples = _samples(config, tokenizer)
+    samples = _samples(config, base.path, tokenizer)
     for index in range(min(number, samples.num_samples)):
         yield f"sample {index} of {samples.num_samples:,}"
         batch = samples.batch(index, 1)
@@ -36,13 +36,14 @@ def preview(config: RunConfig, number: int) -> Iterator[str]:
         yield from _table(batch, tokenizer)
 
 
-def _samples(config: RunConfig, tokenizer: Tokenizer) -> Blocks | Examples:
+def _samples(config: RunConfig, base: Path, tokenizer: Tokenizer) -> Blocks | Examples:
     data, seed = config.data, config.run.seed
     if isinstance(config, FinetuneConfig):
         section = config.data
-        examples = read_examples(Path(section.path), tokenizer, get_template(section.template), section)
+        template = open_template(section.template, base, tokenizer)
+        examples = read_examples(Path(section.path), tokenizer, template, section)
         return Examples(examples, seed=seed)
-    corpus, source = config.data, Path(data.path)
+    corpus, source = config.data, data_path(data.path)
     if is_prepared(source):
         return Blocks(Corpus(source), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
     documents = [
@@ -61,10 +62,12 @@ def _text(batch: Batch, tokenizer: Tokenizer, *, documents: bool) -> Iterator[st
     ids = [*tokens, labels[-1]] if supervised[-1] else tokens
     stream, heading, text = tokenizer.stream(), "", ""
     for place, token in enumerate(ids):
-        begins = token == tokenizer.bos_id
+        # Without BOS a document begins after EOS, and of a row's first token it is not known.
+        after_eos = documents and ids[place - 1 : place] == [tokenizer.eos_id]
+        begins = after_eos if tokenizer.bos_id is None else token == tokenizer.bos_id
         judged = min(place + (begins or not place), len(ids) - 1)
         said = "supervised" if supervised[judged] else "not supervised"
-        if documents and (begins or not place):
+        if documents and (begins or (not place and tokenizer.bos_id is not None)):
             said += ", a document from its beginning" if begins else ", a document goes on"
         if begins or not place or not heading.startswith(said):
             yield from _indented(heading, text)

@@ -8,21 +8,22 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from k2mini.build import kept_dtype, training_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context, settings_of
+from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig, check_context, settings_of
 from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks, Samples
+from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
+from k2mini.data.documents import data_path
 from k2mini.data.instructions import hold_out, read_examples
 from k2mini.data.packing import Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
-from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
 from k2mini.dtypes import DTYPES
@@ -42,8 +43,8 @@ from k2mini.training.export import export, export_adapter
 from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
 from k2mini.training.step import total_steps
-from k2mini.weights.adapter import load_adapter, read_adapter_config
-from k2mini.weights.model_directory import ModelDirectory, read_manifest
+from k2mini.weights.adapter import start_from
+from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ MARK = (CONFIG, "checkpoints", "model", "adapter", METRICS)
 
 # What `eval.benchmark` is scored with: scores by name. All ranks call it, since each has a part of the model.
 Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
-Read = tuple[Samples, Samples | None, str]  # what is trained on, what validates, and the hash of the first
+# What is trained on, what validates; the hash of the first, and of a model's own template, which may change.
+Read = tuple[Samples, Samples | None, str, str]
 
 
 def pretrain(
@@ -60,12 +62,8 @@ def pretrain(
 ) -> Path:
     """Train on plain documents, on all ranks. Returns the directory of the model or, with `lora`, of the adapter.
 
-    That is `run.dir/model` or `run.dir/adapter`. A run that is complete is left as it is; one that was stopped goes on
-    (see `checkpoint.resume`).
-
-    Args:
-        label: of the progress line.
-        benchmark: run every `eval.every` steps; its scores go into the metrics.
+    A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`). `label` is that of
+    the progress line; `benchmark` is run every `eval.every` steps, and its scores go into the metrics.
     """
     return _run(config, world, label, benchmark, _documents)
 
@@ -77,6 +75,10 @@ def finetune(
 
     Of all checkpoints, the one of the lowest validation loss becomes the adapter or the model.
     """
+    if config.data.template is None:
+        base = _base(config)
+        template = open_template(None, base.path, base.require_tokenizer())
+        config = replace(config, data=replace(config.data, template=template.name))
     return _run(config, world, label, benchmark, _instructions)
 
 
@@ -87,13 +89,15 @@ def _run(
     with run_directory(config, world):
         if not _is_complete(config, out, world):
             base = _base(config)
-            samples, val, content = read(config, base, world)
-            best = isinstance(config, FinetuneConfig)
-            task = Task(samples, val, _identity(config, content, base, world), label, save_best=best)
+            samples, val, content, template = read(config, base, world)
+            best, identity = isinstance(config, FinetuneConfig), _identity(config, content, base, world)
+            if template:
+                identity["data"]["template"] += template
+            task = Task(samples, val, identity, label, save_best=best)
             _accept(config, base, task, world)
             model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
             if lora is not None and lora.init_adapter is not None:
-                _start_from(model, lora, Path(lora.init_adapter))
+                start_from(model, lora, model_directory(lora.init_adapter))
             evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
             last = train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
             if world.is_main:
@@ -121,19 +125,20 @@ def _documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Re
         val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
     elif "val" in read_corpus_manifest(directory)["splits"]:
         val = blocks(Corpus(directory, "val"), None)
-    return blocks(Corpus(directory), seed), val, fingerprint(directory)
+    return blocks(Corpus(directory), seed), val, fingerprint(directory), ""
 
 
 def _instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
-    template, data, seed = get_template(config.data.template), config.data, config.run.seed
+    data, seed = config.data, config.run.seed
     tokenizer = base.require_tokenizer()
+    template = open_template(data.template, base.path, tokenizer)
     _check_room(config, base)
     examples, held_out = hold_out(read_examples(Path(data.path), tokenizer, template, data), data.val_size, seed)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
-    pack = data.packing
-    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if pack else Examples(examples, seed=seed)
-    return samples, Examples(held_out, seed=None) if held_out else None, sha256(Path(data.path))
+    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
+    val = Examples(held_out, seed=None) if held_out else None
+    return samples, val, sha256(data_path(data.path)), getattr(template, "digest", "")
 
 
 @contextmanager
@@ -247,7 +252,7 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
     """
     tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
-    if not is_prepared(path):
+    if not is_prepared(path) and not is_prepared(path := data_path(path)):
         files = document_files(path, config)
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
@@ -267,18 +272,6 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
         raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
     check_files(path, corpus_hashes(path), world, "prepare it again")
     return path
-
-
-def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
-    """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
-    given = read_adapter_config(directory)
-    for key in ("rank", "alpha", "target_modules"):
-        ours, theirs = getattr(section, key), getattr(given, key)
-        if isinstance(ours, list):
-            ours, theirs = sorted(ours), sorted(theirs)
-        if ours != theirs:
-            raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
-    load_adapter(model, directory, given)
 
 
 def _identity(config: RunConfig, content: str, base: ModelDirectory, world: World) -> dict[str, Any]:

@@ -30,13 +30,20 @@ PREFIX = "base_model.model."  # how peft wraps the model; the module's own name 
 
 
 def save_adapter(
-    adapters: Mapping[str, Tensor], section: LoraSection, directory: Path, base: str, *, trained: bool = True
+    adapters: Mapping[str, Tensor],
+    section: LoraSection,
+    directory: Path,
+    base: str,
+    *,
+    trained: bool = True,
+    note: str = "",
 ) -> None:
     """Write the adapters of a model, read them back and compare; the directory appears whole or not at all.
 
     Args:
         adapters: parameter name -> tensor, as `adapter_tensors` gives them.
-        base: adapter_config.json's name of the base model. Where it is a directory, the manifest gets its fingerprint.
+        base: adapter_config.json's name of the base model.
+        note: the base's fingerprint, for the manifest; '': that of `base`, where it is a directory.
         trained: refuse an adapter whose B matrices are all zero, since training has then changed nothing.
 
     Raises ValueError where there is no adapter or nothing in it, or `directory` exists and is not empty.
@@ -68,8 +75,8 @@ def save_adapter(
         flat = {f"{module}.{kind}": t for module, pair in written.items() for kind, t in zip(KINDS, pair, strict=True)}
         if flat.keys() != adapters.keys() or any(not torch.equal(flat[k], adapters[k].cpu()) for k in flat):
             raise OSError(f"{directory}: what was written does not read back as it was")
-        note = {"base": ModelDirectory(base).fingerprint()} if Path(base).is_dir() else {}
-        write_manifest(beside, "adapter", content, note)
+        note = note or (ModelDirectory(base).fingerprint() if Path(base).is_dir() else "")
+        write_manifest(beside, "adapter", content, {"base": note} if note else {})
 
 
 def check_base(directory: Path, *bases: ModelDirectory) -> ModelDirectory:
@@ -168,6 +175,16 @@ def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         raise ValueError(f"{path} is missing or damaged ({error})") from None
     except OSError as error:
         raise OSError(f"{path}: {error}") from None
+
+
+def start_from(model: Llama, section: LoraSection, directory: Path) -> None:
+    """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
+    given = read_adapter_config(directory)
+    for key in ("rank", "alpha", "target_modules"):
+        ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
+        if ours != theirs:
+            raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
+    load_adapter(model, directory, given)
 
 
 def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> None:

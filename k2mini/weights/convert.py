@@ -76,6 +76,8 @@ def convert(
     if quantize is not None:
         source = _Quantized(source)
     if kind == "meta":
+        if tokenizer is not None and tokenizer.path.suffix == ".json":
+            log.warning("Meta's code reads tokenizer.model; %s, which is copied, is for k2mini alone", tokenizer.path)
         write_meta(source, config, out, tokenizer, force=force, inputs=inputs)
         return
     save_model(
@@ -92,9 +94,8 @@ def convert(
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     """The directory's own tokenizer; of Meta's layout also that of the folder above, where its download has it."""
-    if (directory / "params.json").is_file() and not (directory / "tokenizer.model").is_file():
-        return find_tokenizer(directory, directory.parent)
-    return find_tokenizer(directory)
+    above = [directory.parent] if (directory / "params.json").is_file() else []
+    return find_tokenizer(directory, *above)
 
 
 class _Quantized:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from k2mini.data.tokenizer import Tokenizer
+from k2mini.data.tokenizer import open_tokenizer
 from k2mini.distributed import local_part
 from k2mini.model_config import ModelConfig
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.convert import open_layout
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, tokenizer_file
 
 WEIGHTS = (".safetensors", ".bin", ".pth")
 
@@ -82,11 +81,10 @@ def _files(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.suffix in WEIGHTS}
 
 
-def _tokenizer(directory: Path) -> dict[str, int] | None:
-    path = directory / "tokenizer.model"
-    if not os.path.lexists(path):
+def _tokenizer(directory: Path) -> dict[str, int | None] | None:
+    if (path := tokenizer_file(directory)) is None:
         return None
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     return {"tokens": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
 
 
@@ -137,11 +135,13 @@ def describe_directory(found: dict[str, Any]) -> str:
             f"({shape['num_kv_heads']} of keys and values) of {shape['head_dim']}, "
             f"intermediate_dim {shape['intermediate_dim']}, vocab_size {shape['vocab_size']}, "
             f"max_seq_len {shape['max_seq_len']}"
+            + (f", sliding_window {shape['sliding_window']}" if shape["sliding_window"] else "")
         )
         tokenizer = found["tokenizer"]
-        known = (
-            f"{tokenizer['tokens']:,} tokens, BOS {tokenizer['bos']}, EOS {tokenizer['eos']}" if tokenizer else "none"
-        )
+        known = "none"
+        if tokenizer is not None:
+            bos = "no BOS" if tokenizer["bos"] is None else f"BOS {tokenizer['bos']}"
+            known = f"{tokenizer['tokens']:,} tokens, {bos}, EOS {tokenizer['eos']}"
         lines.append(f"tokenizer: {known}")
     sizes = found["files"]
     lines.append(f"weights: {len(sizes)} file{'s' * (len(sizes) != 1)}, {readable(sum(sizes.values()))}")
@@ -155,8 +155,9 @@ def describe_directory(found: dict[str, Any]) -> str:
 
 
 def _title(found: dict[str, Any]) -> str:
+    kind = found.get("shape", {}).get("model_type", "llama")
     titles = {
-        "model": "a LLaMA model",
+        "model": f"a {'LLaMA' if kind == 'llama' else kind.capitalize()} model",
         "meta": "a LLaMA model in Meta's layout",
         "adapter": "a LoRA adapter",
         "delta": f"a delta of format {found.get('delta')}; k2mini delta apply puts it on its base",

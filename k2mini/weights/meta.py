@@ -12,19 +12,19 @@ import logging
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from k2mini.architectures import Llama3RopeScaling
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import SAFETENSORS_FLOATS
 from k2mini.files import new_directory, progress_bar, read_json
-from k2mini.model_config import MOST_LAYERS, Llama3RopeScaling, ModelConfig, number
+from k2mini.model_config import MOST_LAYERS, ModelConfig, number
 from k2mini.weights.model_directory import MANIFEST, ModelDirectory
-from k2mini.weights.model_files import write_manifest
+from k2mini.weights.model_files import copy_tokenizer, write_manifest
 from k2mini.weights.stream import SHOWN, Source, Written, total_bytes
 from k2mini.weights.torch_file import read_bin, write_torch
 
@@ -177,6 +177,8 @@ def _read_config(directory: ModelDirectory, reader: MetaReader) -> ModelConfig:
             raise ValueError(f"heads of {dim} / {num_heads} numbers, in groups of {num_heads} / {num_kv_heads}")
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{path}: a field is missing or no number ({error})") from None
+    if raw.get("sliding_window") is not None:
+        raise ValueError(f"{path}: sliding_window is of Mistral's own layout; take the model's Hugging Face directory")
     # params.json does not say how long the context is. LLaMA 3 is known by its rotary base; the rest may be LLaMA 1 or
     # 2, and the shorter context of 1 is safe for both.
     max_seq_len = (131072 if raw.get("use_scaled_rope") else 8192) if "rope_theta" in raw else 2048
@@ -191,20 +193,9 @@ def _read_config(directory: ModelDirectory, reader: MetaReader) -> ModelConfig:
         first[output].shape == first["tok_embeddings.weight"].shape
         and all(torch.equal(part[output], part["tok_embeddings.weight"]) for part in reader._parts)
     )
-    return ModelConfig(
-        dim=dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=dim // num_heads,
-        intermediate_dim=reader.shape(GATE)[0],
-        vocab_size=reader.shape(EMBEDDING)[0],
-        max_seq_len=max_seq_len,
-        rope_theta=rope_theta,
-        rope_scaling=SCALING if raw.get("use_scaled_rope") else None,
-        norm_eps=norm_eps,
-        tie_embeddings=tied,
-    )
+    heads, scaling = (num_heads, num_kv_heads, dim // num_heads), SCALING if raw.get("use_scaled_rope") else None
+    sizes = (reader.shape(GATE)[0], reader.shape(EMBEDDING)[0], max_seq_len)
+    return ModelConfig(dim, num_layers, *heads, *sizes, rope_theta, scaling, norm_eps, tied)
 
 
 class _InMetaLayout:
@@ -254,11 +245,13 @@ def write_meta(
             write_torch(renamed, renamed.names(), beside / "consolidated.00.pth", written, None, progress.update)
         (beside / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            (beside / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
-        write_manifest(beside, "meta", written, {"config": asdict(config)})
+            copy_tokenizer(tokenizer, beside)
+        write_manifest(beside, "meta", written, {"config": config.features()})
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
+    if config.attention_bias or config.qk_norm or config.sliding_window:
+        raise ValueError("Meta's format has no biases, norms of q and k, or sliding window, as this model has; take hf")
     if config.head_dim * config.num_heads != config.dim:
         raise ValueError(
             f"Meta's format has no head_dim of its own: there it is dim / num_heads, here it is {config.head_dim}"

@@ -1,7 +1,4 @@
-"""Directories of weights: what each of their files says, and their tensors by name.
-
-A tensor is a view of a memory-mapped file, read when it is asked for: a 13 GB checkpoint opens at once.
-"""
+"""Directories of weights: what each of their files says, and their tensors by name, mapped and not read."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from k2mini.data.tokenizer import Tokenizer
+from k2mini import hub
+from k2mini.data.tokenizer import Tokenizer, choose_tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
@@ -33,11 +31,9 @@ log = logging.getLogger(__name__)
 KINDS = ("model", "delta", "adapter", "meta")
 MANIFEST, MANIFEST_FORMAT = "manifest.json", "k2mini manifest 1"
 ENTRIES: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
-# The rotary frequencies that checkpoints of 2023 carry; they follow from config.json.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# Vocabularies are padded to a multiple of up to 256 and get a few tokens added; more is another model's tokenizer.
-MAX_SPARE_ROWS = 256
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # checkpoints of 2023 carry what follows from config.json
+# Vocabularies are padded (Qwen2.5's by 399) and get a few tokens added; more rows are another model's.
+MAX_SPARE_ROWS = 512
 
 
 class ModelDirectory:
@@ -79,10 +75,9 @@ class ModelDirectory:
             raise ValueError(f"{self.path} is a delta, not a model; k2mini delta apply puts it on its base")
 
     def require_tokenizer_file(self) -> Path:
-        """The path of tokenizer.model. Raises ValueError where there is none, or the manifest has another's hash."""
-        path = self.path / "tokenizer.model"
-        if not path.exists():
-            raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with")
+        """Its path, as `tokenizer_file` finds it. Raises ValueError where there is none, or the manifest differs."""
+        if (path := tokenizer_file(self.path)) is None or not path.exists():
+            raise ValueError(f"{self.path} has no tokenizer.model; copy the one the model was trained with (or .json)")
         noted = (self.manifest or {"files": {}})["files"].get(path.name)
         if noted is not None and noted["sha256"] != sha256(path):
             raise ValueError(f"{path} is not the one that {MANIFEST} has the hash of; copy the directory again")
@@ -92,13 +87,13 @@ class ModelDirectory:
         """Raise ValueError unless the embedding has a row for each of the tokenizer's `tokens`, and few more."""
         rows = self.config.vocab_size
         if not tokens <= rows <= tokens + MAX_SPARE_ROWS:
-            sizes = f"{self.path / 'tokenizer.model'} has {tokens:,} tokens, the embedding has {rows:,} rows"
+            sizes = f"{tokenizer_file(self.path)} has {tokens:,} tokens, the embedding has {rows:,} rows"
             raise ValueError(f"{sizes}; this tokenizer belongs to another model")
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, or None where there is no tokenizer.model; else as `require_tokenizer`."""
-        return self._tokenizer if os.path.lexists(self.path / "tokenizer.model") else None
+        """The tokenizer, or None where there is no file of one; else as `require_tokenizer`."""
+        return self._tokenizer if tokenizer_file(self.path) is not None else None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none, or it does not fit the model."""
@@ -108,11 +103,12 @@ class ModelDirectory:
     def _tokenizer(self) -> Tokenizer:
         # Where config.json disagrees on BOS or EOS (LLaMA-1's in the wild say 0 and 1), the tokenizer is right.
         config, tokenizer = self._raw_config, Tokenizer(self.require_tokenizer_file())
+        tokenizer.add_stop_ids(config)
         self.check_vocab_size(tokenizer.vocab_size)
-        for key, right in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-            said, file = config.get(key), self.path / "config.json"
-            if said is not None and said != right and not (isinstance(said, list) and right in said):
-                log.warning("%s says %s %s, tokenizer.model says %s; using the tokenizer's", file, key, said, right)
+        for key, right in (("bos_token_id", (tokenizer.bos_id, None)), ("eos_token_id", (*tokenizer.stop_ids, None))):
+            said, where = config.get(key), (self.path / "config.json", tokenizer.path.name)
+            if right[0] is not None and said not in right and not (isinstance(said, list) and right[0] in said):
+                log.warning("%s says %s %s, %s says %s; using the tokenizer's", where[0], key, said, where[1], right[0])
         return tokenizer
 
     def fingerprint(self) -> str:
@@ -125,27 +121,29 @@ class ModelDirectory:
         for name in reader.names():
             shape = reader.shape(name)
             digest.update(f"{name}{shape}".encode())
-            ends = [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]
-            for start, stop in ends:
+            for start, stop in [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]:
                 digest.update(reader.rows(name, start, stop).to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
-def model_directory(path: str | Path) -> Path:
-    """`path`, checked to be a directory; one that a killed process was replacing is put right first.
-
-    Raises ValueError where it is none; for what looks like a hub id, with the command that downloads it.
-    """
-    directory = Path(path)
-    if not directory.exists():
+def model_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """`path`, if a directory, else that of a hub's id (see `hub.fetch`). Raises ValueError where it is neither."""
+    # One that a killed process was replacing is put right first.
+    if not (directory := Path(path)).exists():
         recover(directory)
     if directory.is_dir():
         return directory
     if directory.exists():
         raise ValueError(f"{path} is a file; a model is a directory with config.json and weights")
-    first = f"download it first (pip install huggingface_hub): hf download {path} --local-dir {directory.name}"
-    hint = f"; if it is a model on the Hugging Face hub, {first}"
-    raise ValueError(f"there is no directory {path}{hint if re.fullmatch(HUB_ID, str(path)) else ''}")
+    if hub.MODEL.fullmatch(str(path)):
+        return hub.fetch(str(path), weights=weights)
+    raise ValueError(f"there is no directory {path}")
+
+
+def tokenizer_file(directory: Path) -> Path | None:
+    """tokenizer.model or tokenizer.json; where both are there, as `choose_tokenizer` says; None: neither is."""
+    found = [path for name in ("tokenizer.model", "tokenizer.json") if os.path.lexists(path := directory / name)]
+    return choose_tokenizer(*found) if len(found) == 2 else next(iter(found), None)
 
 
 def manifest_text(content: Mapping[str, Any]) -> str:
@@ -189,8 +187,7 @@ class CheckpointReader:
         self._bins: dict[Path, dict[str, Tensor]] = {}
         for path, expected in _weight_files(directory).items():
             names = self._open(path)
-            missing = sorted(set(expected) - set(names)) if expected is not None else []
-            if missing:
+            if missing := sorted(set(expected or []) - set(names)):
                 raise ValueError(f"{path} does not hold {some(missing)}, which the index says it does")
             for name in filterfalse(IGNORED.search, names):
                 if name in self.files:
@@ -264,8 +261,7 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _indexed(index: Path) -> dict[Path, list[str] | None]:
-    raw = read_json(index)
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    weight_map = raw.get("weight_map") if isinstance(raw := read_json(index), dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     expected: dict[Path, list[str]] = {}
@@ -294,7 +290,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], direc
         hint = "; is tie_word_embeddings meant to be true?" if missing == ["lm_head.weight"] else ""
         raise ValueError(f"{directory} lacks {some(missing)}{hint}")
     if extra:
-        raise ValueError(f"{directory} holds {some(extra)}, which a LLaMA of its config.json does not have")
+        raise ValueError(f"{directory} holds {some(extra)}, which a model of its config.json does not have")
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise ValueError(f"{directory}: {name} is {source.shape(name)}, config.json makes it {shape}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2mini.data.tokenizer import Tokenizer
+from k2mini.data.tokenizer import Tokenizer, open_tokenizer
 from k2mini.dtypes import DTYPES, NAMES
 from k2mini.errors import short
-from k2mini.files import new_directory, sha256
+from k2mini.files import new_directory, read_json, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
-from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text
+from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text, tokenizer_file
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
 
 log = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
+# What belongs to a tokenizer, without and with tokenizer.json; k2mini writes the rest anew.
+BESIDE = (
+    ("chat_template.jinja",),
+    ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", GENERATION),
+)
 
 
 def save_model(
@@ -69,11 +75,26 @@ def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer 
         fields["quantization_config"] = INT8
     content: dict[str, Any] = {"config.json": fields}
     if tokenizer is not None:
-        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-        content["tokenizer_config.json"] = tokenizer.hf_config()
-        content["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+        copied, theirs = copy_tokenizer(tokenizer, directory), tokenizer.path.with_name("tokenizer_config.json")
+        if theirs.name not in copied:
+            content[theirs.name] = tokenizer.hf_config()
+            if theirs.is_file() and (template := read_json(theirs).get("chat_template")) is not None:
+                content[theirs.name]["chat_template"] = template
+        kept = read_json(directory / GENERATION) if GENERATION in copied else {}
+        ends = [*tokenizer.stop_ids] if len(tokenizer.stop_ids) > 1 else eos_id
+        content[GENERATION] = {"bos_token_id": bos_id, **kept, "eos_token_id": ends}
     for name, fields in content.items():
         (directory / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
+    """Copy a tokenizer's file, and those beside it that belong to it as they stand. Returns the names of all."""
+    json_ = tokenizer.path.suffix == ".json"
+    own = [name for name in BESIDE[json_] if tokenizer.path.with_name(name).is_file()]
+    shutil.copyfile(tokenizer.path, directory / ("tokenizer.json" if json_ else "tokenizer.model"))
+    for name in own:
+        shutil.copyfile(tokenizer.path.with_name(name), directory / name)
+    return own
 
 
 def write_manifest(directory: Path, kind: str, written: Written, note: Mapping[str, Any] | None = None) -> None:
@@ -122,7 +143,9 @@ def delta_manifest(delta: ModelDirectory, formats: Sequence[str]) -> dict[str, A
 def find_tokenizer(*directories: Path) -> Tokenizer | None:
     """The tokenizer of the first directory that has one; where none has, a line of the log says so."""
     for directory in directories:
-        if os.path.lexists(directory / "tokenizer.model"):
-            return Tokenizer(directory / "tokenizer.model")
-    log.warning("no tokenizer.model in %s, so the output will have none", " or ".join(map(str, directories)))
+        if (path := tokenizer_file(directory)) is not None:
+            return open_tokenizer(path)
+    log.warning(
+        "no tokenizer.model or tokenizer.json in %s, so the output will have none", " or ".join(map(str, directories))
+    )
     return None

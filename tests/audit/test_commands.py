@@ -14,11 +14,13 @@ from k2mini.audit.page import STYLE
 from k2mini.audit.reports import visible
 from k2mini.cli import main
 from k2mini.config import LoraSection
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import fill_adapters
+from tests.json_tokenizer import write_json_tokenizer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -129,6 +131,22 @@ def test_a_question_of_a_benchmark(tiny_directory, benchmark, run):
     (found,) = json.loads(out)
     assert "granite" in "".join(found["tokens"])
     assert found["clean"] != found["corrupted"]
+
+
+def test_a_question_in_a_models_own_template(chat_directory, benchmark, run):
+    """Special tokens are themselves, and BOS is not put before them."""
+    start = ["--model", chat_directory, "--question", benchmark, "rocks"]
+    status, out, err = run("audit", "lens", *start, "1", "--json")
+    assert status == 0, err
+    (found,) = json.loads(out)
+    assert found["tokens"][0] == "<|im_start|>"
+    assert found["tokens"].count("<|im_end|>") == 1
+    assert "".join(found["tokens"]).replace("⏎", "\n").endswith("<|im_end|>\n<|im_start|>assistant\n")
+    replaced = ["--replace", "granite", "granitf", "--target", "A", "--foil", "B"]
+    status, out, err = run("audit", "patch", *start, "0", *replaced, "--json")
+    assert status == 0 or "must be of one length" in err, err
+    status, out, _ = run("audit", "lens", *start, "1", "--template", "alpaca", "--json")
+    assert (status, "<|im_start|>" in out) == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +335,24 @@ def test_every_token_can_be_seen(tiny_tokenizer):
     newline, half = (shown[tiny_tokenizer.encode(text, bos=False, eos=False)[-1]] for text in ("\n", "\u00e9\u200b"))
     assert newline == "⏎"
     assert half == "<0x8B>"
+
+
+def test_an_empty_prompt_without_bos(tiny_directory, tmp_path, run):
+    shutil.copytree(tiny_directory, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "*ion*", "manif*"))
+    write_json_tokenizer(tmp_path / "model")
+    for kind, more in KINDS.items():
+        asked = ["audit", kind, "--model", tmp_path / "model", "--prompt", "", *more]
+        status, out, err = run(*asked)
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-1] == "k2mini: the prompt is empty" or kind == "patch"
+
+
+def test_every_token_of_a_tokenizer_json_can_be_seen(tmp_path):
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
+    shown = [visible(tokenizer, token) for token in range(tokenizer.vocab_size)]
+    assert all(text and text.isprintable() and " " not in text and "\ufffd" not in text for text in shown)
+    ids = tokenizer.encode(" granite\n é", bos=False, eos=True)
+    assert [shown[token] for token in ids] == ["␣granite", "⏎", "␣", "<0xC3>", "<0xA9>", "<|im_end|>"]
 
 
 def test_a_long_question_is_folded(tiny_directory, other, benchmark, tmp_path, run):

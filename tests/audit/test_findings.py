@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from k2mini.audit.attention import attention_patterns, entropies, induction_scores, previous_token_scores
+from k2mini.audit.diff_report import _change_map
 from k2mini.audit.hooks import intervene, trace
 from k2mini.audit.lens import direct_logit_attribution, logit_lens
 from k2mini.audit.patching import (
@@ -22,7 +23,7 @@ from k2mini.nn.llama import Llama
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_files import save_model
-from tests.conftest import tiny_config, tiny_llama
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import fill_adapters
 
 CLEAN, CORRUPTED = [1, 5, 9, 77, 3, 60], [1, 5, 120, 77, 3, 60]
@@ -226,6 +227,19 @@ def test_planted_changes_are_told(tmp_path, monkeypatch):
     assert moved_rows(tmp_path / "before", tmp_path / "after")[0][0] == 42
     assert max(by_module(list(changes.values())).items(), key=lambda item: item[1])[0] == "q_proj"
     assert max(by_layer(list(changes.values())).items(), key=lambda item: item[1])[0] == 1
+
+
+def test_biases_are_told_from_their_matrices(tmp_path):
+    model = tiny_llama(tiny_config(**SHAPES["qwen2"]))
+    save_model(model.state_dict(), model.config, tmp_path / "before")
+    model.model.layers[1].self_attn.k_proj.bias.data *= 1.5
+    save_model(model.state_dict(), model.config, tmp_path / "after")
+    changes = diff_checkpoints(tmp_path / "before", tmp_path / "after")
+    told = {kind: value for kind, value in by_module(changes).items() if value}
+    assert told == {"k_proj.bias": pytest.approx(0.5 / 3**0.5)}
+    drawn = _change_map(changes, [0, 1, 2]).draw.keywords
+    texts = dict(zip(drawn["columns"], drawn["texts"][1], strict=True))
+    assert (texts["k.bias"], texts["q.bias"], texts["k"]) == ("50", "0", "0")
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

@@ -1,6 +1,7 @@
 """Prepared corpora: the same bytes whatever happens on the way."""
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 
 from k2mini.data.corpus import Corpus, Documents, fingerprint, read_corpus_manifest
-from k2mini.data.documents import list_files, read_documents, read_entries, read_texts
+from k2mini.data.documents import list_files, raise_error, read_documents, read_entries, read_texts
 from k2mini.data.prepare import Settings, prepare
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import sha256
+from tests.json_tokenizer import ADDED, write_json_tokenizer
 
 WORDS = ["granite", "basalt", "quartz", "is made of", "plates", "erodes", "### Instruction:"]
 
@@ -334,3 +337,41 @@ def test_a_full_disk_is_named(folder, tiny_tokenizer, tmp_path):
     assert done.returncode == 2, done.stderr
     assert ".out.parts: File too large" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_large_vocabulary_without_bos(folder, tmp_path, workers):
+    """Tokens are stored in 32 bits, and documents are told apart by their places alone."""
+    pieces = [f"<{n}>" for n in range(66_000)]
+    path = write_json_tokenizer(tmp_path / "tokenizer", config={"eos_token": ADDED}, generation=None, pieces=pieces)
+    tokenizer = Tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, tokenizer.vocab_size - 1)
+    manifest = prepare([folder], path, tmp_path / "out", workers=workers)
+    assert (manifest["dtype"], manifest["vocab_size"]) == ("uint32", tokenizer.vocab_size)
+    assert manifest["tokenizer"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    corpus = Corpus(tmp_path / "out")
+    tokens, offsets = corpus.read(0, corpus.num_tokens)
+    starts = np.flatnonzero(offsets == 0)
+    assert len(starts) == corpus.num_documents > 200
+    assert (tokens[starts[1:] - 1] == tokenizer.eos_id).all()
+    assert (tokens == tokenizer.eos_id).sum() == corpus.num_documents
+    assert tokenizer.eos_id > 2**16
+    texts = [text for file in list_files([folder]) for text in read_texts(file, raise_error)]
+    assert tokenizer.decode(tokens[: starts[1] - 1].tolist()) == texts[0]
+
+
+def test_documents_without_bos_and_eos(tmp_path, caplog):
+    """Nothing stands between them, which is said; and one of which nothing is left is named."""
+    path = write_json_tokenizer(tmp_path / "tokenizer")
+    content = json.loads(path.read_text())
+    content["model"]["vocab"].pop("Z")
+    path.write_text(json.dumps(content))
+    (tmp_path / "text.jsonl").write_text('{"text": "granite"}\n{"text": "ZZ"}\n{"text": "basalt"}\n')
+    with pytest.raises(ValueError, match=r"text.jsonl: a document has no token in .*tokenizer.json; --on-error skip"):
+        prepare([tmp_path / "text.jsonl"], path, tmp_path / "out", eos=False)
+    assert "tokenizer.json has no BOS: without EOS, nothing will stand between two documents" in caplog.text
+    manifest = prepare([tmp_path / "text.jsonl"], path, tmp_path / "out", eos=False, on_error="skip")
+    assert (manifest["skipped"], manifest["splits"]["train"]["documents"]) == (1, 2)
+    tokens, offsets = Corpus(tmp_path / "out").read(0, manifest["splits"]["train"]["tokens"])
+    assert Tokenizer(path).decode(tokens.tolist()) == "granitebasalt"
+    assert (offsets == 0).sum() == 2

@@ -10,6 +10,8 @@ import pytest
 from k2mini.build import training_model
 from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection
 from k2mini.distributed import World
+from k2mini.weights.model_files import save_model
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.distributed import worker
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,17 @@ def launch(size, path, out):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / f"results_{size}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny_directory(tiny_directory, tiny_tokenizer):
+    """With models of other architectures beside it."""
+    for name in ("mistral", "qwen2", "qwen3"):
+        config = tiny_config(**SHAPES[name], vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+        save_model(
+            tiny_llama(config).state_dict(), config, tiny_directory.parent / f"kin_{name}", tokenizer=tiny_tokenizer
+        )
+    return tiny_directory
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +121,17 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(alone, ranks):
         assert found.keys() == expected.keys()
         for name, numbers in expected.items():
             assert found[name] == pytest.approx(numbers, abs=1e-12, rel=1e-12), name
+
+
+def test_biases_norms_and_windows_over_ranks(alone, ranks):
+    assert len(alone[1]["kin"]) == 3
+    for kind, expected in alone[1]["kin"].items():
+        found = ranks[2]["kin"][kind]
+        close(found["losses"], expected["losses"], 1e-12)
+        close(found["lora"], expected["lora"], 1e-6)  # its adapters are float32
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        for name, numbers in expected["gradients"].items():
+            assert found["gradients"][name] == pytest.approx(numbers, abs=1e-12, rel=1e-12), name
 
 
 def test_each_rank_keeps_its_share(alone, ranks):

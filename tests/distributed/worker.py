@@ -176,6 +176,21 @@ def refused(path, world, out):
     return world.all_gather([told, left]), steps
 
 
+def kin(path, world, out):
+    """Gradients and losses of the models beside the first, which have biases, norms of q and k, or a sliding window."""
+    found = {}
+    for each in sorted(path.parent.glob("kin_*")):
+        lora, shared = LoraSection(rank=2, dropout=0.0), ParallelSection(replicate=1)
+        found[each.name] = {
+            "gradients": gradients(each, world, 1),
+            "losses": run(each, world, out / f"{each.name}_all", max_steps=4, activation_checkpointing=2),
+            "lora": run(
+                each, world, out / f"{each.name}_lora", lora=lora, quantize="int8", parallel=shared, max_steps=3
+            ),
+        }
+    return found
+
+
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
@@ -196,6 +211,7 @@ def main(path, out):
             "gradients": gradients(path, world, 1),
             "gradients_accumulated": gradients(path, world, 8 // world.size),
             "kept": world.all_gather(sharding(path, world)),
+            "kin": kin(path, world, out),
         }
         if world.size > 1:
             results["refused"] = refused(path, world, out)

@@ -12,8 +12,10 @@ import torch
 
 import k2mini.evaluation.evaluate
 from k2mini.build import load_model
+from k2mini.data.chats import open_template
 from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import load_subjective
+from tests.helpers import CHATML, copy_model
 
 
 @pytest.fixture
@@ -119,6 +121,68 @@ def test_open_tasks_and_perplexity(tiny_directory, tmp_path, run, geobench):
     answers = json.loads((tmp_path / "out" / "answers_npee_noun.json").read_text())
     assert [set(entry) for entry in answers] == [{"question", "answer"}] * 5
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_a_models_own_template_is_the_default_and_known_again(chat_directory, task, tmp_path, run):
+    model, out = copy_model(chat_directory, tmp_path / "model", eos_token_id=[0, 2]), tmp_path / "out"
+    npee, empty = tmp_path / "npee.json", {"question": [], "answer": []}
+    noun = {"question": ["What is granite?"], "answer": ["a rock"]}
+    npee.write_text(json.dumps({"choice": empty, "tf": empty, "noun": noun}))
+    common = ["eval", "--model", model, "--benchmark", task, npee, "--tasks", "rocks", "npee/noun", "--limit", 4]
+    common += ["--max-new-tokens", 4, "--out", out]
+    status, _, err = run(*common)
+    assert status == 0, err
+    assert "the template is the model's own" in err
+    report = json.loads((out / "report.json").read_text())
+    assert [row["template"] for row in (*report["tasks"], *report["subjective"])] == ["own", "own"]
+    loaded, tokenizer = load_model(model)
+    text = "<|im_start|>user\nWhat is granite?<|im_end|>\n<|im_start|>assistant\n"
+    prompt, ids = (tokenizer.encode(each, bos=False, eos=False, special=True) for each in (text, text + "a rock"))
+    with torch.inference_mode():
+        logprobs = loaded(torch.tensor([ids]))[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])
+    mean = logprobs[len(prompt) - 1 :].mean().item()
+    assert report["subjective"][0]["likelihood"] == pytest.approx(mean, abs=1e-5)
+    assert run(*common)[0] == 0  # kept
+    for name, content, said in (
+        ("generation_config.json", {"eos_token_id": [0, 2, 5]}, "holds results with stop_ids [0, 2], not [0, 2, 5]"),
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHATML + " "}, "with template 'own "),
+    ):
+        before = (model / name).read_text()
+        (model / name).write_text(json.dumps(content))
+        status, printed, err = run(*common)
+        assert (status, printed, said in err.splitlines()[-1]) == (2, "", True), err
+        (model / name).write_text(before)
+    status, _, err = run(*common, "--template", "chatml")
+    assert (status, "holds results with template 'own " in err) == (2, True)
+    assert open_template("own", model, tokenizer).digest in err
+
+
+def test_a_benchmark_while_training_is_asked_in_the_models_own_template(
+    chat_directory, task, tmp_path, run, monkeypatch
+):
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": "What is granite?", "output": "a rock"}] * 4))
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(chat_directory)},
+        "data": {"path": str(tmp_path / "data.json"), "max_seq_len": 64},
+        "train": {"lr": 1e-3, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 2},
+        "eval": {"benchmark": [str(task)], "every": 2},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    evaluate, asked = k2mini.evaluation.evaluate.evaluate, []
+
+    def recording(model, tokenizer, questions, config, **options):
+        asked.append(config.prompt(questions[0]))
+        return evaluate(model, tokenizer, questions, config, **options)
+
+    monkeypatch.setattr(k2mini.evaluation.evaluate, "evaluate", recording)
+    for template in ("null", "alpaca"):
+        more = [f"eval.template={template}", f"run.dir={tmp_path}/{template}"]
+        status, _, err = run("finetune", tmp_path / "config.yaml", *more)
+        assert status == 0, err
+    assert [prompt[:16] for prompt in asked] == ["<|im_start|>user", "Below is an inst"]
+    status, _, err = run("finetune", tmp_path / "config.yaml", "eval.template=x", f"run.dir={tmp_path}/x")
+    assert (status, "there is no template 'x'" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

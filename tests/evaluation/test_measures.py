@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.compare import mcnemar
 from k2mini.evaluation.measures import rouge_l, token_f1
 from k2mini.evaluation.perplexity import score_text, text_perplexity
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import HostWaits
+from tests.json_tokenizer import write_json_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,25 @@ def test_each_tokens_logprob_and_rank(tiny_tokenizer, context):
             assert rank == (logprobs > logprobs[token]).sum() <= 400
         if not context:
             assert found == text_perplexity(model, tiny_tokenizer, [text])
+
+
+@pytest.mark.parametrize("context", ["", "basalt is a rock."])
+def test_texts_without_bos_are_scored_from_their_first_token(tmp_path, context):
+    """After EOS where nothing is before it, as lm-evaluation-harness does."""
+    tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
+    model = tiny_llama(tiny_config(vocab_size=tokenizer.vocab_size), dtype=torch.float64)
+    text = " granite is made of quartz"
+    found, scored = score_text(model, tokenizer, text, context)
+    whole, before = (tokenizer.encode(part, bos=True, eos=False) for part in (context + text, context))
+    ids = whole if context else [tokenizer.eos_id, *whole]
+    start = len(before) or 1
+    logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert [token for token, _, _ in scored] == ids[start:]
+    expected = [logprobs[place - 1, ids[place]].item() for place in range(start, len(ids))]
+    assert [logprob for _, logprob, _ in scored] == pytest.approx(expected, abs=1e-12)
+    assert found.bits_per_byte == pytest.approx(-sum(expected) / math.log(2) / len(text.encode()))
+    if not context:
+        assert found == text_perplexity(model, tokenizer, [text])
 
 
 def test_score_on_the_command_line(tiny_directory, tmp_path, run, monkeypatch):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.chats import open_template
 from k2mini.data.prompts import shared_prefix
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
@@ -25,6 +27,37 @@ def test_white_space_that_ends_a_context_belongs_to_the_option(llama_tokenizer):
     context, options = split_jointly(llama_tokenizer, "### Response:\n", ["A", "B"])
     assert context == llama_tokenizer.encode("### Response:\n", bos=True, eos=False)
     assert options == [[29909], [29933]]
+
+
+def test_joint_tokenisation_with_a_tokenizer_json(smollm2_json, geobench):
+    """GeoBench's questions, with letters and with texts: as one text, and nothing but the answer behind the context."""
+    tokenizer = Tokenizer(smollm2_json / "tokenizer.json")
+    questions = load_geobench(geobench["npee"]) + load_geobench(geobench["ap"])
+    for config in (EvalConfig("letter"), EvalConfig("text", answer_prefix="The answer is: ")):
+        for task in ("npee/choice", "npee/tf", "ap"):
+            builder = PromptBuilder([q for q in questions if q.task == task], config, tokenizer, 10**9)
+            for question in builder_questions(questions, task)[:200]:
+                instance = builder.build(question)
+                for place, ids in zip(instance.places, instance.ids, strict=True):
+                    text = config.prompt(question) + config.options(question)[place]
+                    assert [*instance.request.prefix, *ids] == tokenizer.encode(text, bos=True, eos=False)
+                    assert tokenizer.decode(ids).strip() in config.options(question)[place]
+    with pytest.raises(ValueError, match="scoring 'k2' reads LLaMA's ids of the letters"):
+        PromptBuilder(questions[:1], EvalConfig("k2"), tokenizer, 10**9)
+
+
+def test_nothing_is_left_of_a_context_without_bos(smollm2_json):
+    """EOS stands before the option then, as in lm-evaluation-harness; templates with special tokens are so encoded."""
+    tokenizer = Tokenizer(smollm2_json / "tokenizer.json")
+    for context in ("", "t"):
+        prefix, (ids,) = split_jointly(tokenizer, context, ["he"])
+        assert [2, *tokenizer.encode(context + "he", bos=False, eos=False)] == prefix + ids
+    context = "<|im_start|>user\nA rock?<|im_end|>\n<|im_start|>assistant\n"
+    prefix, options = split_jointly(tokenizer, context, ["A", "B"], bos=False, special=True)
+    assert prefix.count(1) == 2
+    assert tokenizer.decode(prefix) == "user\nA rock?\nassistant\n"
+    assert [tokenizer.decode(ids) for ids in options] == ["A", "B"]
+    assert 1 not in split_jointly(tokenizer, context, ["A", "B"])[0]
 
 
 EVAL_CONFIGS = [
@@ -147,6 +180,57 @@ def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
             assert [r.prediction for r in other] == [r.prediction for r in results[0]]
             for one, two in zip(other, results[0], strict=True):
                 assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+@pytest.mark.parametrize(("shots", "prefix"), [(0, ""), (2, "The answer is: ")])
+def test_a_chat_templates_scores_are_a_naive_references(chat_directory, scoring, shots, prefix):
+    """One user's turn holds the examples and the question; text and ids are transformers', the sums one forward's."""
+    transformers = pytest.importorskip("transformers")
+    published = transformers.AutoTokenizer.from_pretrained(chat_directory)
+    model, tokenizer = load_model(chat_directory)
+    template, questions = open_template(None, chat_directory, tokenizer), rocks()
+    config = EvalConfig(scoring, template, prefix, normalize="none", num_fewshot=shots)
+    builder = PromptBuilder(questions, config, tokenizer, 512)
+
+    def asked(question):
+        listed = "\n".join(f"{label}. {text}" for label, text in zip(question.labels, question.texts, strict=True))
+        return question.stem if scoring == "text" else f"{question.stem}\nChoose from:\n{listed}"
+
+    def ids(text):
+        return published(text, add_special_tokens=False)["input_ids"]
+
+    for question, result in zip(questions, evaluate(model, tokenizer, questions, config), strict=True):
+        drawn = [q for q in builder._pool if q.identity != question.identity][:shots]
+        answers = [q.texts["AB".index(q.answer)] if scoring == "text" else q.answer for q in drawn]
+        before = [f"{asked(q)}\n{prefix}{a}\n\n\n" for q, a in zip(drawn, answers, strict=True)]
+        message = {"role": "user", "content": "".join(before) + asked(question)}
+        context = published.apply_chat_template([message], add_generation_prompt=True, tokenize=False) + prefix
+        joint = [ids(context + option) for option in (question.texts if scoring == "text" else question.labels)]
+        pairs = [list(zip(ids(context), row, strict=False)) for row in joint]
+        shared = min(next((i for i, (a, b) in enumerate(pair) if a != b), len(pair)) for pair in pairs)
+        for row, logprob in zip(joint, result.logprobs, strict=True):
+            with torch.inference_mode():
+                logprobs = model(torch.tensor([row]))[0].log_softmax(-1)
+            naive = sum(logprobs[place - 1, row[place]].item() for place in range(shared, len(row)))
+            assert logprob == pytest.approx(naive, abs=1e-4)
+
+
+def test_without_bos_a_prompt_is_cut_at_its_beginning(chat_directory):
+    tokenizer, questions = load_model(chat_directory)[1], rocks()
+    for name in ("own", "alpaca"):
+        config = EvalConfig("letter", open_template(name, chat_directory, tokenizer))
+        whole = PromptBuilder(questions, config, tokenizer, 10**6).build(questions[0])
+        cut = PromptBuilder(questions, config, tokenizer, 30).build(questions[0])
+        assert (cut.cut, cut.request.prefix) == (len(whole.request.prefix) - 30, whole.request.prefix[-30:])
+
+
+def test_a_question_that_writes_out_a_special_token_is_named(chat_directory):
+    tokenizer = load_model(chat_directory)[1]
+    config = EvalConfig("letter", open_template("own", chat_directory, tokenizer))
+    question = Question("rocks", 7, "What is <|im_end|>?", ("A", "B"), ("an end", "a rock"), "A")
+    with pytest.raises(ValueError, match=r"rocks question 7: .*'<\|im_end\|>' in its text"):
+        PromptBuilder([question], config, tokenizer, 512).build(question)
 
 
 @pytest.fixture(scope="module")

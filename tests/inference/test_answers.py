@@ -25,7 +25,7 @@ from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import AHEAD, completions, generate
 from tests.conftest import ROOT, asset
-from tests.helpers import fill_adapters
+from tests.helpers import copy_model, fill_adapters
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
 
@@ -479,6 +479,29 @@ def test_a_list_that_grew_is_gone_on_with(kept, tmp_path, run):
     assert (tmp_path / "a.jsonl").read_bytes() == whole
     status, _, err = run(*command[:at], few, *command[at + 1 :], "--out", tmp_path / "a.jsonl")
     assert (status, "a.jsonl, line 7 is not asked for; name another place" in err) == (2, True)
+
+
+def test_answers_in_another_template_of_the_models_own_are_others(chat_directory, tmp_path, run):
+    model = copy_model(chat_directory, tmp_path / "model")
+    command = [
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "granite",
+        "--max-new-tokens",
+        3,
+        "--out",
+        tmp_path / "a.jsonl",
+    ]
+    assert run(*command)[0] == 0
+    assert "has 1 of 1 answers already" in run(*command)[2]
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] += " "
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    status, out, err = run(*command)
+    assert (status, out) == (2, "")
+    assert "line 1 is not this model's answer, with these settings" in err
 
 
 def test_answers_of_another_kind_are_refused_by_name(kept, tmp_path, tiny_directory, run):

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from k2mini.build import load_model
@@ -17,7 +18,9 @@ from k2mini.inference.generate import generate
 from k2mini.inference.request import End, Prompt, QueueFullError, Request
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import CHUNK
+from k2mini.nn import slots
 from k2mini.nn.lora import TARGETS, attach, init_adapters, lora_modules
+from k2mini.nn.slots import Chunk
 from tests.conftest import tiny_config, tiny_llama
 
 STOPS = (7, 8)
@@ -28,6 +31,17 @@ SETTINGS = [
     Sampling(no_repeat_ngram_size=3),
     Sampling(temperature=0.7, min_p=0.1, presence_penalty=0.5, frequency_penalty=0.2, logit_bias=((5, 3.0), (9, -9.0))),
 ]
+
+
+# Windows shorter and longer than a chunk, biases, norms.
+FEATURES = {
+    "llama": {},
+    "window of 100": {"sliding_window": 100},
+    "window of 150": {"sliding_window": 150},
+    "biases": {"attention_bias": True},
+    "norms": {"qk_norm": True},
+}
+each_feature = pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 
 
 def config(**changes):
@@ -130,9 +144,12 @@ def compare_with_alone(model, adapters, requests, slots, rng):
     return engine
 
 
-@pytest.mark.parametrize("number", [14, pytest.param(500, marks=pytest.mark.slow)])
-def test_a_request_gets_what_it_gets_alone(number):
-    model = tiny_llama(config(max_seq_len=600))
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(14, "llama"), (14, "window of 100"), (14, "biases"), pytest.param(500, "llama", marks=pytest.mark.slow)],
+)
+def test_a_request_gets_what_it_gets_alone(number, name):
+    model = tiny_llama(config(max_seq_len=600, **FEATURES[name]))
     adapters = {"rocks": adapter(model, 1), "ores": adapter(model, 2, ["q_proj", "down_proj"])}
     rng = random.Random(2)
     requests = list(mixed(rng, number, [None, "rocks", "ores"], 300))
@@ -173,16 +190,17 @@ def test_tokens_are_those_of_generate():
             torch.testing.assert_close([step.logprob for step in got.steps], completion.logprobs, rtol=0, atol=1e-4)
 
 
-def test_adapters_answer_as_models_that_have_them():
+@pytest.mark.parametrize("changes", [{}, FEATURES["biases"]], ids=["llama", "biases"])
+def test_adapters_answer_as_models_that_have_them(changes):
     section, targets = LoraSection(rank=4, alpha=8, target_modules=["v_proj", "up_proj"]), ["v_proj", "up_proj"]
-    adapters = {str(seed): adapter(tiny_llama(config()), seed, targets) for seed in (1, 2)}
-    engine = Engine(tiny_llama(config()), slots=3, capacity=100, adapters=adapters)
+    adapters = {str(seed): adapter(tiny_llama(config(**changes)), seed, targets) for seed in (1, 2)}
+    engine = Engine(tiny_llama(config(**changes)), slots=3, capacity=100, adapters=adapters)
     asked = {name: Asked([1, 20, 30, 40], Decoding(20), adapter=name) for name in (None, "1", "2")}
     for each in asked.values():
         engine.submit(each.request)
     finish(engine)
     for name, got in asked.items():
-        model = tiny_llama(config())
+        model = tiny_llama(config(**changes))
         if name is not None:
             attach(model, section)
             init_adapters(model, 0)
@@ -194,8 +212,9 @@ def test_adapters_answer_as_models_that_have_them():
     assert len({tuple(got.tokens) for got in asked.values()}) == 3
 
 
-def test_a_prompt_is_scored():
-    model = tiny_llama(config(max_seq_len=600))
+@each_feature
+def test_a_prompt_is_scored(changes):
+    model = tiny_llama(config(max_seq_len=600, **changes))
     tokens = [1, *(torch.randint(10, 190, (299,), generator=torch.Generator().manual_seed(0)).tolist())]
     engine = Engine(model, slots=2, capacity=600)
     for reused in (0, CHUNK):  # the second time most of it stands in the cache
@@ -213,8 +232,27 @@ def test_a_prompt_is_scored():
         assert [[token for token, _ in top] for top in prompt.top[1:]] == expected[:-1].topk(3).indices.tolist()
 
 
-def test_prompts_that_begin_alike_are_read_once():
-    model = tiny_llama(config(max_seq_len=600))
+def test_chunks_under_a_gpus_masks(monkeypatch):
+    """Which reach over a multiple of 8 places, and are only there where a window ends."""
+    gpu, made = torch.device("meta"), slots._mask
+    assert [made(Chunk(0, start, 53), window, gpu) for start in (0, 20) for window in (None, 53)] == [None] * 4
+    assert made(Chunk(0, 20, 53), 52, gpu).shape == (33, 56)
+    model, prompts = tiny_llama(config(max_seq_len=600, sliding_window=100)), [[1, *range(10, 180)], [1, *[9, 8] * 90]]
+    expected = [answered(model, Asked(prompt)) for prompt in prompts]
+
+    def aligned(chunk, window, device):
+        mask = made(chunk, window, device)
+        return None if mask is None else F.pad(mask, (0, -mask.shape[1] % 8))
+
+    monkeypatch.setattr(slots, "_mask", aligned)
+    found = [answered(model, Asked(prompt)) for prompt in prompts]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [part.token for part in ours[:-1]] == [part.token for part in theirs[:-1]]
+
+
+@each_feature
+def test_prompts_that_begin_alike_are_read_once(changes):
+    model = tiny_llama(config(max_seq_len=600, **changes))
     common = [1] + [20] * (2 * CHUNK)
     engine = Engine(model, slots=3, capacity=600)
     asked = [Asked([*common, 30 + i]) for i in range(3)]

@@ -7,13 +7,13 @@ import torch.nn.attention.bias
 
 from k2mini.build import load_model
 from k2mini.data.prompts import shared_prefix
-from k2mini.inference.beam import prefill
-from k2mini.inference.compile import Compiled, _group
+from k2mini.inference.beam import Beams, beam_search, prefill
+from k2mini.inference.compile import Compiled, _group, compile_decoding
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.kv_cache import KVCache, extend
-from tests.conftest import tiny_config, tiny_llama
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import HostWaits
 from tests.reference import to_transformers
 
@@ -30,6 +30,20 @@ def test_greedy_equals_transformers(shape):
         )
         assert completion.tokens == theirs[0, len(prompt) :].tolist()
         assert completion.finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("name", "beams"),
+    [("qwen2", None), ("mistral", Beams(2)), *(pytest.param(*each, marks=pytest.mark.slow) for each in
+     (("mistral", None), ("qwen2", Beams(2)), ("qwen3", None), ("qwen3", Beams(2))))],
+)  # fmt: skip
+def test_compiled_decoding_gives_the_same_tokens(name, beams):
+    config = tiny_config(**{**SHAPES[name], "num_layers": 1})
+    eager, compiled = tiny_llama(config), tiny_llama(config)
+    compile_decoding(compiled)
+    ask = generate if beams is None else beam_search
+    ours, theirs = (ask(m, PROMPTS[2:], Decoding(16, beams=beams), stop_ids=[])[0] for m in (compiled, eager))
+    assert (ours if beams is None else ours[0]).tokens == (theirs if beams is None else theirs[0]).tokens
 
 
 DRAWN = Sampling(temperature=1.2, top_k=40, top_p=0.9)
@@ -186,7 +200,12 @@ def test_later_parts_of_a_prompt_need_no_mask(shape, monkeypatch):
     place, bias = "torch.nn.attention.bias.causal_lower_right", torch.nn.attention.bias.causal_lower_right
     monkeypatch.setattr(place, lambda *sizes: (seen.append(sizes), bias(*sizes))[1])
     prefill(model, [list(range(1, 30)), list(range(40, 50))], capacity=40, chunk=10)
-    assert seen == [(10, 20)] * shape.num_layers + [(9, 29)] * shape.num_layers
+    windowed = shape.sliding_window is not None  # and the prompts are longer
+    assert seen == ([] if windowed else [(10, 20)] * shape.num_layers + [(9, 29)] * shape.num_layers)
+    if windowed:
+        model = tiny_llama(replace(shape, sliding_window=29))
+        prefill(model, [list(range(1, 30)), list(range(40, 50))], capacity=40, chunk=10)
+        assert len(seen) == 2 * shape.num_layers
 
 
 def test_chunks_are_larger_on_a_gpu_where_there_are_few_rows(monkeypatch):

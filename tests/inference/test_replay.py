@@ -21,7 +21,7 @@ from k2mini.inference.sampling import Sampling
 from k2mini.inference.terminal import Conversation
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
-from tests.conftest import tiny_config, tiny_llama
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import HostWaits
 from tests.inference.test_engine import SETTINGS, Asked, adapter, finish
 
@@ -113,6 +113,21 @@ def test_tokens_are_those_of_the_step_itself(replaying, prompts, sampling):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
     longest = max(len(prompt) + len(c.tokens) for prompt, c in zip(prompts, found, strict=True))
     assert Graph.made == (2 if longest > 258 else 1)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_other_shapes(replaying, name):
+    """Rows and beams, over a width of 256 places and behind a window."""
+    changes = {**SHAPES[name], **({"sliding_window": 60} if name == "mistral" else {})}
+    model = tiny_llama(tiny_config(max_seq_len=512, **changes))
+    found = []
+    for on in (False, True):
+        replaying(on)
+        beams = beam_search(model, PROMPTS, Decoding(20, beams=Beams(3)), stop_ids=[7])
+        rows = generate(model, PROMPTS, Decoding(180), stop_ids=[])
+        found.append([[c.tokens for c in rows], [[c.tokens for c in best] for best in beams]])
+    assert found[0] == found[1]
+    assert Graph.made == 3
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

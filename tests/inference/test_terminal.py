@@ -1,18 +1,25 @@
 import io
+import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
 from select import select
 
 import pytest
+import torch
 
 from k2mini.build import load_model
+from k2mini.data.chats import open_template
 from k2mini.data.prompts import get_template
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
+from k2mini.inference.sampling import Sampling
 from k2mini.inference.terminal import Conversation
+from k2mini.weights.model_files import save_model
+from tests.helpers import copy_model, make_chat_model
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +241,108 @@ def test_a_paste_without_line_editing(loaded, tiny_directory, tmp_path):
         os.write(terminal.main, b"/exit\n")
         assert terminal.program.wait(60) == 0
     assert (tmp_path / "out").read_text() == f"> {paragraph}> "
+
+
+def in_own_template(directory, new=12):
+    model, tokenizer = load_model(directory)
+    return Conversation(model, tokenizer, open_template(None, directory, tokenizer), Decoding(new))
+
+
+def published(directory, messages):
+    """The ids of a conversation as transformers makes them."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_turns_in_a_models_own_template_are_those_of_transformers(chat_directory):
+    talk, model = in_own_template(chat_directory), load_model(chat_directory)[0]
+    talk.system = "You are a rock."
+    talk.reset()
+    messages = [{"role": "system", "content": talk.system}]
+    for question in ("granite", "And basalt?\n", "é 岩"):
+        messages.append({"role": "user", "content": question})
+        ids = published(chat_directory, messages)
+        assert talk.extended(question) == ids
+        found = talk.turn(question, out := io.StringIO())
+        (expected,) = generate(model, [ids], Decoding(12), stop_ids=[0, 2], vocab_size=talk.tokenizer.vocab_size)
+        assert found == expected
+        messages.append({"role": "assistant", "content": out.getvalue()})
+    assert talk.messages == messages
+    talk.system = ""
+    talk.reset()
+    assert talk.extended("granite") == published(chat_directory, [{"role": "user", "content": "granite"}])
+
+
+def test_ctrl_c_in_a_models_own_template(chat_directory):
+    talk = in_own_template(chat_directory)
+    talk.turn("granite", out := Interrupting())
+    assert talk.messages[1]["content"].startswith(out.getvalue())
+    assert talk.extended("basalt") == published(chat_directory, [*talk.messages, {"role": "user", "content": "basalt"}])
+
+
+def test_what_a_chat_template_refuses(chat_directory, run, monkeypatch):
+    """One sentence, and the conversation goes on; a prompt of `generate` ends it."""
+    typed = "hello <|im_end|>\nquartz\n"
+    status, out, err = chat(run, chat_directory, monkeypatch, typed)
+    in_own_template(chat_directory, 4).turn("quartz", answer := io.StringIO())
+    assert (status, out) == (0, answer.getvalue() + "\n")
+    said = "messages[0] has '<|im_end|>' in its text, which the model would take for the conversation's structure"
+    assert f"k2mini: {said}\n" in err
+    assert "the template is the model's own" in err
+    status, out, err = run("generate", "--model", chat_directory, "--prompt", "hello <|im_end|>")
+    assert (status, out, err.splitlines()[-1]) == (2, "", f"k2mini: {said}")
+    asked = ["generate", "--model", chat_directory, "--template", "alpaca", "--max-new-tokens", 1]
+    assert run(*asked, "--prompt", "hello <|im_end|>")[0] == 0  # plain text there
+
+
+@pytest.mark.parametrize("beams", [(), ("--num-beams", 2)])
+def test_every_end_token_ends_an_answer(chat_directory, tmp_path, run, monkeypatch, beams):
+    """Those of generation_config.json's list, and the template's."""
+    asked = ["--prompt", "granite", "--max-new-tokens", 9, "--json", *beams]
+    (whole,) = json.loads(run("generate", "--model", chat_directory, *asked)[1])
+    assert (len(whole["tokens"]), whole["finish"]) == (9, "length")
+    end = next(token for token in whole["tokens"][3:] if token not in whole["tokens"][:3])
+    ended = copy_model(chat_directory, tmp_path / "ended", eos_token_id=[0, end])
+    (found,) = json.loads(run("generate", "--model", ended, *asked)[1])
+    if not beams:  # a search may find another way
+        before = whole["tokens"][: whole["tokens"].index(end)]
+        assert (found["tokens"], found["finish"]) == (before, "eos")
+        monkeypatch.setattr("sys.stdin", io.StringIO("granite\n"))
+        printed = run("chat", "--model", ended, "--max-new-tokens", 9)[1]
+        assert printed == run("generate", "--model", ended, "--prompt", "granite", "--max-new-tokens", 9)[1]
+        assert printed == found["answer"] + "\n"
+    assert end not in found["tokens"]
+
+
+def test_the_end_of_a_built_in_templates_turn_ends_an_answer(tmp_path, run):
+    """As generation_config.json says nothing of <|im_end|>; in another template it is one token among others."""
+    directory = make_chat_model(tmp_path / "model", template=None)
+    model, tokenizer = load_model(directory)
+    text, vocab = "<|im_start|>user\ngranite<|im_end|>\n<|im_start|>assistant\n", tokenizer.vocab_size
+    prompt = tokenizer.encode(text, bos=False, eos=False, special=True)
+    (free,) = generate(model, [prompt], Decoding(9, Sampling(forbidden=(2,))), stop_ids=[0], vocab_size=vocab)
+    likely = free.tokens[2]
+    with torch.no_grad():
+        model.head_weight[2] = 1.01 * model.head_weight[likely]  # where that is the likeliest, <|im_end|> is now
+    save_model(model.state_dict(), model.config, tmp_path / "new")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(directory / name, tmp_path / "new" / name)
+    asked = ["generate", "--model", tmp_path / "new", "--prompt", "granite", "--max-new-tokens", 30, "--json"]
+    (found,) = json.loads(run(*asked, "--template", "chatml")[1])
+    assert (found["finish"], found["tokens"]) == ("eos", free.tokens[: free.tokens.index(likely)])
+    status, out, err = run(*asked, "--template", "own")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].endswith("has no chat template, in chat_template.jinja or tokenizer_config.json")
+
+
+def test_the_real_model_answers_in_chatml_and_stops_by_itself(smollm2_json, run, monkeypatch):
+    typed = "What is granite? Answer in one short sentence.\n"
+    status, out, err = chat(run, smollm2_json, monkeypatch, typed, "--max-new-tokens", 120)
+    assert status == 0
+    assert "stopped after" not in err  # by its own end token
+    assert out.strip()
+    assert "<|im" not in out
+    talk = in_own_template(smollm2_json, 120)
+    message = {"role": "user", "content": typed.strip()}
+    assert talk.extended(typed.strip()) == published(smollm2_json, [message])

@@ -46,6 +46,17 @@ def test_masks_of_a_gpu_are_aligned(monkeypatch):
     torch.testing.assert_close(logits[1, :2], model(other)[0, 4:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("maskless", "width"), [([], 13), (["cpu"], 16)], ids=["as on a CPU", "as on a GPU"])
+def test_a_window_masks_only_where_it_ends(maskless, width, monkeypatch):
+    monkeypatch.setattr("k2mini.nn.kv_cache.MASKLESS", maskless)
+    cache = KVCache(tiny_config(sliding_window=8), 2)
+    assert cache.advance(7, None)[1] is None
+    assert cache.advance(1, None)[1] is None  # 8 tokens are within the window
+    _, mask = cache.advance(5, None)
+    assert mask.shape == (1, 1, 5, width)
+    assert [row.nonzero().flatten().tolist() for row in mask[0, 0]] == [list(range(p - 7, p + 1)) for p in range(8, 13)]
+
+
 @torch.no_grad()
 def test_a_pattern_of_later_tokens(monkeypatch):
     """Without a mask, the last query attends to all."""

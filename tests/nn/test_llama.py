@@ -6,6 +6,7 @@ import torch
 from k2mini.build import load_model
 from k2mini.config import IGNORE_INDEX
 from k2mini.model_config import PRESETS
+from k2mini.nn.init import init_weights
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, document_bounds
 from tests.conftest import tiny_config, tiny_llama
@@ -134,12 +135,22 @@ def test_documents_in_one_row_do_not_see_each_other(shape):
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320)])
+@pytest.mark.parametrize(("preset", "parameters"), [
+    ("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3-8b", 8_030_261_248),
+    ("mistral-7b", 7_241_732_096), ("qwen2.5-7b", 7_615_616_512),
+])  # fmt: skip
 def test_presets_have_the_papers_size(preset, parameters):
     with torch.device("meta"):
         model = Llama(PRESETS[preset])
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert PRESETS[preset].num_parameters() == parameters
+
+
+def test_a_fresh_models_biases_are_zero_and_its_norms_one():
+    model = Llama(tiny_config(attention_bias=True))
+    init_weights(model, 0)
+    found = {name: set(p.tolist()) for name, p in model.named_parameters() if p.ndim == 1}
+    assert all(values == {0.0 if name.endswith("bias") else 1.0} for name, values in found.items())
 
 
 def test_num_parameters_counts_every_shape(shape):

@@ -3,14 +3,17 @@ import torch
 
 from k2mini.config import LoraSection
 from k2mini.nn.lora import attach, lora_modules, merged_weight
-from tests.conftest import tiny_config, tiny_llama
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import ALL, TOKENS, adapted
 from tests.reference import to_peft
 
 
-@pytest.mark.parametrize("targets", [ALL, ["q_proj", "k_proj", "v_proj"]], ids=["all", "qkv"])
-def test_forward_and_gradients_equal_peft(targets):
-    model = adapted(tiny_config(num_kv_heads=2), targets)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("grouped", ALL), ("grouped", ["q_proj", "k_proj", "v_proj"]), ("mistral", ALL), ("qwen2", ALL), ("qwen3", ALL)],
+)
+def test_forward_and_gradients_equal_peft(name, targets):
+    model = adapted(tiny_config(**SHAPES[name]), targets)
     reference = to_peft(model, targets).eval()
     logits = model(TOKENS)
     torch.testing.assert_close(logits, reference(TOKENS).logits, rtol=0, atol=1e-5)
@@ -22,6 +25,7 @@ def test_forward_and_gradients_equal_peft(targets):
         torch.testing.assert_close(module.lora_A.grad, theirs.lora_A["default"].weight.grad, rtol=0, atol=1e-5)
         torch.testing.assert_close(module.lora_B.grad, theirs.lora_B["default"].weight.grad, rtol=0, atol=1e-5)
         assert module.weight.grad is None
+        assert module.bias is None or module.bias.grad is None
 
 
 def test_a_fresh_adapter_changes_nothing_and_keeps_names():

@@ -23,15 +23,17 @@ GPU = torch.device("cuda", 0)
 
 
 def one_by_one(q, k, v, begins, ends, longest_q, longest_k, *, window_size, enable_gqa):
-    """What `varlen_attn` is documented to do with causal windows, each document alone."""
+    """What `varlen_attn` is documented to do with causal windows of keys to the left, each document alone."""
     assert begins is ends
     assert begins.dtype == torch.int32
-    assert window_size == (-1, 0)
+    assert window_size[1] == 0
     assert longest_q == longest_k >= begins.diff().max()
     out = torch.full_like(q, torch.nan)
     for start, stop in zip(begins.tolist(), begins[1:].tolist(), strict=False):
         parts = (x[start:stop].transpose(0, 1) for x in (q, k, v))
-        out[start:stop] = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=enable_gqa).transpose(0, 1)
+        mask = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        mask = mask.triu(-window_size[0]) if window_size[0] >= 0 else mask
+        out[start:stop] = F.scaled_dot_product_attention(*parts, mask, enable_gqa=enable_gqa).transpose(0, 1)
     return out
 
 

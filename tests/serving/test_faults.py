@@ -410,6 +410,32 @@ def test_a_signal_while_the_model_is_loaded(tiny_directory):
     assert "stopped by SIGTERM; the model was not loaded yet" in err.splitlines()[-1]
 
 
+def test_a_models_own_template_is_served(chat_directory):
+    running = Process("--model", chat_directory, "--port", 0, "--slots", 1)
+    assert "chats are asked in the template own" in running.said("in the template")
+    info = json.loads(running.ask("/k2mini/info")[2])
+    assert info["template"] == "own"
+    assert info["templates"][:2] == ["alpaca", "alpaca_legacy"]
+    assert {"own", "chatml"} <= {*info["templates"]}
+    assert "llama3" not in info["templates"]  # for which the tokenizer has no tokens
+    model = running.ask("/v1/models")
+    name = json.loads(model[2])["data"][0]["id"]
+    asked = {
+        "model": name,
+        "messages": [{"role": "user", "content": "rock"}],
+        "max_tokens": 1,
+        "return_token_ids": True,
+    }
+    ids = {}
+    for template in (None, "chatml", "own"):
+        body = {**asked, "template": template}
+        (choice,) = json.loads(running.ask("/v1/chat/completions", body)[2])["choices"]
+        ids[template] = choice["prompt_token_ids"]
+    assert ids[None] == ids["chatml"] == ids["own"]
+    assert ids[None][0] == 1  # <|im_start|>
+    running.end(signal.SIGTERM)
+
+
 def test_what_serve_can_not_begin_with(run, tiny_directory, adapter_directory, tmp_path, monkeypatch):
     """One sentence, before the model is loaded."""
     monkeypatch.chdir(tmp_path)

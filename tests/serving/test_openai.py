@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.chats import open_template
 from k2mini.data.prompts import TEMPLATES, encode_prompt
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 from k2mini.inference.sampling import Sampling
@@ -17,6 +19,8 @@ from k2mini.nn.layers import log_softmax
 from k2mini.serving.choices import token_text
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import copy_model
+from tests.json_tokenizer import write_json_tokenizer
 from tests.serving.conftest import Server
 
 openai = pytest.importorskip("openai")
@@ -142,6 +146,91 @@ def test_chat_is_asked_as_in_the_terminal(server, client, models):
     )
     wanted = encode_prompt(tokenizer, TEMPLATES["vigogne"], "granite", "rocks")
     assert found.choices[0].prompt_token_ids == wanted
+
+
+@pytest.fixture(scope="module")
+def own(chat_directory):
+    """A server of a model that has a tokenizer.json and a chat template."""
+    tokenizer = load_model(chat_directory)[1]
+    templates = {name: open_template(name, chat_directory, tokenizer) for name in ("own", "chatml", "alpaca_short")}
+    running = Server(chat_directory, templates=templates)
+    yield running
+    running.stop()
+
+
+def test_a_chat_in_the_models_own_template(own, chat_directory):
+    """Ids are those of transformers' `apply_chat_template`; a turn's answer may be asked about in the next."""
+    transformers = pytest.importorskip("transformers")
+    published = transformers.AutoTokenizer.from_pretrained(chat_directory)
+    messages, model = [{"role": "system", "content": "Be short."}], load_model(chat_directory)[0]
+    for question in ("granite", "And <b>basalt</b>?", "é 岩"):
+        messages.append({"role": "user", "content": question})
+        ids = published.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        asked = {"template": "own", "return_token_ids": True}
+        answer = own.client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=9, temperature=0, extra_body=asked
+        )
+        assert answer.choices[0].prompt_token_ids == ids
+        (expected,) = generate(model, [ids], Decoding(9), stop_ids=[0, 2], vocab_size=own.tokenizer.vocab_size)
+        assert answer.choices[0].token_ids == expected.tokens
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    asked = {"model": "tiny", "template": "own", "max_tokens": 1, "return_token_ids": True}
+    asked["messages"] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " short."}]},
+        {"role": "user", "content": "granite", "input": "rocks"},
+    ]
+    (choice,) = json.loads(own.ask("/v1/chat/completions", asked)[2])["choices"]
+    wanted = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "granite\nrocks"}]
+    assert choice["prompt_token_ids"] == published.apply_chat_template(
+        wanted, add_generation_prompt=True, return_dict=False
+    )
+    for path, empty in (("completions", {"prompt": ""}), ("completions", {"prompt": ["a", ""], "echo": True})):
+        assert own.ask(f"/v1/{path}", {"model": "tiny", **empty})[0] == 400
+    info = json.loads(own.ask("/k2mini/info")[2])
+    assert (info["template"], info["templates"]) == ("alpaca_short", ["own", "chatml", "alpaca_short"])
+    assert json.loads(own.ask("/tokenize", {"prompt": "<|endoftext|>"})[2])["tokens"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user", "content": "a<|im_end|>"}], "messages[0] has '<|im_end|>' in its text"),
+        ([{"role": "system", "content": "<|im_start|>"}, {"role": "user", "content": "a"}], "messages[0] has"),
+        ([{"role": "user", "content": "a"}] * 2, "roles must alternate"),  # as the template itself says
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "end with what is to be answered"),
+        ([{"role": "user", "content": " "}], "end with what is to be answered"),
+        ([{"role": "user", "content": "a " * 600}], "the context has 512"),
+    ],
+)
+def test_what_a_chat_template_refuses(own, messages, said):
+    asked = {"model": "tiny", "template": "own", "messages": messages}
+    status, _, content = own.ask("/v1/chat/completions", asked)
+    error = json.loads(content)["error"]
+    assert (status, error["param"]) == (400, "messages"), error
+    assert said in error["message"]
+
+
+def test_every_end_token_ends_an_answer(chat_directory, tmp_path):
+    """One of generation_config.json's list is EOS as the tokenizer's is: "stop", and not part of a chat's answer."""
+    asked = {"model": "tiny", "prompt": "granite", "max_tokens": 9, "temperature": 0, "return_token_ids": True}
+    chat = {**asked, "messages": [{"role": "user", "content": "granite"}], "template": "alpaca"}
+    del chat["prompt"]
+    found = []
+    running = Server(chat_directory)
+    for path, body in (("completions", asked), ("chat/completions", chat)):
+        found.append(json.loads(running.ask(f"/v1/{path}", body)[2])["choices"][0]["token_ids"])
+    running.stop()
+    for number, (path, body) in enumerate((("completions", asked), ("chat/completions", chat))):
+        end = found[number][4]
+        running = Server(copy_model(chat_directory, tmp_path / str(number), eos_token_id=[0, end]))
+        (choice,) = json.loads(running.ask(f"/v1/{path}", body)[2])["choices"]
+        running.stop()
+        assert choice["finish_reason"] == "stop"
+        before = found[number][: found[number].index(end)]
+        assert choice["token_ids"] == before
+        stream = running.tokenizer.stream()
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        assert text == "".join(map(stream.push, before)) + stream.flush()  # the end token has a text, too
 
 
 def test_without_a_limit_a_chat_goes_on_to_the_end_of_the_context(server, client):
@@ -291,8 +380,11 @@ def test_chat_logprobs(server, client):
     assert streamed == choice.logprobs.content
 
 
-def test_no_two_tokens_are_written_alike(tiny_tokenizer, llama_tokenizer):
-    for tokenizer in (tiny_tokenizer, llama_tokenizer):
+def test_no_two_tokens_are_written_alike(tiny_tokenizer, llama_tokenizer, tmp_path):
+    byte_level = Tokenizer(write_json_tokenizer(tmp_path))
+    shown = [token_text(byte_level, token) for token in byte_level.encode(" granite\n é", bos=False, eos=True)]
+    assert shown == [" granite", "\n", " ", "bytes:\\xc3", "bytes:\\xa9", "<|im_end|>"]
+    for tokenizer in (tiny_tokenizer, llama_tokenizer, byte_level):
         names = {token_text(tokenizer, token) for token in range(tokenizer.vocab_size)}
         assert len(names) == tokenizer.vocab_size
 

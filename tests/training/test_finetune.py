@@ -141,6 +141,66 @@ def test_on_error_is_no_part_of_a_runs_identity(tmp_path, data, caplog):
     assert f"to train anew, set run.dir to another folder or remove {tmp_path}/run" in caplog.text
 
 
+def test_messages_train_as_instructions_do(tmp_path, data):
+    """Where the template is the same: the same steps, whatever form the records have."""
+    records = json.loads(data.read_text())
+    turns = [
+        [
+            ("human", record["instruction"] + ("\n" + record["input"] if record["input"] else "")),
+            ("gpt", record["output"]),
+        ]
+        for record in records
+    ]
+    data.write_text(json.dumps([{"instruction": asked, "output": answer} for (_, asked), (_, answer) in turns]))
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(
+        "".join(json.dumps({"conversations": [{"from": f, "value": v} for f, v in pair]}) + "\n" for pair in turns)
+    )
+    for name, path in (("one", data), ("two", chats)):
+        finetune(config(tmp_path, path, name, max_steps=4))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one == two
+    assert two[-1] < two[0]
+
+
+def test_the_models_own_template_is_the_default(tmp_path, caplog):
+    """It is said and noted, conversations train in it, and a run does not go on with another text of it."""
+    pytest.importorskip("jinja2")
+    caplog.set_level(logging.INFO, logger="k2mini")
+    base, chats = tmp_path / "base", tmp_path / "chats.json"
+    shutil.copytree(BASE, base)
+    template = base / "chat_template.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content + '\nA:' }}"
+        "{% else %}{{ ' ' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}"
+    )
+    turns = [("user", "What is granite?"), ("assistant", "A rock."), ("user", "And basalt?"), ("assistant", "Too.")]
+    chats.write_text(json.dumps([{"messages": [{"role": role, "content": said} for role, said in turns]}] * 40))
+    run = config(tmp_path, chats, model=ModelSection(str(base)), max_steps=8)
+    run = replace(run, data=replace(run.data, template=None, val_size=4))
+    finetune(run)
+    assert f"the template is the model's own, {template}" in caplog.text
+    assert json.loads((tmp_path / "run/config.yaml").read_text())["data"]["template"] == "own"
+    state = json.loads((tmp_path / "run/checkpoints/step_0000008/state.json").read_text())
+    assert state["identity"]["data"]["template"].startswith("own@")
+    found = [row["loss"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert found[-1] < 0.7 * found[0]
+    finetune(run)
+    assert "is complete; to train anew" in caplog.text
+    shutil.rmtree(tmp_path / "run/adapter")
+    template.write_text(template.read_text().replace("Q: ", "Question: "))
+    with pytest.raises(ValueError, match=r"another data\.template \(own@\w+, now own@\w+\)"):
+        finetune(run)
+
+
+def test_without_a_template_of_its_own_alpaca_is_the_default(tmp_path, data):
+    run = config(tmp_path, data, max_steps=1)
+    finetune(replace(run, data=replace(run.data, template=None)))
+    assert json.loads((tmp_path / "run/config.yaml").read_text())["data"]["template"] == "alpaca"
+    state = json.loads((tmp_path / "run/checkpoints/step_0000001/state.json").read_text())
+    assert state["identity"]["data"]["template"] == "alpaca"
+
+
 def test_nothing_learned_is_not_saved(tmp_path):
     model = adapted(fill=False)
     with pytest.raises(ValueError, match="every B of the adapter is zero"):

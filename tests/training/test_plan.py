@@ -20,12 +20,14 @@ from k2mini.config import (
     TrainSection,
 )
 from k2mini.config_file import load_config
+from k2mini.model_config import PRESETS, tensor_shapes
+from k2mini.nn.quant import int8_matrices
 from k2mini.sizes import parse_size
 from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes_less
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.plan import plan_run
 from k2mini.weights.model_files import save_model
-from tests.conftest import ROOT, tiny_config, tiny_llama
+from tests.conftest import ROOT, SHAPES, tiny_config, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,33 @@ def test_lora(directory):
     assert found.trained == 9 * 3 * 2 * 4 * 128
     assert found.kinds["optimiser"] == 8 * found.trained
     assert found.peak < plan_run(pretraining(directory), 1).peak
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_other_architectures(tmp_path, name):
+    """Biases and norms are counted like all weights, int8 or not; a window's mask is there where a row is longer."""
+    config = tiny_config(**SHAPES[name])
+    save_model(tiny_llama(config).state_dict(), config, tmp_path / "model")
+    found = plan_run(pretraining(tmp_path / "model"), 1)
+    assert found.parameters == found.trained == config.num_parameters()
+    assert found.kinds["parameters"] == 4 * config.num_parameters()
+    tuned = tuning(tmp_path / "model")
+    int8 = plan_run(replace(tuned, model=replace(tuned.model, quantize="int8")), 1)
+    shapes = tensor_shapes(config)
+    matrices = [shapes[each] for each in int8_matrices(shapes)]
+    smaller = sum(3 * rows * columns - 4 * rows for rows, columns in matrices)
+    assert plan_run(tuned, 1).kinds["parameters"] - int8.kinds["parameters"] == smaller
+
+
+@pytest.mark.parametrize("preset", ["llama-3-8b", "mistral-7b", "qwen2.5-7b"])
+def test_presets_need_no_files(preset, capsys):
+    """Keys and values of 8, 8 and 4 heads of 128, in 32, 32 and 28 layers, of 2 bytes each."""
+    config = [str(ROOT / "configs/instruct_stage2_7b.yaml"), f"model.path={preset}", "model.quantize=null"]
+    with pytest.raises(SystemExit):
+        main(["plan", *config, "--inference", "--gpu-memory", "24GiB", "--json"])
+    found, shape = json.loads(capsys.readouterr().out), PRESETS[preset]
+    assert found["weights"] == 2 * shape.num_parameters()
+    assert found["token"] == {"qwen2.5-7b": 56, "mistral-7b": 128, "llama-3-8b": 128}[preset] * 1024
 
 
 @pytest.fixture

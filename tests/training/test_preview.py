@@ -3,10 +3,13 @@
 import ast
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from k2mini.data.prompts import get_template
+from tests.json_tokenizer import write_json_tokenizer
 
 LINE = re.compile(r"^ *(\d+) +(\d+)  ('.*?'|\".*?\") *(?: (\d+)  (?:'.*'|\".*\"))?$")
 
@@ -86,6 +89,54 @@ def test_where_all_is_supervised_and_where_a_document_goes_on(tiny_tokenizer, pr
     out = preview("corpus.jsonl", content, {"seq_len": length}, "run.seed=1", "--number", 9)[1]
     assert "\nsupervised, a document from its beginning:\n    <s> granite is a rock\n\n" in out
     assert "\nsupervised, a document goes on:\n" in out
+
+
+def test_documents_without_bos(tiny_directory, tmp_path, preview):
+    """One begins after another's EOS; where the row begins, it is not known."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory, ignore=shutil.ignore_patterns("tokenizer*", "generation*", "manifest*"))
+    write_json_tokenizer(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": 2, "bos_token_id": None}))
+    content = '{"text": "granite is a rock"}\n{"text": "basalt"}\n'
+    for more in ("data.document_mask=true", "data.document_mask=false"):
+        status, out, err = preview("corpus.jsonl", content, {"seq_len": 6}, f"model.path={directory}", more)
+        assert status == 0, err
+        heading = "supervised, a document from its beginning:\n    basalt"
+        assert out.startswith(f"sample 0 of 1\nsupervised:\n    granite is a rock<|im_end|>\n{heading}")
+
+
+@pytest.mark.parametrize("template", ["own", "llama2", None])
+def test_conversations(tiny_directory, tiny_tokenizer, preview, tmp_path, template):
+    """In any template: special tokens by their pieces, each answer and its end to be predicted."""
+    if template != "llama2":
+        pytest.importorskip("jinja2")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_directory, folder)
+    text = (Path(__file__).parents[1] / "data" / "templates" / "llama2.jinja").read_text()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": text}))
+    turns = [
+        ("system", "Be short."),
+        ("user", "granite is"),
+        ("assistant", "rock"),
+        ("user", "and"),
+        ("assistant", "x"),
+    ]
+    messages = json.dumps([{"messages": [{"role": role, "content": said} for role, said in turns]}])
+    section = {"template": template, "max_seq_len": 200}
+    status, out, err = preview("data.json", messages, section, f"model.path={folder}")
+    assert status == 0, err
+    assert ("the template is the model's own" in err) == (template is None)
+    text, table = out.split("\n\nposition")
+    assert text == (
+        "sample 0 of 1\nnot supervised:\n    <s> [INST] <<SYS>>\n    Be short.\n    <</SYS>>\n\n"
+        "    granite is [/INST]\n"
+        "supervised:\n     rock </s>\nnot supervised:\n    <s> [INST] and [/INST]\nsupervised:\n     x </s>"
+    )
+    *_, last = table.splitlines()
+    answers = [tiny_tokenizer.encode(text, bos=False, eos=True) for text in ("rock ", "x ")]
+    assert last.endswith(f" tokens, {sum(map(len, answers))} of them supervised")
 
 
 @pytest.mark.parametrize(

@@ -12,38 +12,44 @@ from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
 from k2mini.weights.adapter import merge_adapters, read_adapter, read_adapter_config, save_adapter
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
-from tests.conftest import tiny_llama
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import ALL, TOKENS, adapted, fill_adapters
 
 SECTION = LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path, request):
     """(base directory, adapter directory, the adapted model)"""
-    model = adapted()
-    plain = tiny_llama()
+    config = tiny_config(**SHAPES[getattr(request, "param", "multi-head")])
+    model = adapted(config)
+    plain = tiny_llama(config)
     save_model(plain.state_dict(), plain.config, tmp_path / "base")
     save_adapter(adapter_tensors(model), SECTION, tmp_path / "adapter", base=str(tmp_path / "base"))
     return tmp_path / "base", tmp_path / "adapter", model
 
 
+every_kind = pytest.mark.parametrize("written", ["multi-head", "mistral", "qwen2", "qwen3"], indirect=True)
+
+
+@every_kind
 def test_peft_loads_what_k2mini_writes(written):
     from peft import PeftModel
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     base, adapter, model = written
-    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
 
 
+@every_kind
 def test_k2mini_loads_what_peft_writes(written, tmp_path):
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     base, _, _ = written
     config = LoraConfig(r=3, lora_alpha=5, target_modules=ALL, init_lora_weights=False, task_type="CAUSAL_LM")
-    reference = get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
+    reference = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     reference.save_pretrained(tmp_path / "theirs")
     model, _ = load_model(base, adapter=tmp_path / "theirs")
     torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
@@ -58,15 +64,16 @@ def test_it_comes_back_as_it_was(written):
     assert torch.equal(model(TOKENS), loaded(TOKENS))
 
 
+@every_kind
 def test_merged_equals_unmerged_here_and_in_peft(written, tmp_path):
     from peft import PeftModel
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     base, adapter, model = written
     merge_adapters(base, [adapter], tmp_path / "merged")
     merged, _ = load_model(tmp_path / "merged")
     torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=0, atol=1e-5)
-    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
     theirs = reference.state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)

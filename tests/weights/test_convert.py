@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from k2mini.architectures import LinearRopeScaling, Llama3RopeScaling
 from k2mini.build import load_model
-from k2mini.model_config import Llama3RopeScaling, tensor_shapes
+from k2mini.model_config import tensor_shapes
+from k2mini.nn.quant import dequantize, int8_matrices, quantize_rows
 from k2mini.weights.convert import convert, open_layout
 from k2mini.weights.info import inspect_directory, memory
 from k2mini.weights.model_directory import ModelDirectory
@@ -15,7 +17,8 @@ from k2mini.weights.model_files import save_model
 from k2mini.weights.stream import hash_tensors
 from tests.conftest import SHAPES, tiny_config, tiny_llama
 
-TO_META = {name: shape for name, shape in SHAPES.items() if name not in ("llama3-rope", "wide-heads")}
+KIN = ("mistral", "qwen2", "qwen3")
+TO_META = {name: shape for name, shape in SHAPES.items() if name not in ("llama3-rope", "wide-heads", *KIN)}
 TO_META["llama3.1-rope"] = {"rope_theta": 5e5, "rope_scaling": Llama3RopeScaling(8.0, 1.0, 4.0, 8192)}
 
 
@@ -106,16 +109,21 @@ def test_several_model_parallel_files(tmp_path, tiny_tokenizer, embedding, caplo
     convert(tmp_path / "split", "hf", tmp_path / "again")
     assert "does not say how long the context is; config.json will say 2048" in caplog.text
     assert_equal(tmp_path / "again", tmp_path / "hf")
+    (tmp_path / "split" / "params.json").write_text(json.dumps({**json.loads(params), "sliding_window": 4096}))
+    with pytest.raises(ValueError, match=r"params\.json: sliding_window is of Mistral's own layout"):
+        convert(tmp_path / "split", "hf", tmp_path / "other")
     (tmp_path / "split" / "consolidated.00.pth").unlink()
     with pytest.raises(ValueError, match="are not numbered 00, 01, …; one is missing"):
         convert(tmp_path / "split", "hf", tmp_path / "other")
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 60_000])
-def test_to_bin_and_back(tmp_path, tiny_tokenizer, shard_bytes):
-    from transformers import LlamaForCausalLM
+@pytest.mark.parametrize(
+    ("shard_bytes", "name"), [(10**9, "multi-head"), (60_000, "multi-head"), *((10**9, name) for name in KIN)]
+)
+def test_to_bin_and_back(tmp_path, tiny_tokenizer, shard_bytes, name):
+    from transformers import AutoModelForCausalLM
 
-    model = saved(tmp_path / "hf", tiny_tokenizer, {})
+    model = saved(tmp_path / "hf", tiny_tokenizer, SHAPES[name])
     convert(tmp_path / "hf", "bin", tmp_path / "bin", shard_bytes=shard_bytes)
     files = sorted(path.name for path in (tmp_path / "bin").glob("*.bin"))
     assert files[0] == ("pytorch_model.bin" if shard_bytes == 10**9 else f"pytorch_model-00001-of-{len(files):05}.bin")
@@ -125,7 +133,7 @@ def test_to_bin_and_back(tmp_path, tiny_tokenizer, shard_bytes):
                 assert torch.equal(tensor, model.state_dict()[name])
                 assert not mmap or tensor.data_ptr() % 64 == 0
     if len(files) == 1:
-        theirs = LlamaForCausalLM.from_pretrained(tmp_path / "bin", use_safetensors=False, dtype=torch.float16)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "bin", use_safetensors=False, dtype=torch.float16)
         assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in model.state_dict().items())
     convert(tmp_path / "bin", "hf", tmp_path / "again")
     assert_equal(tmp_path / "again", tmp_path / "hf")
@@ -143,12 +151,13 @@ def test_dtypes(tmp_path, tiny_tokenizer):
     assert not (tmp_path / "out").exists()
 
 
-GGUF_SHAPES = {name: SHAPES[name] for name in ("multi-head", "grouped", "tied", "llama3-rope")}
+GGUF_SHAPES = {name: SHAPES[name] for name in ("multi-head", "grouped", "tied", "llama3-rope", *KIN)}
+GGUF_SHAPES["linear-rope"] = {"rope_scaling": LinearRopeScaling(4.0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", GGUF_SHAPES.values(), ids=GGUF_SHAPES)
-def test_gguf_read_back(tmp_path, tiny_tokenizer, shape, dtype):
+def test_gguf_read_back(tmp_path, tiny_tokenizer, shape, dtype, caplog):
     """Through the gguf package: values, the order of q's and k's rows, metadata and the vocabulary."""
     import gguf
 
@@ -157,14 +166,23 @@ def test_gguf_read_back(tmp_path, tiny_tokenizer, shape, dtype):
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     stored = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
     config, weights = model.config, model.state_dict()
-    scaled = config.rope_scaling is not None
+    scaled, kind = isinstance(config.rope_scaling, Llama3RopeScaling), config.model_type
     assert len(stored) == len(weights) + scaled
     assert torch.equal(stored["blk.1.ffn_down.weight"], weights["model.layers.1.mlp.down_proj.weight"].to(dtype))
     assert torch.equal(stored["blk.2.attn_norm.weight"], weights["model.layers.2.input_layernorm.weight"])
-    # llama.cpp turns neighbouring rows: rows 2i and 2i+1 of a head there are rows i and i + E/2 here.
+    for name, part in (("attn_q", "q_proj.bias"), ("attn_k", "k_proj.bias"), ("attn_v", "v_proj.bias")):
+        assert (f"blk.1.{name}.bias" in stored) == (kind == "qwen2")
+        if kind == "qwen2":
+            assert torch.equal(stored[f"blk.1.{name}.bias"], weights[f"model.layers.1.self_attn.{part}"])
+    for part in ("q_norm.weight", "k_norm.weight") if kind == "qwen3" else ():
+        assert torch.equal(stored[f"blk.1.attn_{part}"], weights[f"model.layers.1.self_attn.{part}"])
+    # llama.cpp turns neighbouring rows: rows 2i and 2i+1 of a head there are rows i and i + E/2 here. But for Qwen.
     for name, heads, ours in (("attn_q", config.num_heads, "q_proj"), ("attn_k", config.num_kv_heads, "k_proj")):
         theirs, mine = stored[f"blk.0.{name}.weight"], weights[f"model.layers.0.self_attn.{ours}.weight"].to(dtype)
         half = config.head_dim // 2
+        if kind.startswith("qwen"):
+            assert torch.equal(theirs, mine)
+            continue
         for head in range(heads):
             for i in range(half):
                 row = head * config.head_dim
@@ -174,9 +192,17 @@ def test_gguf_read_back(tmp_path, tiny_tokenizer, shape, dtype):
     def field(name):
         return reader.get_field(name).contents()
 
-    assert field("general.architecture") == "llama"
-    assert field("llama.attention.head_count_kv") == config.num_kv_heads
-    assert field("llama.rope.freq_base") == config.rope_theta
+    arch = kind if kind.startswith("qwen") else "llama"
+    assert field("general.architecture") == arch
+    assert field(f"{arch}.attention.head_count_kv") == config.num_kv_heads
+    assert field(f"{arch}.rope.freq_base") == config.rope_theta
+    if isinstance(config.rope_scaling, LinearRopeScaling):
+        assert (field(f"{arch}.rope.scaling.type"), field(f"{arch}.rope.scaling.factor")) == (
+            "linear", config.rope_scaling.factor
+        )  # fmt: skip
+    if config.sliding_window:
+        assert field("llama.attention.sliding_window") == config.sliding_window
+    assert ("has no sliding window for this model: past 4 tokens" in caplog.text) == bool(config.sliding_window)
     assert field("tokenizer.ggml.tokens") == [tiny_tokenizer.piece(i) for i in range(tiny_tokenizer.vocab_size)]
     assert field("tokenizer.ggml.eos_token_id") == tiny_tokenizer.eos_id
     kinds = field("tokenizer.ggml.token_type")
@@ -192,9 +218,18 @@ def test_gguf_read_back(tmp_path, tiny_tokenizer, shape, dtype):
 def test_what_a_format_cannot_say(tmp_path, tiny_tokenizer):
     saved(tmp_path / "wide", tiny_tokenizer, SHAPES["wide-heads"])
     saved(tmp_path / "scaled", tiny_tokenizer, SHAPES["llama3-rope"])
-    for name, said in (("wide", "no head_dim of its own"), ("scaled", "LLaMA 3.1's rotary scaling only")):
+    saved(tmp_path / "linear", tiny_tokenizer, GGUF_SHAPES["linear-rope"])
+    said_of = {"wide": "no head_dim of its own", "scaled": "LLaMA 3.1's rotary scaling only"}
+    said_of["linear"] = said_of["scaled"]
+    for name in KIN:
+        saved(tmp_path / name, tiny_tokenizer, SHAPES[name])
+        said_of[name] = "Meta's format has no biases, norms of q and k, or sliding window"
+    for name, said in said_of.items():
         with pytest.raises(ValueError, match=said):
             convert(tmp_path / name, "meta", tmp_path / "out")
+    saved(tmp_path / "both", tiny_tokenizer, {**SHAPES["llama3-rope"], "attention_bias": True})
+    with pytest.raises(ValueError, match=r"llama.cpp's qwen2 has no rotary scaling of type llama3"):
+        convert(tmp_path / "both", "gguf", tmp_path / "out.gguf")
     with pytest.raises(ValueError, match="GGUF is written in float32 or float16, not bfloat16"):
         convert(tmp_path / "scaled", "gguf", tmp_path / "out.gguf", dtype=torch.bfloat16)
     for kind in ("gguf", "meta", "bin"):
@@ -204,6 +239,27 @@ def test_what_a_format_cannot_say(tmp_path, tiny_tokenizer):
     (tmp_path / "scaled" / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="GGUF holds the vocabulary too"):
         convert(tmp_path / "scaled", "gguf", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("name", KIN)
+def test_to_int8(tmp_path, tiny_tokenizer, name):
+    """Biases and norms stay as they are, matrices are those of `quantize_rows`; so in a file, so as it is loaded."""
+    plain = saved(tmp_path / "hf", tiny_tokenizer, SHAPES[name], torch.float32)
+    convert(tmp_path / "hf", "hf", tmp_path / "int8", quantize="int8")
+    stored, _ = load_model(tmp_path / "int8")
+    fresh, _ = load_model(tmp_path / "hf", quantize="int8")
+    one_row, _ = load_model(tmp_path / "hf", quantize="w8a8")
+    assert all(torch.equal(tensor, fresh.state_dict()[key]) for key, tensor in stored.state_dict().items())
+    for key, tensor in plain.state_dict().items():
+        if tensor.dim() == 1:
+            assert torch.equal(stored.state_dict()[key], tensor)
+        elif key in int8_matrices(tensor_shapes(plain.config)):
+            tensor.copy_(dequantize(*quantize_rows(tensor), torch.float32))
+    tokens = torch.arange(3, 33).view(2, 15)
+    with torch.inference_mode():
+        torch.testing.assert_close(stored(tokens), plain(tokens), rtol=0, atol=1e-5)
+        row = tokens[:1, :1]
+        assert (one_row(row) - plain(row)).std() / plain(row).std() < 0.1
 
 
 def test_code_in_a_pickle_does_not_run(tmp_path, tiny_tokenizer):

@@ -16,7 +16,7 @@ from k2mini.weights.delta import BY_TOKEN, apply_delta, make_delta
 from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
 from k2mini.weights.verify import verify
-from tests.conftest import tiny_config, tiny_llama
+from tests.conftest import SHAPES, tiny_config, tiny_llama
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -49,10 +49,14 @@ def bits(directory):
     return {name: reader.tensor(name).view(WORDS[reader.dtype(name)]) for name in reader.names()}
 
 
-@pytest.mark.parametrize("base_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tuned_dtype", DTYPES, ids=str)
-def test_make_then_apply_gives_back_every_bit(tmp_path, tiny_tokenizer, base_dtype, tuned_dtype):
-    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size)
+@pytest.mark.parametrize(
+    ("base_dtype", "tuned_dtype", "name"),
+    [*((a, b, "multi-head") for a in DTYPES for b in DTYPES)]
+    + [(torch.float16, torch.bfloat16, name) for name in ("mistral", "qwen2", "qwen3")],
+    ids=str,
+)
+def test_make_then_apply_gives_back_every_bit(tmp_path, tiny_tokenizer, base_dtype, tuned_dtype, name):
+    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, **SHAPES[name])
     base, tuned = (random_bits(tiny_llama(config, dtype=dtype), i) for i, dtype in enumerate((base_dtype, tuned_dtype)))
     save_model(base, config, tmp_path / "base")
     save_model(tuned, config, tmp_path / "tuned", tokenizer=tiny_tokenizer, shard_bytes=40_000)
@@ -60,6 +64,7 @@ def test_make_then_apply_gives_back_every_bit(tmp_path, tiny_tokenizer, base_dty
     apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "again")
     before, after = bits(tmp_path / "tuned"), bits(tmp_path / "again")
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "tuned" / "config.json").read_bytes()
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == tiny_tokenizer.path.read_bytes()
 
 
