@@ -109,7 +109,10 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class LoraSection:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685).
+
+    `lora: null` trains all parameters, as `pretrain` does without this section; `finetune` takes these defaults then.
+    """
 
     rank: int = 8  # of the product that is added to a weight
     alpha: float = 16.0  # the product is scaled by alpha / rank
