@@ -18,14 +18,8 @@ def _check_positive(section: Any, name: str, *keys: str) -> None:
             raise ValueError(f"{name}.{key} must be positive, not {getattr(section, key)}")
 
 
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-}
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+_WORDS[list] = "a list"
 
 
 def check_fields(content: Any, kinds: Mapping[str, type], where: str) -> None:
