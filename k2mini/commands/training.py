@@ -33,7 +33,9 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .json, .txt, .md (or .gz), or folders"
     )
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
+    parser.add_argument(
+        "--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model or .json, or its folder"
+    )
     parser.add_argument(
         "--val-percent",
         type=float,

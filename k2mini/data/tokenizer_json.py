@@ -54,6 +54,7 @@ class JsonModel:
         self._byte_level = "ByteLevel" in decoders
         if not self._byte_level and not {"Metaspace", "ByteFallback"} & set(decoders):
             raise ValueError(f"{path} is neither byte-level BPE nor SentencePiece's: its decoder is {decoders}")
+        # Each byte that is not UTF-8 gives U+FFFD, as in SentencePiece; tokenizers loses those beside it, too.
         self.space, self.errors = ("Ġ", "replace") if self._byte_level else ("▁", "k2mini.replace")
         self._byte_fallback = bool(content["model"].get("byte_fallback"))
         self._lock = threading.Lock()

@@ -78,8 +78,9 @@ def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer 
         copied, theirs = copy_tokenizer(tokenizer, directory), tokenizer.path.with_name("tokenizer_config.json")
         if theirs.name not in copied:
             content[theirs.name] = tokenizer.hf_config()
-            if theirs.is_file() and (template := read_json(theirs).get("chat_template")) is not None:
-                content[theirs.name]["chat_template"] = template
+            said = read_json(theirs) if theirs.is_file() else None
+            if isinstance(said, dict) and said.get("chat_template") is not None:
+                content[theirs.name]["chat_template"] = said["chat_template"]
         kept = read_json(directory / GENERATION) if GENERATION in copied else {}
         ends = [*tokenizer.stop_ids] if len(tokenizer.stop_ids) > 1 else eos_id
         content[GENERATION] = {"bos_token_id": bos_id, **kept, "eos_token_id": ends}
