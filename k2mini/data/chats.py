@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -129,17 +130,15 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
     """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
-    from k2mini.files import read_json, read_text  # the command line lists the templates, and does without it
+    from k2mini.data.tokenizer_json import read_fields  # the command line lists the templates, and does without it
+    from k2mini.files import read_text
 
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be an object, not {short(config)}")
+    config = read_fields(path := folder / "tokenizer_config.json")
     where, text = f"{path}: chat_template", config.get("chat_template")
     if isinstance(text, list):
         named = [each.get("template") for each in text if isinstance(each, dict) and each.get("name") == "default"]
         text = named[0] if named else text
-    if (newer := folder / "chat_template.jinja").is_file():  # which transformers prefers, too
+    if os.path.lexists(newer := folder / "chat_template.jinja"):  # which transformers prefers, too
         where, text = str(newer), read_text(newer)
     if text is None:
         return None
@@ -163,6 +162,8 @@ def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Token
     template = ChatTemplate(OWN, compile_template(text, where, variables), _any_of(known), digest=f"@{digest}")
     asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
     opened, closed = (template.render([asked], generation=generation) for generation in (True, False))
+    if "ask" not in opened:
+        raise ValueError(f"{where} does not write what is asked; --template or data.template can name another")
     opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
     if opened == closed and opening.strip():
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"

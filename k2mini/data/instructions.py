@@ -150,9 +150,9 @@ def read_examples(
         said = "the template rewrites earlier answers of a conversation, so each answer is an example of its own"
         log.info("%s: %s: %d of %d conversations", path, said, len(every), len(encoded))
     lengths = [length for _, length in every]
-    examples = [example for example, _ in every if example.unsupervised < len(example.tokens)]
-    dropped = len(every) - len(examples)
-    cut = sum(length > section.max_seq_len for length in lengths) - dropped
+    kept = [(example, length) for example, length in every if example.unsupervised < len(example.tokens)]
+    examples, dropped = [example for example, _ in kept], len(every) - len(kept)
+    cut = sum(length > section.max_seq_len for _, length in kept)
     if cut or dropped:
         log.warning(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 import sentencepiece
 
-from k2mini.data.tokenizer_json import JsonModel, tokens_beyond
+from k2mini.data.tokenizer_json import JsonModel, read_fields, tokens_beyond
 from k2mini.errors import short, some
-from k2mini.files import MOST, read_json
+from k2mini.files import MOST
 
 log = logging.getLogger(__name__)
 _say_once = cache(log.info)
@@ -41,8 +41,8 @@ def choose_tokenizer(model: Path, json: Path) -> Path:
 
 def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a file; what ends an answer is read from the files beside it. Raises ValueError as both do."""
-    tokenizer, config = Tokenizer(path), path.with_name("config.json")
-    tokenizer.add_stop_ids(read_json(config) if config.is_file() else {})
+    tokenizer = Tokenizer(path)
+    tokenizer.add_stop_ids(read_fields(path.with_name("config.json")))
     return tokenizer
 
 
@@ -144,9 +144,7 @@ class Tokenizer:
         Raises ValueError where one of them is no token.
         """
         file = self.path.with_name("generation_config.json")
-        for fields, name in ((read_json(file) if file.is_file() else {}, file.name), (config, "config.json")):
-            if not isinstance(fields, dict):
-                raise ValueError(f"{file.with_name(name)} must hold a JSON object")
+        for fields, name in ((read_fields(file), file.name), (config, "config.json")):
             said = fields.get("eos_token_id")
             if not isinstance(said, list):  # a lone id beside tokenizer.model is passed over: LLaMA-1's say 0 or 1
                 said = [said] if self.path.suffix == ".json" and said is not None else []

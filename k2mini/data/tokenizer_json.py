@@ -4,6 +4,7 @@ Qwen have it, and what SentencePiece models are converted to."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Set
@@ -22,6 +23,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTES = _byte_alphabet()
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, none where it is not there. Raises ValueError where it holds something else."""
+    if not isinstance(fields := read_json(path) if os.path.lexists(path) else {}, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {short(fields)}")
+    return fields
 
 
 class JsonModel:
@@ -74,11 +82,7 @@ class JsonModel:
         return self._model.token_to_id(token) if isinstance(token, str) else None
 
     def _beside(self, name: str) -> dict[str, Any]:
-        """The fields of a file beside this one, none where it is not there."""
-        file = self._path.with_name(name)
-        if not isinstance(fields := read_json(file) if file.is_file() else {}, dict):
-            raise ValueError(f"{file} must hold a JSON object")
-        return fields
+        return read_fields(self._path.with_name(name))
 
     def _named(self, key: str) -> int | None:
         """The id of bos_token or eos_token, by the first file that says what it is, or that there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer, open_tokenizer
+from k2mini.data.tokenizer_json import read_fields
 from k2mini.dtypes import DTYPES, NAMES
 from k2mini.errors import short
-from k2mini.files import new_directory, read_json, sha256
+from k2mini.files import new_directory, sha256
 from k2mini.model_config import INT8, ModelConfig, hf_config
 from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text, tokenizer_file
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
@@ -73,10 +75,9 @@ def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer 
         copied, theirs = copy_tokenizer(tokenizer, directory), tokenizer.path.with_name("tokenizer_config.json")
         if theirs.name not in copied:
             content[theirs.name] = tokenizer.hf_config()
-            said = read_json(theirs) if theirs.is_file() else None
-            if isinstance(said, dict) and said.get("chat_template") is not None:
-                content[theirs.name]["chat_template"] = said["chat_template"]
-        kept = read_json(directory / GENERATION) if GENERATION in copied else {}
+            if (template := read_fields(theirs).get("chat_template")) is not None:
+                content[theirs.name]["chat_template"] = template
+        kept = read_fields(directory / GENERATION)
         ends = [*tokenizer.stop_ids] if len(tokenizer.stop_ids) > 1 else eos_id
         content[GENERATION] = {"bos_token_id": bos_id, **kept, "eos_token_id": ends}
     for name, fields in content.items():
@@ -89,7 +90,7 @@ def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
     is_json = tokenizer.path.suffix == ".json"
     names += of_json if is_json else []
     shutil.copyfile(tokenizer.path, directory / ("tokenizer.json" if is_json else "tokenizer.model"))
-    for name in (own := [name for name in names if tokenizer.path.with_name(name).is_file()]):
+    for name in (own := [name for name in names if os.path.lexists(tokenizer.path.with_name(name))]):
         shutil.copyfile(tokenizer.path.with_name(name), directory / name)
     return own
 

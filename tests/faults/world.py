@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.conftest import make_tokenizer, tiny_config, tiny_llama
 from tests.faults.server import End, Forks
+from tests.helpers import CHATML, make_chat_model
 
 LETTERS = "A. basalt\nB. granite"
 QUESTIONS = {
@@ -31,6 +32,9 @@ QUESTIONS = {
     "x_asked.jsonl": [{"prompt": "What is rock?"}, {"instruction": "Say.", "input": "quartz"}],
     "x_told.json": [{"instruction": f"What is {n}?", "input": "", "output": f"{n} is a rock."}
                     for n in ("granite", "basalt", "quartz", "mantle")],
+    "x_talk.jsonl": [{"messages": [{"role": "user", "content": f"What is {n}?"},
+                                   {"role": "assistant", "content": f"{n} is a rock."}]}
+                     for n in ("granite", "basalt", "quartz", "mantle")],
     "x_docs.jsonl": [{"text": f"Granite number {n} is made of quartz and that erodes slowly. " * 3} for n in range(9)],
 }  # fmt: skip
 YAML = """\
@@ -59,6 +63,7 @@ COMMANDS = {
     "info": "info {m} --json",
     "verify": "verify {m}",
     "generate": f"generate --model {{m}} {GENERATE}",
+    "own": "generate --model {m} --prompt granite --max-new-tokens 2 --json",
     "eval": "eval --model {m} --benchmark x_user.jsonl --json",
     "text": "eval --model {m} --perplexity x_docs.txt --json",
     "score": "score --model {m} --input x_docs.txt --context quartz --json",
@@ -82,6 +87,7 @@ COMMANDS = {
     "pretrain": f"pretrain x_pre.yaml run.dir=out {SHORT}",
     "finetune": f"finetune x_fine.yaml run.dir=out {SHORT}",
     "instruct": f"finetune x_fine.yaml run.dir=out data.path={{m}} {SHORT}",
+    "talked": f"finetune x_fine.yaml run.dir=out model.path={{m}} data.path=x_talk.jsonl {SHORT}",
     "init": f"finetune x_fine.yaml run.dir=out lora.init_adapter={{m}} {SHORT}",
     "preview": "preview {m} --number 1",
     "plan": "plan {m} --world-size 1 --gpu-memory 1GiB --json",
@@ -99,6 +105,10 @@ TARGETS = {
     "x_model/model.safetensors": WEIGHTS,
     "x_model/manifest.json": "info verify generate eval make hf",
     "x_model/tokenizer.model": "info verify! generate eval score gguf tokens! hf",
+    "x_chat/tokenizer.json": "own info eval tokens hf gguf talked",
+    "x_chat/tokenizer_config.json": "own eval tokens hf gguf talked",
+    "x_chat/chat_template.jinja": "own eval hf talked",
+    "x_chat/generation_config.json": "own hf talked",
     "x_index/model.safetensors.index.json": "info generate eval hf lens diff",
     "x_bin/pytorch_model-00001-of-00002.bin": "info generate verify! hf gguf make",
     "x_bin/pytorch_model.bin.index.json": "info generate hf",
@@ -123,6 +133,7 @@ TARGETS = {
     "x_pre.yaml": "pretrain preview plan",
     "x_fine.yaml": "finetune preview plan",
     "x_told.json": "instruct",
+    "x_talk.jsonl": "instruct",
     "x_docs.jsonl": "prepare skip",
     "x_docs.json": "prepare",
     "x_docs.txt": "prepare skip",
@@ -138,8 +149,8 @@ TARGETS = {
     "x_eval/report.json": "compare goon!",
 }
 NEEDED = {
-    "x_pre.yaml": ["x_model", "x_corpus"], "x_fine.yaml": ["x_model", "x_told.json"], "x_delta": ["x_model"],
-    "x_eval": ["x_model"], "x_run": ["x_model"], "x_tune": ["x_model"],
+    "x_pre.yaml": ["x_model", "x_corpus"], "x_fine.yaml": ["x_model", "x_told.json", "x_talk.jsonl"],
+    "x_delta": ["x_model"], "x_eval": ["x_model"], "x_run": ["x_model"], "x_tune": ["x_model"],
 }  # fmt: skip
 
 
@@ -155,6 +166,8 @@ def build(folder: Path, forks: Forks) -> Path:
         model = tiny_llama(config, seed)
         save_model(model.state_dict(), config, folder / name, tokenizer=tokenizer, shard_bytes=shard)
     shutil.rmtree(folder / "spm")
+    make_chat_model(folder / "x_chat", template=None, ends=[0, 2])
+    (folder / "x_chat/chat_template.jinja").write_text(CHATML)
     (folder / "x_index/manifest.json").unlink()
     for name, content in QUESTIONS.items():
         lines = "".join(json.dumps(entry) + "\n" for entry in content)
