@@ -46,7 +46,7 @@ def load_model(
     that the model is never in memory twice.
 
     Args:
-        directory: config.json, weights and, if there is one, tokenizer.model.
+        directory: config.json, weights and, if there is one, a tokenizer's file.
         adapter: a LoRA adapter's directory (PEFT's format); it is put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
         quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py), each quantised as it is read; 'w8a8'
@@ -54,7 +54,7 @@ def load_model(
         merge: merge the adapter into the weights as they are read, in full precision.
         quantize_head: quantise the vocabulary projection too.
 
-    Returns: the model, and its tokenizer or None where the directory has no tokenizer.model.
+    Returns: the model, and its tokenizer or None where the directory has no file of one.
 
     Raises ValueError naming what is wrong: no such directory, another architecture, a missing, extra or wrongly shaped
     tensor, a tokenizer that does not fit the embedding, an adapter that does not fit, too little memory.

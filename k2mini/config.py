@@ -18,14 +18,8 @@ def _check_positive(section: Any, name: str, *keys: str) -> None:
             raise ValueError(f"{name}.{key} must be positive, not {getattr(section, key)}")
 
 
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-}
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+_WORDS[list] = "a list"
 
 
 def check_fields(content: Any, kinds: Mapping[str, type], where: str) -> None:
@@ -104,15 +98,21 @@ class InstructionSection:
             raise ValueError("set data.val_size or data.val_path, not both")
 
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclass(frozen=True)
 class LoraSection:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685).
+
+    `lora: null` trains all parameters, as `pretrain` does without this section; `finetune` takes these defaults then.
+    """
 
     rank: int = 8  # of the product that is added to a weight
     alpha: float = 16.0  # the product is scaled by alpha / rank
     dropout: float = 0.05  # of the adapters' input
     rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])  # what is adapted
+    target_modules: list[str] | Literal["all"] = field(default_factory=lambda: [*LORA_TARGETS[:3]])  # what is adapted
     init_adapter: str | None = None  # start from this adapter's weights, with a fresh optimiser and schedule
 
     def __post_init__(self) -> None:
@@ -121,6 +121,8 @@ class LoraSection:
             raise ValueError(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty, so nothing would be trained")
+        if self.target_modules == "all":
+            object.__setattr__(self, "target_modules", list(LORA_TARGETS))
 
     @property
     def scaling(self) -> float:
@@ -221,7 +223,7 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The configuration of `k2mini pretrain`, which trains all parameters on plain documents."""
+    """The configuration of `k2mini pretrain`, which trains all parameters, or LoRA alone, on plain documents."""
 
     run: RunSection
     model: ModelSection
@@ -230,24 +232,32 @@ class PretrainConfig:
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
     eval: EvalSection = field(default_factory=EvalSection)
+    lora: LoraSection | None = None
 
     def __post_init__(self) -> None:
-        if self.model.quantize is not None:
-            raise ValueError("model.quantize is for LoRA's frozen base; further pretraining trains all weights")
+        _check_frozen(self)
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The configuration of `k2mini finetune`, which trains LoRA on instructions."""
+    """The configuration of `k2mini finetune`, which trains LoRA on instructions; all parameters where it is null."""
 
     run: RunSection
     model: ModelSection
     data: InstructionSection
     train: TrainSection
-    lora: LoraSection = field(default_factory=LoraSection)
+    lora: LoraSection | None = field(default_factory=LoraSection)
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
     eval: EvalSection = field(default_factory=EvalSection)
+
+    def __post_init__(self) -> None:
+        _check_frozen(self)
+
+
+def _check_frozen(config: PretrainConfig | FinetuneConfig) -> None:
+    if config.lora is None and config.model.quantize is not None:
+        raise ValueError("model.quantize is for LoRA's frozen base; without lora all weights are trained")
 
 
 RunConfig = PretrainConfig | FinetuneConfig
@@ -281,7 +291,7 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What a run's result depends on, section by section, with whole paths to its files."""
     found = {"run": {"seed": config.run.seed}}
     for name in ("model", "data", "train", "lora"):
-        section = asdict(getattr(config, name)) if hasattr(config, name) else {}
+        section = asdict(part) if (part := getattr(config, name)) is not None else {}
         paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
         found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
     return found

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.config import CorpusSection, FinetuneConfig, InstructionSection, PretrainConfig
 from k2mini.errors import short
 
 log = logging.getLogger(__name__)
@@ -70,11 +70,12 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
 
 
 def config_kind(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
-    """The class that a file fills: FinetuneConfig where it has `lora`, `data.template` or `data.max_seq_len`."""
+    """The class that a file fills, by the keys of `data` that only one has; without such, FinetuneConfig has `lora`."""
     raw = _read(path)
-    data = raw.get("data")
-    instructions = isinstance(data, dict) and ("template" in data or "max_seq_len" in data)
-    return FinetuneConfig if "lora" in raw or instructions else PretrainConfig
+    corpus, instructions = ({spec.name for spec in fields(kind)} for kind in (CorpusSection, InstructionSection))
+    given = set(data) if isinstance(data := raw.get("data"), dict) else set()
+    tuned = given & instructions - corpus or ("lora" in raw and not given & corpus - instructions)
+    return FinetuneConfig if tuned else PretrainConfig
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -99,6 +100,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
     target, equals, text = override.partition("=")
     section, dot, key = target.partition(".")
+    if target and text == "null" and not dot:  # such as lora=null
+        raw[target] = None
+        return
     if not equals or not dot or not key:
         errors.append(f"override {short(override)} is not section.key=value")
         return
@@ -107,7 +111,7 @@ def _override(raw: dict[str, Any], override: str, errors: list[str]) -> None:
     except (*_INVALID, RecursionError):
         errors.append(f"override {short(override)}: the value is not valid YAML")
         return
-    content = raw.setdefault(section, {})
+    content = raw[section] = {} if raw.get(section) is None else raw[section]
     if isinstance(content, dict):
         content[key] = value
 
@@ -129,10 +133,12 @@ def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
     values = {}
     for name, spec in known.items():
         if name in raw:
-            if is_dataclass(hints[name]):
-                values[name] = _fill(hints[name], raw[name], f"{name}.", errors)
-            else:
+            if (section := _section(hints[name])) is None:
                 values[name] = _value(hints[name], raw[name], prefix + name, errors)
+            elif raw[name] is None and section is not hints[name]:
+                values[name] = None
+            else:
+                values[name] = _fill(section, raw[name], f"{name}.", errors)
         elif spec.default is MISSING and spec.default_factory is MISSING:
             errors.append(f"{prefix}{name} is missing")
     if len(errors) > before:
@@ -144,13 +150,20 @@ def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
         return None
 
 
+def _section(kind: Any) -> Any:
+    """The dataclass that a field holds, or may hold; None: it holds a value."""
+    return next(filter(is_dataclass, (kind, *typing.get_args(kind))), None)
+
+
 def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
-    """`value`, checked to be of the type `kind`: str, int, float, bool, Literal, list[str], or one of these or None."""
+    """`value`, checked to be of the type `kind`: str, int, float, bool, Literal, list[str]; or None, or a word."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     options = typing.get_args(kind) if union else (kind,)
     if value is None and type(None) in options:
         return None
-    (plain,) = [option for option in options if option is not type(None)]
+    plain, *words = [option for option in options if option is not type(None)]
+    if any(value in typing.get_args(word) for word in words):  # such as 'all', in the place of a list
+        return value
     if isinstance(value, int) and abs(value) >= 2**63:
         errors.append(f"{name} must be below 2**63")
         return None
@@ -191,7 +204,7 @@ def describe_keys() -> str:
         sections: dict[type, list[str]] = {}
         for command, hints in kinds.items():
             if name in hints:
-                sections.setdefault(hints[name], []).append(command)
+                sections.setdefault(_section(hints[name]), []).append(command)
         for section, commands in sections.items():
             only = f" ({commands[0]} only)" if len(commands) == 1 else ""
             lines += ["", f"## {name}{only}", "", inspect.getdoc(section) or "", ""]

@@ -1,11 +1,11 @@
 import re
-from dataclasses import fields
-from typing import get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_type_hints
 
 import pytest
 
-from k2mini.config import FinetuneConfig, PretrainConfig
-from k2mini.config_file import load_config
+from k2mini.config import LORA_TARGETS, FinetuneConfig, PretrainConfig
+from k2mini.config_file import config_kind, load_config
 from tests.conftest import ROOT
 
 GOOD = """
@@ -44,7 +44,7 @@ def test_all_errors_come_at_once(write):
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
         load_config(
             PretrainConfig,
-            write("run: {dir: 3}\nmodel: {pth: base}\ntrain: {lr: fast, max_step: 10}\nlora: {rank: 8}\n"),
+            write("run: {dir: 3}\nmodel: {pth: base}\ntrain: {lr: fast, max_step: 10}\nlor: {rank: 8}\n"),
             ["train.schedule=sine", "nonsense"],
         )
     message = str(caught.value)
@@ -56,10 +56,34 @@ def test_all_errors_come_at_once(write):
         "unknown key train.max_step; did you mean train.max_steps?",
         "train.schedule must be one of constant, linear, cosine, not 'sine'",
         "data is missing",
-        "unknown key lora",
+        "unknown key lor; did you mean lora?",
         "override 'nonsense' is not section.key=value",
     ]:
         assert part in message
+
+
+def test_lora_may_be_null_and_its_modules_a_word(write):
+    assert load_config(PretrainConfig, write(GOOD)).lora is None
+    everything = load_config(PretrainConfig, write(GOOD), ["lora.rank=4", "lora.target_modules=all"]).lora
+    assert everything.rank == 4
+    assert everything.target_modules == [*LORA_TARGETS]
+    assert load_config(FinetuneConfig, write(GOOD), ["lora=null"]).lora is None
+    assert load_config(FinetuneConfig, write(GOOD + "lora: null"), ["lora.rank=4"]).lora.rank == 4
+    with pytest.raises(ValueError, match="override 'lora=5' is not section"):
+        load_config(PretrainConfig, write(GOOD), ["lora=5"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind"),
+    [
+        ("data: {seq_len: 8}\nlora: {rank: 2}\n", PretrainConfig),
+        ("data: {template: alpaca}\nlora: null\n", FinetuneConfig),
+        ("data: {path: x}\nlora: {rank: 2}\n", FinetuneConfig),
+        ("data: {path: x}\n", PretrainConfig),
+    ],
+)
+def test_the_keys_of_data_say_what_a_file_is_for(write, sections, kind):
+    assert config_kind(write(sections)) is kind
 
 
 @pytest.mark.parametrize(
@@ -162,13 +186,13 @@ def test_the_page_of_all_keys(run):
     assert out == (ROOT / "configs/README.md").read_text(encoding="utf-8")
     for kind in (PretrainConfig, FinetuneConfig):
         for name, section in get_type_hints(kind).items():
-            for key in fields(section):
+            for key in fields(next(filter(is_dataclass, (section, *get_args(section))))):
                 assert re.search(rf"^- `{name}\.{key.name}` \(.+\): .+$", out, re.MULTILINE), f"{name}.{key.name}"
     assert "- `train.lr` (number; required): the peak learning rate" in out
     assert "- `train.schedule` (constant or linear or cosine; default linear): after warm-up" in out
     assert "- `model.quantize` (int8 or null; default null)" in out
     assert "\n## data (pretrain only)\n" in out
-    assert "\n## lora (finetune only)\n" in out
+    assert "\n## lora\n\nLow-rank adapters" in out
 
 
 def test_a_configuration_with_its_defaults_can_be_given_back(write, run, tmp_path):

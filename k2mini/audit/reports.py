@@ -30,6 +30,7 @@ from k2mini.nn.llama import Llama
 log = logging.getLogger(__name__)
 
 BLANKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+BYTES = {0xDC00 + byte: f"<0x{byte:02X}>" for byte in range(128, 256)}  # of what is not UTF-8, as Python escapes it
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,8 @@ class Report:
 
 def visible(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, all of it to be seen: blanks as signs, what shows nothing as <200B>, lone bytes as <0xE2>."""
-    content = tokenizer.piece_bytes(token)
-    try:
-        text = (content.decode() or tokenizer.piece(token)).translate(BLANKS)
-    except UnicodeDecodeError:
-        text = "".join(f"<0x{byte:02X}>" for byte in content)
+    text = tokenizer.piece_bytes(token).decode(errors="surrogateescape") or tokenizer.piece(token)
+    text = text.translate(BLANKS).translate(BYTES)
     return "".join(char if char.isprintable() else f"<{ord(char):04X}>" for char in text)
 
 

@@ -33,7 +33,9 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .json, .txt, .md (or .gz), or folders"
     )
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model, or its folder")
+    parser.add_argument(
+        "--tokenizer", required=True, type=Path, metavar="FILE", help="tokenizer.model or .json, or its folder"
+    )
     parser.add_argument(
         "--val-percent",
         type=float,
@@ -112,7 +114,7 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pretrain(options: argparse.Namespace) -> None:
-    """Train all parameters as the configuration says, and print where the model is."""
+    """Train on documents as the configuration says, and print where the model or adapter is."""
     from k2mini.training.run import pretrain
 
     _train(options, PretrainConfig, pretrain)
@@ -125,7 +127,7 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_finetune(options: argparse.Namespace) -> None:
-    """Train an adapter as the configuration says, and print where it is."""
+    """Train on instructions as the configuration says, and print where the adapter or model is."""
     from k2mini.training.run import finetune
 
     _train(options, FinetuneConfig, finetune)
@@ -148,12 +150,12 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         config = load_config(kind, options.config, _overrides(options))
     except ValueError:
         if kind is PretrainConfig and options.config.is_file() and config_kind(options.config) is FinetuneConfig:
-            why = "not for pretrain (it has lora, data.template or data.max_seq_len)"
+            why = "not for pretrain (it has keys such as data.template and data.max_seq_len)"
             raise ValueError(f"{options.config} is a file for k2mini finetune, {why}") from None
         raise
     if config.run.deterministic and device.type == "cuda":
         repeat_exactly()
-    alone_too = is_sharded(config.model, config.parallel, getattr(config, "lora", None), 1)
+    alone_too = is_sharded(config.model, config.parallel, config.lora, 1)
     with ranks(device, config.parallel, alone_too=alone_too) as world, run_directory(config, world):
         config = with_demo_files(config, is_main=world.is_main)
         world.barrier()  # until the first rank has made them

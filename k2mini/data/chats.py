@@ -137,7 +137,8 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
         raise ValueError(f"{path} must be an object, not {short(config)}")
     where, text = f"{path}: chat_template", config.get("chat_template")
     if isinstance(text, list):
-        text = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}.get("default", text)
+        named = [each.get("template") for each in text if isinstance(each, dict) and each.get("name") == "default"]
+        text = named[0] if named else text
     if (newer := folder / "chat_template.jinja").is_file():  # which transformers prefers, too
         where, text = str(newer), read_text(newer)
     if text is None:
@@ -147,10 +148,10 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
     if chosen:
         log.info("the template is the model's own, %s", where)
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    named: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
-    named |= {name: config[name] for name in SPECIAL if name in config}
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    return _compiled(text, where, {name: token for name, token in named.items() if isinstance(token, str)}, tokenizer)
+    tokens: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
+    tokens |= {name: config[name] for name in SPECIAL if name in config}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return _compiled(text, where, {name: token for name, token in tokens.items() if isinstance(token, str)}, tokenizer)
 
 
 def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Tokenizer) -> ChatTemplate:

@@ -75,7 +75,7 @@ def _conversation(record: dict[str, Any], key: str, place: str) -> list[Message]
     messages: list[Message] = []
     for number, turn in enumerate(turns):
         here = f"{place}[{number}]"
-        fields = {name: value for name, value in turn.items() if value is not None}
+        fields = {name: value for name, value in turn.items() if value is not None and name != "input"}
         role, text = (fields.pop(old, fields.get(new)) for new, old in (("role", "from"), ("content", "value")))
         role = SHAREGPT.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:

@@ -169,9 +169,11 @@ class Rendered(str):
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The token ids of a whole prompt; BOS first, but for what is `Rendered`."""
+    """The token ids of a whole prompt, BOS first but for what is `Rendered`. Raises ValueError where there is none."""
     rendered = isinstance(text, Rendered)
-    return tokenizer.encode(text, bos=not rendered, eos=False, special=rendered)
+    if not (ids := tokenizer.encode(text, bos=not rendered, eos=False, special=rendered)):
+        raise ValueError("the prompt is empty")
+    return ids
 
 
 def room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int, where: str = "") -> int:

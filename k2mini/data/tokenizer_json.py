@@ -3,6 +3,7 @@ Qwen have it, and what SentencePiece models are converted to."""
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Set
@@ -49,11 +50,14 @@ class JsonModel:
             self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
             first = self._model.encode("a").ids[:1]
         except BaseException as error:  # a panic in Rust is no Exception
-            raise self._unread(error) from None
-        decoders = _kinds(content.get("decoder"))
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{path} is not a tokenizer.json, or is damaged ({short(str(error))})") from None
+        decoders = re.findall(r'"type": "(\w+)"', json.dumps(content.get("decoder")))
         self._byte_level = "ByteLevel" in decoders
         if not self._byte_level and not {"Metaspace", "ByteFallback"} & set(decoders):
             raise ValueError(f"{path} is neither byte-level BPE nor SentencePiece's: its decoder is {decoders}")
+        # Each byte that is not UTF-8 gives U+FFFD, as in SentencePiece; tokenizers loses those beside it, too.
         self.space, self.errors = ("Ġ", "replace") if self._byte_level else ("▁", "k2mini.replace")
         self._byte_fallback = bool(content["model"].get("byte_fallback"))
         self._lock = threading.Lock()
@@ -65,12 +69,6 @@ class JsonModel:
         self.eos_id: int = eos_id
         adds = self._config.get("add_bos_token")
         self.bos_id = bos_id if (adds if isinstance(adds, bool) else first == [bos_id]) else None
-
-    def _unread(self, error: BaseException) -> BaseException:
-        """What to raise instead of an error of tokenizers', which has no type of its own for a damaged file."""
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            return ValueError(f"{self._path} is not a tokenizer.json, or is damaged ({short(str(error))})")
-        return error
 
     def _id(self, token: Any) -> int | None:
         return self._model.token_to_id(token) if isinstance(token, str) else None
@@ -135,14 +133,6 @@ class JsonModel:
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         own = {key: self.piece(token) for key, token in names.items() if token is not None}
         return self._config or {"tokenizer_class": "PreTrainedTokenizerFast", **own}
-
-
-def _kinds(part: Any) -> list[str]:
-    """The types of a component of tokenizer.json, of a sequence those of its members."""
-    if not isinstance(part, dict):
-        return []
-    members = part.get("decoders")
-    return [kind for one in members for kind in _kinds(one)] if isinstance(members, list) else [str(part.get("type"))]
 
 
 def tokens_beyond(path: Path, known: Set[str]) -> list[str]:

@@ -185,7 +185,7 @@ def _train(out: Path, name: str, config: RunConfig) -> Path:
     """Train a stage unless it is complete, and keep its configuration where report.md's commands name it."""
     (out / "configs").mkdir(exist_ok=True)
     write_text(out / "configs" / f"{name}.yaml", json.dumps(asdict(config), indent=2) + "\n")
-    result = out / name / ("model" if isinstance(config, PretrainConfig) else "adapter")
+    result = out / name / ("model" if config.lora is None else "adapter")
     if read_manifest(result) is not None:
         return result
     return pretrain(config) if isinstance(config, PretrainConfig) else finetune(config)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from k2mini.config import LoraSection
+from k2mini.config import LORA_TARGETS, LoraSection
 from k2mini.distributed import World, fill, local_part
 from k2mini.nn.layers import Linear, product
 from k2mini.nn.quant import Int8Linear, int8_product
@@ -18,7 +18,7 @@ from k2mini.nn.quant import Int8Linear, int8_product
 # An adapter that does not train: module name -> A (R, in), B (out, R), scaling.
 Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = LORA_TARGETS
 
 
 class LoraLinear(Linear):

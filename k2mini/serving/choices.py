@@ -120,10 +120,9 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     kind, content = tokenizer.kind(token), tokenizer.piece_bytes(token)
     if kind not in ("normal", "byte"):
         return tokenizer.piece(token)
-    try:
-        return content.decode() if kind == "normal" else f"bytes:\\x{content.hex()}"
-    except UnicodeDecodeError:  # of byte-level BPE, a part of a character
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+    text = content.decode(errors="replace")
+    whole = kind == "normal" and text.encode() == content  # or, in byte-level BPE, a part of a character
+    return text if whole else "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from k2mini.config import LoraSection, check_fields
@@ -11,13 +10,11 @@ from k2mini.distributed import ALONE
 from k2mini.dtypes import DTYPES
 from k2mini.files import output
 from k2mini.model_config import tensor_shapes
-from k2mini.training.checkpoint import STATE, best_checkpoint, check_files, read_state
+from k2mini.training.checkpoint import STATE, check_files, read_state
 from k2mini.training.metadata import StoredModel
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_directory import ModelDirectory, check_tensors
 from k2mini.weights.model_files import save_model
-
-log = logging.getLogger(__name__)
 
 
 def export(
@@ -50,14 +47,8 @@ def export(
         save_model(tensors, base.config, out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base.path))
 
 
-def export_adapter(last: Path, out: Path, section: LoraSection, base: str) -> None:
-    """Write the adapter of `finetune`'s checkpoint of the lowest validation loss, or of the last where none validates.
-
-    Raises ValueError where the checkpoint is damaged.
-    """
-    kept = best_checkpoint(last.parent) or last
-    if kept != last:
-        log.info("the adapter of the lowest validation loss is kept: %s", kept)
+def export_adapter(kept: Path, out: Path, section: LoraSection, base: str) -> None:
+    """Write the adapter that a checkpoint holds. Raises ValueError where the checkpoint is damaged."""
     state = read_state(kept)
     check_files(kept, state["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
     stored = StoredModel(kept)

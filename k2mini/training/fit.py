@@ -53,7 +53,7 @@ def what_takes_less(config: RunConfig, world_size: int) -> str:
 
 def _cheaper(config: RunConfig, world_size: int) -> dict[str, list[Any]]:
     """Keys not set yet and the values to try, those first that cost the least time and exactness: none before int8."""
-    train, parallel, lora = config.train, config.parallel, getattr(config, "lora", None)
+    train, parallel, lora = config.train, config.parallel, config.lora
     fewer = [rows for rows in _sizes(config, world_size)[::-1] if rows < train.micro_batch_size]
     shared = is_sharded(config.model, parallel, lora, world_size)
     tried: dict[str, tuple[bool, list[Any]]] = {

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.build import is_sharded, kept_dtype, make_trainable
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context
+from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig, check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh
 from k2mini.dtypes import DTYPES
@@ -145,14 +145,10 @@ def planned_shape(path: str) -> ModelConfig:
     return read_model_config(directory)
 
 
-def _lora(config: RunConfig) -> LoraSection | None:
-    return config.lora if isinstance(config, FinetuneConfig) else None
-
-
 @contextmanager
 def _ranks(config: RunConfig, world_size: int) -> Iterator[DeviceMesh | None]:
     """The mesh of a process group of which only this rank exists; None where the run is not sharded."""
-    if not is_sharded(config.model, config.parallel, _lora(config), world_size):
+    if not is_sharded(config.model, config.parallel, config.lora, world_size):
         yield None
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -170,7 +166,7 @@ def _track(
     config: RunConfig, shape: ModelConfig, mesh: DeviceMesh | None, micro_batches: int
 ) -> tuple[int, int, int, int, dict[str, int]]:
     """Peak of a step, bytes received in it, number of parameters, of those trained, and the peak's kinds."""
-    lora = _lora(config)
+    lora = config.lora
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _of_dtype(shape, kept_dtype(config.model, lora))
         # The tracker can't look into compiled code. The device is "cuda", since attention on a CPU asks positions where

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from k2mini.build import kept_dtype, training_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig, RunConfig, check_context, settings_of
+from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig, check_context, settings_of
 from k2mini.config_file import load_config
-from k2mini.data.batches import Blocks
+from k2mini.data.batches import Blocks, Samples
 from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import data_path
@@ -31,12 +31,19 @@ from k2mini.files import output, sha256, write_text
 from k2mini.model_config import tensor_shapes
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
-from k2mini.training.checkpoint import changes, check_files, check_room, find_checkpoint, remove_leftovers
+from k2mini.training.checkpoint import (
+    best_checkpoint,
+    changes,
+    check_files,
+    check_room,
+    find_checkpoint,
+    remove_leftovers,
+)
 from k2mini.training.export import export, export_adapter
 from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
 from k2mini.training.step import total_steps
-from k2mini.weights.adapter import load_adapter, read_adapter_config
+from k2mini.weights.adapter import start_from
 from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
@@ -46,28 +53,67 @@ MARK = (CONFIG, "checkpoints", "model", "adapter", METRICS)
 
 # What `eval.benchmark` is scored with: scores by name. All ranks call it, since each has a part of the model.
 Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
+# What is trained on, what validates; the hash of the first, and of a model's own template, which may change.
+Read = tuple[Samples, Samples | None, str, str]
 
 
 def pretrain(
     config: PretrainConfig, world: World = ALONE, label: str = "pretrain", benchmark: Benchmark | None = None
 ) -> Path:
-    """Train all parameters on plain documents, on all ranks. Returns the directory of the model, `run.dir/model`.
+    """Train on plain documents, on all ranks. Returns the directory of the model or, with `lora`, of the adapter.
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`). `label` is that of
     the progress line; `benchmark` is run every `eval.every` steps, and its scores go into the metrics.
     """
-    out = Path(config.run.dir) / "model"
+    return _run(config, world, label, benchmark, _documents)
+
+
+def finetune(
+    config: FinetuneConfig, world: World = ALONE, label: str = "finetune", benchmark: Benchmark | None = None
+) -> Path:
+    """Train on instructions; all else is as of `pretrain`.
+
+    Of all checkpoints, the one of the lowest validation loss becomes the adapter or the model.
+    """
+    if config.data.template is None:
+        base = _base(config)
+        template = open_template(None, base.path, base.require_tokenizer())
+        config = replace(config, data=replace(config.data, template=template.name))
+    return _run(config, world, label, benchmark, _instructions)
+
+
+def _run(
+    config: RunConfig, world: World, label: str, benchmark: Benchmark | None, read: Callable[[Any, Any, World], Read]
+) -> Path:
+    out, lora = Path(config.run.dir) / ("model" if config.lora is None else "adapter"), config.lora
     with run_directory(config, world):
         if not _is_complete(config, out, world):
-            last = _pretrain(config, world, label, benchmark)
+            base = _base(config)
+            samples, val, content, template = read(config, base, world)
+            best, identity = isinstance(config, FinetuneConfig), _identity(config, content, base, world)
+            if template:
+                identity["data"]["template"] += template
+            task = Task(samples, val, identity, label, save_best=best)
+            _accept(config, base, task, world)
+            model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
+            if lora is not None and lora.init_adapter is not None:
+                start_from(model, lora, model_directory(lora.init_adapter))
+            evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
+            last = train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
             if world.is_main:
-                export(last, out, config.model.dtype, checked=True)
+                kept = (best_checkpoint(last.parent) if best else None) or last
+                if kept != last:
+                    log.info("the %s of the lowest validation loss is kept: %s", out.name, kept)
+                if lora is None:
+                    export(kept, out, config.model.dtype, checked=kept == last)
+                else:
+                    export_adapter(kept, out, lora, config.model.path)
             world.barrier()
     return out
 
 
-def _pretrain(config: PretrainConfig, world: World, label: str, benchmark: Benchmark | None) -> Path:
-    data, seed, base = config.data, config.run.seed, _base(config)
+def _documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Read:
+    data, seed = config.data, config.run.seed
 
     def blocks(corpus: Corpus, seed: int | None) -> Blocks:
         return Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=seed)
@@ -79,42 +125,11 @@ def _pretrain(config: PretrainConfig, world: World, label: str, benchmark: Bench
         val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
     elif "val" in read_corpus_manifest(directory)["splits"]:
         val = blocks(Corpus(directory, "val"), None)
-    identity = _identity(config, fingerprint(directory), base, world)
-    task = Task(blocks(Corpus(directory), seed), val, identity, label)
-    _accept(config, base, task, world)
-    model, _ = training_model(config.model, config.train, config.parallel, world)
-    evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
-    return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
+    return blocks(Corpus(directory), seed), val, fingerprint(directory), ""
 
 
-def finetune(
-    config: FinetuneConfig, world: World = ALONE, label: str = "finetune", benchmark: Benchmark | None = None
-) -> Path:
-    """Train LoRA on instructions, on all ranks. Returns the directory of the adapter, `run.dir/adapter`.
-
-    A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`). Of all checkpoints,
-    the one of the lowest validation loss becomes the adapter.
-
-    Args:
-        label: of the progress line.
-        benchmark: run every `eval.every` steps; its scores go into the metrics.
-    """
-    out = Path(config.run.dir) / "adapter"
-    if config.data.template is None:
-        base = _base(config)
-        template = open_template(None, base.path, base.require_tokenizer())
-        config = replace(config, data=replace(config.data, template=template.name))
-    with run_directory(config, world):
-        if not _is_complete(config, out, world):
-            last = _finetune(config, world, label, benchmark)
-            if world.is_main:
-                export_adapter(last, out, config.lora, config.model.path)
-            world.barrier()
-    return out
-
-
-def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Benchmark | None) -> Path:
-    data, section, seed, base = config.data, config.lora, config.run.seed, _base(config)
+def _instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
+    data, seed = config.data, config.run.seed
     tokenizer = base.require_tokenizer()
     template = open_template(data.template, base.path, tokenizer)
     _check_room(config, base)
@@ -123,15 +138,7 @@ def _finetune(config: FinetuneConfig, world: World, label: str, benchmark: Bench
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
     samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    identity = _identity(config, sha256(data_path(data.path)), base, world)
-    identity["data"]["template"] += getattr(template, "digest", "")  # a model's own may change
-    task = Task(samples, val, identity, label, save_best=True)
-    _accept(config, base, task, world)
-    model, _ = training_model(config.model, config.train, config.parallel, world, section, seed)
-    if section.init_adapter is not None:
-        _start_from(model, section, model_directory(section.init_adapter))
-    evaluate = None if benchmark is None else lambda trained: benchmark(trained, tokenizer)
-    return train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
+    return samples, val, sha256(data_path(data.path)), getattr(template, "digest", "")
 
 
 @contextmanager
@@ -143,11 +150,13 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
 
     Raises ValueError where ranks differ, it holds something else, or another process writes it.
     """
-    _agree({f"{name}.{key}": value for name, part in asdict(config).items() for key, value in part.items()}, world)
+    _agree(
+        {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in (part or {}).items()}, world
+    )
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
     run_dir, inputs = Path(config.run.dir), [config.model.path]
-    if isinstance(config, FinetuneConfig) and config.lora.init_adapter is not None:
+    if config.lora is not None and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)
     is_new = not run_dir.exists()
     with output(run_dir if world.is_main else None, mark=MARK, inputs=inputs):
@@ -225,8 +234,8 @@ def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = Non
     """Raise ValueError where the disk lacks room for what the run keeps; without a task, for the least that it can."""
     section, trained, number = config.checkpoint, base.config.num_parameters(), 1
     itemsize = result = kept_dtype(config.model, None).itemsize
-    if isinstance(config, FinetuneConfig):
-        shapes, lora = tensor_shapes(base.config).items(), config.lora
+    if (lora := config.lora) is not None:
+        shapes = tensor_shapes(base.config).items()
         trained = lora.rank * sum(sum(shape) for name, shape in shapes if name.split(".")[-2] in lora.target_modules)
     else:
         result = DTYPES[config.model.dtype].itemsize
@@ -263,16 +272,6 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
         raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
     check_files(path, corpus_hashes(path), world, "prepare it again")
     return path
-
-
-def _start_from(model: Llama, section: LoraSection, directory: Path) -> None:
-    """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
-    given = read_adapter_config(directory)
-    for key in ("rank", "alpha", "target_modules"):
-        ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
-        if ours != theirs:
-            raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
-    load_adapter(model, directory, given)
 
 
 def _identity(config: RunConfig, content: str, base: ModelDirectory, world: World) -> dict[str, Any]:

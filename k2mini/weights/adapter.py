@@ -177,6 +177,16 @@ def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         raise OSError(f"{path}: {error}") from None
 
 
+def start_from(model: Llama, section: LoraSection, directory: Path) -> None:
+    """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
+    given = read_adapter_config(directory)
+    for key in ("rank", "alpha", "target_modules"):
+        ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
+        if ours != theirs:
+            raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
+    load_adapter(model, directory, given)
+
+
 def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> None:
     """Copy an adapter's values into a model to which `attach` has added LoRA modules.
 

@@ -23,11 +23,6 @@ from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_b
 log = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
-# What belongs to a tokenizer, without and with tokenizer.json; k2mini writes the rest anew.
-BESIDE = (
-    ("chat_template.jinja",),
-    ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", GENERATION),
-)
 
 
 def save_model(
@@ -78,8 +73,9 @@ def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer 
         copied, theirs = copy_tokenizer(tokenizer, directory), tokenizer.path.with_name("tokenizer_config.json")
         if theirs.name not in copied:
             content[theirs.name] = tokenizer.hf_config()
-            if theirs.is_file() and (template := read_json(theirs).get("chat_template")) is not None:
-                content[theirs.name]["chat_template"] = template
+            said = read_json(theirs) if theirs.is_file() else None
+            if isinstance(said, dict) and said.get("chat_template") is not None:
+                content[theirs.name]["chat_template"] = said["chat_template"]
         kept = read_json(directory / GENERATION) if GENERATION in copied else {}
         ends = [*tokenizer.stop_ids] if len(tokenizer.stop_ids) > 1 else eos_id
         content[GENERATION] = {"bos_token_id": bos_id, **kept, "eos_token_id": ends}
@@ -88,11 +84,12 @@ def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer 
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
-    """Copy a tokenizer's file, and those beside it that belong to it as they stand. Returns the names of all."""
-    json_ = tokenizer.path.suffix == ".json"
-    own = [name for name in BESIDE[json_] if tokenizer.path.with_name(name).is_file()]
-    shutil.copyfile(tokenizer.path, directory / ("tokenizer.json" if json_ else "tokenizer.model"))
-    for name in own:
+    """Copy a tokenizer's file, and those beside it that belong to it as they stand. Returns the names of these."""
+    names, of_json = ["chat_template.jinja"], ["tokenizer_config.json", "special_tokens_map.json", GENERATION]
+    is_json = tokenizer.path.suffix == ".json"
+    names += of_json if is_json else []
+    shutil.copyfile(tokenizer.path, directory / ("tokenizer.json" if is_json else "tokenizer.model"))
+    for name in (own := [name for name in names if tokenizer.path.with_name(name).is_file()]):
         shutil.copyfile(tokenizer.path.with_name(name), directory / name)
     return own
 

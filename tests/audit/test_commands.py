@@ -337,6 +337,16 @@ def test_every_token_can_be_seen(tiny_tokenizer):
     assert half == "<0x8B>"
 
 
+def test_an_empty_prompt_without_bos(tiny_directory, tmp_path, run):
+    shutil.copytree(tiny_directory, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "*ion*", "manif*"))
+    write_json_tokenizer(tmp_path / "model")
+    for kind, more in KINDS.items():
+        asked = ["audit", kind, "--model", tmp_path / "model", "--prompt", "", *more]
+        status, out, err = run(*asked)
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-1] == "k2mini: the prompt is empty" or kind == "patch"
+
+
 def test_every_token_of_a_tokenizer_json_can_be_seen(tmp_path):
     tokenizer = Tokenizer(write_json_tokenizer(tmp_path))
     shown = [visible(tokenizer, token) for token in range(tokenizer.vocab_size)]

@@ -295,7 +295,7 @@ def test_the_default_of_several_is_taken(model):
     assert (
         open_template(None, folder, tokenizer).prompt("a") == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     )
-    for wrong in (several[:1], 3, {"default": text}):
+    for wrong in (several[:1], 3, {"default": text}, [{"name": ["default"]}, 3]):
         folder, tokenizer, _ = model("chatml", chat_template=wrong)
         with pytest.raises(ValueError, match="chat_template must be text, or a list with one named default, not"):
             open_template(None, folder, tokenizer)

@@ -132,6 +132,8 @@ def llama(llama_tokenizer, tmp_path_factory):
 
 def test_llamas_tokenizer_json_is_its_tokenizer_model(llama, llama_tokenizer):
     """So, too, special tokens written out give the ids of transformers' legacy tokenizer, which that file is."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(llama / "hub" / "tokenizer.json")
     assert tokenizer.special_tokens == llama_tokenizer.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
     same = ("vocab_size", "bos_id", "eos_id", "adds_space", "stop_ids")
@@ -145,6 +147,12 @@ def test_llamas_tokenizer_json_is_its_tokenizer_model(llama, llama_tokenizer):
         assert tokenizer.decode(plain) == text.replace("▁", " ")  # as SentencePiece has it
         assert tokenizer.encode_more(text) == llama_tokenizer.encode_more(text)
         assert streamed(tokenizer, plain) == streamed(llama_tokenizer, plain)
+    reference = PreTrainedTokenizerFast.from_pretrained(llama / "hub")
+    many = [tokenizer.encode(text, bos=True, eos=True) for text in strings(1_000, seed=1)]
+    draw = random.Random(0)
+    many += [[draw.randrange(259, 32000) for _ in range(8)] for _ in range(1_000)]
+    decoded = reference.batch_decode(many, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert [tokenizer.decode(ids) for ids in many] == decoded
     for token in range(32000):
         assert tokenizer.piece_bytes(token) == llama_tokenizer.piece_bytes(token) or token == 0
         assert tokenizer.kind(token) == llama_tokenizer.kind(token) or token == 0

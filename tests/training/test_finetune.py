@@ -11,10 +11,12 @@ import torch
 from k2mini.build import load_model
 from k2mini.config import (
     CheckpointSection,
+    CorpusSection,
     FinetuneConfig,
     InstructionSection,
     LoraSection,
     ModelSection,
+    PretrainConfig,
     RunSection,
     TrainSection,
 )
@@ -28,7 +30,7 @@ from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 from k2mini.nn.lora import adapter_tensors
 from k2mini.training.loop import read_metrics
-from k2mini.training.run import finetune
+from k2mini.training.run import finetune, pretrain
 from k2mini.training.step import accumulate, build_optimizer, clip_gradients
 from k2mini.weights.adapter import save_adapter
 from tests.conftest import asset
@@ -261,3 +263,55 @@ def test_an_int8_base_trains_as_well(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nvalidation loss on arc_sft: float32 base {found[None]:.4f}, int8 base {found['int8']:.4f}")
     assert found["int8"] == pytest.approx(found[None], rel=0.02)
+
+
+def test_all_parameters_on_instructions_as_a_plain_loop_does(tmp_path, data):
+    """Without lora: losses and weights of 12 steps, against a few lines of PyTorch."""
+    made = config(tmp_path, data, lr=1e-3, weight_decay=0.1, warmup_steps=0, schedule="constant", val_every=12)
+    whole = ModelSection(str(BASE), dtype="float64")
+    made = replace(made, lora=None, model=whole, data=replace(made.data, val_size=0, packing=False))
+    out = finetune(made)
+    assert out.name == "model"
+    model, tokenizer = load_model(BASE, dtype="float64")
+    optimizer = build_optimizer(model.train(), made.train)
+    samples = Examples(read_examples(data, tokenizer, get_template(TEMPLATE), made.data), seed=0)
+    expected = []
+    for step in range(12):
+        batch = samples.batch(16 * step, 16)
+        logits = model(batch.tokens, batch.positions)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        loss.backward()
+        expected.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-10)
+    tuned, _ = load_model(out, dtype="float64")
+    for ours, theirs in zip(tuned.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_lora_learns_documents_and_stage_one_goes_on_from_it(tmp_path, data):
+    """The first loss is that of training all parameters; the base stays; the adapter is loaded, chained and merged."""
+    facts = tmp_path / "facts.txt"
+    facts.write_text("\n\n".join(record["output"] for record in json.loads(data.read_text())))
+    train = TrainSection(lr=5e-3, global_batch_size=8, micro_batch_size=4, max_steps=12, warmup_steps=1)
+    runs = []
+    for name, lora in (("adapted", LoraSection(8, target_modules="all", dropout=0.0)), ("whole", None)):
+        section = CorpusSection(str(facts), seq_len=64)
+        run = PretrainConfig(RunSection(str(tmp_path / name)), ModelSection(str(BASE)), section, train, lora=lora)
+        runs.append((pretrain(run), losses(tmp_path / name)))
+    (adapter, ours), (whole, theirs) = runs
+    assert (adapter.name, whole.name) == ("adapter", "model")
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[-1] < ours[0] - 0.5
+    tokens = torch.randint(3, 200, (2, 9))
+    base, adapted_model, merged = (load_model(BASE, *how)[0](tokens) for how in ((), (adapter,), (adapter,)))
+    assert (adapted_model - base).abs().max() > 0.1
+    assert torch.equal(adapted_model, merged)
+    first = config(tmp_path, data, lora=LoraSection(8, target_modules="all", init_adapter=str(adapter)), max_steps=1)
+    plain = config(tmp_path, data, "plain", lora=LoraSection(8, target_modules="all"), max_steps=1)
+    finetune(first), finetune(plain)
+    assert losses(tmp_path / "run")[0] != losses(tmp_path / "plain")[0]
+    with pytest.raises(ValueError, match=r"without lora all weights are trained"):
+        replace(first, lora=None, model=ModelSection(str(BASE), quantize="int8"))
