@@ -121,7 +121,8 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
     eos = tokenizer.piece(tokenizer.eos_id)
     write = partial(layout.write, bos=bos, eos=eos)
-    return ChatTemplate(name, write, _any_of(known), [eos, *marks][-1])
+    lead = " " * (layout.assistant or layout.turn).partition("{text}")[0].endswith(" ")
+    return ChatTemplate(name, write, _any_of(known), [eos, *marks][-1], lead)
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -169,7 +170,7 @@ def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Token
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
         raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
     ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
-    return replace(template, end=min(ends)[2] if ends else "")
+    return replace(template, end=min(ends)[2] if ends else "", lead=" " * (opening == " "))
 
 
 def stop_ids(tokenizer: Tokenizer, template: AnyTemplate) -> tuple[int, ...]:

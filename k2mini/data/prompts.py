@@ -25,6 +25,7 @@ class Template:
 
     Attributes:
         bos, special: how its text is encoded: after BOS, special tokens written out in it being plain text.
+        lead, digest: '', as a chat template may have them.
     """
 
     with_input: str
@@ -33,6 +34,8 @@ class Template:
     name: str = ""
     bos: ClassVar[bool] = True
     special: ClassVar[bool] = False
+    lead: ClassVar[str] = ""
+    digest: ClassVar[str] = ""
 
     def prompt(self, instruction: str, input: str = "", system: str = "") -> str:
         """The prompt, up to where the model's answer begins. An empty `input` counts as none; `system` comes first."""
@@ -53,6 +56,7 @@ class ChatTemplate:
         write: the text of messages, and what opens the assistant's next turn where asked.
         reserved: the special tokens, which nobody but the assistant may write.
         end: the special token that ends the assistant's turn; '' where none does.
+        lead: what it writes between what opens the assistant's turn and the answer, a space or ''.
         digest: of a model's own template, by which it is known again; '' for those written here.
 
     Attributes:
@@ -63,6 +67,7 @@ class ChatTemplate:
     write: Callable[[Sequence[Message], bool], str]
     reserved: re.Pattern[str]
     end: str = ""
+    lead: str = ""
     digest: str = ""
     bos: ClassVar[bool] = False
     special: ClassVar[bool] = True

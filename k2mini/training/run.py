@@ -138,7 +138,7 @@ def _instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
     samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    return samples, val, sha256(data_path(data.path)), getattr(template, "digest", "")
+    return samples, val, sha256(data_path(data.path)), template.digest
 
 
 @contextmanager

@@ -123,7 +123,7 @@ PUBLISHED = ["llama3", "qwen2.5", "mistral", "zephyr", "chatml", "gemma", "llama
 def test_texts_tokens_and_masks_equal_transformers(model, name):
     folder, tokenizer, reference = model(name)
     template = open_template("own", folder, tokenizer)
-    assert template.end == END[name]
+    assert (template.end, template.lead) == (END[name], " " * (name in ("mistral", "llama2")))
     rows, expected = [], []
     for messages in conversations(name, 300):
         for generation, part in ((True, messages[:-1]), (False, messages)):
@@ -195,6 +195,7 @@ def test_templates_written_here_equal_the_published(model, name):
     folder, tokenizer, reference = model(name)
     template = open_template(name, folder, tokenizer)
     assert stop_ids(tokenizer, template) == (tokenizer.eos_id,)
+    assert template.lead == " " * (name in ("mistral", "llama2"))
     for messages in conversations(name):
         for generation, part in ((True, messages[:-1]), (False, messages)):
             text = reference.apply_chat_template(part, tokenize=False, add_generation_prompt=generation)
@@ -215,6 +216,7 @@ def test_templates_written_here_equal_the_published(model, name):
 
 def test_vicuna_is_fastchats(tiny_tokenizer, tmp_path):
     template = open_template("vicuna", tmp_path, tiny_tokenizer)
+    assert (template.lead, TEMPLATES["alpaca"].lead) == (" ", "")
     messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi!"}]
     start = "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
     start += "detailed, and polite answers to the user's questions. USER: "
