@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
@@ -114,7 +115,7 @@ def main() -> None:
         print("lm-eval is not installed, so its backend was not measured")
     for form, what in (("", "without"), ("_wa", "with")):
         file = options.geobench / f"multiple_choice_samples{form}.txt"
-        config = EvalConfig("letter", f"k2{form}", fewshot_file=str(file))
+        config = EvalConfig("letter", get_template(f"k2{form}"), fewshot_file=str(file))
         label = f"four examples, {what} 'The answer is'"
         compare(
             f"{label}: K2's loop", model, tokenizer, questions, config, lambda r: k2_loop(reference, r), options.pairs

@@ -6,12 +6,21 @@ Each command's file declares the rest. This file imports nothing that takes time
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
-from k2mini.data.chats import CHAT_TEMPLATES
+from k2mini.data.chats import CHAT_TEMPLATES, open_template
 from k2mini.data.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from k2mini.data.prompts import AnyTemplate
+    from k2mini.weights.model_directory import ModelDirectory
+
+log = logging.getLogger("k2mini.commands")
 
 
 class PrintVersion(argparse.Action):
@@ -27,7 +36,8 @@ class PrintVersion(argparse.Action):
 LIST: Any = {"nargs": "+", "action": "extend"}  # an option that takes several values, and more where it is repeated
 # How a model is asked.
 TEMPLATE_HELP = f"{', '.join((*TEMPLATES, *CHAT_TEMPLATES))}, or own, the model's chat template"
-TEMPLATE: Any = {"metavar": "NAME", "help": f"{TEMPLATE_HELP} (default: own where there is one, else alpaca)"}
+_DEFAULT = "the adapter's run's, else own, else alpaca"
+TEMPLATE: Any = {"metavar": "NAME", "help": f"{TEMPLATE_HELP} (default: {_DEFAULT})"}
 
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -69,3 +79,24 @@ LOADED = ("adapter", "dtype", "quantize", "merge", "quantize_head")
 CONFIG = argparse.ArgumentParser(add_help=False)
 CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as those in configs/")
 CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+
+
+def asked_in(name: str | None, directory: ModelDirectory, adapters: Iterable[str | Path | None]) -> AnyTemplate:
+    """The template of that name. None: that of the run beside the adapters, else what `open_template` chooses.
+
+    Raises ValueError where the adapters were tuned with several, or there is no such template.
+    """
+    from k2mini.files import read_json
+    from k2mini.weights.model_directory import model_directory
+
+    tuned = set()
+    for adapter in [adapter for adapter in adapters if adapter and not name]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            tuned.add(read_json(model_directory(adapter).parent / "config.yaml")["data"]["template"])
+    if len(tuned) > 1:
+        names = " and ".join(sorted(map(str, tuned)))
+        raise ValueError(f"the adapters were tuned with {names}; --template names the one to use")
+    if tuned - {None}:
+        (name,) = tuned
+        log.info("the template is %s, as the run that made the adapter notes", name)
+    return open_template(name, directory.path, directory.require_tokenizer())

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST, LOADED, TEMPLATE
-from k2mini.data.chats import open_template, stop_ids
+from k2mini.commands.common import LIST, LOADED, TEMPLATE, asked_in
+from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         default=EvalConfig.normalize,
         help=f"of text: divide by the option's length or not (default: {EvalConfig.normalize})",
     )
-    parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end (EOS) too")
+    parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end too")
     parser.add_argument("--template", **TEMPLATE)
     parser.add_argument(
         "--answer-prefix",
@@ -98,7 +98,7 @@ def run_eval(options: argparse.Namespace) -> None:
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
     directory = ModelDirectory(options.model)
-    inputs = _read_inputs(options, open_template(options.template, directory.path, directory.require_tokenizer()))
+    inputs = _read_inputs(options, asked_in(options.template, directory, [options.adapter]))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:
@@ -123,7 +123,7 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
-    if pairs and (ends := stop_ids(tokenizer, config.shape)) != (tokenizer.eos_id,):
+    if pairs and (ends := stop_ids(tokenizer, config.template)) != (tokenizer.eos_id,):
         made_by["stop_ids"] = list(ends)
     if out is not None:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
@@ -135,7 +135,7 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
     if pairs:
         report["subjective"] = [
-            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.shape, out=out)
+            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, out=out)
             for task in pairs
         ]
     if texts:

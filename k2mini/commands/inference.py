@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import LOADED, TEMPLATE
-from k2mini.data.chats import open_template, stop_ids
+from k2mini.commands.common import LOADED, TEMPLATE, asked_in
+from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import encode_prompt, room, utf8
 from k2mini.errors import StoppedBySignalError
 
@@ -91,8 +91,7 @@ def _open(options: argparse.Namespace) -> Asked:
     from k2mini.weights.model_directory import ModelDirectory
 
     directory = ModelDirectory(options.model)
-    tokenizer = directory.require_tokenizer()
-    return directory, tokenizer, open_template(options.template, directory.path, tokenizer)
+    return directory, directory.require_tokenizer(), asked_in(options.template, directory, [options.adapter])
 
 
 def _load(options: argparse.Namespace, directory: ModelDirectory) -> Llama:
@@ -179,10 +178,14 @@ def _answer_all(
         try:
             if done < len(asked):
                 model = _load(options, directory)
-                prompts = [encode_prompt(tokenizer, template, *question) for question in questions]
-                for number, prompt in enumerate(prompts):
+                prompts = []
+                for number, question in enumerate(questions):
                     where = "" if options.input is None else f"{options.input}, question {number}: "
-                    room(len(prompt), decoding.max_new_tokens, model.config.max_seq_len, where)
+                    try:
+                        prompts.append(encode_prompt(tokenizer, template, *question))
+                    except ValueError as error:
+                        raise ValueError(f"{where}{error}") from None
+                    room(len(prompts[-1]), decoding.max_new_tokens, model.config.max_seq_len, where)
                 label, ends = "answering" if len(prompts) > 1 else None, stop_ids(tokenizer, template)
                 for found in answers(model, tokenizer, prompts, decoding, label, first=done, stop_ids=ends):
                     journal.add(*found)
@@ -210,7 +213,7 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     """A digest of all that answers follow from, but for what is asked."""
     from k2mini.build import empty_model, pick_device, resolve_dtype
     from k2mini.commands.evaluation import kept_by
-    from k2mini.evaluation.evaluate import digest, known_by
+    from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
 
     directory, tokenizer, template = opened
@@ -219,7 +222,7 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
     model = [kept_by(options, directory.fingerprint(), {}, []), directory.config.features(), dtype]
     ends = [stop_ids(tokenizer, template)] * (stop_ids(tokenizer, template) != (tokenizer.eos_id,))
-    return digest([model, sha256(tokenizer.path), known_by(template), asdict(decoding), *ends])
+    return digest([model, sha256(tokenizer.path), template.name + template.digest, asdict(decoding), *ends])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:

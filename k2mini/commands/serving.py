@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import TEMPLATE_HELP
+from k2mini.commands.common import TEMPLATE_HELP, asked_in
 from k2mini.config import QUANTIZE_NAMES
 from k2mini.data.chats import CHAT_TEMPLATES, open_template
 from k2mini.data.prompts import TEMPLATES
@@ -81,14 +81,14 @@ def run_serve(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.api_key_file} holds no key")
     directory = ModelDirectory(options.model)
     directory.require_model()
-    tokenizer = directory.require_tokenizer()
+    directory.require_tokenizer()
     own = directory.path.resolve().name if Path(options.model).is_dir() else options.model
     bases = [BASE.name, "pretrain"] if options.demo else [own]
     if taken := {*bases} & {*adapters}:
         raise ValueError(f"--adapter {taken.pop()} has the name of a model")
     for path in adapters.values():
         checked_adapter(path, directory)
-    template = open_template(options.template or _template([*adapters.values()]), directory.path, tokenizer)
+    template = asked_in(options.template, directory, adapters.values())
     local = options.host in LOOPBACK
     if not local and not keys:
         log.warning("whoever reaches %s may ask: no --api-key-file FILE says whose keys are good", options.host)
@@ -105,20 +105,6 @@ def run_serve(options: argparse.Namespace) -> None:
     log.info("%s is open; it answers once %s is loaded", address, options.model)
     app = App(Access(keys, options.cors, LOOPBACK if local and not keys else ()))
     serve(app, listening, partial(_load, options, directory, bases, adapters, template), ready)
-
-
-def _template(adapters: list[Path]) -> str | None:
-    """The template that adapters were tuned with, as the run beside them notes it."""
-    from k2mini.files import read_json
-
-    found = set()
-    for path in adapters:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found.add(read_json(path.parent / "config.yaml")["data"]["template"])
-    if len(found) > 1:
-        names = " and ".join(sorted(map(str, found)))
-        raise ValueError(f"the adapters were tuned with {names}; --template names the one to use")
-    return found.pop() if found else None
 
 
 def _templates(directory: ModelDirectory, default: AnyTemplate) -> dict[str, AnyTemplate]:

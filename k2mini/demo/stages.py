@@ -24,8 +24,8 @@ from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 
 EVAL_CONFIGS = {
-    "text": EvalConfig("text", TEMPLATE, ANSWER, normalize="none", score_end=True),
-    "letter": EvalConfig("letter", TEMPLATE, ANSWER),
+    "text": EvalConfig("text", get_template(TEMPLATE), ANSWER, normalize="none", score_end=True),
+    "letter": EvalConfig("letter", get_template(TEMPLATE), ANSWER),
 }
 NUM_ANSWERS = 3
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from k2mini.data.documents import data_path
-from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
@@ -200,17 +199,13 @@ def kept_in(journal: Path | None) -> Iterator[None]:
 
 def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {"tokenizer": sha256(tokenizer.path), **config.settings(), "template": known_by(config.shape)}
+    asking = {"tokenizer": sha256(tokenizer.path), **config.settings()}
+    asking["template"] += config.template.digest
     if config.fewshot_file is not None:
         asking["examples"] = sha256(data_path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
         asking["questions"] = digest([(question.index, question.digest, question.answer) for question in questions])
     return asking
-
-
-def known_by(template: AnyTemplate) -> str:
-    """A template's name; with a digest of its text where that is a model's own."""
-    return " ".join(filter(None, (template.name, getattr(template, "digest", ""))))
 
 
 def digest(value: Any) -> str:

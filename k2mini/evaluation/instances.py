@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from k2mini.config import EvalSection
 from k2mini.data.batches import shuffled
 from k2mini.data.documents import data_path, read_user_text
-from k2mini.data.prompts import AnyTemplate, ChatTemplate, get_template
+from k2mini.data.prompts import TEMPLATES, AnyTemplate, ChatTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.score import Request, split_jointly
@@ -31,11 +30,11 @@ class EvalConfig:
         scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
             log p(option's text); 'k2' is K2's own: the softmax at the last position over fixed ids, for comparison with
             published figures.
-        template: a name of `TEMPLATES` (None: 'alpaca'), or the template itself.
-        answer_prefix: the beginning of the answer, given.
+        answer_prefix: the beginning of the answer, given, with the space before it where the template has one.
         normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
             are not at a disadvantage; 'none' does not.
-        score_end: of 'text': the end of the answer (EOS) is scored as well, as a tuned model writes it.
+        score_end: of 'text': the end of the answer is scored as well, as a tuned model writes it: EOS, or the token
+            that ends it in a chat template.
         num_fewshot: examples before the question, drawn by `seed` from the same task.
         fewshot_file: a file whose text stands before every question instead.
         batch_size: questions at a time; it changes no result.
@@ -44,7 +43,7 @@ class EvalConfig:
     """
 
     scoring: str = EvalSection.scoring
-    template: str | AnyTemplate | None = None
+    template: AnyTemplate = TEMPLATES["alpaca"]
     answer_prefix: str = EvalSection.answer_prefix
     normalize: str = "byte"
     score_end: bool = False
@@ -54,7 +53,6 @@ class EvalConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        _ = self.shape
         for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -67,16 +65,16 @@ class EvalConfig:
         if self.fewshot_file is not None and not data_path(self.fewshot_file).is_file():
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
-    @cached_property
-    def shape(self) -> AnyTemplate:
-        """The template itself."""
-        return get_template(self.template or "alpaca") if isinstance(self.template, str | None) else self.template
+    @property
+    def lead(self) -> str:
+        """What the template writes before an answer whose beginning is not given; it is scored with the answer."""
+        return "" if self.answer_prefix else self.template.lead
 
     def settings(self) -> dict[str, Any]:
         """The fields that change results, under their names in report.json; batch_size is not one."""
         values: dict[str, Any] = {
             "scoring": self.scoring,
-            "template": self.shape.name,
+            "template": self.template.name,
             "answer_prefix": self.answer_prefix,
         }
         if self.scoring == "text":
@@ -95,21 +93,21 @@ class EvalConfig:
     def instruction(self, question: Question) -> str:
         """The question as the template gets it: without its options where their texts are scored."""
         bare = self.scoring == "text" and not question.is_true_false
-        if self.shape.name.startswith("k2") and question.is_true_false:
+        if self.template.name.startswith("k2") and question.is_true_false:
             return question.stem
         return question.stem if bare else question.listed()
 
     def prompt(self, question: Question, examples: Sequence[str] = ()) -> str:
         """One question after examples, up to where the answer begins. A chat has all of them in one user's turn."""
         before, asked = "".join(example + GAP for example in examples), self.instruction(question)
-        if isinstance(self.shape, ChatTemplate):
-            return self.shape.prompt(before + asked) + self.answer_prefix
-        return before + self.shape.prompt(asked) + self.answer_prefix
+        if isinstance(self.template, ChatTemplate):
+            return self.template.prompt(before + asked) + self.answer_prefix
+        return before + self.template.prompt(asked) + self.answer_prefix
 
     def example(self, question: Question) -> str:
         """A question with its answer, as an example for others."""
         asked = self.prompt(question)
-        if isinstance(self.shape, ChatTemplate):
+        if isinstance(self.template, ChatTemplate):
             asked = f"{self.instruction(question)}\n{self.answer_prefix}"
         return asked + self.options(question)[question.labels.index(question.answer)]
 
@@ -190,18 +188,20 @@ class PromptBuilder:
         self, question: Question, examples: Sequence[str], answers: list[str]
     ) -> tuple[list[int], list[list[int]]]:
         """The context's tokens, and those of every continuation."""
-        shape = self.config.shape
+        template = self.config.template
         try:
             context = self.config.prompt(question, examples)
         except ValueError as error:  # a chat template's
             raise ValueError(f"{question.task} question {question.index}: {error}") from None
         if self.config.scoring == "k2":
             fixed = K2_LETTERS | K2_WORDS
-            ids = self.tokenizer.encode(context, bos=shape.bos, eos=False, special=shape.special)
+            ids = self.tokenizer.encode(context, bos=template.bos, eos=False, special=template.special)
             return ids, [[fixed[answer]] for answer in answers]
-        texts = [text for text in self.config.options(question) if text.strip()]
         end = self.config.scoring == "text" and not question.is_true_false and self.config.score_end
-        return split_jointly(self.tokenizer, context, texts, eos=end, bos=shape.bos, special=shape.special)
+        mark = template.end if end and isinstance(template, ChatTemplate) else ""
+        texts = [self.config.lead + text + mark for text in self.config.options(question) if text.strip()]
+        how = {"eos": end and not mark, "bos": template.bos, "special": template.special}
+        return split_jointly(self.tokenizer, context, texts, **how)
 
     def _examples(self, question: Question) -> list[str]:
         if self._file is not None:

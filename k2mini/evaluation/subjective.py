@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.data.chats import stop_ids
-from k2mini.data.prompts import AnyTemplate, get_template
+from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
@@ -29,7 +29,7 @@ def run_subjective(
     decoding: Decoding,
     *,
     task: str,
-    template: str | AnyTemplate,
+    template: AnyTemplate,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Answer open questions, compare the answers with the references, and measure how likely the references are.
@@ -47,8 +47,7 @@ def run_subjective(
 
     Raises ValueError where no question is left, or `out` holds answers to others.
     """
-    shape = get_template(template) if isinstance(template, str) else template
-    kept, requests, prompts = _prepare(model, tokenizer, pairs, shape)
+    kept, requests, prompts = _prepare(model, tokenizer, pairs, template)
     if not kept:
         raise ValueError(f"{task}: no question fits the model's context of {model.config.max_seq_len} tokens")
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
@@ -57,7 +56,7 @@ def run_subjective(
     asked, path = [question for question, _ in kept], None
     if out is not None:
         path = out / f"answers_{task.replace('/', '_')}.jsonl"
-    ends = stop_ids(tokenizer, shape)
+    ends = stop_ids(tokenizer, template)
 
     def answer(prompts: list[list[int]]) -> Iterator[str]:
         made = answers(model, tokenizer, prompts, decoding, label=task, stop_ids=ends)
@@ -79,7 +78,7 @@ def run_subjective(
         "reference_words": sum(len(words(reference)) for _, reference in kept) / number,
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
-        "template": shape.name,
+        "template": template.name,
     }
 
 
@@ -118,16 +117,16 @@ def _read_journal(path: Path, questions: list[str]) -> list[str]:
 
 
 def _prepare(
-    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], shape: AnyTemplate
+    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: AnyTemplate
 ) -> tuple[list[tuple[str, str]], list[Request], list[list[int]]]:
     """The pairs that can be asked, the requests that score their references, and the prompts."""
-    flags = {"bos": shape.bos, "special": shape.special}
+    flags = {"bos": template.bos, "special": template.special}
     kept, requests, prompts = [], [], []
     for question, reference in pairs:
         if not question.strip() or not reference.strip():
             continue
-        prompt = shape.prompt(question)
-        prefix, (ids,) = split_jointly(tokenizer, prompt, [reference], **flags)
+        prompt = template.prompt(question)
+        prefix, (ids,) = split_jointly(tokenizer, prompt, [template.lead + reference], **flags)
         prompt_ids = tokenizer.encode(prompt, eos=False, **flags)
         if max(len(prefix) + len(ids), len(prompt_ids) + 1) <= model.config.max_seq_len:
             kept.append((question, reference))

@@ -18,7 +18,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from k2mini.weights.model_files import save_model
-from tests.conftest import tiny_config, tiny_llama
+from tests.conftest import ROOT, tiny_config, tiny_llama
 from tests.helpers import fill_adapters
 from tests.json_tokenizer import write_json_tokenizer
 
@@ -112,6 +112,12 @@ def benchmark(tmp_path_factory):
     ]
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return file
+
+
+def test_the_key_stands_where_the_template_writes_the_answer(benchmark, run):
+    base, question = ROOT / "k2mini" / "demo" / "base", ["--question", benchmark, "rocks", "1"]
+    status, out, err = run("audit", "lens", "--model", base, *question, "--template", "vicuna", "--json")
+    assert (status, json.loads(out)[0]["target"]) == (0, "␣B"), err
 
 
 def test_a_question_of_a_benchmark(tiny_directory, benchmark, run):

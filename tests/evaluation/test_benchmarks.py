@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 
+from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import (
     SUBJECTIVE,
     check_keys,
@@ -33,7 +34,8 @@ def test_choice_questions_are_asked_as_published(geobench):
 
 def test_ways_to_ask(geobench):
     ap = load_geobench(geobench["ap"])[1]
-    letter, text = EvalConfig("letter", "alpaca_short", "The answer is: "), EvalConfig("text", "alpaca_short")
+    short = get_template("alpaca_short")
+    letter, text = EvalConfig("letter", short, "The answer is: "), EvalConfig("text", short)
     assert (letter.instruction(ap), letter.options(ap)) == (
         "A long, narrow, upper atmosphere current of fast moving air is known as a\nChoose from:\n"
         "A. jet stream\nB. thermophile\nC. contrail\nD. gust of wind\nE. typhoon",

@@ -145,7 +145,7 @@ def test_a_models_own_template_is_the_default_and_known_again(chat_directory, ta
     assert run(*common)[0] == 0  # kept
     for name, content, said in (
         ("generation_config.json", {"eos_token_id": [0, 2, 5]}, "holds results with stop_ids [0, 2], not [0, 2, 5]"),
-        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHATML + " "}, "with template 'own "),
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": CHATML + " "}, "with template 'own@"),
     ):
         before = (model / name).read_text()
         (model / name).write_text(json.dumps(content))
@@ -153,7 +153,7 @@ def test_a_models_own_template_is_the_default_and_known_again(chat_directory, ta
         assert (status, printed, said in err.splitlines()[-1]) == (2, "", True), err
         (model / name).write_text(before)
     status, _, err = run(*common, "--template", "chatml")
-    assert (status, "holds results with template 'own " in err) == (2, True)
+    assert (status, "holds results with template 'own@" in err) == (2, True)
     assert open_template("own", model, tokenizer).digest in err
 
 

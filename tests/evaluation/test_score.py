@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from k2mini.build import load_model
-from k2mini.data.chats import open_template
-from k2mini.data.prompts import shared_prefix
+from k2mini.data.chats import encode_conversation, open_template
+from k2mini.data.prompts import get_template, shared_prefix
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
 from k2mini.evaluation.score import Request, score, split_jointly, tokens_to_run
-from tests.conftest import asset, tiny_config, tiny_llama
+from k2mini.evaluation.subjective import _prepare
+from k2mini.weights.model_directory import ModelDirectory
+from tests.conftest import ROOT, asset, tiny_config, tiny_llama
 from tests.helpers import HostWaits
 
 
@@ -65,10 +67,10 @@ EVAL_CONFIGS = [
     EvalConfig("text"),
     EvalConfig("letter", answer_prefix="The answer is: "),
     EvalConfig("text", answer_prefix="The answer is:\n"),
-    EvalConfig("letter", "k2"),
-    EvalConfig("letter", "k2_wa", num_fewshot=2),
-    EvalConfig("text", "alpaca_short", num_fewshot=1, score_end=True),
-    EvalConfig("letter", "none", answer_prefix="Answer:"),
+    EvalConfig("letter", get_template("k2")),
+    EvalConfig("letter", get_template("k2_wa"), num_fewshot=2),
+    EvalConfig("text", get_template("alpaca_short"), num_fewshot=1, score_end=True),
+    EvalConfig("letter", get_template("none"), answer_prefix="Answer:"),
 ]
 
 
@@ -167,8 +169,8 @@ def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
         for i, (a, b) in enumerate((a, b) for a in words for b in words)
     ]
     for config in (
-        EvalConfig("letter", "alpaca_short"),
-        EvalConfig("text", "k2", num_fewshot=2),
+        EvalConfig("letter", get_template("alpaca_short")),
+        EvalConfig("text", get_template("k2"), num_fewshot=2),
         EvalConfig("text", score_end=True),
     ):
         results = [
@@ -214,6 +216,25 @@ def test_a_chat_templates_scores_are_a_naive_references(chat_directory, scoring,
                 logprobs = model(torch.tensor([row]))[0].log_softmax(-1)
             naive = sum(logprobs[place - 1, row[place]].item() for place in range(shared, len(row)))
             assert logprob == pytest.approx(naive, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vicuna", "llama2", "mistral", "own"])
+def test_a_chat_templates_answers_are_scored_as_they_are_trained(chat_directory, name):
+    """With the space that some write before an answer, and the token that ends it, which need not be EOS."""
+    folder = chat_directory if name == "own" else ROOT / "k2mini" / "demo" / "base"
+    tokenizer = ModelDirectory(folder).require_tokenizer()
+    template, question = open_template(name, folder, tokenizer), rocks()[0]
+    ends = name != "llama2"  # which writes a space before its end
+    config = EvalConfig("text", template, score_end=ends)
+    instance = PromptBuilder([question], config, tokenizer, 512).build(question)
+    for text, ids in zip(question.texts, instance.ids, strict=True):
+        messages = [{"role": "user", "content": question.stem}, {"role": "assistant", "content": text}]
+        ((tokens, ((start, end),)),) = encode_conversation(tokenizer, template, messages)
+        trained = tokens[start : end if ends else start + len(ids)]
+        assert ([*instance.request.prefix], ids) == (tokens[:start], trained)
+        _, (request,), _ = _prepare(tiny_llama(), tokenizer, [(question.stem, text)], template)
+        assert [*request.options[0]] == trained[: len(trained) - ends]
+    assert replace(config, answer_prefix=" It is").lead == ""
 
 
 def test_without_bos_a_prompt_is_cut_at_its_beginning(chat_directory):
@@ -273,7 +294,8 @@ def test_k2_scoring_is_k2s_algorithm(llama_sized, llama_tokenizer, geobench, for
     model, reference = llama_sized
     file = asset("data", "geobench", f"multiple_choice_samples{form}.txt")
     questions = [q for q in load_geobench(geobench["npee"]) if q.task == "npee/choice"]
-    results = evaluate(model, llama_tokenizer, questions, EvalConfig("k2", f"k2{form}", fewshot_file=str(file)))
+    config = EvalConfig("k2", get_template(f"k2{form}"), fewshot_file=str(file))
+    results = evaluate(model, llama_tokenizer, questions, config)
     published = json.loads(geobench["npee"].read_text())["choice"]["question"]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(llama_tokenizer.path))
     theirs = k2_loop(reference, tokenizer, file.read_text().rstrip("\n"), published, answer_mark=answer_mark)
@@ -296,7 +318,7 @@ def test_a_label_is_the_option_that_bears_it_wherever_it_stands(tiny_directory, 
     texts = {"A": "granite quartz", "B": "crust", "C": "a volcano erodes slowly", "D": "basalt"}
     order = ("C", "A", "D", "B")
     shuffled = Question("rocks", 0, "Which is a rock?", order, tuple(texts[label] for label in order), "B")
-    config = EvalConfig(scoring, "alpaca_short", normalize="none")
+    config = EvalConfig(scoring, get_template("alpaca_short"), normalize="none")
     (result,) = evaluate(model, tokenizer, [shuffled], config)
     prompt = config.prompt(shuffled)
     options = [texts[label] if scoring == "text" else label for label in order]
@@ -311,7 +333,7 @@ def test_a_label_is_the_option_that_bears_it_wherever_it_stands(tiny_directory, 
 
 def test_k2_scoring_wants_llamas_tokenizer(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"reads LLaMA's ids of the letters, which .* does not have"):
-        PromptBuilder([], EvalConfig("k2", "k2"), tiny_tokenizer, 100)
+        PromptBuilder([], EvalConfig("k2", get_template("k2")), tiny_tokenizer, 100)
 
 
 def rocks(number=6, length=1):

@@ -131,7 +131,7 @@ def test_w8a8_and_a_quantised_head(tiny_directory):
         load_model(tiny_directory, quantize_head=True)
 
 
-def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path):
+def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path, run):
     from k2mini.config import LoraSection
     from k2mini.nn.lora import adapter_tensors, attach, init_adapters
     from k2mini.weights.adapter import save_adapter
@@ -148,6 +148,21 @@ def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(merged(tokens), beside(tokens), rtol=0, atol=1e-4)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    # Asked in the template of the run that it is of.
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"template": "alpaca_short"}}))
+    command = [
+        "generate",
+        "--model",
+        tiny_directory,
+        "--adapter",
+        tmp_path / "adapter",
+        "--prompt",
+        "granite",
+        "--json",
+    ]
+    here = run(*command)
+    assert "the template is alpaca_short, as the run that made the adapter notes" in here[2]
+    assert here[1] == run(*command, "--template", "alpaca_short")[1] != run(*command, "--template", "alpaca")[1]
 
 
 @pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
@@ -417,7 +432,7 @@ def test_open_tasks_too(tiny_directory):
     model, tokenizer = load_model(tiny_directory)
     pairs = [("What is granite?", "rock"), ("granite " * 2000, "rock")]
     decoding = Decoding(2000, stop=("a", "e", "i", "o", "u", " "))
-    found = run_subjective(model, tokenizer, pairs, decoding, task="npee/qa", template="none")
+    found = run_subjective(model, tokenizer, pairs, decoding, task="npee/qa", template=get_template("none"))
     assert (found["n"], found["left_out"]) == (1, 1)
 
 
@@ -502,6 +517,13 @@ def test_answers_in_another_template_of_the_models_own_are_others(chat_directory
     status, out, err = run(*command)
     assert (status, out) == (2, "")
     assert "line 1 is not this model's answer, with these settings" in err
+
+
+def test_a_question_that_the_template_refuses_is_named(chat_directory, tmp_path, run):
+    (tmp_path / "q.json").write_text(json.dumps(["granite", "What is <|im_end|>?"]))
+    status, out, err = run("generate", "--model", chat_directory, "--input", tmp_path / "q.json")
+    assert (status, out) == (2, "")
+    assert "q.json, question 1: messages[0] has '<|im_end|>' in its text" in err.splitlines()[-1]
 
 
 def test_answers_of_another_kind_are_refused_by_name(kept, tmp_path, tiny_directory, run):

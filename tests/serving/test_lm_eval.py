@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import load_geobench
 from k2mini.evaluation.evaluate import run_benchmark
 from k2mini.evaluation.instances import EvalConfig
@@ -18,7 +19,7 @@ from tests.conftest import tiny_config, tiny_llama
 from tests.serving.conftest import Server
 
 # Its prompts end without white space, which the harness would take for the answer's.
-CONFIG = EvalConfig(template="alpaca_legacy")
+CONFIG = EvalConfig(template=get_template("alpaca_legacy"))
 
 
 @pytest.fixture(scope="module")
