@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import COMPUTE, DEBUG, LIST, TEMPLATE_HELP, asked_in
+from k2mini.commands.common import COMPUTE, DEBUG, LIST, TEMPLATE_HELP, tuned_in
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def _read_prompt(options: argparse.Namespace) -> None:
 
     Raises ValueError where there is no such question, no target, or nothing to replace.
     """
+    from k2mini.data.chats import open_template
     from k2mini.data.prompts import Rendered
     from k2mini.evaluation.benchmarks import read_benchmark
     from k2mini.evaluation.instances import EvalConfig
@@ -94,7 +95,8 @@ def _read_prompt(options: argparse.Namespace) -> None:
             there = ", ".join(f"{known} 0 to {count - 1}" for known, count in tasks.items())
             raise ValueError(f"{file} has no question {task} {number}; it has {there}")
         directory, question = ModelDirectory(options.model[-1]), questions[task, number]
-        config = EvalConfig(template=asked_in(options.template, directory, [options.adapter]))
+        name = options.template or (options.adapter and tuned_in(options.adapter))
+        config = EvalConfig(template=open_template(name, directory.path, directory.require_tokenizer()))
         prompt = config.prompt(question)
         options.prompt = Rendered(prompt) if config.template.special else prompt
         options.asked = f"{task} {number}: {question.stem}"

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
-from k2mini.data.chats import CHAT_TEMPLATES, open_template
+from k2mini.data.chats import CHAT_TEMPLATES
 from k2mini.data.prompts import TEMPLATES
-
-if TYPE_CHECKING:
-    from k2mini.data.prompts import AnyTemplate
-    from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
@@ -81,22 +76,21 @@ CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, su
 CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
 
 
-def asked_in(name: str | None, directory: ModelDirectory, adapters: Iterable[str | Path | None]) -> AnyTemplate:
-    """The template of that name. None: that of the run beside the adapters, else what `open_template` chooses.
+def tuned_in(*adapters: str | Path) -> str | None:
+    """The template that adapters were tuned in, as the run beside them notes it; None where there is no note.
 
-    Raises ValueError where the adapters were tuned with several, or there is no such template.
+    Raises ValueError where they were tuned in several.
     """
     from k2mini.files import read_json
-    from k2mini.weights.model_directory import model_directory
 
-    tuned = set()
-    for adapter in [adapter for adapter in adapters if adapter and not name]:
+    found = set()
+    for path in adapters:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            tuned.add(read_json(model_directory(adapter).parent / "config.yaml")["data"]["template"])
-    if len(tuned) > 1:
-        names = " and ".join(sorted(map(str, tuned)))
+            found.add(read_json(Path(path).absolute().parent / "config.yaml")["data"]["template"])
+    if len(found) > 1:
+        names = " and ".join(sorted(map(str, found)))
         raise ValueError(f"the adapters were tuned with {names}; --template names the one to use")
-    if tuned - {None}:
-        (name,) = tuned
-        log.info("the template is %s, as the run that made the adapter notes", name)
-    return open_template(name, directory.path, directory.require_tokenizer())
+    name = found.pop() if found else None
+    if name is not None:
+        log.info("the template is %s, as the run beside the adapter notes", name)
+    return name

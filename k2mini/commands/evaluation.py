@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST, LOADED, TEMPLATE, asked_in
-from k2mini.data.chats import stop_ids
+from k2mini.commands.common import LIST, LOADED, TEMPLATE, tuned_in
+from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def run_eval(options: argparse.Namespace) -> None:
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
     directory = ModelDirectory(options.model)
-    inputs = _read_inputs(options, asked_in(options.template, directory, [options.adapter]))
+    name = options.template or (options.adapter and tuned_in(options.adapter))
+    inputs = _read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:

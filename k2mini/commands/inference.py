@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import LOADED, TEMPLATE, asked_in
-from k2mini.data.chats import stop_ids
+from k2mini.commands.common import LOADED, TEMPLATE, tuned_in
+from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import encode_prompt, room, utf8
 from k2mini.errors import StoppedBySignalError
 
@@ -91,7 +91,9 @@ def _open(options: argparse.Namespace) -> Asked:
     from k2mini.weights.model_directory import ModelDirectory
 
     directory = ModelDirectory(options.model)
-    return directory, directory.require_tokenizer(), asked_in(options.template, directory, [options.adapter])
+    tokenizer = directory.require_tokenizer()
+    name = options.template or (options.adapter and tuned_in(options.adapter))
+    return directory, tokenizer, open_template(name, directory.path, tokenizer)
 
 
 def _load(options: argparse.Namespace, directory: ModelDirectory) -> Llama:

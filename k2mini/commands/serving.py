@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import TEMPLATE_HELP, asked_in
+from k2mini.commands.common import TEMPLATE_HELP, tuned_in
 from k2mini.config import QUANTIZE_NAMES
 from k2mini.data.chats import CHAT_TEMPLATES, open_template
 from k2mini.data.prompts import TEMPLATES
@@ -81,14 +81,14 @@ def run_serve(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.api_key_file} holds no key")
     directory = ModelDirectory(options.model)
     directory.require_model()
-    directory.require_tokenizer()
+    tokenizer = directory.require_tokenizer()
     own = directory.path.resolve().name if Path(options.model).is_dir() else options.model
     bases = [BASE.name, "pretrain"] if options.demo else [own]
     if taken := {*bases} & {*adapters}:
         raise ValueError(f"--adapter {taken.pop()} has the name of a model")
     for path in adapters.values():
         checked_adapter(path, directory)
-    template = asked_in(options.template, directory, adapters.values())
+    template = open_template(options.template or tuned_in(*adapters.values()), directory.path, tokenizer)
     local = options.host in LOOPBACK
     if not local and not keys:
         log.warning("whoever reaches %s may ask: no --api-key-file FILE says whose keys are good", options.host)

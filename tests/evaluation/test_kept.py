@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -55,10 +56,13 @@ def test_results_of_another_adapter_quantisation_dtype_or_merge_are_not_reused(
     common = ["eval", "--model", tiny_directory, "--benchmark", task, "--out", tmp_path / "out", "--limit", 4]
     first = ["--adapter", adapters / "one"]
     assert run(*common, *first)[0] == 0
+    shutil.copytree(adapters, tmp_path / "run")  # the run says how the adapter was tuned
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({"data": {"template": "alpaca_short"}}))
     kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     for changed, said in (
         (["--adapter", adapters / "two"], "of another adapter"),
         ([], "of another adapter"),
+        (["--adapter", tmp_path / "run" / "one"], "with template 'alpaca', not 'alpaca_short'"),
         ([*first, "--merge"], "with merge False, not True"),
         ([*first, "--quantize", "int8"], "with quantize None, not 'int8'"),
         ([*first, "--dtype", "bfloat16"], "with dtype 'float32', not 'bfloat16'"),
@@ -72,8 +76,6 @@ def test_results_of_another_adapter_quantisation_dtype_or_merge_are_not_reused(
 
 
 def test_another_tokenizer_config_or_shots_file_is_another_asking(tiny_directory, task, tmp_path, run):
-    import shutil
-
     model = shutil.copytree(tiny_directory, tmp_path / "model")
     (model / "manifest.json").unlink()
     shots = tmp_path / "shots.txt"

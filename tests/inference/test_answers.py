@@ -150,18 +150,9 @@ def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path, 
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     # Asked in the template of the run that it is of.
     (tmp_path / "config.yaml").write_text(json.dumps({"data": {"template": "alpaca_short"}}))
-    command = [
-        "generate",
-        "--model",
-        tiny_directory,
-        "--adapter",
-        tmp_path / "adapter",
-        "--prompt",
-        "granite",
-        "--json",
-    ]
+    command = ["generate", "--model", tiny_directory, "--adapter", tmp_path / "adapter", "--prompt", "granite"]
     here = run(*command)
-    assert "the template is alpaca_short, as the run that made the adapter notes" in here[2]
+    assert "the template is alpaca_short, as the run beside the adapter notes" in here[2]
     assert here[1] == run(*command, "--template", "alpaca_short")[1] != run(*command, "--template", "alpaca")[1]
 
 
