@@ -127,7 +127,6 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
     """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
-    from k2mini.data.jinja_template import compile_template
     from k2mini.data.tokenizer_json import read_fields  # the command line lists the templates, and does without it
     from k2mini.files import read_text
 
@@ -149,13 +148,14 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
     tokens |= {name: config[name] for name in SPECIAL if name in config}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     variables = {name: token for name, token in tokens.items() if isinstance(token, str)}
-    template = _tried(ChatTemplate(OWN, compile_template(text, where, variables)), where, tokenizer)
-    said = f"{text} {sorted(variables.items())} {template.digest}"
-    return replace(template, digest=f"@{hashlib.sha256(said.encode()).hexdigest()[:12]}")
+    from k2mini.data.jinja_template import compile_template
+
+    template = ChatTemplate(OWN, compile_template(text, where, variables))
+    return _tried(template, where, tokenizer, f"{text} {sorted(variables.items())}")
 
 
-def _tried(template: ChatTemplate, where: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """With what it writes of two messages as its digest, and what that says of its tokens.
+def _tried(template: ChatTemplate, where: str, tokenizer: Tokenizer, source: str = "") -> ChatTemplate:
+    """A template with what it says itself of two messages: what it reserves, `end`, `lead`, and a digest of a source.
 
     Raises ValueError where it can't be used.
     """
@@ -173,9 +173,11 @@ def _tried(template: ChatTemplate, where: str, tokenizer: Tokenizer) -> ChatTemp
     known = {*tokenizer.special_tokens, *marks}
     ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
     if not ends:
-        log.warning("%s ends an answer with no token of %s, so the model can't tell where to stop", where, tokenizer.path)
-    reserved = re.compile("|".join(map(re.escape, [*known, *ANSWER])))
-    return replace(template, reserved=reserved, end=min(ends, default=("",))[-1], lead=" " * (opening == " "))
+        log.warning("%s ends an answer with no token of %s, so none teaches a model to stop", where, tokenizer.path)
+    reserved, end = re.compile("|".join(map(re.escape, [*known, *ANSWER]))), min(ends)[2] if ends else ""
+    written = f"{source} {opened} {whole}"  # it may depend on the day
+    digest = source and f"@{hashlib.sha256(written.encode()).hexdigest()[:12]}"
+    return replace(template, reserved=reserved, end=end, lead=" " * (opening == " "), digest=digest)
 
 
 def stop_ids(tokenizer: Tokenizer, template: AnyTemplate) -> tuple[int, ...]:
