@@ -7,7 +7,8 @@ import logging
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 OWN = "own"  # the name of the template that a model's directory has
 SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # as templates name them
+MARK = re.compile(r"[^\w\s▁]+\w.*[^\w\s▁]")  # a token that is markup: '<|im_end|>', '[INST]'
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -113,20 +115,14 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
     if name not in CHAT_TEMPLATES:
         there = ", ".join([*TEMPLATES, *CHAT_TEMPLATES])
         raise ValueError(f"there is no template {name!r}; there are {there}, and own, the model's")
-    layout, known = CHAT_TEMPLATES[name], tokenizer.special_tokens
+    layout, known = CHAT_TEMPLATES[name], tokenizer.special_tokens | tokenizer.added_tokens
     marks = re.findall(r"<\|\w+\|>", layout.turn)  # the last one ends a turn
     if lacking := [mark for mark in marks if mark not in known]:
         said = f"template {name} is written with {', '.join(lacking)}, which {tokenizer.path} has no tokens for"
         raise ValueError(f"{said}; vicuna and llama2 are written in plain text")
     bos = "" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
     eos = tokenizer.piece(tokenizer.eos_id)
-    write = partial(layout.write, bos=bos, eos=eos)
-    lead = " " * (layout.assistant or layout.turn).partition("{text}")[0].endswith(" ")
-    return ChatTemplate(name, write, _any_of(known), [eos, *marks][-1], lead)
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, [*tokens, *ANSWER])))
+    return _tried(ChatTemplate(name, partial(layout.write, bos=bos, eos=eos)), f"template {name}", tokenizer)
 
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
@@ -151,31 +147,43 @@ def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTe
     tokens: dict[str, Any] = {name: tokenizer.piece(token) for name, token in ids.items() if token is not None}
     tokens |= {name: config[name] for name in SPECIAL if name in config}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    return _compiled(text, where, {name: token for name, token in tokens.items() if isinstance(token, str)}, tokenizer)
-
-
-def _compiled(text: str, where: str, variables: dict[str, str], tokenizer: Tokenizer) -> ChatTemplate:
-    """A template of Jinja's, tried on two messages. Raises ValueError where it can't be used."""
+    variables = {name: token for name, token in tokens.items() if isinstance(token, str)}
     from k2mini.data.jinja_template import compile_template
 
-    digest = hashlib.sha256(f"{text} {sorted(variables.items())}".encode()).hexdigest()[:12]
-    known = tokenizer.special_tokens
-    template = ChatTemplate(OWN, compile_template(text, where, variables), _any_of(known), digest=f"@{digest}")
+    template = ChatTemplate(OWN, compile_template(text, where, variables))
+    return _tried(template, where, tokenizer, f"{text} {sorted(variables.items())}")
+
+
+def _tried(template: ChatTemplate, where: str, tokenizer: Tokenizer, source: str = "") -> ChatTemplate:
+    """A template with what it says itself of two messages: what it reserves, `end`, `lead`, and a digest of a source.
+
+    Raises ValueError where it can't be used.
+    """
     asked, answered = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
     opened, closed = (template.render([asked], generation=generation) for generation in (True, False))
     if "ask" not in opened:
         raise ValueError(f"{where} does not write what is asked; --template or data.template can name another")
-    opening, _, rest = template.render([asked, answered], generation=False).removeprefix(opened).partition("answer")
+    whole = template.render([asked, answered], generation=False)
+    opening, _, rest = whole.removeprefix(opened).partition("answer")
     if opened == closed and opening.strip():
         said = f"{where} has no generation prompt: it does not write {short(opening)}, which comes before an answer,"
         raise ValueError(f"{said} where add_generation_prompt is true; --template or data.template can name another")
+    # Some role marks are not flagged as special; added words and line ends are nobody's marks.
+    marks = [token for token in tokenizer.added_tokens if MARK.fullmatch(token) and token in opened + whole]
+    known = {*tokenizer.special_tokens, *marks}
     ends = [(rest.index(token), -len(token), token) for token in known if token in rest]
-    return replace(template, end=min(ends)[2] if ends else "", lead=" " * (opening == " "))
+    if not ends:
+        log.warning("%s ends an answer with no token of %s, so none teaches a model to stop", where, tokenizer.path)
+    reserved, end = re.compile("|".join(map(re.escape, [*known, *ANSWER]))), min(ends)[2] if ends else ""
+    written = f"{source} {opened} {whole}"  # it may depend on the day
+    digest = source and f"@{hashlib.sha256(written.encode()).hexdigest()[:12]}"
+    return replace(template, reserved=reserved, end=end, lead=" " * (opening == " "), digest=digest)
 
 
 def stop_ids(tokenizer: Tokenizer, template: AnyTemplate) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, and the one that ends the assistant's turn in the template."""
-    end = [tokenizer.special_tokens[template.end]] if isinstance(template, ChatTemplate) and template.end else []
+    known = tokenizer.special_tokens | tokenizer.added_tokens
+    end = [known[template.end]] if isinstance(template, ChatTemplate) and template.end else []
     return tuple(dict.fromkeys([*tokenizer.stop_ids, *end]))
 
 
@@ -236,6 +244,13 @@ def encode_conversation(
 def _answers(template: ChatTemplate, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
     """As `encode_conversation`, in characters."""
     whole = template.render(messages, generation=False, answers=True)
+    if calls := [place for place, message in enumerate(messages) if message.get("tool_calls")]:
+        plain, without = [{key: m[key] for key in m if key != "tool_calls"} for m in messages], ""
+        with suppress(ValueError):  # a template that needs them writes them
+            without = template.render(plain, generation=False, answers=True)
+        if without == whole:
+            said = f"messages[{calls[0]}] has tool_calls, which the template does not write"
+            raise ValueError(f"{said}; data.template can name another")
     if ANSWER[0] in whole:
         parts = re.split(f"[{ANSWER}]", whole)  # every second one is an answer
         edges = accumulate(map(len, parts))
@@ -273,7 +288,7 @@ def _encoded(
 
     for start, end in spans:
         found.append((before(start), max(before(end), before(end - 1) + 1)))
-        if template.end and text.endswith(template.end, start, end):
+        if template.end in tokenizer.special_tokens and text.endswith(template.end, start, end):
             origin, skip = end - len(template.end), found[-1][1] - 1
     return ids, found
 

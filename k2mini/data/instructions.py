@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,6 @@ def _conversation(record: dict[str, Any], key: str, place: str) -> list[Message]
     return messages
 
 
-def encode_example(
-    record: Mapping[str, str], tokenizer: Tokenizer, template: AnyTemplate, *, train_on_inputs: bool, max_seq_len: int
-) -> tuple[Example, int]:
-    """An instruction with its answer as an example. See `encode_examples`."""
-    section = InstructionSection("", train_on_inputs=train_on_inputs, max_seq_len=max_seq_len)
-    (found,) = encode_examples(_record(record, "the record"), tokenizer, template, section)
-    return found
-
-
 def encode_examples(
     messages: Sequence[Message], tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
 ) -> list[tuple[Example, int]]:
@@ -119,7 +110,14 @@ def encode_examples(
 def read_examples(
     path: Path, tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
 ) -> list[Example]:
-    """All examples of a file that have some of their answers within `data.max_seq_len` tokens.
+    """All examples of a file, as `read_conversations` has them."""
+    return [example for found in read_conversations(path, tokenizer, template, section) for example in found]
+
+
+def read_conversations(
+    path: Path, tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
+) -> list[list[Example]]:
+    """Of each record of a file its examples that have some of their answers within `data.max_seq_len` tokens.
 
     Examples that are cut or left out are counted on the log.
 
@@ -145,14 +143,14 @@ def read_examples(
         log.warning("%s: %d records are skipped (data.on_error is skip), %d are left", path, len(bad), len(encoded))
     if not encoded:
         raise ValueError(f"{path}: every record was skipped, so there is nothing to train on")
-    every = [example for examples in encoded for example in examples]
+    every = [example for found in encoded for example in found]
     if len(every) > len(encoded):
         said = "the template rewrites earlier answers of a conversation, so each answer is an example of its own"
         log.info("%s: %s: %d of %d conversations", path, said, len(every), len(encoded))
     lengths = [length for _, length in every]
-    kept = [(example, length) for example, length in every if example.unsupervised < len(example.tokens)]
-    examples, dropped = [example for example, _ in kept], len(every) - len(kept)
-    cut = sum(length > section.max_seq_len for _, length in kept)
+    kept = [[pair for pair in found if pair[0].unsupervised < len(pair[0].tokens)] for found in encoded]
+    used = sum(map(len, kept))
+    dropped, cut = len(every) - used, sum(length > section.max_seq_len for found in kept for _, length in found)
     if cut or dropped:
         log.warning(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "
@@ -161,21 +159,22 @@ def read_examples(
             section.max_seq_len,
             cut,
             dropped,
-            len(examples),
+            used,
             max(section.max_seq_len, sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]),
             max(lengths),
         )
-    if not examples:
+    if not used:
         raise ValueError(
             f"{path}: no example has any of its answer within data.max_seq_len ({section.max_seq_len} tokens)"
         )
-    return examples
+    return [[example for example, _ in found] for found in kept if found]
 
 
-def hold_out(examples: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, and `size` that a seed draws to validate. ValueError: none is left to train on."""
-    if size >= len(examples):
-        raise ValueError(f"data.val_size ({size}) leaves nothing of the {len(examples)} examples to train on")
-    drawn = [shuffled(position, len(examples), seed) for position in range(size)]
+def hold_out(records: list[list[Example]], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """The examples of records to train on, and of `size` that a seed draws. ValueError: none is left to train on."""
+    if size >= len(records):
+        raise ValueError(f"data.val_size ({size}) leaves nothing of the {len(records)} records to train on")
+    drawn = [shuffled(position, len(records), seed) for position in range(size)]
     aside = set(drawn)
-    return [e for index, e in enumerate(examples) if index not in aside], [examples[index] for index in drawn]
+    left = [example for index, found in enumerate(records) if index not in aside for example in found]
+    return left, [example for index in drawn for example in records[index]]

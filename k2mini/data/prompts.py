@@ -54,10 +54,10 @@ class ChatTemplate:
     Args:
         name: of CHAT_TEMPLATES, or 'own'.
         write: the text of messages, and what opens the assistant's next turn where asked.
-        reserved: the special tokens, which nobody but the assistant may write.
-        end: the special token that ends the assistant's turn; '' where none does.
+        reserved: special tokens and the template's marks, which nobody but the assistant may write.
+        end: the token of these that ends the assistant's turn; '' where none does.
         lead: what it writes between what opens the assistant's turn and the answer, a space or ''.
-        digest: of a model's own template, by which it is known again; '' for those written here.
+        digest: of a model's own template and of what it writes, by which it is known again; else ''.
 
     Attributes:
         bos, special: how its text is encoded: BOS where the text has it, special tokens as themselves.
@@ -65,7 +65,7 @@ class ChatTemplate:
 
     name: str
     write: Callable[[Sequence[Message], bool], str]
-    reserved: re.Pattern[str]
+    reserved: re.Pattern[str] = re.compile(f"[{ANSWER}]")
     end: str = ""
     lead: str = ""
     digest: str = ""

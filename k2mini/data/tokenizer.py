@@ -71,6 +71,17 @@ class _SentencePiece:
         kinds = ("control", "unknown")
         return {self.piece(token): token for token in range(self.vocab_size) if self.kind(token) in kinds}
 
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        # User-defined pieces, type 4 in sentencepiece_model.proto, where score and type come after the piece.
+        content, found = self._model.serialized_model_proto(), list[int]()
+        for rest in re.finditer(rb"(?:\x15.{4})?\x18\x04", content, re.DOTALL):
+            end, size = rest.start(), len(rest[0]) + 2
+            heads = ((n, bytes([10, n + size, 10, n])) for n in range(1, 128 - size))
+            pieces = [content[end - n : end] for n, head in heads if content.endswith(head, 0, end - n)]
+            found += [self._model.piece_to_id(piece) for piece in pieces]
+        return {self.piece(token): token for token in found}
+
     def encode(self, text: str, special: bool) -> list[int]:
         if not special:
             return self._model.encode(text, out_type=int)
@@ -215,6 +226,11 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]:
         """What `encode` recognises with `special`, and the ids."""
         return self._model.special_tokens
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """What `encode` recognises in any text, though it is not special: some models' role marks."""
+        return self._model.added_tokens
 
     def hf_config(self) -> dict[str, Any]:
         """The content of a tokenizer_config.json with which transformers gives the same ids."""

@@ -70,6 +70,7 @@ class JsonModel:
         self._byte_fallback = bool(content["model"].get("byte_fallback"))
         self._lock = threading.Lock()
         self.special_tokens = {token.content: id_ for id_, token in self._added.items() if token.special}
+        self.added_tokens = {token.content: id_ for id_, token in self._added.items() if not token.special}
         self.unk_id: int | None = self._id(content["model"].get("unk_token"))
         eos_id, bos_id = self._named("eos_token"), self._named("bos_token")
         if eos_id is None:

@@ -18,10 +18,10 @@ from k2mini.build import kept_dtype, training_model
 from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig, check_context, settings_of
 from k2mini.config_file import load_config
 from k2mini.data.batches import Blocks, Samples
-from k2mini.data.chats import open_template
+from k2mini.data.chats import OWN, open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import data_path
-from k2mini.data.instructions import hold_out, read_examples
+from k2mini.data.instructions import hold_out, read_conversations, read_examples
 from k2mini.data.packing import Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
 from k2mini.data.tokenizer import Tokenizer
@@ -36,7 +36,9 @@ from k2mini.training.checkpoint import (
     changes,
     check_files,
     check_room,
+    checkpoints,
     find_checkpoint,
+    read_state,
     remove_leftovers,
 )
 from k2mini.training.export import export, export_adapter
@@ -53,8 +55,8 @@ MARK = (CONFIG, "checkpoints", "model", "adapter", METRICS)
 
 # What `eval.benchmark` is scored with: scores by name. All ranks call it, since each has a part of the model.
 Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
-# What is trained on, what validates; the hash of the first, and of a model's own template, which may change.
-Read = tuple[Samples, Samples | None, str, str]
+# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest.
+Read = tuple[Samples, Samples | None, dict[str, str]]
 
 
 def pretrain(
@@ -89,12 +91,13 @@ def _run(
     with run_directory(config, world):
         if not _is_complete(config, out, world):
             base = _base(config)
-            samples, val, content, template = read(config, base, world)
-            best, identity = isinstance(config, FinetuneConfig), _identity(config, content, base, world)
-            if template:
-                identity["data"]["template"] += template
+            samples, val, known_by = read(config, base, world)
+            best, identity = isinstance(config, FinetuneConfig), _identity(config, known_by, base, world)
             task = Task(samples, val, identity, label, save_best=best)
-            _accept(config, base, task, world)
+            find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, identity, world)
+            _check_room(config, base, task)
+            if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:
+                _write_config(config)  # now that the run may go on with it
             model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
             if lora is not None and lora.init_adapter is not None:
                 start_from(model, lora, model_directory(lora.init_adapter))
@@ -125,7 +128,7 @@ def _documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Re
         val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
     elif "val" in read_corpus_manifest(directory)["splits"]:
         val = blocks(Corpus(directory, "val"), None)
-    return blocks(Corpus(directory), seed), val, fingerprint(directory), ""
+    return blocks(Corpus(directory), seed), val, {"content": fingerprint(directory)}
 
 
 def _instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
@@ -133,12 +136,12 @@ def _instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -
     tokenizer = base.require_tokenizer()
     template = open_template(data.template, base.path, tokenizer)
     _check_room(config, base)
-    examples, held_out = hold_out(read_examples(Path(data.path), tokenizer, template, data), data.val_size, seed)
+    examples, held_out = hold_out(read_conversations(Path(data.path), tokenizer, template, data), data.val_size, seed)
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
     samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
     val = Examples(held_out, seed=None) if held_out else None
-    return samples, val, sha256(data_path(data.path)), template.digest
+    return samples, val, {"content": sha256(data_path(data.path)), "template": template.name + template.digest}
 
 
 @contextmanager
@@ -150,9 +153,8 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
 
     Raises ValueError where ranks differ, it holds something else, or another process writes it.
     """
-    _agree(
-        {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in (part or {}).items()}, world
-    )
+    values = {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in (part or {}).items()}
+    _agree(values, world)
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
     run_dir, inputs = Path(config.run.dir), [config.model.path]
@@ -202,11 +204,15 @@ def _is_complete(config: RunConfig, out: Path, world: World) -> bool:
         raise ValueError(f"{error}; or {remedy}") from None
     if manifest is None or not all((out / name).is_file() for name in manifest["files"]):
         raise ValueError(f"{out} is not complete (by its manifest.json); {remedy}")
-    noted = load_config(type(config), Path(config.run.dir) / CONFIG)
-    if changed := changes(settings_of(noted), settings_of(config)):
-        raise ValueError(
-            f"{out} was made with {', '.join(changed)}; set run.dir to a new folder, or restore what changed"
-        )
+    was, now = settings_of(load_config(type(config), Path(config.run.dir) / CONFIG)), settings_of(config)
+    saved = checkpoints(Path(config.run.dir) / "checkpoints")
+    if isinstance(config, FinetuneConfig) and config.data.template == OWN and saved:  # whose text may have changed
+        base = _base(config)
+        now["data"]["template"] += open_template(OWN, base.path, base.require_tokenizer()).digest
+        was["data"]["template"] = read_state(saved[-1])["identity"]["data"]["template"]
+    if changed := changes(was, now):
+        said = f"{out} was made with {', '.join(changed)}"
+        raise ValueError(f"{said}; set run.dir to a new folder, or restore what changed")
     log.info("%s is complete; to train anew, set run.dir to another folder or remove %s", out, config.run.dir)
     return True
 
@@ -220,14 +226,6 @@ def _base(config: RunConfig) -> ModelDirectory:
         raise ValueError(f"model.path: {error}; {hint}") from None
     check_context(config, base.config.max_seq_len)
     return base
-
-
-def _accept(config: RunConfig, base: ModelDirectory, task: Task, world: World) -> None:
-    """Note the configuration in the run's directory, once it is known that the run may go on with it."""
-    find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, task.identity, world)
-    _check_room(config, base, task)
-    if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:
-        _write_config(config)
 
 
 def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = None) -> None:
@@ -274,20 +272,20 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
     return path
 
 
-def _identity(config: RunConfig, content: str, base: ModelDirectory, world: World) -> dict[str, Any]:
-    """What a checkpoint must agree on to be resumed; `content` is a hash of the training data.
+def _identity(config: RunConfig, known_by: dict[str, str], base: ModelDirectory, world: World) -> dict[str, Any]:
+    """What a checkpoint must agree on to be resumed; `known_by` is what `Read` has.
 
     Raises ValueError on all ranks where they have other files than one another.
     """
     settings = settings_of(config)
     # The directory is opened anew, since files that have been read stay mapped.
     fingerprint, tokenizer = ModelDirectory(base.path).fingerprint(), sha256(base.require_tokenizer_file())
-    files = {"model.path": fingerprint, "data.path": content, "tokenizer.model": tokenizer}
+    files = {"model.path": fingerprint, "data.path": known_by["content"], "tokenizer.model": tokenizer}
     _agree({f"the hash of {name}": digest for name, digest in files.items()}, world)
     data = {key: value for key, value in settings["data"].items() if not key.endswith("path")}
     return {
         "schedule": settings["train"],
-        "data": {**data, "content": content},
+        "data": data | known_by,
         "tokenizer": tokenizer,
         "seed": config.run.seed,
         "lora": settings["lora"] or None,

@@ -9,7 +9,7 @@ from k2mini.config import IGNORE_INDEX, InstructionSection
 from k2mini.data.batches import Blocks, shuffled
 from k2mini.data.corpus import Documents
 from k2mini.data.documents import list_files, read_documents
-from k2mini.data.instructions import encode_example, read_examples, read_records
+from k2mini.data.instructions import encode_examples, read_examples, read_records
 from k2mini.data.packing import Example, Examples
 from k2mini.data.prompts import get_template
 
@@ -67,10 +67,11 @@ RECORD = {"instruction": "Name a rock.", "input": "", "output": "granite"}
 
 
 def test_all_of_the_answer_and_its_end_is_supervised(tiny_tokenizer, llama_tokenizer):
+    asked = [{"role": "user", "content": "Name a rock."}, {"role": "assistant", "content": "granite"}]
     for tokenizer in (tiny_tokenizer, llama_tokenizer):
         for name in ("alpaca", "alpaca_legacy", "none"):
             template = get_template(name)
-            example, length = encode_example(RECORD, tokenizer, template, train_on_inputs=False, max_seq_len=512)
+            ((example, length),) = encode_examples(asked, tokenizer, template, InstructionSection(""))
             prompt = template.prompt(RECORD["instruction"])
             supervised = tokenizer.decode(example.tokens[example.unsupervised :]).lstrip()
             assert length == len(example.tokens)
@@ -79,7 +80,8 @@ def test_all_of_the_answer_and_its_end_is_supervised(tiny_tokenizer, llama_token
             # Where the tokenizer joins the prompt's last letters with the answer's first, both are supervised.
             assert supervised.endswith("granite")
             assert len(supervised) <= len("granite") + 2
-    example, _ = encode_example(RECORD, tokenizer, template, train_on_inputs=True, max_seq_len=512)
+    section = InstructionSection("", train_on_inputs=True)
+    ((example, _),) = encode_examples(asked, tokenizer, template, section)
     assert example.unsupervised == 0
 
 

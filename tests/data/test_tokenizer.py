@@ -139,6 +139,25 @@ def test_half_a_surrogate_pair_is_named(tiny_tokenizer, half):
         tiny_tokenizer.encode(f"{'quartz ' * 9}granite {half} basalt", bos=True, eos=False)
 
 
+def user_defined(folder, *pieces, **options):
+    """A model like Yi's, whose role marks are user-defined pieces: ids 3, 4, …"""
+    texts = [f"granite basalt rock mineral crust mantle erodes {n}" for n in range(300)]
+    options = {"vocab_size": 340, "hard_vocab_limit": False, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=[*pieces], **options
+    )  # fmt: skip
+    return Tokenizer(folder / "tokenizer.model")
+
+
+def test_user_defined_pieces_are_known(tmp_path, tiny_tokenizer):
+    pieces = ["<|im_start|>", "é", "岩" * 30, "\n\x05\n\x03abc"]
+    tokenizer = user_defined(tmp_path, *pieces)
+    assert tokenizer.added_tokens == {piece: 3 + place for place, piece in enumerate(pieces)}
+    assert tokenizer.encode(f"granite{pieces[0]}", bos=False, eos=False)[-1] == 3
+    assert tiny_tokenizer.added_tokens == {}
+
+
 def test_tokens_outside_the_vocabulary_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
         tiny_tokenizer.decode([tiny_tokenizer.vocab_size])

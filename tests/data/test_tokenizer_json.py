@@ -260,6 +260,7 @@ def test_added_tokens_that_are_not_special(tmp_path):
         assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=not special)
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
     assert tokenizer.special_tokens == {token: place for place, token in enumerate(SPECIAL)}
+    assert tokenizer.added_tokens == {ADDED: tokenizer.vocab_size - 1}
     assert tokenizer.kind(tokenizer.vocab_size - 1) == "normal"
     assert tokenizer.piece_bytes(tokenizer.vocab_size - 1) == ADDED.encode()
 
