@@ -58,7 +58,7 @@ def test_defaults_are_those_of_the_dataclasses():
         ):
             assert {name: values[name] for name in names} == {name: getattr(owner, name) for name in names}
     values = vars(found["eval",].parse_args(["--model", "m"]))
-    for name in ("scoring", "template", "answer_prefix", "normalize", "score_end"):
+    for name in ("scoring", "answer_prefix", "normalize", "score_end"):
         assert values[name] == getattr(EvalConfig, name)
     assert (values["shots"], values["batch_size"]) == (EvalConfig.num_fewshot, 16)
     assert found["prepare",].parse_args(["x", "--tokenizer", "t", "--out", "o"]).on_error == "raise"
