@@ -24,10 +24,10 @@ class Architecture(NamedTuple):
     defaults: dict[str, Any]
 
 
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "is_causal": True}
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "is_causal": True}
 _QWEN = {"use_sliding_window": False, "use_mrope": False}
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
-_QWEN2_ONLY = {key: value for key, value in _ONLY.items() if key != "attention_bias"}  # it has no such field
+_QWEN2_ONLY = {"hidden_act": "silu", "mlp_bias": False, "is_causal": True}  # it has no attention_bias
 
 ARCHITECTURES = {  # by model_type
     # The second name is how checkpoints of March 2023 spell it.

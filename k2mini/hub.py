@@ -4,6 +4,8 @@
     hf://[datasets/]OWNER/NAME[@REVISION]/PATH      a file of data, or a folder
 
 What is needed is downloaded once, and compared with its hash: huggingface_hub compares sizes alone (its issue 3643).
+What other programs put into the cache is taken as it is. A file goes on where its connection broke off; of a download
+that is stopped, the complete files are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from glob import escape
@@ -120,8 +121,7 @@ def _download(name: str, hub: Any, path: str, weights: bool) -> Path:
     log.info("%s is at commit %s; downloading %s into %s", name, commit, readable(size), into)
     shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     quiet: Any = {} if shown else {"tqdm_class": partial(tqdm, disable=True)}
-    with ThreadPoolExecutor(8) as pool:
-        got = [Path(path) for path in pool.map(lambda file: hf_hub_download(filename=file, **at, **quiet), files)]
+    got = [Path(hf_hub_download(filename=file, **at, **quiet)) for file in files]  # Ctrl-C ends it at once
     wrong = {file: where for file, where in zip(files, got, strict=True) if not _is_right(where, tree[file])}
     for where in wrong.values():
         blob = where.resolve()

@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,6 +111,13 @@ PRESETS = {
     "mistral-7b": ModelConfig(4096, 32, 32, 8, 128, 14336, 32000, 32768, norm_eps=1e-5, sliding_window=4096),
     "qwen2.5-7b": ModelConfig(3584, 28, 28, 4, 128, 18944, 152064, 131072, rope_theta=1e6, attention_bias=True),
 }
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, none where it is not there. Raises ValueError where it holds something else."""
+    if not isinstance(fields := read_json(path) if os.path.lexists(path) else {}, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {fields!r:.80}")
+    return fields
 
 
 def read_model_config(directory: Path) -> ModelConfig:

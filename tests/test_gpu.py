@@ -125,13 +125,19 @@ def test_prefill_of_ragged_rows_in_chunks(chunk):
 
 
 @pytest.mark.parametrize(
-    "kind", ["float32", "grouped", "int8", "compiled", "compiled int8", "bfloat16", "bfloat16 grouped compiled"]
+    "kind",
+    [
+        *("float32", "grouped", "int8", "compiled", "compiled int8", "bfloat16", "bfloat16 grouped compiled"),
+        *("window grouped", "bfloat16 window grouped compiled", "bias", "bias compiled int8"),
+    ],
 )
 @torch.inference_mode()
 def test_graphs_decode_what_the_full_forward_pass_does(kind, request):
     """Ragged rows, over several capacities of the cache, against one pass over a row and its answer."""
     dtype, bound = (torch.bfloat16, 2e-2) if "bfloat16" in kind else (torch.float32, 1e-3)
-    model = tiny_llama(tiny_config(max_seq_len=640, num_kv_heads=2 if "grouped" in kind else 4), dtype=dtype)
+    features = {"sliding_window": 60 if "window" in kind else None, "attention_bias": "bias" in kind}
+    shape = tiny_config(max_seq_len=640, num_kv_heads=2 if "grouped" in kind else 4, **features)
+    model = tiny_llama(shape, dtype=dtype)
     model = on_gpu(in_int8(model) if "int8" in kind else model)
     if "compiled" in kind:
         found = request.getfixturevalue("compiler")

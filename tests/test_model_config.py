@@ -139,7 +139,6 @@ QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic' is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "values of its own for 'full_attention'"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"is_causal": False}, "is_causal is False"),
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types is .* has 'full_attention' in all layers"),
         ({**QWEN3, "attention_bias": True}, "attention_bias is True; k2mini's qwen3 supports False only"),

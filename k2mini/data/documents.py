@@ -74,8 +74,8 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
         there += "; of .json, name each file" if passed_over and ".json" in passed_over else ""
         raise ValueError(f"no {taken_of_folders} (or .gz of these) in {', '.join(map(str, inputs))}{there}")
     seen: set[Path] = set()
-    for file in files:
-        if (real := file.resolve()) in seen:
+    for file in files:  # in a folder of the hub's cache, equal files are links to one
+        if (real := file.resolve() if file in inputs else file.absolute()) in seen:
             raise ValueError(f"{file} is named twice")
         seen.add(real)
     return files

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 
 import sentencepiece
 
-from k2mini.data.tokenizer_json import JsonModel, read_fields, tokens_beyond
+from k2mini.data.tokenizer_json import JsonModel, tokens_beyond
 from k2mini.errors import short, some
 from k2mini.files import MOST
+from k2mini.model_config import read_fields
 
 log = logging.getLogger(__name__)
 _say_once = cache(log.info)

@@ -4,7 +4,6 @@ Qwen have it, and what SentencePiece models are converted to."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections.abc import Set
@@ -13,6 +12,7 @@ from typing import Any
 
 from k2mini.errors import need_extra, short
 from k2mini.files import parse_json, read_json, read_text
+from k2mini.model_config import read_fields
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -23,13 +23,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTES = _byte_alphabet()
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, none where it is not there. Raises ValueError where it holds something else."""
-    if not isinstance(fields := read_json(path) if os.path.lexists(path) else {}, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {short(fields)}")
-    return fields
 
 
 class JsonModel:

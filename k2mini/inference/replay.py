@@ -113,11 +113,12 @@ class SlotGraphs:
         model = self._model
         # cuDNN's attention of single queries takes half of the others' time, and grouped ones. It plans for each shape,
         # which is slow, and therefore off elsewhere (`gpu.use_gpu`); here shapes are few.
+        before = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(True)
         try:
             hidden = model.hidden(tokens[None], cache=SlotBatch.of_all(self._cache, places, width))[0]  # (S, D)
         finally:
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(before)
         found[:] = [(model.decode_logits or Llama.logits)(model, hidden)[:, : self._vocab_size]]
         if sampling is None:
             return

@@ -66,7 +66,10 @@ class SlotLayer(NamedTuple):
                 from torch.nn.attention.bias import causal_lower_right  # takes a second to import
 
                 bias = causal_lower_right(end - start, end)
-            how = {"is_causal": bias is None and end - start > 1, "enable_gqa": q.shape[1] != k.shape[1]}
+            groups = each.shape[1] // keys.shape[1]
+            if each.is_cuda and mask is not None and groups > 1:  # or a kernel keeps all scores, GiB of a long chunk
+                keys, values, groups = *(part.repeat_interleave(groups, dim=1) for part in (keys, values)), 1
+            how = {"is_causal": bias is None and end - start > 1, "enable_gqa": groups > 1}
             out = F.scaled_dot_product_attention(each, keys, values, attn_mask=bias, **how)
             parts.append(out[0].transpose(0, 1))
             done += end - start
@@ -149,7 +152,7 @@ class SlotBatch:
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
         new._slots, new.places, new.chunks = torch.arange(cache.number, device=places.device), places, []
-        new._mask = attended(places, width, cache.window)
+        new._mask = attended(places.clamp(max=width - 1), width, cache.window)  # idle slots stand beyond the width
         return new
 
     def advance(self, _num_tokens: int, _positions: Tensor | None) -> tuple[Tensor, None]:

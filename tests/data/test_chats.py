@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from k2mini.config import IGNORE_INDEX, InstructionSection
 from k2mini.data.chats import CHAT_TEMPLATES, encode_chat, encode_conversation, open_template, stop_ids
-from k2mini.data.instructions import encode_examples, read_examples, read_records
+from k2mini.data.instructions import encode_examples, hold_out, read_conversations, read_examples, read_records
 from k2mini.data.jinja_template import compile_template
 from k2mini.data.packing import Example, PackedExamples, packed_rows
 from k2mini.data.prompts import TEMPLATES, ChatTemplate, encode_prompt
@@ -269,6 +270,20 @@ def test_each_answer_is_learned_as_it_was_given(model):
         everything = encode_examples(messages, tokenizer, template, supervise_all)
         assert [example.unsupervised for example, _ in everything] == [0]
     assert several
+
+
+def test_conversations_are_held_out_whole(model):
+    """However many examples the template makes of one."""
+    folder, tokenizer, _ = model("qwen3")
+    template, path = open_template("own", folder, tokenizer), folder / "data.json"
+    talks = [[(role, f"rock {n}") for role in ("user", "assistant") * 3] for n in range(6)]
+    path.write_text(json.dumps([record(*turns) for turns in talks]))
+    section = InstructionSection(str(path), max_seq_len=900)
+    left, aside = hold_out(read_conversations(path, tokenizer, template, section), 2, 0)
+    assert (len(left), len(aside)) == (12, 6)
+    words = [{n for e in part for n in re.findall(r"rock (\d)", tokenizer.decode(e.tokens))} for part in (left, aside)]
+    assert [len(each) for each in words] == [4, 2]
+    assert sorted(map(str, left + aside)) == sorted(map(str, read_examples(path, tokenizer, template, section)))
 
 
 def test_which_template_is_taken(model, tiny_tokenizer, tmp_path, caplog):

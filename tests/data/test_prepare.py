@@ -126,6 +126,15 @@ def test_malformed_lines_are_named_or_counted(folder, tiny_tokenizer, tmp_path):
     assert manifest["splits"]["train"]["documents"] == 263
 
 
+def test_equal_files_of_a_folder_may_be_links_to_one(tmp_path):
+    """As the hub's cache has them."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "blob").write_text("granite is made of quartz")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "docs" / name).symlink_to(tmp_path / "blob")
+    assert [file.name for file in list_files([tmp_path / "docs"])] == ["a.txt", "b.txt"]
+
+
 def test_what_can_not_be_prepared(folder, tiny_tokenizer, tmp_path):
     def fails(match, *inputs, **options):
         with pytest.raises((ValueError, OSError), match=match):

@@ -5,6 +5,7 @@ import torch
 
 from k2mini.audit.hooks import trace
 from k2mini.nn.kv_cache import GROWTH_STEP, KVCache
+from k2mini.nn.slots import SlotBatch, Slots
 from tests.conftest import tiny_config, tiny_llama
 
 
@@ -99,3 +100,11 @@ def test_padding_reaches_no_row():
     keys, _ = cache.layer(0).append(key, key)
     assert torch.isfinite(keys).all()
     assert cache.lengths.tolist() == [3, 1]
+
+
+def test_idle_slots_of_a_window_attend_to_something():
+    """They stand beyond the width; a query that attends to nothing would be NaN."""
+    slots = Slots(tiny_config(sliding_window=60), 3, 1000, dtype=torch.float32, device=torch.device("cpu"))
+    batch = SlotBatch.of_all(slots, torch.tensor([5, slots.spare, slots.spare]), 256)
+    assert batch.layer(0).mask.any(dim=-1).all()
+    assert batch.layer(0).mask[0].sum() == 6

@@ -176,7 +176,7 @@ def test_an_answer_left_alone_goes_on(visit, fake):
 def test_a_closed_page_has_kept_what_came(visit, fake):
     page = visit()
     ask(page, "slow", wait=False)
-    page.locator(".markdown p").wait_for()
+    expect(last(page, ".markdown")).to_contain_text("A slow")
     page.reload()
     page.locator("#list .title").click()
     assert last(page, ".markdown").text_content().startswith("A slow")

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from k2mini.config import PretrainConfig
+from k2mini.config import LoraSection, PretrainConfig
 from k2mini.config_file import load_config
 from k2mini.model_config import tensor_shapes
 from k2mini.training.checkpoint import checkpoints, read_state
@@ -277,7 +277,6 @@ def test_the_adapter_comes_from_files_that_are_whole(tuning, tmp_path, run):
     assert run("finetune", tuning)[0] == 0
     shutil.rmtree(tmp_path / "tuned/adapter")
     from k2mini.training.export import export_adapter
-    from k2mini.training.run import LoraSection
 
     (newest,) = checkpoints(tmp_path / "tuned/checkpoints")
     content = bytearray((newest / "__0_0.distcp").read_bytes())
