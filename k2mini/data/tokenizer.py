@@ -86,7 +86,7 @@ class _SentencePiece:
     def encode(self, text: str, special: bool) -> list[int]:
         if not special:
             return self._model.encode(text, out_type=int)
-        known = self.special_tokens
+        known = self.special_tokens | self.added_tokens
         names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
         # Each part is encoded by itself, as Meta's code and transformers' legacy tokenizer do.
         parts = ([known[part]] if part in known else self.encode(part, False) for part in re.split(f"({names})", text))
