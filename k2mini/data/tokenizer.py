@@ -80,7 +80,7 @@ class _SentencePiece:
             end, size = rest.start(), len(rest[0]) + 2
             heads = ((n, bytes([10, n + size, 10, n])) for n in range(1, 128 - size))
             pieces = [content[end - n : end] for n, head in heads if content.endswith(head, 0, end - n)]
-            found += [self._model.piece_to_id(piece) for piece in pieces]
+            found += [self._model.piece_to_id(piece.decode(errors="replace")) for piece in pieces]
         return {self.piece(token): token for token in found}
 
     def encode(self, text: str, special: bool) -> list[int]:
