@@ -223,7 +223,7 @@ def summary(path: Path) -> str:
             seconds += (entry["tokens"] - before) / max(entry["tokens_per_second"], 0.1)
             before = entry["tokens"]
         pace = f"{last['tokens'] / max(seconds, 1e-9):,.0f} tokens/s, without validation and saving"
-        time_taken = timedelta(seconds=round(seconds))
+        time_taken = timedelta(seconds=min(round(seconds), 10**9))
         lines.append(f"{last['step']:,} steps, {last['tokens']:,} tokens in {time_taken} ({pace})")
         lines.append(f"training loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at {last['step']}")
     if validated := [entry for entry in entries if "val_loss" in entry]:

@@ -233,7 +233,7 @@ def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = Non
     section, trained, number = config.checkpoint, base.config.num_parameters(), 1
     itemsize = result = kept_dtype(config.model, None).itemsize
     if (lora := config.lora) is not None:
-        shapes = tensor_shapes(base.config).items()
+        shapes = [(name, shape) for name, shape in tensor_shapes(base.config).items() if len(shape) == 2]
         trained = lora.rank * sum(sum(shape) for name, shape in shapes if name.split(".")[-2] in lora.target_modules)
     else:
         result = DTYPES[config.model.dtype].itemsize

@@ -228,6 +228,8 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
         names = {Path(case.target).name, case.target.split("/")[0], "npee/noun" if "npee" in case.target else case.line}
         if case.target.endswith(".jinja"):
             names |= {"the template"}  # after the log has said which
+        if case.target == "x_ap.json":
+            names |= {"ap question"}
         if case.target.endswith((".safetensors", ".bin", ".pth")):
             names |= {"not finite", "holds NaN or infinity", "its loss is nan"}  # with the tensor's name, or the step's
         if not any(name in end.last for name in names) and not case.target.endswith(".yaml"):
@@ -241,13 +243,17 @@ def verdict(case: Case, end: End, expected: tuple[str, dict[str, bytes]]) -> str
     if out == expected[0] and files == {key: value for key, value in expected[1].items() if key != case.target}:
         return "same"
     texts = out + "".join(content.decode(errors="replace") for name, content in files.items() if "json" in name)
-    if re.search(r"[ \[](NaN|-?Infinity)\b", texts) and "tokenizer_config" not in case.target:  # copied as it stands
+    if re.search(r"[ \[](NaN|-?Infinity)\b", texts) and "x_chat" not in case.target:  # copied as it stands
         return "not finite"
     nans = re.match("ones.*, (?!1$|2$)", case.what) and case.target.endswith((".safetensors", ".bin", ".pth"))
     asks = case.line.split()[0] in ("generate", "eval", "score", "merge")
     ambiguous = case.what.startswith("twice") and "skip" not in case.line  # a key that stands twice
     # What programs wrote has one type a field; what stands where a file should be is not the same as no file.
-    odd = "/" in case.target and re.match("type|folder|fifo|loop|dangling", case.what)
+    odd = (
+        "/" in case.target
+        and "tokenizer_class" not in case.what
+        and re.match("type|folder|fifo|loop|dangling", case.what)
+    )
     return "silent" if case.strict or ambiguous or odd or (nans and asks) else "differs"
 
 
