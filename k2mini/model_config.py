@@ -5,12 +5,14 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from k2mini.architectures import ARCHITECTURES, LinearRopeScaling, Llama3RopeScaling, RopeScaling
+from k2mini.errors import short
 from k2mini.files import read_json
 
 INT8 = {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"}
@@ -127,10 +129,14 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         }
         hint = next((hint for file, hint in hints.items() if (directory / file).is_file()), "")
         raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory{hint}")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return raw
+    return read_fields(path)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, none where it is not there. Raises ValueError where it holds something else."""
+    if not isinstance(fields := read_json(path) if os.path.lexists(path) else {}, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {short(fields)}")
+    return fields
 
 
 def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:

@@ -130,8 +130,8 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
     """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
-    from k2mini.data.tokenizer_json import read_fields  # the command line lists the templates, and does without it
-    from k2mini.files import read_text
+    from k2mini.files import read_text  # the command line lists the templates, and does without these
+    from k2mini.model_config import read_fields
 
     config = read_fields(path := folder / "tokenizer_config.json")
     where, text = f"{path}: chat_template", config.get("chat_template")

@@ -4,7 +4,6 @@ Qwen have it, and what SentencePiece models are converted to."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections.abc import Set
@@ -13,6 +12,7 @@ from typing import Any
 
 from k2mini.errors import need_extra, short
 from k2mini.files import parse_json, read_json, read_text
+from k2mini.model_config import read_fields
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -25,18 +25,11 @@ def _byte_alphabet() -> dict[str, int]:
 BYTES = _byte_alphabet()
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file, none where it is not there. Raises ValueError where it holds something else."""
-    if not isinstance(fields := read_json(path) if os.path.lexists(path) else {}, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {short(fields)}")
-    return fields
-
-
 class JsonModel:
     """What `tokenizer.json` says, and of BOS and EOS the files beside it.
 
-    BOS is one only where the model was trained with it in front of every text: `add_bos_token` says so, or else the
-    file's own post-processor, which is not used for anything else.
+    BOS is one only where the model was trained with it in front of every text: the file's own post-processor says so,
+    which is not used for anything else.
 
     Raises ValueError where the extra is not installed, the file is damaged or of a kind that can't be decoded token by
     token, or no EOS is named.
@@ -76,8 +69,7 @@ class JsonModel:
         if eos_id is None:
             raise ValueError(f"no EOS of {path} is named in tokenizer_config.json; copy that file, too")
         self.eos_id: int = eos_id
-        adds = self._config.get("add_bos_token")
-        self.bos_id = bos_id if (adds if isinstance(adds, bool) else first == [bos_id]) else None
+        self.bos_id = bos_id if first == [bos_id] else None
 
     def _id(self, token: Any) -> int | None:
         return self._model.token_to_id(token) if isinstance(token, str) else None

@@ -200,7 +200,7 @@ def kept_in(journal: Path | None) -> Iterator[None]:
 
 def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {"tokenizer": sha256(tokenizer.path), **config.settings(), "template": known_by(config.shape)}
+    asking = {"tokenizer": tokenizer.fingerprint(), **config.settings(), "template": known_by(config.shape)}
     if config.fewshot_file is not None:
         asking["examples"] = sha256(data_path(config.fewshot_file))
     if config.num_fewshot:  # examples are drawn from all questions
