@@ -135,10 +135,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         }
         hint = next((hint for file, hint in hints.items() if (directory / file).is_file()), "")
         raise ValueError(f"{directory} has no config.json, so it is not a Hugging Face model directory{hint}")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return raw
+    return read_fields(path)
 
 
 def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:

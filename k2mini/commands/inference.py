@@ -216,7 +216,6 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     from k2mini.build import empty_model, pick_device, resolve_dtype
     from k2mini.commands.evaluation import kept_by
     from k2mini.evaluation.evaluate import digest
-    from k2mini.files import sha256
 
     directory, tokenizer, template = opened
     empty_model(directory)  # says what is missing
@@ -224,7 +223,7 @@ def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> 
     dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
     model = [kept_by(options, directory.fingerprint(), {}, []), directory.config.features(), dtype]
     ends = [stop_ids(tokenizer, template)] * (stop_ids(tokenizer, template) != (tokenizer.eos_id,))
-    return digest([model, sha256(tokenizer.path), template.name + template.digest, asdict(decoding), *ends])
+    return digest([model, tokenizer.fingerprint(), template.name + template.digest, asdict(decoding), *ends])
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -250,7 +249,7 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _print_answer(options: argparse.Namespace, question: tuple[str, str], opened: Asked, decoding: Decoding) -> None:
     """Print one answer, as it is made."""
-    from k2mini.data.tokenizer import TextStream
+    from k2mini.inference.decoding import TextStream
     from k2mini.inference.generate import generate
 
     directory, tokenizer, template = opened

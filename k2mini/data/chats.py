@@ -127,7 +127,7 @@ def open_template(name: str | None, folder: Path, tokenizer: Tokenizer) -> AnyTe
 
 def _own_template(folder: Path, tokenizer: Tokenizer, *, chosen: bool) -> ChatTemplate | None:
     """A model's own template, or None where it has none; a line of the log says where it is, if it was `chosen`."""
-    from k2mini.files import read_text  # the command line lists the templates, and does without it
+    from k2mini.files import read_text  # the command line lists the templates, and does without these
     from k2mini.model_config import read_fields
 
     config = read_fields(path := folder / "tokenizer_config.json")

@@ -41,7 +41,7 @@ RECORD = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("tokens", "<u4")])
 class Settings:
     """Everything that the bytes of a prepared corpus depend on, beside the documents; it stands in the manifest."""
 
-    tokenizer: str  # SHA-256 of its file
+    tokenizer: str  # its fingerprint
     vocab_size: int
     eos: bool = True
     val_percent: float = 0.0
@@ -135,7 +135,7 @@ def _start_worker(parent: int) -> None:
 
 
 @lru_cache(1)
-def _tokenizer(path: Path, sha256: str) -> Tokenizer:
+def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     """Opened once for all files: for a short one, opening it takes longer than the rest."""
     return Tokenizer(path)
 

@@ -25,7 +25,7 @@ from k2mini.data.corpus import FORMAT, MANIFEST, is_prepared
 from k2mini.data.documents import list_files
 from k2mini.data.parts import RECORD, Settings, encode_all, keep_parts, part_of, printable
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.files import new_directory, output, progress_bar, read_json, sha256
+from k2mini.files import new_directory, output, progress_bar, read_json
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def prepare(
     opened = Tokenizer(tokenizer)
     if opened.bos_id is None and not eos:
         log.warning("%s has no BOS: without EOS, nothing will stand between two documents", tokenizer)
-    settings = Settings(sha256(tokenizer), opened.vocab_size, eos, float(val_percent), on_error)
+    settings = Settings(opened.fingerprint(), opened.vocab_size, eos, float(val_percent), on_error)
     folder = _parts_folder(out)
     if not force:
         remove_parts(out)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import sentencepiece
 
 from k2mini.data.tokenizer_json import JsonModel, tokens_beyond
 from k2mini.errors import short, some
-from k2mini.files import MOST
+from k2mini.files import MOST, sha256
 from k2mini.model_config import read_fields
 
 log = logging.getLogger(__name__)
 _say_once = cache(log.info)
+
+SPECIAL = ("control", "unknown")  # kinds of SentencePiece's special tokens
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -58,7 +61,7 @@ class _SentencePiece:
             raise ValueError(f"{path} is not a SentencePiece model: it has {size:,} bytes")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-            self._model.encode("a", out_type=str)
+            self._adds_space = "".join(self._model.encode("a", out_type=str)).startswith("▁")
         except (RuntimeError, UnicodeDecodeError):  # the words of an error may have bytes of the file
             raise ValueError(f"{path} is not a SentencePiece model, or is damaged") from None
         self.vocab_size: int = self._model.vocab_size()
@@ -69,8 +72,7 @@ class _SentencePiece:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        kinds = ("control", "unknown")
-        return {self.piece(token): token for token in range(self.vocab_size) if self.kind(token) in kinds}
+        return {self.piece(token): token for token in range(self.vocab_size) if self.kind(token) in SPECIAL}
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
@@ -88,9 +90,12 @@ class _SentencePiece:
             return self._model.encode(text, out_type=int)
         known = self.special_tokens | self.added_tokens
         names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        # Each part is encoded by itself, as Meta's code and transformers' legacy tokenizer do.
-        parts = ([known[part]] if part in known else self.encode(part, False) for part in re.split(f"({names})", text))
-        return [token for part in parts for token in part]
+        ids, (first, *rest) = list[int](), re.split(f"({names})", text)
+        # Each part is encoded by itself, as Meta's code and transformers' tokenizer do where it is `legacy`. There, one
+        # that begins with a space gets no second one.
+        for part in (first, *(each.removeprefix(" " * self._adds_space) for each in rest)):
+            ids += [known[part]] if part in known else self.encode(part, False)
+        return ids
 
     def piece(self, token: int) -> str:
         try:
@@ -158,12 +163,14 @@ class Tokenizer:
         file = self.path.with_name("generation_config.json")
         for fields, name in ((read_fields(file), file.name), (config, "config.json")):
             said = fields.get("eos_token_id")
-            if not isinstance(said, list):  # a lone id beside tokenizer.model is passed over: LLaMA-1's say 0 or 1
-                said = [said] if self.path.suffix == ".json" and said is not None else []
-            for token in said:
-                if type(token) is not int or not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{file.with_name(name)}: eos_token_id {short(token)} is no token of {self.path}")
-            self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, *said)))
+            ends: list[Any] = said if isinstance(said, list) else [said] * (said is not None)
+            known = [type(token) is int and 0 <= token < self.vocab_size for token in ends]
+            if self.path.suffix != ".json" and ends != said:  # LLaMA-1's say 0 or 1, which are control tokens
+                ends = [token for token in ends if all(known) and self.kind(token) not in SPECIAL]
+            elif not all(known):
+                wrong = short(ends[known.index(False)])
+                raise ValueError(f"{file.with_name(name)}: eos_token_id {wrong} is no token of {self.path}")
+            self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, *ends)))
 
     def encode(self, text: str, *, bos: bool, eos: bool, special: bool = False) -> list[int]:
         """Token ids; BOS only where the model has one.
@@ -233,6 +240,12 @@ class Tokenizer:
         """What `encode` recognises in any text, though it is not special: some models' role marks."""
         return self._model.added_tokens
 
+    def fingerprint(self) -> str:
+        """The SHA-256 of its file; of tokenizer.json with BOS and EOS, which stand in files beside it."""
+        own = sha256(self.path)
+        said = f"{own} {self.bos_id} {self.eos_id}"
+        return hashlib.sha256(said.encode()).hexdigest() if self.path.suffix == ".json" else own
+
     def hf_config(self) -> dict[str, Any]:
         """The content of a tokenizer_config.json with which transformers gives the same ids."""
         return self._model.hf_config(self.adds_space)
@@ -255,61 +268,3 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for each byte of a character that was never completed."""
         return self._utf8.decode(b"", final=True)
-
-
-class TextStream:
-    """The text of one continuation, token by token, which ends before the first of the stop strings.
-
-    Text that may be the beginning of a stop string is held back until more tokens decide.
-
-    Args:
-        stop: strings; one may begin in one token and end in another.
-
-    Attributes:
-        text: all that was given out so far.
-        stopped: whether a stop string has come.
-
-    Raises ValueError where a stop string is empty.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        if any(not text for text in stop):
-            raise ValueError("a stop string is empty")
-        self._stream, self._stop = tokenizer.stream(), tuple(stop)
-        self._held = ""
-        self.text, self.stopped = "", False
-
-    def push(self, token: int) -> str:
-        """Take one more token. Returns the text that is certain now to be part of the answer."""
-        return "" if self.stopped else self._give(self._held + self._stream.push(token))
-
-    def write(self, token: int, out: TextIO) -> bool:
-        """Print what `push` returns, at once. Returns whether a stop string has come."""
-        out.write(self.push(token))
-        out.flush()
-        return self.stopped
-
-    def flush(self) -> str:
-        """The text held back, once no more tokens come."""
-        if self.stopped:
-            return ""
-        out = self._give(self._held + self._stream.flush())
-        held, self._held = self._held, ""
-        self.text += held
-        return out + held
-
-    def _give(self, text: str) -> str:
-        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
-        if places:
-            self.stopped, self._held = True, ""
-            out = text[: min(places)]
-        else:
-            kept = max((_overlap(text, stop) for stop in self._stop), default=0)
-            out, self._held = text[: len(text) - kept], text[len(text) - kept :]
-        self.text += out
-        return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

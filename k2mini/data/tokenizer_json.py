@@ -23,13 +23,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTES = _byte_alphabet()
+MOST_TOKENS = 2**24  # more are a damaged file's
 
 
 class JsonModel:
     """What `tokenizer.json` says, and of BOS and EOS the files beside it.
 
-    BOS is one only where the model was trained with it in front of every text: `add_bos_token` says so, or else the
-    file's own post-processor, which is not used for anything else.
+    BOS is one only where the model was trained with it in front of every text: the file's own post-processor says so,
+    which is not used for anything else.
 
     Raises ValueError where the extra is not installed, the file is damaged or of a kind that can't be decoded token by
     token, or no EOS is named.
@@ -49,6 +50,8 @@ class JsonModel:
             self._model.no_padding()
             self._added = self._model.get_added_tokens_decoder()
             self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+            if self.vocab_size > MOST_TOKENS:
+                raise ValueError(f"an id is {self.vocab_size - 1:,}")
             first = self._model.encode("a").ids[:1]
         except BaseException as error:  # a panic in Rust is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -69,8 +72,7 @@ class JsonModel:
         if eos_id is None:
             raise ValueError(f"no EOS of {path} is named in tokenizer_config.json; copy that file, too")
         self.eos_id: int = eos_id
-        adds = self._config.get("add_bos_token")
-        self.bos_id = bos_id if (adds if isinstance(adds, bool) else first == [bos_id]) else None
+        self.bos_id = bos_id if first == [bos_id] else None
 
     def _id(self, token: Any) -> int | None:
         return self._model.token_to_id(token) if isinstance(token, str) else None

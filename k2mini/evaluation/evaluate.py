@@ -199,7 +199,7 @@ def kept_in(journal: Path | None) -> Iterator[None]:
 
 def _asking(tokenizer: Tokenizer, questions: Sequence[Question], config: EvalConfig) -> dict[str, Any]:
     """What `asking.json` keeps of how questions are asked. Each result says itself which question it is of."""
-    asking = {"tokenizer": sha256(tokenizer.path), **config.settings()}
+    asking = {"tokenizer": tokenizer.fingerprint(), **config.settings()}
     asking["template"] += config.template.digest
     if config.fewshot_file is not None:
         asking["examples"] = sha256(data_path(config.fewshot_file))

@@ -62,7 +62,8 @@ def text_perplexity(
     nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
     for text in texts:
         num_bytes += len(text.encode())
-        before = [tokenizer.eos_id] if tokenizer.bos_id is None else []  # as lm-evaluation-harness has it
+        # As lm-evaluation-harness has it where no BOS is named; it takes one that is, though no text begins with it.
+        before = [tokenizer.eos_id] if tokenizer.bos_id is None else []
         ids = before + tokenizer.encode(text, bos=True, eos=False)
         for own, _ in _predicted(model, ids, 1, window, stride):
             nats = nats - own.sum()

@@ -16,11 +16,11 @@ from typing import Any
 
 from k2mini.data.documents import data_path, read_entries
 from k2mini.data.prompts import rooms
-from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short, some
 from k2mini.files import parse_json, progress_bar
 from k2mini.inference.beam import beam_search
-from k2mini.inference.decoding import Completion, Decoding
+from k2mini.inference.decoding import Completion, Decoding, TextStream
 from k2mini.inference.generate import completions
 from k2mini.nn.llama import Llama
 

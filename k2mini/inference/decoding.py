@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.sampling import Sampling
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -112,3 +113,61 @@ def not_finite(model: Llama) -> ValueError:
     name = nonfinite_tensor(model)
     overflow = f"all weights are finite, so activations overflow in {model.dtype}; try --dtype float32 or bfloat16"
     return ValueError(f"the logits are not finite; {f'{name} holds NaN or infinity' if name else overflow}")
+
+
+class TextStream:
+    """The text of one continuation, token by token, which ends before the first of the stop strings.
+
+    Text that may be the beginning of a stop string is held back until more tokens decide.
+
+    Args:
+        stop: strings; one may begin in one token and end in another.
+
+    Attributes:
+        text: all that was given out so far.
+        stopped: whether a stop string has come.
+
+    Raises ValueError where a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if any(not text for text in stop):
+            raise ValueError("a stop string is empty")
+        self._stream, self._stop = tokenizer.stream(), tuple(stop)
+        self._held = ""
+        self.text, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """Take one more token. Returns the text that is certain now to be part of the answer."""
+        return "" if self.stopped else self._give(self._held + self._stream.push(token))
+
+    def write(self, token: int, out: TextIO) -> bool:
+        """Print what `push` returns, at once. Returns whether a stop string has come."""
+        out.write(self.push(token))
+        out.flush()
+        return self.stopped
+
+    def flush(self) -> str:
+        """The text held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        out = self._give(self._held + self._stream.flush())
+        held, self._held = self._held, ""
+        self.text += held
+        return out + held
+
+    def _give(self, text: str) -> str:
+        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            out = text[: min(places)]
+        else:
+            kept = max((_overlap(text, stop) for stop in self._stop), default=0)
+            out, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        self.text += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -10,8 +10,8 @@ from typing import TextIO
 
 from k2mini.data.chats import encode_chat, stop_ids
 from k2mini.data.prompts import AnyTemplate, ChatTemplate, encode_prompt, room
-from k2mini.data.tokenizer import TextStream, Tokenizer
-from k2mini.inference.decoding import Completion, Decoding, Step
+from k2mini.data.tokenizer import Tokenizer
+from k2mini.inference.decoding import Completion, Decoding, Step, TextStream
 from k2mini.inference.request import End, Prompt, Request
 from k2mini.inference.scheduler import Scheduler
 from k2mini.nn.llama import Llama

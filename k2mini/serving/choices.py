@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from k2mini.data.tokenizer import TextStream, Tokenizer
-from k2mini.inference.decoding import Step
+from k2mini.data.tokenizer import Tokenizer
+from k2mini.inference.decoding import Step, TextStream
 from k2mini.inference.request import End, Prompt, Request
 from k2mini.serving.asked import Asked
 

@@ -249,18 +249,18 @@ def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: W
 
     Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
     """
-    tokenizer = base.require_tokenizer_file()  # a prepared corpus needs its hash alone
+    tokenizer, known_by = base.require_tokenizer_file(), base.tokenizer_hash()
     if not is_prepared(path) and not is_prepared(path := data_path(path)):
         files = document_files(path, config)
         sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = hashlib.sha256(f"{sources} {config.data.eos} {sha256(tokenizer)}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"{sources} {config.data.eos} {known_by}".encode()).hexdigest()[:12]
         made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
         if world.is_main and not remove_parts(made):
             prepare(files, tokenizer, made, eos=config.data.eos)
         world.barrier()
         path = made
     manifest = read_corpus_manifest(path)
-    if manifest["tokenizer"] != sha256(tokenizer):
+    if manifest["tokenizer"] != known_by:
         raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer}; prepare it again")
     try:
         base.check_vocab_size(manifest["vocab_size"])
@@ -279,7 +279,7 @@ def _identity(config: RunConfig, known_by: dict[str, str], base: ModelDirectory,
     """
     settings = settings_of(config)
     # The directory is opened anew, since files that have been read stay mapped.
-    fingerprint, tokenizer = ModelDirectory(base.path).fingerprint(), sha256(base.require_tokenizer_file())
+    fingerprint, tokenizer = ModelDirectory(base.path).fingerprint(), base.tokenizer_hash()
     files = {"model.path": fingerprint, "data.path": known_by["content"], "tokenizer.model": tokenizer}
     _agree({f"the hash of {name}": digest for name, digest in files.items()}, world)
     data = {key: value for key, value in settings["data"].items() if not key.endswith("path")}

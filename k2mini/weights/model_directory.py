@@ -83,6 +83,11 @@ class ModelDirectory:
             raise ValueError(f"{path} is not the one that {MANIFEST} has the hash of; copy the directory again")
         return path
 
+    def tokenizer_hash(self) -> str:
+        """The tokenizer's fingerprint; of tokenizer.model, which need not be opened for it, the file's hash."""
+        path = self.require_tokenizer_file()
+        return self._tokenizer.fingerprint() if path.suffix == ".json" else sha256(path)
+
     def check_vocab_size(self, tokens: int) -> None:
         """Raise ValueError unless the embedding has a row for each of the tokenizer's `tokens`, and few more."""
         rows = self.config.vocab_size
@@ -205,8 +210,7 @@ class CheckpointReader:
             except OSError as error:
                 raise OSError(f"{path}: {error}") from None
             return list(self._safetensors[path].keys())
-        self._bins[path] = read_bin(path)
-        return list(self._bins[path])
+        return list(self._bins.setdefault(path, read_bin(path)))
 
     def _stored(self, name: str) -> Any:
         """A tensor of a mapped `.bin`, or safetensors' slice, which stands for a tensor that is not read yet."""

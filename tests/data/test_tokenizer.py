@@ -5,7 +5,8 @@ import sys
 import pytest
 import sentencepiece
 
-from k2mini.data.tokenizer import TextStream, Tokenizer
+from k2mini.data.tokenizer import Tokenizer
+from k2mini.inference.decoding import TextStream
 from tests.conftest import asset
 
 TEXTS = [
