@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import re
+import shutil
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ from k2mini.data.instructions import encode_examples, hold_out, read_conversatio
 from k2mini.data.jinja_template import compile_template
 from k2mini.data.packing import Example, PackedExamples, packed_rows
 from k2mini.data.prompts import TEMPLATES, ChatTemplate, encode_prompt
-from k2mini.data.tokenizer import Tokenizer
+from k2mini.data.tokenizer import Tokenizer, open_tokenizer
+from k2mini.demo.sources import BASE
 from tests.data.test_tokenizer import user_defined
 
 # As they stand in the models' files: Meta-Llama-3-8B-Instruct (first and later), Qwen2.5-7B-Instruct, Qwen3-0.6B,
@@ -635,3 +637,19 @@ def test_names_are_not_taken_twice():
     assert not {*TEMPLATES, "own"} & set(CHAT_TEMPLATES)
     assert all(TEMPLATES[name].name == name for name in TEMPLATES)
     assert (ChatTemplate.bos, ChatTemplate.special) == (False, True)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.jinja")))
+def test_over_sentencepiece_ids_are_those_of_transformers_legacy_tokenizer(name, tmp_path):
+    """The space that Mistral's template writes after a special token is one token, not two."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / name
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copy(FOLDER / f"{name}.jinja", folder / "chat_template.jinja")
+    roles = [("user", "What is basalt?"), ("assistant", "A rock."), ("user", " Why?"), ("assistant", "So.")]
+    messages = [{"role": role, "content": content} for role, content in roles]
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
+    ours = encode_chat(tokenizer, open_template("own", folder, tokenizer), messages, generation=False)
+    reference = AutoTokenizer.from_pretrained(folder, legacy=True)
+    assert ours == reference.apply_chat_template(messages, return_dict=False)
