@@ -90,11 +90,13 @@ class _SentencePiece:
             return self._model.encode(text, out_type=int)
         known = self.special_tokens | self.added_tokens
         names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        ids, (first, *rest) = list[int](), re.split(f"({names})", text)
         # Each part is encoded by itself, as Meta's code and transformers' tokenizer do where it is `legacy`. There, one
         # that begins with a space gets no second one.
-        for part in (first, *(each.removeprefix(" " * self._adds_space) for each in rest)):
-            ids += [known[part]] if part in known else self.encode(part, False)
+        ids = list[int]()
+        for place, part in enumerate(re.split(f"({names})", text)):
+            cut = self._adds_space and place > 0 and part.startswith(" ")
+            own = self.encode(part[cut:], False) or [self._model.piece_to_id("▁")] * cut
+            ids += [known[part]] if part in known else own
         return ids
 
     def piece(self, token: int) -> str:

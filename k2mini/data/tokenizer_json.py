@@ -29,8 +29,8 @@ MOST_TOKENS = 2**24  # more are a damaged file's
 class JsonModel:
     """What `tokenizer.json` says, and of BOS and EOS the files beside it.
 
-    BOS is one only where the model was trained with it in front of every text: `add_bos_token` says so, or else the
-    file's own post-processor, which is not used for anything else.
+    BOS is one only where the model was trained with it in front of every text: the file's own post-processor says so,
+    which is not used for anything else.
 
     Raises ValueError where the extra is not installed, the file is damaged or of a kind that can't be decoded token by
     token, or no EOS is named.
@@ -72,8 +72,7 @@ class JsonModel:
         if eos_id is None:
             raise ValueError(f"no EOS of {path} is named in tokenizer_config.json; copy that file, too")
         self.eos_id: int = eos_id
-        adds = self._config.get("add_bos_token")
-        self.bos_id = bos_id if (adds if isinstance(adds, bool) else first == [bos_id]) else None
+        self.bos_id = bos_id if first == [bos_id] else None
 
     def _id(self, token: Any) -> int | None:
         return self._model.token_to_id(token) if isinstance(token, str) else None

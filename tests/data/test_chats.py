@@ -18,8 +18,7 @@ from k2mini.data.instructions import encode_examples, hold_out, read_conversatio
 from k2mini.data.jinja_template import compile_template
 from k2mini.data.packing import Example, PackedExamples, packed_rows
 from k2mini.data.prompts import TEMPLATES, ChatTemplate, encode_prompt
-from k2mini.data.tokenizer import Tokenizer, open_tokenizer
-from k2mini.demo.sources import BASE
+from k2mini.data.tokenizer import Tokenizer
 from tests.data.test_tokenizer import user_defined
 
 # As they stand in the models' files: Meta-Llama-3-8B-Instruct (first and later), Qwen2.5-7B-Instruct, Qwen3-0.6B,
@@ -65,6 +64,7 @@ def trained():
 def model(tmp_path, trained):
     """Call with a template's name, or its text, for a folder with it, k2mini's tokenizer and transformers'."""
     pytest.importorskip("jinja2")
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     def make(name, text=None, **config):
@@ -72,9 +72,12 @@ def model(tmp_path, trained):
         folder.mkdir(exist_ok=True)
         bos, eos = TOKENS.get(name, ("<s>", "</s>"))
         text = (FOLDER / f"{name}.jinja").read_text() if text is None else text
-        fields = {"bos_token": bos, "eos_token": {"content": eos}, "add_bos_token": bos is not None}
+        fields = {"bos_token": bos, "eos_token": {"content": eos}}
         (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "chat_template": text, **config}))
-        trained.save(str(folder / "tokenizer.json"))
+        own = type(trained).from_str(trained.to_str())
+        if bos is not None:
+            own.post_processor = TemplateProcessing(f"{bos} $A", None, [(bos, own.token_to_id(bos))])
+        own.save(str(folder / "tokenizer.json"))
         reference = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token=bos, eos_token=eos)
         reference.chat_template = text
         return folder, Tokenizer(folder / "tokenizer.json"), reference
@@ -236,6 +239,28 @@ def test_vicuna_is_fastchats(tiny_tokenizer, tmp_path):
     assert tiny_tokenizer.decode(tokens[slice(*spans[0])]) == "Hi!"
     assert tokens[-1] == tiny_tokenizer.eos_id
     assert spans[0][1] == len(tokens)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sentencepiece_equals_transformers(tiny_tokenizer, tmp_path, name):
+    """Its legacy tokenizer, which encodes each part between special tokens by itself; and masks by these parts."""
+    from transformers import AutoTokenizer
+
+    text = (FOLDER / f"{name}.jinja").read_text()
+    for file, content in (("chat_template.jinja", text), ("config.json", '{"model_type": "llama"}')):
+        (tmp_path / file).write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**tiny_tokenizer.hf_config(), "legacy": True}))
+    shutil.copyfile(tiny_tokenizer.path, tmp_path / "tokenizer.model")
+    tokenizer, reference = Tokenizer(tmp_path / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path)
+    template = open_template("own", tmp_path, tokenizer)
+    for messages in conversations(name, 40):
+        for generation, part in ((True, messages[:-1]), (False, messages)):
+            ids = reference.apply_chat_template(part, add_generation_prompt=generation)["input_ids"]
+            assert encode_chat(tokenizer, template, part, generation=generation) == ids
+        if template.end:
+            ((tokens, spans),) = encode_conversation(tokenizer, template, messages)
+            ids, mask = expected_mask(reference, messages, template.end)
+            assert (tokens, mask_of(tokens, spans)) == (ids, mask)
 
 
 @pytest.mark.parametrize("name", ["vicuna", "llama2", "mistral"])
@@ -637,19 +662,3 @@ def test_names_are_not_taken_twice():
     assert not {*TEMPLATES, "own"} & set(CHAT_TEMPLATES)
     assert all(TEMPLATES[name].name == name for name in TEMPLATES)
     assert (ChatTemplate.bos, ChatTemplate.special) == (False, True)
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.jinja")))
-def test_over_sentencepiece_ids_are_those_of_transformers_legacy_tokenizer(name, tmp_path):
-    """The space that Mistral's template writes after a special token is one token, not two."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / name
-    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("model.safetensors"))
-    shutil.copy(FOLDER / f"{name}.jinja", folder / "chat_template.jinja")
-    roles = [("user", "What is basalt?"), ("assistant", "A rock."), ("user", " Why?"), ("assistant", "So.")]
-    messages = [{"role": role, "content": content} for role, content in roles]
-    tokenizer = open_tokenizer(folder / "tokenizer.model")
-    ours = encode_chat(tokenizer, open_template("own", folder, tokenizer), messages, generation=False)
-    reference = AutoTokenizer.from_pretrained(folder, legacy=True)
-    assert ours == reference.apply_chat_template(messages, return_dict=False)

@@ -159,6 +159,16 @@ def test_user_defined_pieces_are_known(tmp_path, tiny_tokenizer):
     assert tiny_tokenizer.added_tokens == {}
 
 
+def test_spaces_after_special_tokens(tmp_path, tiny_tokenizer):
+    """SentencePiece puts one before each part, unless there is one; a model that puts none loses none."""
+    bare = user_defined(tmp_path, add_dummy_prefix=False)
+    for tokenizer in (tiny_tokenizer, bare):
+        for text in ("<s> granite", "<s>  granite</s> ", "granite</s>\n"):
+            ids = tokenizer.encode(text, bos=False, eos=False, special=True)
+            written = "".join(map(tokenizer.piece, ids)).replace("▁", " ").replace("<0x0A>", "\n")
+            assert written.removeprefix(" ") == text.replace("</s>\n", "</s> \n" if tokenizer.adds_space else "</s>\n")
+
+
 def test_tokens_outside_the_vocabulary_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
         tiny_tokenizer.decode([tiny_tokenizer.vocab_size])

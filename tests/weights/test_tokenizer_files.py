@@ -1,6 +1,7 @@
 """A tokenizer goes along wherever a model is written, with its template and all tokens that end an answer."""
 
 import json
+import shutil
 
 import pytest
 
@@ -92,11 +93,16 @@ def test_pretraining_ends_with_it(folder, run):
     assert status == 0, err
     assert_same_tokenizer(folder / "base", folder / "run" / "model")
     assert run("prepare", folder / "text.txt", "--tokenizer", folder / "base", "--out", folder / "corpus")[0] == 0
-    write_json_tokenizer(folder / "base", normalizer={"type": "NFC"})
     (folder / "base" / "manifest.json").unlink()
-    status, _, err = run("pretrain", folder / "run.yaml", f"data.path={folder}/corpus", f"run.dir={folder}/other")
-    assert status == 2
-    assert f"corpus was prepared with another tokenizer than {folder / 'base' / 'tokenizer.json'}" in err
+    shutil.rmtree(folder / "run" / "model")
+    for changes in ({"config": {**CONFIG, "eos_token": "<|endoftext|>"}}, {"normalizer": {"type": "NFC"}}):
+        write_json_tokenizer(folder / "base", **changes)
+        status, _, err = run("pretrain", folder / "run.yaml", f"data.path={folder}/corpus", f"run.dir={folder}/other")
+        assert status == 2
+        assert f"corpus was prepared with another tokenizer than {folder / 'base' / 'tokenizer.json'}" in err
+        status, _, err = run("pretrain", folder / "run.yaml")
+        assert status == 2
+        assert "another tokenizer; set run.dir" in err
 
 
 def test_meta_and_back(folder, caplog):
