@@ -209,6 +209,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         entry = parse_json(line, where)
         check_fields(entry, {"step": int}, where)
         check_fields(entry, {key: float for key in entry if key in NUMBERS or key.startswith(ACCURACY)}, where)
+        if large := [key for key in ("step", "tokens") if abs(entry.get(key, 0)) > 10**15]:
+            raise ValueError(f"{where}: {large[0]} is {entry[large[0]]}, which no run reaches")
         entries.append(entry)
     return entries
 
@@ -223,7 +225,7 @@ def summary(path: Path) -> str:
             seconds += (entry["tokens"] - before) / max(entry["tokens_per_second"], 0.1)
             before = entry["tokens"]
         pace = f"{last['tokens'] / max(seconds, 1e-9):,.0f} tokens/s, without validation and saving"
-        time_taken = timedelta(seconds=min(round(seconds), 10**9))
+        time_taken = timedelta(seconds=max(0, min(round(seconds), 10**9)))
         lines.append(f"{last['step']:,} steps, {last['tokens']:,} tokens in {time_taken} ({pace})")
         lines.append(f"training loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at {last['step']}")
     if validated := [entry for entry in entries if "val_loss" in entry]:

@@ -389,6 +389,7 @@ def test_a_file_of_finetune_given_to_pretrain_says_so(tuning, run):
         ('{"loss": 1}', "metrics.jsonl, line 2: step must be a whole number, not None"),
         ('{"step": "3", "loss": 1}', "metrics.jsonl, line 2: step must be a whole number, not '3'"),
         ('{"step": 3, "loss": [1]}', r"metrics.jsonl, line 2: loss must be a number, not \[1\]"),
+        (f'{{"step": 3, "tokens": {10**29}}}', "metrics.jsonl, line 2: tokens is 10{29}, which no run reaches"),
         ("{", "metrics.jsonl, line 2 is not valid JSON"),
     ],
 )
