@@ -51,6 +51,14 @@ def make_chat_model(folder, template=CHATML, ends=None, seed=0):
     return folder
 
 
+def one_step(folder, model, **data):
+    """The configuration of a run of one step, as a file."""
+    train = {"lr": 1e-3, "max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+    content = {"run": {"dir": str(folder / "run")}, "model": {"path": str(model)}, "data": data, "train": train}
+    (folder / "run.yaml").write_text(json.dumps(content))
+    return folder / "run.yaml"
+
+
 def copy_model(source, folder, **generation):
     """A copy of a model, with another generation_config.json."""
     shutil.copytree(source, folder)

@@ -11,6 +11,7 @@ import pytest
 from k2mini.errors import EXTRAS, need_extra
 from k2mini.evaluation.report import Result
 from tests.conftest import ROOT
+from tests.helpers import one_step
 from tests.json_tokenizer import write_json_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -164,15 +165,9 @@ def test_a_models_own_template_without_its_extra(tiny_directory, tmp_path, run, 
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     chat = [{"role": "user", "content": "granite is"}, {"role": "assistant", "content": "rock"}]
     (tmp_path / "data.json").write_text(json.dumps([{"messages": chat}]))
-    config = {
-        "run": {"dir": str(tmp_path / "run")},
-        "model": {"path": str(tmp_path / "model")},
-        "data": {"path": str(tmp_path / "data.json"), "max_seq_len": 64},
-        "train": {"lr": 1e-3, "global_batch_size": 1, "micro_batch_size": 1, "max_steps": 1},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
-    assert_one_sentence(run("preview", tmp_path / "config.yaml"), "chat")
-    assert_one_sentence(run("finetune", tmp_path / "config.yaml"), "chat")
+    settings = one_step(tmp_path, tmp_path / "model", path=str(tmp_path / "data.json"), max_seq_len=64)
+    assert_one_sentence(run("preview", settings), "chat")
+    assert_one_sentence(run("finetune", settings), "chat")
     assert not (tmp_path / "run").exists()
     assert run("preview", tmp_path / "config.yaml", "data.template=llama2")[0] == 0
 

@@ -16,6 +16,7 @@ from k2mini.weights.info import describe_directory, inspect_directory
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import make_tokenizer, tiny_config, tiny_llama
+from tests.helpers import one_step
 from tests.json_tokenizer import CONFIG, GENERATION, TEMPLATE, write_json_tokenizer
 
 TEXT = "granite <|im_end|> is made of quartz 岩石\n\n  12"
@@ -82,14 +83,8 @@ def test_convert_delta_and_merge(folder):
 def test_pretraining_ends_with_it(folder, run):
     """Documents are prepared with it, its corpus is refused with another's model, and the model written has it."""
     (folder / "text.txt").write_text("granite is made of quartz. " * 40)
-    settings = {
-        "run": {"dir": str(folder / "run")},
-        "model": {"path": str(folder / "base")},
-        "data": {"path": str(folder / "text.txt"), "seq_len": 16},
-        "train": {"lr": 1e-3, "max_steps": 1, "global_batch_size": 2, "micro_batch_size": 2},
-    }
-    (folder / "run.yaml").write_text(json.dumps(settings))
-    status, _, err = run("pretrain", folder / "run.yaml")
+    settings = one_step(folder, folder / "base", path=str(folder / "text.txt"), seq_len=16)
+    status, _, err = run("pretrain", settings)
     assert status == 0, err
     assert_same_tokenizer(folder / "base", folder / "run" / "model")
     assert run("prepare", folder / "text.txt", "--tokenizer", folder / "base", "--out", folder / "corpus")[0] == 0
@@ -97,10 +92,10 @@ def test_pretraining_ends_with_it(folder, run):
     shutil.rmtree(folder / "run" / "model")
     for changes in ({"config": {**CONFIG, "eos_token": "<|endoftext|>"}}, {"normalizer": {"type": "NFC"}}):
         write_json_tokenizer(folder / "base", **changes)
-        status, _, err = run("pretrain", folder / "run.yaml", f"data.path={folder}/corpus", f"run.dir={folder}/other")
+        status, _, err = run("pretrain", settings, f"data.path={folder}/corpus", f"run.dir={folder}/other")
         assert status == 2
         assert f"corpus was prepared with another tokenizer than {folder / 'base' / 'tokenizer.json'}" in err
-        status, _, err = run("pretrain", folder / "run.yaml")
+        status, _, err = run("pretrain", settings)
         assert status == 2
         assert "another tokenizer; set run.dir" in err
 
