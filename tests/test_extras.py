@@ -169,7 +169,7 @@ def test_a_models_own_template_without_its_extra(tiny_directory, tmp_path, run, 
     assert_one_sentence(run("preview", settings), "chat")
     assert_one_sentence(run("finetune", settings), "chat")
     assert not (tmp_path / "run").exists()
-    assert run("preview", tmp_path / "config.yaml", "data.template=llama2")[0] == 0
+    assert run("preview", settings, "data.template=llama2")[0] == 0
 
 
 def test_the_demo_without_the_picture(tmp_path, monkeypatch, caplog, without):
