@@ -23,7 +23,8 @@ from k2mini.nn import quant
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.weights.adapter import check_base, checked_adapter, load_adapter, merged_reader
+from k2mini.weights.adapter import check_base, checked_adapter, load_adapter
+from k2mini.weights.merge import merged_reader
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, model_directory
 
 log = logging.getLogger(__name__)
@@ -227,8 +228,7 @@ def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.
 
 
 def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
-    opened = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
-    opened.require_model()
+    (opened := directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)).require_model()
     return opened
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")  # torch's own; dtypes.py has the dtypes
@@ -261,37 +260,3 @@ def _check_frozen(config: PretrainConfig | FinetuneConfig) -> None:
 
 
 RunConfig = PretrainConfig | FinetuneConfig
-
-
-def check_context(config: RunConfig, max_seq_len: int) -> None:
-    """Raise ValueError where samples may be longer than the model's `max_seq_len`, unless that is asked for."""
-    data = config.data
-    name, length = ("seq_len", data.seq_len) if isinstance(data, CorpusSection) else ("max_seq_len", data.max_seq_len)
-    if length > max_seq_len and not data.exceed_context:
-        raise ValueError(
-            f"data.{name} is {length:,}, the context of {config.model.path} {max_seq_len:,} tokens by its config.json; "
-            "shorten it, or set data.exceed_context to true"
-        )
-
-
-# Settings of how a step is computed, or of what is done with data that can't be used. None of them changes what a step
-# computes, so they may change when a run is resumed.
-_FREE = (
-    "micro_batch_size",
-    "val_every",
-    "activation_checkpointing",
-    "compile",
-    "tf32",
-    "on_error",
-    "exceed_context",
-)
-
-
-def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """What a run's result depends on, section by section, with whole paths to its files."""
-    found = {"run": {"seed": config.run.seed}}
-    for name in ("model", "data", "train", "lora"):
-        section = asdict(part) if (part := getattr(config, name)) is not None else {}
-        paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
-        found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
-    return found

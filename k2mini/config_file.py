@@ -13,13 +13,13 @@ import typing
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from k2mini.config import CorpusSection, FinetuneConfig, InstructionSection, PretrainConfig
+from k2mini.config import CorpusSection, FinetuneConfig, InstructionSection, PretrainConfig, RunConfig
 from k2mini.errors import short
 
 log = logging.getLogger(__name__)
@@ -228,3 +228,37 @@ def _kind(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(str, typing.get_args(kind)))
     return " or ".join(_kind(option) for option in typing.get_args(kind))
+
+
+def check_context(config: RunConfig, max_seq_len: int) -> None:
+    """Raise ValueError where samples may be longer than the model's `max_seq_len`, unless that is asked for."""
+    data = config.data
+    name, length = ("seq_len", data.seq_len) if isinstance(data, CorpusSection) else ("max_seq_len", data.max_seq_len)
+    if length > max_seq_len and not data.exceed_context:
+        raise ValueError(
+            f"data.{name} is {length:,}, the context of {config.model.path} {max_seq_len:,} tokens by its config.json; "
+            "shorten it, or set data.exceed_context to true"
+        )
+
+
+# Settings of how a step is computed, or of what is done with data that can't be used. None of them changes what a step
+# computes, so they may change when a run is resumed.
+_FREE = (
+    "micro_batch_size",
+    "val_every",
+    "activation_checkpointing",
+    "compile",
+    "tf32",
+    "on_error",
+    "exceed_context",
+)
+
+
+def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What a run's result depends on, section by section, with whole paths to its files."""
+    found = {"run": {"seed": config.run.seed}}
+    for name in ("model", "data", "train", "lora"):
+        section = asdict(part) if (part := getattr(config, name)) is not None else {}
+        paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
+        found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
+    return found

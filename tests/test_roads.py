@@ -18,7 +18,7 @@ PACKAGE = ROOT / "k2mini"
 ARCHITECTURE = ROOT / ".github" / "ARCHITECTURE.md"
 # What a road may count: files, and lines of these files. Where it has a core, these are the core's.
 LIMITS = {
-    "training": (18, None),
+    "training": (19, None),
     "training, core": (8, 1200),
     "generate": (17, None),  # with the scheduler, which answers many at once, and chat templates
     "generate, core": (8, 1430),

@@ -30,7 +30,7 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(options: argparse.Namespace) -> None:
     """Write a base model with adapters added into its weights."""
-    from k2mini.weights.adapter import merge_adapters
+    from k2mini.weights.merge import merge_adapters
     from k2mini.weights.model_directory import model_directory
 
     if len(options.adapter) > 1 and not options.weights:

@@ -28,8 +28,8 @@ from k2mini.demo.sources import FULL, QUICK, Scale, copy_base, write_world
 from k2mini.demo.stages import Stage, answers, judge, summary
 from k2mini.files import output, read_json, write_text
 from k2mini.training.run import finetune, pretrain
-from k2mini.weights.adapter import merge_adapters
 from k2mini.weights.delta import apply_delta, make_delta
+from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import CheckpointReader, read_manifest
 from k2mini.weights.stream import hash_tensors
 

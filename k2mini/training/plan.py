@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.build import is_sharded, kept_dtype, make_trainable
-from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig, check_context
+from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig
+from k2mini.config_file import check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh
 from k2mini.dtypes import DTYPES

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig, RunConfig, check_context
+from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig, RunConfig
+from k2mini.config_file import check_context
 from k2mini.data.batches import Batch, Blocks
 from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, Documents, is_prepared

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -15,26 +14,19 @@ from typing import Any
 import torch
 
 from k2mini.build import kept_dtype, training_model
-from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig, check_context, settings_of
-from k2mini.config_file import load_config
-from k2mini.data.batches import Blocks, Samples
+from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig
+from k2mini.config_file import check_context, load_config, settings_of
 from k2mini.data.chats import OWN, open_template
-from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
-from k2mini.data.documents import data_path
-from k2mini.data.instructions import hold_out, read_conversations, read_examples
-from k2mini.data.packing import Examples, PackedExamples
-from k2mini.data.prepare import document_files, prepare, remove_parts
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
 from k2mini.dtypes import DTYPES
-from k2mini.files import output, sha256, write_text
+from k2mini.files import output, write_text
 from k2mini.model_config import tensor_shapes
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.training.checkpoint import (
     best_checkpoint,
     changes,
-    check_files,
     check_room,
     checkpoints,
     find_checkpoint,
@@ -44,6 +36,7 @@ from k2mini.training.checkpoint import (
 from k2mini.training.export import export, export_adapter
 from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Task, train
+from k2mini.training.samples import Read, documents, instructions
 from k2mini.training.step import total_steps
 from k2mini.weights.adapter import start_from
 from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
@@ -55,8 +48,6 @@ MARK = (CONFIG, "checkpoints", "model", "adapter", METRICS)
 
 # What `eval.benchmark` is scored with: scores by name. All ranks call it, since each has a part of the model.
 Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
-# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest.
-Read = tuple[Samples, Samples | None, dict[str, str]]
 
 
 def pretrain(
@@ -67,7 +58,7 @@ def pretrain(
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`). `label` is that of
     the progress line; `benchmark` is run every `eval.every` steps, and its scores go into the metrics.
     """
-    return _run(config, world, label, benchmark, _documents)
+    return _run(config, world, label, benchmark, documents)
 
 
 def finetune(
@@ -81,7 +72,7 @@ def finetune(
         base = _base(config)
         template = open_template(None, base.path, base.require_tokenizer())
         config = replace(config, data=replace(config.data, template=template.name))
-    return _run(config, world, label, benchmark, _instructions)
+    return _run(config, world, label, benchmark, instructions)
 
 
 def _run(
@@ -91,6 +82,7 @@ def _run(
     with run_directory(config, world):
         if not _is_complete(config, out, world):
             base = _base(config)
+            _check_room(config, base)
             samples, val, known_by = read(config, base, world)
             best, identity = isinstance(config, FinetuneConfig), _identity(config, known_by, base, world)
             task = Task(samples, val, identity, label, save_best=best)
@@ -113,35 +105,6 @@ def _run(
                     export_adapter(kept, out, lora, config.model.path)
             world.barrier()
     return out
-
-
-def _documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Read:
-    data, seed = config.data, config.run.seed
-
-    def blocks(corpus: Corpus, seed: int | None) -> Blocks:
-        return Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=seed)
-
-    _check_room(config, base)
-    directory = _prepared(Path(data.path), config, base, world)
-    val = None
-    if data.val_path is not None:
-        val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
-    elif "val" in read_corpus_manifest(directory)["splits"]:
-        val = blocks(Corpus(directory, "val"), None)
-    return blocks(Corpus(directory), seed), val, {"content": fingerprint(directory)}
-
-
-def _instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
-    data, seed = config.data, config.run.seed
-    tokenizer = base.require_tokenizer()
-    template = open_template(data.template, base.path, tokenizer)
-    _check_room(config, base)
-    examples, held_out = hold_out(read_conversations(Path(data.path), tokenizer, template, data), data.val_size, seed)
-    if data.val_path is not None:
-        held_out = read_examples(Path(data.val_path), tokenizer, template, data)
-    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
-    val = Examples(held_out, seed=None) if held_out else None
-    return samples, val, {"content": sha256(data_path(data.path)), "template": template.name + template.digest}
 
 
 @contextmanager
@@ -242,34 +205,6 @@ def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = Non
         saves = -(-steps // section.every) + task.save_best * -(-steps // (config.train.val_every or steps))
         number = min(saves, section.keep_last + (section.keep_best and task.val is not None) + 1)  # one not yet pruned
     check_room(Path(config.run.dir) / "checkpoints", number, 3 * trained * itemsize, trained * result)
-
-
-def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:
-    """The prepared corpus at `path`; documents there are prepared first, once, into the run's directory.
-
-    Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
-    """
-    tokenizer, known_by = base.require_tokenizer_file(), base.tokenizer_hash()
-    if not is_prepared(path) and not is_prepared(path := data_path(path)):
-        files = document_files(path, config)
-        sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = hashlib.sha256(f"{sources} {config.data.eos} {known_by}".encode()).hexdigest()[:12]
-        made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
-        if world.is_main and not remove_parts(made):
-            prepare(files, tokenizer, made, eos=config.data.eos)
-        world.barrier()
-        path = made
-    manifest = read_corpus_manifest(path)
-    if manifest["tokenizer"] != known_by:
-        raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer}; prepare it again")
-    try:
-        base.check_vocab_size(manifest["vocab_size"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if manifest["eos"] != config.data.eos:
-        raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
-    check_files(path, corpus_hashes(path), world, "prepare it again")
-    return path
 
 
 def _identity(config: RunConfig, known_by: dict[str, str], base: ModelDirectory, world: World) -> dict[str, Any]:

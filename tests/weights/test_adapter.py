@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
-from k2mini.weights.adapter import merge_adapters, read_adapter, read_adapter_config, save_adapter
+from k2mini.weights.adapter import read_adapter, read_adapter_config, save_adapter
+from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import SHAPES, tiny_config, tiny_llama

@@ -9,10 +9,11 @@ from k2mini.build import load_model
 from k2mini.config import LoraSection
 from k2mini.data.tokenizer import Tokenizer, open_tokenizer
 from k2mini.nn.lora import adapter_tensors, attach
-from k2mini.weights.adapter import merge_adapters, save_adapter
+from k2mini.weights.adapter import save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import apply_delta, make_delta
 from k2mini.weights.info import describe_directory, inspect_directory
+from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import make_tokenizer, tiny_config, tiny_llama

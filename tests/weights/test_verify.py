@@ -10,9 +10,10 @@ import torch
 
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
-from k2mini.weights.adapter import merge_adapters, save_adapter
+from k2mini.weights.adapter import save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.delta import make_delta
+from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import CheckpointReader, read_manifest
 from k2mini.weights.model_files import save_model
 from k2mini.weights.verify import verify

@@ -1,0 +1,77 @@
+"""From a configuration to what is trained on and what validates."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.data.batches import Blocks, Samples
+from k2mini.data.chats import open_template
+from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
+from k2mini.data.documents import data_path
+from k2mini.data.instructions import hold_out, read_conversations, read_examples
+from k2mini.data.packing import Examples, PackedExamples
+from k2mini.data.prepare import document_files, prepare, remove_parts
+from k2mini.distributed import World
+from k2mini.files import sha256
+from k2mini.training.checkpoint import check_files
+from k2mini.weights.model_directory import ModelDirectory
+
+# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest.
+Read = tuple[Samples, Samples | None, dict[str, str]]
+
+
+def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Read:
+    data, seed = config.data, config.run.seed
+
+    def blocks(corpus: Corpus, seed: int | None) -> Blocks:
+        return Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=seed)
+
+    directory = _prepared(Path(data.path), config, base, world)
+    val = None
+    if data.val_path is not None:
+        val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
+    elif "val" in read_corpus_manifest(directory)["splits"]:
+        val = blocks(Corpus(directory, "val"), None)
+    return blocks(Corpus(directory), seed), val, {"content": fingerprint(directory)}
+
+
+def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
+    data, seed = config.data, config.run.seed
+    tokenizer = base.require_tokenizer()
+    template = open_template(data.template, base.path, tokenizer)
+    examples, held_out = hold_out(read_conversations(Path(data.path), tokenizer, template, data), data.val_size, seed)
+    if data.val_path is not None:
+        held_out = read_examples(Path(data.val_path), tokenizer, template, data)
+    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
+    val = Examples(held_out, seed=None) if held_out else None
+    return samples, val, {"content": sha256(data_path(data.path)), "template": template.name + template.digest}
+
+
+def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:
+    """The prepared corpus at `path`; documents there are prepared first, once, into the run's directory.
+
+    Raises ValueError where the corpus was prepared with another tokenizer than the base's or another `data.eos`.
+    """
+    tokenizer, known_by = base.require_tokenizer_file(), base.tokenizer_hash()
+    if not is_prepared(path) and not is_prepared(path := data_path(path)):
+        files = document_files(path, config)
+        sources = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = hashlib.sha256(f"{sources} {config.data.eos} {known_by}".encode()).hexdigest()[:12]
+        made = Path(config.run.dir) / "data" / f"{path.stem}-{key}"
+        if world.is_main and not remove_parts(made):
+            prepare(files, tokenizer, made, eos=config.data.eos)
+        world.barrier()
+        path = made
+    manifest = read_corpus_manifest(path)
+    if manifest["tokenizer"] != known_by:
+        raise ValueError(f"{path} was prepared with another tokenizer than {tokenizer}; prepare it again")
+    try:
+        base.check_vocab_size(manifest["vocab_size"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if manifest["eos"] != config.data.eos:
+        raise ValueError(f"{path} was prepared with eos {manifest['eos']}, data.eos is {config.data.eos}")
+    check_files(path, corpus_hashes(path), world, "prepare it again")
+    return path
