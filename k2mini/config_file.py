@@ -138,7 +138,7 @@ def _fill(kind: type, raw: Any, prefix: str, errors: list[str]) -> Any:
             elif raw[name] is None and section is not hints[name]:
                 values[name] = None
             else:
-                values[name] = _fill(section, raw[name], f"{prefix}{name}.", errors)
+                values[name] = _fill(section, raw[name], f"{name}.", errors)
         elif spec.default is MISSING and spec.default_factory is MISSING:
             errors.append(f"{prefix}{name} is missing")
     if len(errors) > before:
@@ -180,11 +180,10 @@ def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
             errors.append(f"{name} must be {_kind(plain)}, each a text, not {short(value)}")
         return value
     if typing.get_origin(plain) is list:
-        item: Any = typing.get_args(plain)[0]
-        if isinstance(value, list) and is_dataclass(item):
+        if isinstance(value, list) and (item := _section(plain)):
             return [_fill(item, entry, f"{name}[{place}].", errors) for place, entry in enumerate(value)]
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            errors.append(f"{name} must be a list of words, not {short(value)}")
+            errors.append(f"{name} must be {_kind(plain)}, not {short(value)}")
         return value
     if plain is float and isinstance(value, str):
         with suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
@@ -268,12 +267,13 @@ _FREE = (
 
 def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What a run's result depends on, section by section, with whole paths to its files."""
-    found = {"run": {"seed": config.run.seed}}
+    found: dict[str, dict[str, Any]] = {"run": {"seed": config.run.seed}}
     for name in ("model", "data", "train", "lora"):
         section = asdict(part) if (part := getattr(config, name)) is not None else {}
-        for source in section.pop("sources", None) or ():
-            for key, value in (("path", str(Path(source["path"]).resolve())), ("weight", source["weight"])):
-                section.setdefault(f"sources.{key}", []).append(value)
+        sources = section.pop("sources", None)
         paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
         found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
+        if sources:
+            found[name]["sources.path"] = [str(Path(source["path"]).resolve()) for source in sources]
+            found[name]["sources.weight"] = [source["weight"] for source in sources]
     return found
