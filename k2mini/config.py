@@ -58,39 +58,66 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class SourceSection:
+    """One of several files or corpora that a run is trained on."""
+
+    path: str  # as data.path
+    weight: float = 1.0  # how often an epoch goes through it: 2 twice, 0.5 a half, and the next epoch the other half
+
+
+def _check_sources(section: CorpusSection | InstructionSection) -> None:
+    if (section.path is None) == (section.sources is None):
+        raise ValueError("set exactly one of data.path and data.sources (null unsets the other)")
+    for place, source in enumerate(section.sources or ()):
+        if not 0 < source.weight < float("inf"):
+            raise ValueError(f"data.sources[{place}].weight must be positive, not {source.weight}")
+
+
+@dataclass(frozen=True)
 class CorpusSection:
     """Plain documents for further pretraining: a directory that `k2mini prepare` made, or documents as it takes them.
 
     Documents are prepared on first use, into `run.dir`.
     """
 
-    path: str  # the directory, a file, or a folder of files, or its hf://…; demo:corpus.jsonl is the demo's
+    path: str | None = None  # the directory, a file, a folder of files, or its hf://…; demo:corpus.jsonl is the demo's
     val_path: str | None = None  # documents to validate on; null: the split that `prepare --val-percent` made, if any
     seq_len: int = 1024  # tokens a block
     eos: bool = True  # EOS after each document (BOS stands before it in any case)
     document_mask: bool = True  # if false, attention runs across the documents of a block, K2's scheme
     exceed_context: bool = False  # let seq_len be above the context that the model was trained for
+    sources: list[SourceSection] | None = None  # in place of path; an epoch goes weight times through each (default 1)
+
+    def __post_init__(self) -> None:
+        _check_sources(self)
+
+
+_Field = Literal["instruction", "input", "output"]
 
 
 @dataclass(frozen=True)
 class InstructionSection:
-    """Instructions with answers: JSON or JSONL with `instruction`, `output` and, where there is one, `input`.
+    """Instructions with answers: JSON, JSONL, CSV or TSV with `instruction`, `output` and, where there is one, `input`.
 
     Or conversations, of which each answer is learned: `messages`, or `conversations` as ShareGPT has them.
     """
 
-    path: str  # the file, or its hf://…; demo:general.json and demo:expert.json are the demo's
+    path: str | None = None  # the file, or its hf://…; demo:general.json and demo:expert.json are the demo's
     val_path: str | None = None  # a file to validate on
-    val_size: int = 0  # so many records of `path`, drawn by run.seed, validate and are not trained on
+    val_size: int = 0  # so many records, drawn by run.seed, validate and are not trained on
     template: str | None = None  # as of `k2mini generate --template`; null: the model's own, or else alpaca
     max_seq_len: int = 512  # tokens; longer examples are cut, and counted
     train_on_inputs: bool = False  # if true, the prompt counts in the loss too, K2's choice
     packing: bool = True  # several examples share a row of max_seq_len; train.micro_batch_size counts rows then
     on_error: Literal["raise", "skip"] = "raise"  # at a record of another form; skipped ones are counted
     exceed_context: bool = False  # let max_seq_len be above the context that the model was trained for
+    sources: list[SourceSection] | None = None  # in place of path; an epoch goes weight times through each (default 1)
+    limit: int | None = None  # the first so many records of each file alone, for a trial
+    fields: dict[_Field, str] | None = None  # what the files call these: {instruction: question, output: answer}
 
     def __post_init__(self) -> None:
-        _check_positive(self, "data", "max_seq_len")
+        _check_sources(self)
+        _check_positive(self, "data", "max_seq_len", *["limit"] * (self.limit is not None))
         if self.val_size < 0:
             raise ValueError(f"data.val_size must not be negative, it is {self.val_size}")
         if self.val_size and self.val_path is not None:

@@ -156,7 +156,7 @@ def _section(kind: Any) -> Any:
 
 
 def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
-    """`value`, checked to be of the type `kind`: str, int, float, bool, Literal, list[str]; or None, or a word."""
+    """`value`, checked to be of the type `kind`: str, int, float, bool, Literal, a list; or None, or a word."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     options = typing.get_args(kind) if union else (kind,)
     if value is None and type(None) in options:
@@ -174,9 +174,16 @@ def _value(kind: Any, value: Any, name: str, errors: list[str]) -> Any:
         if value not in choices:
             errors.append(f"{name} must be one of {', '.join(map(str, choices))}, not {short(value)}")
         return value
+    if typing.get_origin(plain) is dict:
+        known = typing.get_args(typing.get_args(plain)[0])
+        if not isinstance(value, dict) or not all(key in known and isinstance(value[key], str) for key in value):
+            errors.append(f"{name} must be {_kind(plain)}, each a text, not {short(value)}")
+        return value
     if typing.get_origin(plain) is list:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            errors.append(f"{name} must be a list of words, not {short(value)}")
+        if isinstance(value, list) and (item := _section(plain)):
+            return [_fill(item, entry, f"{name}[{place}].", errors) for place, entry in enumerate(value)]
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            errors.append(f"{name} must be {_kind(plain)}, not {short(value)}")
         return value
     if plain is float and isinstance(value, str):
         with suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
@@ -221,7 +228,11 @@ def describe_keys() -> str:
 def _kind(kind: Any) -> str:
     """A field's type in words."""
     if typing.get_origin(kind) is list:
-        return "a list of words"
+        return f"a list of {_kind(typing.get_args(kind)[0]).replace('text', 'words')}"
+    if typing.get_origin(kind) is dict:
+        return f"{{{', '.join(typing.get_args(typing.get_args(kind)[0]))}}}"
+    if is_dataclass(kind):
+        return f"{{{', '.join(spec.name for spec in fields(kind))}}}"
     words = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
     if kind in words:
         return words[kind]
@@ -256,9 +267,13 @@ _FREE = (
 
 def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What a run's result depends on, section by section, with whole paths to its files."""
-    found = {"run": {"seed": config.run.seed}}
+    found: dict[str, dict[str, Any]] = {"run": {"seed": config.run.seed}}
     for name in ("model", "data", "train", "lora"):
         section = asdict(part) if (part := getattr(config, name)) is not None else {}
+        sources = section.pop("sources", None)
         paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
         found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
+        if sources:
+            found[name]["sources.path"] = [str(Path(source["path"]).resolve()) for source in sources]
+            found[name]["sources.weight"] = [source["weight"] for source in sources]
     return found

@@ -210,7 +210,8 @@ def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
     """The configuration with its `demo:` paths, if it has any, replaced by files of the demo's world."""
     from k2mini.demo.sources import PREFIX, with_demo_files
 
-    paths = (config.model.path, config.data.path, config.data.val_path, *config.eval.benchmark)
+    data = [config.data.path, config.data.val_path, *(source.path for source in config.data.sources or ())]
+    paths = (config.model.path, *data, *config.eval.benchmark)
     named = any(path is not None and path.startswith(PREFIX) for path in paths)
     return with_demo_files(config, is_main=is_main) if named else config
 

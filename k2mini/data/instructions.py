@@ -14,18 +14,27 @@ from k2mini.data.chats import ROLES, encode_conversation
 from k2mini.data.documents import OnError, raise_error, read_entries
 from k2mini.data.packing import Example
 from k2mini.data.prompts import AnyTemplate, Message
+from k2mini.data.tables import SUFFIXES as TABLES
+from k2mini.data.tables import read_table
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.errors import short
+from k2mini.errors import short, some
 
 log = logging.getLogger(__name__)
 
 # The names that files in ShareGPT's form have for the roles.
 SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "developer": "system"}
 SHAREGPT |= {"function": "tool", "function_response": "tool", "observation": "tool"}
+FIELDS = ("instruction", "input", "output")
 
 
-def read_records(path: Path, on_error: OnError = raise_error) -> list[tuple[str, list[Message]]]:
-    """(place, messages) of the records of a JSON list or a JSONL file.
+def read_records(
+    path: Path,
+    on_error: OnError = raise_error,
+    *,
+    fields: dict[Any, str] | None = None,
+    limit: int | None = None,
+) -> list[tuple[str, list[Message]]]:
+    """(place, messages) of the records of a JSON list, a JSONL file or, by its name, CSV or TSV.
 
     A record has `messages`, each a `role` and `content`, or ShareGPT's `conversations`, each `from` and `value`, or
     `instruction`, `input` ('' where absent) and `output`.
@@ -33,28 +42,48 @@ def read_records(path: Path, on_error: OnError = raise_error) -> list[tuple[str,
     Args:
         on_error: called with one sentence, naming file and record, for each record that is not of this form. The record
             is left out if it returns.
+        fields: what the file calls these; those it does not name keep their names, unless another takes theirs.
+        limit: the first so many records alone.
 
-    Raises ValueError where the file is missing, empty or not JSON.
+    Raises ValueError where the file is missing, empty or not of its form, or has no such field in any record.
     """
+    table = path.suffix.lower() in TABLES
+    entries: list[tuple[str, Any]] = read_table(path, on_error) if table else read_entries(path, on_error=on_error)
+    names = {} if fields is None else _names(fields, path, entries)
+    if limit is not None and len(entries) > limit:
+        log.info("%s: the first %d of %d records (data.limit)", path, limit, len(entries))
     records = []
-    for place, entry in read_entries(path, on_error=on_error):
+    for place, entry in entries[:limit]:
+        if names and isinstance(entry, dict):
+            entry = {ours: entry.get(theirs) for ours, theirs in names.items()}
         try:
-            records.append((f"{path}, {place}", _record(entry, f"{path}, {place}")))
+            records.append((f"{path}, {place}", _record(entry, f"{path}, {place}", names)))
         except ValueError as error:
             on_error(str(error))
     return records
 
 
-def _record(entry: Any, place: str) -> list[Message]:
+def _names(fields: dict[Any, str], path: Path, entries: list[tuple[str, Any]]) -> dict[str, str]:
+    """What the file calls each field. Raises ValueError where no record has what `fields` names."""
+    there = list(dict.fromkeys(str(key) for _, entry in entries if isinstance(entry, dict) for key in entry))
+    for ours, theirs in fields.items():
+        if theirs not in there:
+            said = f"{path} has no {short(theirs)}, which data.fields.{ours} names"
+            raise ValueError(f"{said}; it has {some([short(name) for name in there], 9) or 'no fields'}")
+    return {ours: ours for ours in FIELDS if ours not in fields.values()} | fields
+
+
+def _record(entry: Any, place: str, names: dict[str, str]) -> list[Message]:
     if not isinstance(entry, dict):
         raise ValueError(f"{place} must be a JSON object, not {type(entry).__name__}")
     record = {"input": "", **{key: value for key, value in entry.items() if value is not None}}
     for key in ("messages", "conversations"):
         if key in record:
             return _conversation(record, key, f"{place}: {key}")
-    for key in ("instruction", "input", "output"):
+    for key in FIELDS:
         if key not in record:
-            raise ValueError(f"{place} has no `{key}`")
+            has = f"; it has {short([*entry])}, and data.fields can name another" * (not names and bool(entry))
+            raise ValueError(f"{place} has no `{names.get(key, key)}`{has}")
         if not isinstance(record[key], str):
             raise ValueError(f"{place}: `{key}` must be text, not {short(record[key])}")
     if not record["output"].strip():
@@ -132,7 +161,7 @@ def read_conversations(
         bad.append(message)
 
     encoded = []
-    for place, messages in read_records(path, on_error):
+    for place, messages in read_records(path, on_error, fields=section.fields, limit=section.limit):
         try:
             encoded.append(encode_examples(messages, tokenizer, template, section))
         except ValueError as error:  # which the template refuses

@@ -79,9 +79,10 @@ def with_demo_files(config: Config, *, is_main: bool = True) -> Config:
         return str(folder / name)
 
     section: Any = config.data
+    sources = section.sources and [replace(source, path=resolved(source.path)) for source in section.sources]
     return replace(
         config,
         model=replace(config.model, path=resolved(config.model.path)),
-        data=replace(section, path=resolved(section.path), val_path=resolved(section.val_path)),
+        data=replace(section, path=resolved(section.path), sources=sources, val_path=resolved(section.val_path)),
         eval=replace(config.eval, benchmark=[resolved(path) for path in config.eval.benchmark]),
     )

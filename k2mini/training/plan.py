@@ -35,6 +35,7 @@ from k2mini.nn.loss import projected_loss
 from k2mini.nn.packed import takes_varlen
 from k2mini.sizes import readable
 from k2mini.training.memory_tracker import MemoryTracker
+from k2mini.training.samples import sources_of
 from k2mini.training.step import build_optimizer, rank_share
 from k2mini.weights.model_directory import model_directory
 
@@ -111,9 +112,12 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
         reduced = 2 * (world_size - 1) * trained * kept_dtype(config.model, None).itemsize // world_size
     epoch_tokens = epoch_steps = None
     row = config.data.seq_len if isinstance(config, PretrainConfig) else config.data.max_seq_len
-    if isinstance(config, PretrainConfig) and is_prepared(Path(config.data.path)):
-        epoch_tokens = read_corpus_manifest(Path(config.data.path))["splits"]["train"]["tokens"]
-        epoch_steps = math.ceil((epoch_tokens - 1) // row / config.train.global_batch_size)
+    sources = sources_of(config.data)
+    if isinstance(config, PretrainConfig) and all(is_prepared(Path(source.path)) for source in sources):
+        counts = [(read_corpus_manifest(Path(s.path))["splits"]["train"]["tokens"], s.weight) for s in sources]
+        epoch_tokens = sum(round(count * weight) for count, weight in counts)
+        rows = sum(round((count - 1) // row * weight) for count, weight in counts)
+        epoch_steps = math.ceil(rows / config.train.global_batch_size)
     return Plan(
         parameters=parameters,
         trained=trained,

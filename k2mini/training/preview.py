@@ -7,14 +7,16 @@ from pathlib import Path
 
 from k2mini.config import IGNORE_INDEX, FinetuneConfig, PretrainConfig, RunConfig
 from k2mini.config_file import check_context
-from k2mini.data.batches import Batch, Blocks
+from k2mini.data.batches import Batch, Blocks, Samples
 from k2mini.data.chats import open_template
-from k2mini.data.corpus import Corpus, Documents, is_prepared
+from k2mini.data.corpus import Corpus, Documents, TokenSource, is_prepared
 from k2mini.data.documents import data_path, read_documents
 from k2mini.data.instructions import read_examples
+from k2mini.data.mixture import Mixture, mixed_blocks
 from k2mini.data.packing import Examples
 from k2mini.data.prepare import document_files
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.training.samples import sources_of
 from k2mini.weights.model_directory import ModelDirectory, model_directory
 
 
@@ -37,20 +39,28 @@ def preview(config: RunConfig, number: int) -> Iterator[str]:
         yield from _table(batch, tokenizer)
 
 
-def _samples(config: RunConfig, base: Path, tokenizer: Tokenizer) -> Blocks | Examples:
-    data, seed = config.data, config.run.seed
+def _samples(config: RunConfig, base: Path, tokenizer: Tokenizer) -> Samples:
+    seed, sources = config.run.seed, sources_of(config.data)
     if isinstance(config, FinetuneConfig):
         section = config.data
         template = open_template(section.template, base, tokenizer)
-        examples = read_examples(Path(section.path), tokenizer, template, section)
-        return Examples(examples, seed=seed)
-    corpus, source = config.data, data_path(data.path)
+        parts = [read_examples(Path(source.path), tokenizer, template, section) for source in sources]
+        if section.sources is None:
+            return Examples(parts[0], seed=seed)
+        sizes = [len(part) for part in parts]
+        return Mixture(sources, sizes, lambda chosen: Examples([parts[i][j] for i, j in chosen], seed=None), seed)
+    corpora, corpus = [_corpus(source.path, config, tokenizer) for source in sources], config.data
+    if corpus.sources is None:
+        return Blocks(corpora[0], corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
+    return mixed_blocks(corpora, sources, corpus, seed)
+
+
+def _corpus(path: str, config: PretrainConfig, tokenizer: Tokenizer) -> TokenSource:
+    source, eos = data_path(path), config.data.eos
     if is_prepared(source):
-        return Blocks(Corpus(source), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
-    documents = [
-        ids for file in document_files(source, config) for ids in read_documents(file, tokenizer, eos=corpus.eos)
-    ]
-    return Blocks(Documents(documents), corpus.seq_len, document_mask=corpus.document_mask, seed=seed)
+        return Corpus(source)
+    files = document_files(source, config)
+    return Documents([ids for file in files for ids in read_documents(file, tokenizer, eos=eos)])
 
 
 def _text(batch: Batch, tokenizer: Tokenizer, *, documents: bool) -> Iterator[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
-from k2mini.config import FinetuneConfig, PretrainConfig
+from k2mini.config import CorpusSection, FinetuneConfig, InstructionSection, PretrainConfig, SourceSection
 from k2mini.data.batches import Blocks, Samples
 from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import data_path
 from k2mini.data.instructions import hold_out, read_conversations, read_examples
-from k2mini.data.packing import Examples, PackedExamples
+from k2mini.data.mixture import Mixture, mixed_blocks
+from k2mini.data.packing import Example, Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
 from k2mini.distributed import World
 from k2mini.files import sha256
@@ -22,31 +24,57 @@ from k2mini.weights.model_directory import ModelDirectory
 Read = tuple[Samples, Samples | None, dict[str, str]]
 
 
+def sources_of(data: CorpusSection | InstructionSection) -> list[SourceSection]:
+    """What a run is trained on: `data.sources` or `data.path`. Raises ValueError where it is nothing, or one twice."""
+    sources = [SourceSection(data.path)] if data.path is not None else data.sources or []
+    if len({Path(source.path).absolute() for source in sources}) < max(1, len(sources)):
+        named = ", ".join(source.path for source in sources) or "none"
+        raise ValueError(f"data.sources must name one path or more, each once with its weight, not {named}")
+    return sources
+
+
 def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Read:
     data, seed = config.data, config.run.seed
 
-    def blocks(corpus: Corpus, seed: int | None) -> Blocks:
-        return Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=seed)
+    def blocks(parts: dict[Path, SourceSection], split: str, seed: int | None) -> Samples:
+        corpora = [Corpus(directory, split) for directory in parts]
+        if data.sources is None:
+            return Blocks(corpora[0], data.seq_len, document_mask=data.document_mask, seed=seed)
+        return mixed_blocks(corpora, [*parts.values()], data, seed)
 
-    directory = _prepared(Path(data.path), config, base, world)
-    val = None
+    parts = {_prepared(Path(source.path), config, base, world): source for source in sources_of(data)}
+    val: Samples | None = None
     if data.val_path is not None:
-        val = blocks(Corpus(_prepared(Path(data.val_path), config, base, world)), None)
-    elif "val" in read_corpus_manifest(directory)["splits"]:
-        val = blocks(Corpus(directory, "val"), None)
-    return blocks(Corpus(directory), seed), val, {"content": fingerprint(directory)}
+        corpus = Corpus(_prepared(Path(data.val_path), config, base, world))
+        val = Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=None)
+    elif with_val := [directory for directory in parts if "val" in read_corpus_manifest(directory)["splits"]]:
+        val = blocks({directory: replace(parts[directory], weight=1.0) for directory in with_val}, "val", None)
+    return blocks(parts, "train", seed), val, {"content": " ".join(map(fingerprint, parts))}
 
 
 def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
-    data, seed = config.data, config.run.seed
+    data, seed, sources = config.data, config.run.seed, sources_of(config.data)
     tokenizer = base.require_tokenizer()
     template = open_template(data.template, base.path, tokenizer)
-    examples, held_out = hold_out(read_conversations(Path(data.path), tokenizer, template, data), data.val_size, seed)
+    read = [read_conversations(Path(source.path), tokenizer, template, data) for source in sources]
+    examples, held_out = hold_out([record for found in read for record in found], data.val_size, seed)
+    aside = set(map(id, held_out))
     if data.val_path is not None:
         held_out = read_examples(Path(data.val_path), tokenizer, template, data)
-    samples = PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
+
+    def rows(examples: list[Example], seed: int | None) -> Examples:
+        return PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
+
+    if data.sources is None:
+        samples: Samples = rows(examples, seed)
+    else:
+        parts = [[each for record in found for each in record if id(each) not in aside] for found in read]
+        samples = Mixture(
+            sources, [*map(len, parts)], lambda chosen: rows([parts[i][j] for i, j in chosen], None), seed
+        )
     val = Examples(held_out, seed=None) if held_out else None
-    return samples, val, {"content": sha256(data_path(data.path)), "template": template.name + template.digest}
+    content = " ".join(sha256(data_path(source.path)) for source in sources)
+    return samples, val, {"content": content, "template": template.name + template.digest}
 
 
 def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:

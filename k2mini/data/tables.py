@@ -1,0 +1,47 @@
+"""CSV and TSV: a header row, then a record a row, whose fields are the columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from k2mini.data.documents import MOST, OnError, data_path, read_user_text
+from k2mini.errors import short
+
+SUFFIXES = (".csv", ".tsv")
+
+
+def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]]:
+    """(place, record) of each row, where the place is the row's first line: 'line 2', …
+
+    Args:
+        on_error: called with one sentence for each row with more or fewer cells than the header; it may raise.
+
+    Raises ValueError naming the file where it is missing, not UTF-8 or not CSV, or has no row or a column twice.
+    """
+    if not data_path(path).is_file():
+        raise ValueError(f"there is no data file {path}")
+    csv.field_size_limit(MOST)  # 128 KiB otherwise
+    rows = csv.reader(
+        io.StringIO(read_user_text(path), newline=""),
+        delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
+        skipinitialspace=True,
+        strict=True,
+    )
+    columns: list[str] = []
+    found, line = [], 1
+    try:
+        for row in rows:
+            place, line = f"line {line}", rows.line_num + 1
+            if not columns:
+                columns = [name.strip() for name in row]
+            elif row and len(row) != len(columns):
+                on_error(f"{path}, {place} has {len(row)} cells, the header has {len(columns)}: {short(columns)}")
+            elif row:
+                found.append((place, dict(zip(columns, row, strict=True))))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line} is not valid CSV: {error}") from None
+    if len(set(columns)) < len(columns) or line <= 2:
+        raise ValueError(f"{path} must have a header of columns, each once, and rows below; its columns are {short(columns)}")
+    return found
