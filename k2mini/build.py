@@ -119,8 +119,8 @@ def pick_device(name: str | None) -> torch.device:
 def is_sharded(section: ModelSection, parallel: ParallelSection, lora: LoraSection | None, world_size: int) -> bool:
     """Whether FSDP keeps the model: what trains on several ranks or in bfloat16; a frozen base if that is asked for."""
     if lora is not None:
-        return (parallel.replicate or world_size) < world_size
-    return world_size > 1 or section.dtype == "bfloat16"
+        return (parallel.replicate or world_size) < world_size or parallel.offload is not None
+    return world_size > 1 or section.dtype == "bfloat16" or parallel.offload is not None
 
 
 def kept_dtype(section: ModelSection, lora: LoraSection | None) -> torch.dtype:
@@ -166,10 +166,10 @@ def make_trainable(
         if section.quantize is not None and train.activation_checkpointing != 1:  # or its floats are kept, too
             torch._functorch.config.ban_recompute_materialized_backward = False
     if mesh is not None:
-        compute, reshard = DTYPES[section.dtype], parallel.reshard_after_forward
+        compute = DTYPES[section.dtype]
         cast = compute if kept_dtype(section, lora) != compute else None
-        shard(model, model.units(), ("loss", "hidden", "logits"), mesh, cast, reshard_after_forward=reshard)
-        model.gathered_dtype = compute
+        shard(model, model.units(), ("loss", "hidden", "logits"), mesh, cast, parallel)
+        model.gathered_dtype, model.gathered_device = compute, device
     if train.compile and lora is not None:
         # Or the first block would be a graph of its own: its input has no gradient, the inputs of the others have.
         model.model.embed_tokens.register_forward_hook(lambda *x: x[-1].requires_grad_(torch.is_grad_enabled()))
@@ -205,7 +205,7 @@ def training_model(
     mesh = device_mesh(world, parallel) if is_sharded(section, parallel, lora, world.size) else None
     make_trainable(model, section, train, parallel, lora, world.device, mesh)
     if mesh is not None:
-        model.to_empty(device=world.device)
+        model.to_empty(device=parallel.offload or world.device)
     elif section.quantize is None:
         check_memory(model.config.num_parameters(), kept, kept, world.device)
     _materialise(model, directory.reader, world.device)

@@ -220,11 +220,12 @@ class ParallelSection:
     """How the ranks that torchrun started share the model; a single process keeps all of it.
 
     LoRA's frozen base is not shared: each rank keeps all of it, and receives the adapters' gradients and nothing else.
-    `replicate: 1` shares it, where it is too large.
+    `replicate: 1` shares it, where it is too large; so does `offload`, which moves it to the host's memory as well.
     """
 
     replicate: int | None = None  # copies, each sharded over world size / replicate ranks; null: 1, of LoRA one a rank
     reshard_after_forward: bool = True  # ZeRO-3; if false, ZeRO-2: more memory and less communication
+    offload: Literal["cpu"] | None = None  # keep weights, gradients and moments in the host's memory; far slower
     timeout_minutes: float = 10.0  # after which a rank gives up waiting for another
 
     def __post_init__(self) -> None:

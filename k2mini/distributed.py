@@ -14,7 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -84,8 +91,11 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
 
     Yields: this process's rank, the number of ranks and its device.
 
-    Raises ValueError where `parallel.replicate` does not divide the number of ranks.
+    Raises ValueError where `parallel.replicate` does not divide the number of ranks, or a CPU is to be offloaded to
+    itself.
     """
+    if section.offload is not None and device.type == "cpu":
+        raise ValueError("parallel.offload moves to the host's memory what a GPU lacks room for; on a CPU, set it to null")
     launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and not alone_too:
         yield World(device=device)
@@ -129,8 +139,7 @@ def shard(
     forward_methods: tuple[str, ...],
     mesh: DeviceMesh,
     compute: torch.dtype | None,
-    *,
-    reshard_after_forward: bool,
+    section: ParallelSection,
 ) -> None:
     """Shard parameters, gradients and optimiser state over the ranks: each unit by itself, the rest as one more.
 
@@ -140,18 +149,22 @@ def shard(
         units: modules whose parameters are gathered when they are called, and freed after the call.
         forward_methods: the model's methods that run it, beside `forward`.
         compute: gather parameters in this dtype (gradients are reduced in float32); None: in the dtype they have.
-        reshard_after_forward: True: ZeRO-3, units free their parameters after the forward pass and gather them again
-            for the backward pass. False: ZeRO-2, they keep them until then.
+        section: `reshard_after_forward`: ZeRO-3, units free their parameters after the forward pass and gather them
+            again for the backward pass; if false, ZeRO-2, they keep them until then. `offload`: parameters, gradients
+            and the optimiser's state are kept in the host's memory, where AdamW runs, too; what is gathered is sent to
+            the device, and what is reduced comes back (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840).
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute,
         reduce_dtype=None if compute is None else torch.float32,
         cast_forward_inputs=False,  # the embedding comes out as it should, and rotary tables stay in float32
     )
+    kept = OffloadPolicy() if section.offload is None else CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    how: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": kept}
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(unit, **how, reshard_after_forward=section.reshard_after_forward)
     # The rest (final norm, head) ends the forward pass and begins the backward pass, so freeing it between is no use.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, **how, reshard_after_forward=False)
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
 

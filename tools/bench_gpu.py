@@ -224,7 +224,7 @@ def sharding(bench: Bench, name: str) -> None:
         for layer in model.model.layers:
             layer.compile()
         if peer == "k2mini":
-            shard(model, model.units(), methods, mesh, None, reshard_after_forward=True)
+            shard(model, model.units(), methods, mesh, None, ParallelSection())
         measures[peer] = rate_of_training(draw(model), batch_of([LENGTH]))
     bench.row(name, f"FSDP2 at world size 1, {blocks} blocks", measures)
 

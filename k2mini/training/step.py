@@ -111,7 +111,8 @@ def train_step(
     (count,) = world.all_reduce(sum(batch.num_supervised() for batch in batches))
     loss_share = accumulate(model, batches, count, world)
     # A GPU is waited for here, once a step.
-    loss, grad_norm = torch.stack([loss_share, clip_gradients(model, section.max_grad_norm)]).tolist()
+    norm = clip_gradients(model, section.max_grad_norm).to(loss_share.device)  # offloaded gradients are on the host
+    loss, grad_norm = torch.stack([loss_share, norm]).tolist()
     (loss,) = world.all_reduce(loss)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         first, last = step * section.global_batch_size, (step + 1) * section.global_batch_size - 1
