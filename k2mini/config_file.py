@@ -261,4 +261,7 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
         section = asdict(part) if (part := getattr(config, name)) is not None else {}
         paths = {key: str(Path(value).resolve()) for key, value in section.items() if key.endswith("path") and value}
         found[name] = {key: value for key, value in (section | paths).items() if key not in _FREE}
+    for key in ("train_embeddings", "train_head"):  # false, they are left out, as in checkpoints from before them
+        if not found["lora"].get(key):
+            found["lora"].pop(key, None)
     return found
