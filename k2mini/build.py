@@ -155,7 +155,7 @@ def make_trainable(
     if section.quantize is not None:
         quant.quantize_blocks(model.model.layers, section.quantize)
     if lora is not None:
-        attach(model, lora)
+        attach(model, lora, whole=True)
     model.model.recompute_every = train.activation_checkpointing
     # Compiled blocks need fixed shapes; and a GPU takes all documents in one call (see nn/packed.py).
     model.model.by_document = device.type == "cpu" and not train.compile

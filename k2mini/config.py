@@ -139,6 +139,8 @@ class LoraSection:
     dropout: float = 0.05  # of the adapters' input
     rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
     target_modules: list[str] | Literal["all"] = field(default_factory=lambda: [*LORA_TARGETS[:3]])  # what is adapted
+    train_embeddings: bool = False  # the token embedding trains whole, for domains with words of their own
+    train_head: bool = False  # the output head trains whole, too
     init_adapter: str | None = None  # start from this adapter's weights, with a fresh optimiser and schedule
 
     def __post_init__(self) -> None:
@@ -154,6 +156,11 @@ class LoraSection:
     def scaling(self) -> float:
         """The factor of the adapter's output."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """What trains whole beside the adapters, by peft's name for it."""
+        return ["embed_tokens"] * self.train_embeddings + ["lm_head"] * self.train_head
 
 
 @dataclass(frozen=True)

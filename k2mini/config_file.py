@@ -276,4 +276,7 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
         if sources:
             found[name]["sources.path"] = [str(Path(source["path"]).resolve()) for source in sources]
             found[name]["sources.weight"] = [source["weight"] for source in sources]
+    for key in ("train_embeddings", "train_head"):  # false, they are left out, as in checkpoints from before them
+        if not found["lora"].get(key):
+            found["lora"].pop(key, None)
     return found

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from k2mini.errors import some
 from k2mini.files import progress_bar
-from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
+from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config, read_whole
+from k2mini.weights.merge import merged_reader
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
 
 EXACT = 1024  # a matrix with at most this many rows or columns gets its exact singular values; others an estimate
@@ -78,7 +79,7 @@ def check_shapes(before: Path, after: Path) -> tuple[CheckpointReader, Checkpoin
 
 
 def diff_adapter(base: Path, adapter: Path) -> list[Change]:
-    """What an adapter adds to every matrix that it adapts, with exact rank and spectrum.
+    """What an adapter adds to every matrix that it adapts, with exact rank and spectrum; how those that it has changed.
 
     Raises ValueError where the adapter was not trained on this base.
     """
@@ -108,6 +109,9 @@ def diff_adapter(base: Path, adapter: Path) -> list[Change]:
                 ((top.T @ delta).square().sum() / delta.square().sum()).item(),
             )
         )
+    if whole := read_whole(adapter, section, directory.config):
+        merged = merged_reader(directory, [adapter])
+        found += [_change(reader, merged, name, subspace=True) for name in whole]
     return found
 
 

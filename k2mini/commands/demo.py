@@ -15,6 +15,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--control", action="store_true", help="also tune the base without further pretraining")
+    parser.add_argument("--lora", action="store_true", help="also learn the documents by LoRA alone, for comparison")
     parser.add_argument("--quick", action="store_true", help="every stage in under a minute; it learns next to nothing")
     parser.add_argument("--json", action="store_true", help="print report.json and nothing else")
     parser.set_defaults(run=run_demo)
@@ -27,7 +28,8 @@ def run_demo(options: argparse.Namespace) -> None:
     from k2mini.demo.report import answer_table, stage_table
 
     set_threads(options.threads)
-    report = pipeline.run_demo(options.out, seed=options.seed, quick=options.quick, control=options.control)
+    wanted = {name: getattr(options, name) for name in ("seed", "quick", "control", "lora")}
+    report = pipeline.run_demo(options.out, **wanted)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
         return

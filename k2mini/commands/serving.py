@@ -89,7 +89,7 @@ def run_serve(options: argparse.Namespace) -> None:
     if taken := {*bases} & {*adapters}:
         raise ValueError(f"--adapter {taken.pop()} has the name of a model")
     for path in adapters.values():
-        checked_adapter(path, directory)
+        checked_adapter(path, directory, stacked=True)
     template = open_template(options.template or tuned_in(*adapters.values()), directory.path, tokenizer)
     local = options.host in LOOPBACK
     if not local and not keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,29 @@ from k2mini.weights.stream import hash_tensors
 log = logging.getLogger(__name__)
 
 
-def run_demo(out: Path, *, seed: int = 0, quick: bool = False, control: bool = False) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, seed: int = 0, quick: bool = False, control: bool = False, lora: bool = False
+) -> dict[str, Any]:
     """Run every stage that is not finished yet, judge it, and write the report. Returns the content of report.json.
 
     Args:
         out: gets everything: data, models, runs, report.
         quick: a few steps of everything, which teach nothing.
         control: instruction tuning without further pretraining as well, for comparison.
+        lora: the documents learned by LoRA alone as well, and instruction tuning after it.
 
     Raises ValueError where `out` holds a demo of another seed or size.
     """
     with output(out, mark=("demo.json", "data", "base", "report.json")):
-        return _run(out, seed, quick=quick, control=control)
+        return _run(out, seed, quick=quick, control=control, lora=lora)
 
 
-def _run(out: Path, seed: int, *, quick: bool, control: bool) -> dict[str, Any]:
+def _run(out: Path, seed: int, *, quick: bool, control: bool, lora: bool) -> dict[str, Any]:
     start = time.perf_counter()
     scale, spent = (QUICK if quick else FULL), _settings(out, seed, quick)
     if (out / "report.json").exists():
         log.info("what is finished in %s is not run again; to run it anew, remove it or name another --out", out)
-    base, steps = out / "base", _Steps(8 + 3 * control, quick)
+    base, steps = out / "base", _Steps(8 + 3 * control + 3 * lora, quick)
 
     steps.begin("the miniature world: facts, corpus, instructions, questions", 1)
     _write_inputs(out, seed, scale)
@@ -84,6 +87,8 @@ def _run(out: Path, seed: int, *, quick: bool, control: bool) -> dict[str, Any]:
     steps.begin("merge: the adapter goes into the weights", 1)
     if not (out / "merged").exists():
         merge_adapters(tuned, [second], out / "merged")
+    if lora:
+        stages += _lora(out, seed, scale, steps)
     if control:
         stages.append(_control(out, seed, scale, steps))
 
@@ -108,6 +113,31 @@ def _control(out: Path, seed: int, scale: Scale, steps: _Steps) -> Stage:
     stage = Stage("control", base, second)
     judge(out, stage)
     return stage
+
+
+def _lora(out: Path, seed: int, scale: Scale, steps: _Steps) -> list[Stage]:
+    """The documents learned by LoRA alone and merged, then both stages as over full pretraining; all are judged.
+
+    Rank and learning rate are the best of the trials in tools/results/demo_lora.txt: facts need many more numbers than
+    a way to answer, and adapters a higher learning rate than all parameters.
+    """
+    steps.begin("LoRA on documents: all matrices of the blocks, the corpus as above; then merged", 60)
+    whole, section = _pretrain_config(out, seed, scale), LoraSection(64, 128.0, 0.0, target_modules="all")
+    own = replace(whole.run, dir=str(out / "lora_documents"))
+    config = replace(whole, run=own, lora=section, train=replace(whole.train, lr=5e-3, weight_decay=0.0))
+    adapter, model = _train(out, "lora_documents", config), out / "lora_model"
+    if not model.exists():
+        merge_adapters(out / "base", [adapter], model)
+    stages = [Stage("lora_documents", model)]
+    steps.begin("LoRA on documents, stage one", 10)
+    first = _train(out, "lora_stage1", _finetune_config(out, "lora_stage1", model, "general", seed, scale.stage1_steps))
+    stages.append(Stage("lora_stage1", model, first))
+    steps.begin("LoRA on documents, stage two", 20)
+    config2 = _finetune_config(out, "lora_stage2", model, "expert", seed, scale.stage2_steps, init=first)
+    stages.append(Stage("lora_stage2", model, _train(out, "lora_stage2", config2)))
+    for stage in stages:
+        judge(out, stage)
+    return stages
 
 
 class _Steps:

@@ -6,7 +6,8 @@ V vocabulary.
 Switches, all off in a new model:
     recompute_every     Decoder    activation checkpointing; set by build.make_trainable
     by_document         Decoder    how packed rows attend on a CPU; set by build.make_trainable
-    gathered_dtype      Llama      the compute dtype of sharded weights, and `gathered_device`; set by build.make_trainable
+    gathered_dtype      Llama      the compute dtype of weights that are kept in another, and `gathered_device`;
+                                   set by build.make_trainable
     quantized_head      Llama      an int8 vocabulary projection; set by build.load_model(quantize_head=True)
     decode_blocks       Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
     hook                all parts  reads or replaces activations; set by audit.hooks while it is in use
@@ -144,7 +145,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.decode_logits: Callable[..., Tensor] | None = None  # `logits`, compiled
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
-        self.gathered_dtype: torch.dtype | None = None  # sharded weights are cast to it as they are gathered
+        self.gathered_dtype: torch.dtype | None = None  # weights are cast to it as they are gathered, or used
         self.gathered_device: torch.device | None = None  # and sent to it, where they are offloaded
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache = None) -> Tensor:
@@ -191,7 +192,7 @@ class Llama(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection's weight. (V, D)."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight.to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,13 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from k2mini.config import LORA_TARGETS, LoraSection
 from k2mini.distributed import World, fill, local_part
+from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import Linear, product
+from k2mini.nn.llama import Llama
 from k2mini.nn.quant import PARTS, parts_of, quantized_product
 
 # An adapter that does not train: module name -> A (R, in), B (out, R), scaling.
 Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
 
 TARGETS = LORA_TARGETS
+WHOLE = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}  # by peft's names of their modules
 
 
 class LoraLinear(Linear):
@@ -49,8 +52,12 @@ class LoraLinear(Linear):
         return self.biased(out) + F.linear(low, self.lora_B.to(x.dtype)) * self.scaling
 
 
-def attach(model: nn.Module, section: LoraSection) -> list[str]:
+def attach(model: Llama, section: LoraSection, *, whole: bool = False) -> list[str]:
     """Freeze the model and put an adapter, without values yet, on every linear module that a target names.
+
+    Args:
+        whole: embedding and head train, too, where `section` says so. They are kept in float32 at least then, and cast
+            to the model's dtype where they are used.
 
     Returns: the names of these modules. Raises ValueError where the model has no module of a target's name.
     """
@@ -66,7 +73,33 @@ def attach(model: nn.Module, section: LoraSection) -> list[str]:
         base = model.get_submodule(name)
         assert isinstance(base, Linear)
         setattr(model.get_submodule(parent), child, LoraLinear(base, section))
+    if whole:
+        _train_whole(model, section)
     return sorted(names)
+
+
+def whole_weights(section: LoraSection, config: ModelConfig) -> list[str]:
+    """The names of the weights that train whole beside the adapters.
+
+    Raises ValueError where embedding and head are one matrix: a change for the one would change the other unasked.
+    """
+    if section.modules_to_save and config.tie_embeddings:
+        raise ValueError(
+            "lora.train_embeddings and lora.train_head need a model whose embedding and head are two matrices; this "
+            "one's are tied (tie_word_embeddings), so neither can train or be saved alone: set both to false"
+        )
+    return [WHOLE[name] for name in section.modules_to_save]
+
+
+def _train_whole(model: Llama, section: LoraSection) -> None:
+    dtype = model.dtype
+    for name in whole_weights(section, model.config):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(module.weight, Tensor)
+        module.weight = nn.Parameter(module.weight.detach().to(torch.promote_types(dtype, torch.float32)))
+    if section.train_embeddings:
+        model.gathered_dtype = dtype
+        model.model.embed_tokens.register_forward_hook(lambda _module, _tokens, rows: rows.to(dtype))
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:

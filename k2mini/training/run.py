@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from k2mini.files import output, write_text
 from k2mini.model_config import tensor_shapes
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
+from k2mini.nn.lora import whole_weights
 from k2mini.training.checkpoint import (
     best_checkpoint,
     changes,
@@ -196,8 +198,10 @@ def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = Non
     section, trained, number = config.checkpoint, base.config.num_parameters(), 1
     itemsize = result = kept_dtype(config.model, None).itemsize
     if (lora := config.lora) is not None:
-        shapes = [(name, shape) for name, shape in tensor_shapes(base.config).items() if len(shape) == 2]
-        trained = lora.rank * sum(sum(shape) for name, shape in shapes if name.split(".")[-2] in lora.target_modules)
+        shapes = {name: shape for name, shape in tensor_shapes(base.config).items() if len(shape) == 2}
+        trained = sum(math.prod(shapes[name]) for name in whole_weights(lora, base.config))
+        named = [shape for name, shape in shapes.items() if name.split(".")[-2] in lora.target_modules]
+        trained += lora.rank * sum(map(sum, named))
     else:
         result = DTYPES[config.model.dtype].itemsize
     if task is not None:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from k2mini.config import LoraSection
 from k2mini.distributed import fill
 from k2mini.errors import short
 from k2mini.files import new_directory, read_json
-from k2mini.model_config import number
+from k2mini.model_config import ModelConfig, number, tensor_shapes
 from k2mini.nn.layers import Linear
 from k2mini.nn.llama import Llama
-from k2mini.nn.lora import TARGETS, Adapter, lora_modules
+from k2mini.nn.lora import TARGETS, WHOLE, Adapter, lora_modules, whole_weights
 from k2mini.weights.model_directory import ModelDirectory, read_manifest
 from k2mini.weights.model_files import write_manifest
 from k2mini.weights.stream import Tensors, Written, write_safetensors
@@ -40,14 +40,14 @@ def save_adapter(
     """Write the adapters of a model, read them back and compare; the directory appears whole or not at all.
 
     Args:
-        adapters: parameter name -> tensor, as `adapter_tensors` gives them.
+        adapters: parameter name -> tensor, as `adapter_tensors` gives them, and the weights that trained whole.
         base: adapter_config.json's name of the base model.
         note: the base's fingerprint, for the manifest; '': that of `base`, where it is a directory.
         trained: refuse an adapter whose B matrices are all zero, since training has then changed nothing.
 
     Raises ValueError where there is no adapter or nothing in it, or `directory` exists and is not empty.
     """
-    tensors = {f"{PREFIX}{name}.weight": adapters[name].cpu().contiguous() for name in adapters}
+    tensors = {f"{PREFIX}{name.removesuffix('.weight')}.weight": adapters[name].cpu().contiguous() for name in adapters}
     if not tensors:
         raise ValueError("the model has no adapter to save")
     if trained and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
@@ -66,12 +66,15 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if section.modules_to_save:
+        config["modules_to_save"] = section.modules_to_save
     with new_directory(directory) as beside:
         content = Written()
         write_safetensors(Tensors(tensors), list(tensors), beside / WEIGHTS, content)
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        written = read_adapter(beside, read_adapter_config(beside))
+        written, read = read_adapter(beside, read_adapter_config(beside)), read_weights(beside)[1]
         flat = {f"{module}.{kind}": t for module, pair in written.items() for kind, t in zip(KINDS, pair, strict=True)}
+        flat |= {name: read[PREFIX + name] for name in WHOLE.values() if PREFIX + name in read}
         if flat.keys() != adapters.keys() or any(not torch.equal(flat[k], adapters[k].cpu()) for k in flat):
             raise OSError(f"{directory}: what was written does not read back as it was")
         note = note or (ModelDirectory(base).fingerprint() if Path(base).is_dir() else "")
@@ -91,13 +94,22 @@ def check_base(directory: Path, *bases: ModelDirectory) -> ModelDirectory:
     raise ValueError(f"{directory} was trained on another base than {named}; they do not belong together")
 
 
-def checked_adapter(directory: Path, base: ModelDirectory) -> LoraSection:
+def checked_adapter(directory: Path, base: ModelDirectory, *, stacked: bool = False) -> LoraSection:
     """The shape of an adapter, once base and files fit it: before a rank of 10**12 gets memory.
 
-    Raises ValueError where they don't.
+    Args:
+        stacked: it is to stand beside other adapters over one model.
+
+    Raises ValueError where they don't, or it can't.
     """
     check_base(directory, base)
     section = read_adapter_config(directory)
+    if stacked and section.modules_to_save:
+        names = " and ".join(section.modules_to_save)
+        raise ValueError(
+            f"{directory} has its own {names}, where adapters share the base's; `k2mini merge` it, and serve that"
+        )
+    read_whole(directory, section, base.config)
     read_adapter(directory, section)
     return section
 
@@ -112,9 +124,12 @@ def read_adapter_config(directory: Path) -> LoraSection:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA")
-    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
+    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if raw.get(key):
             raise ValueError(f"{path}: {key} is {short(raw[key])}, which is not supported")
+    whole = raw.get("modules_to_save") or []
+    if not isinstance(whole, list) or any(module not in (*WHOLE,) for module in whole):
+        raise ValueError(f"{path}: modules_to_save is {short(whole)}; k2mini has embed_tokens and lm_head")
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias is {short(raw['bias'])}, only 'none' is supported")
     targets = raw.get("target_modules")
@@ -134,6 +149,8 @@ def read_adapter_config(directory: Path) -> LoraSection:
             dropout=float(raw.get("lora_dropout") or 0.0),
             rslora=bool(raw.get("use_rslora")),
             target_modules=sorted(set(targets)),
+            train_embeddings="embed_tokens" in whole,
+            train_head="lm_head" in whole,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -141,9 +158,11 @@ def read_adapter_config(directory: Path) -> LoraSection:
 
 def read_adapter(directory: Path, section: LoraSection) -> dict[str, tuple[Tensor, Tensor]]:
     """Module name -> (A (R, in), B (out, R)). Raises ValueError where the file is damaged or of another rank."""
-    path, tensors = _read_weights(directory)
+    path, tensors = read_weights(directory)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if key.removeprefix(PREFIX) in (WHOLE[name] for name in section.modules_to_save):
+            continue
         module, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if kind not in KINDS or not key.startswith(PREFIX):
             raise ValueError(f"{path} holds {key}, which is no LoRA weight under the names that peft gives them")
@@ -160,7 +179,28 @@ def read_adapter(directory: Path, section: LoraSection) -> dict[str, tuple[Tenso
     return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
 
 
-def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+def read_whole(directory: Path, section: LoraSection, config: ModelConfig) -> dict[str, Tensor]:
+    """Weight name -> what an adapter has in its place, whole (peft's `modules_to_save`).
+
+    Raises ValueError where one is missing, damaged or of another shape than the model's, or the model has one for both.
+    """
+    try:
+        names = whole_weights(section, config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    path, tensors = read_weights(directory)
+    shapes, found = tensor_shapes(config), {}
+    for name in names:
+        tensor = tensors.get(PREFIX + name)
+        if tensor is None or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path} has no {PREFIX}{name}, which adapter_config.json names, or it is not finite")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{directory}: {name} has another shape than the model's")
+        found[name] = tensor
+    return found
+
+
+def read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     """The adapter's file, safetensors or, as peft wrote in 2023, .bin; and the tensors in it."""
     path, old = directory / WEIGHTS, directory / "adapter_model.bin"
     if not path.is_file() and old.is_file():
@@ -179,18 +219,19 @@ def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
 def start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
     given = read_adapter_config(directory)
-    for key in ("rank", "alpha", "target_modules"):
+    for key in ("rank", "alpha", "target_modules", "train_embeddings", "train_head"):
         ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
         if ours != theirs:
             raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
     load_adapter(model, directory, given)
 
 
-def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> None:
+def load_adapter(model: Llama, directory: Path, section: LoraSection) -> None:
     """Copy an adapter's values into a model to which `attach` has added LoRA modules.
 
     Raises ValueError, naming the module, unless the adapter has exactly the model's modules, shapes and rank.
     """
+    whole = read_whole(directory, section, model.config)
     modules, pairs = lora_modules(model), read_adapter(directory, section)
     odd = sorted(set(modules) ^ set(pairs))
     if odd:
@@ -202,6 +243,8 @@ def load_adapter(model: nn.Module, directory: Path, section: LoraSection) -> Non
             raise ValueError(f"{directory}: {name} has another shape than the model's")
         fill(module.lora_A, lora_a)
         fill(module.lora_B, lora_b)
+    for name, tensor in whole.items():
+        fill(model.get_parameter(name), tensor)
 
 
 def load_adapters(model: Llama, base: ModelDirectory, directories: Mapping[str, Path]) -> dict[str, Adapter]:
@@ -212,7 +255,7 @@ def load_adapters(model: Llama, base: ModelDirectory, directories: Mapping[str, 
     loaded: dict[str, Adapter] = {}
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, directory in directories.items():
-        section = checked_adapter(directory, base)
+        section = checked_adapter(directory, base, stacked=True)
         loaded[name] = adapter = {
             module: (lora_a.to(model.device, model.dtype), lora_b.to(model.device, model.dtype), section.scaling)
             for module, (lora_a, lora_b) in read_adapter(directory, section).items()

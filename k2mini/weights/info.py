@@ -16,7 +16,7 @@ from k2mini.distributed import local_part
 from k2mini.model_config import QUANTIZED, ModelConfig, tensor_shapes
 from k2mini.nn.quant import int8_matrices, quantized_tensors
 from k2mini.sizes import readable
-from k2mini.weights.adapter import read_adapter, read_adapter_config
+from k2mini.weights.adapter import read_adapter, read_adapter_config, read_weights
 from k2mini.weights.convert import open_layout
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, tokenizer_file
 
@@ -28,8 +28,8 @@ def inspect_directory(path: Path) -> dict[str, Any]:
 
     Returns: `kind` ('model', 'meta', 'delta' or 'adapter'), `parameters`, `dtypes` (name -> parameters), `files` (name
     -> bytes), `tokenizer`, `manifest` (whether there is one); of a model and a delta `shape`; of a delta `delta`, its
-    format; of a model `memory` (see `memory`); of an adapter `rank`, `alpha`, `target_modules` and `modules`, their
-    number.
+    format; of a model `memory` (see `memory`); of an adapter `rank`, `alpha`, `target_modules`, `modules_to_save` and
+    `modules`, the number of those adapted.
 
     Raises ValueError, naming the file, where the directory is none of these, or not complete.
     """
@@ -91,9 +91,8 @@ def _tokenizer(directory: Path) -> dict[str, int | None] | None:
 def _adapter(directory: Path) -> dict[str, Any]:
     section = read_adapter_config(directory)
     pairs = read_adapter(directory, section)
-    tensors = [tensor for pair in pairs.values() for tensor in pair]
     dtypes: Counter[str] = Counter()
-    for tensor in tensors:
+    for tensor in read_weights(directory)[1].values():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     return {
         "kind": "adapter",
@@ -102,6 +101,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "rank": section.rank,
         "alpha": section.alpha,
         "target_modules": section.target_modules,
+        "modules_to_save": section.modules_to_save,
         "modules": len(pairs),
         "tokenizer": None,
     }
@@ -126,7 +126,7 @@ def describe_directory(found: dict[str, Any]) -> str:
     if found["kind"] == "adapter":
         lines.append(
             f"LoRA: rank {found['rank']}, alpha {found['alpha']:g}, on {', '.join(found['target_modules'])} "
-            f"({found['modules']} modules)"
+            f"({found['modules']} modules){''.join(f', and {name} whole' for name in found['modules_to_save'])}"
         )
     else:
         shape = found["shape"]

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from k2mini.files import check_output
 from k2mini.model_config import tensor_shapes
 from k2mini.nn.lora import merged_weight
-from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config
+from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config, read_whole
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
 from k2mini.weights.model_files import find_tokenizer, save_model
 
@@ -51,24 +52,36 @@ def merged_reader(base: ModelDirectory, adapters: Sequence[Path], weights: Seque
     if base.quantized is not None:
         raise ValueError(f"{base.path} is quantised; an adapter is merged into full-precision weights only")
     reader, products = base.reader, dict[str, list[tuple[Tensor, Tensor, float]]]()
+    whole: dict[str, Tensor] = {}
     for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
         section = read_adapter_config(adapter)
         pairs = read_adapter(adapter, section)
         check_base(adapter, base)
+        if section.modules_to_save and (len(adapters) > 1 or weight != 1):
+            names = " and ".join(section.modules_to_save)
+            raise ValueError(
+                f"{adapter} has its own {names}, which can't be added to others: merge it alone, unweighted"
+            )
+        whole |= read_whole(adapter, section, base.config)
         for module, (lora_a, lora_b) in pairs.items():
             name = f"{module}.weight"
             if name not in reader.files or reader.shape(name) != (lora_b.shape[0], lora_a.shape[1]):
                 raise ValueError(f"{adapter}: {module} does not fit {base.path}; they do not belong together")
             products.setdefault(name, []).append((lora_a, lora_b, weight * section.scaling))
-    return MergedReader(reader, products)
+    return MergedReader(reader, products, whole)
 
 
 class MergedReader(CheckpointReader):
     """The tensors of a directory with adapters merged into them as they are read."""
 
-    def __init__(self, reader: CheckpointReader, products: dict[str, list[tuple[Tensor, Tensor, float]]]) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        products: dict[str, list[tuple[Tensor, Tensor, float]]],
+        whole: dict[str, Tensor],
+    ) -> None:
         self.directory, self.files = reader.directory, reader.files
-        self._reader, self._products = reader, products
+        self._reader, self._products, self._whole = reader, products, whole
         self.shape, self.stored_dtype = reader.shape, reader.stored_dtype  # type: ignore[method-assign]
 
     def tensor(self, name: str) -> Tensor:
@@ -76,8 +89,15 @@ class MergedReader(CheckpointReader):
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of the base's tensor, with the same rows of each `scaling * B @ A` added; any rows can be asked for."""
+        """Rows of the base's tensor, with the same rows of each `scaling * B @ A` added; any rows can be asked for.
+
+        An adapter's own embedding or head takes the place of the base's, in its dtype.
+        """
         weight, products = self._reader.rows(name, start, stop), self._products.get(name)
+        if name in self._whole:
+            weight = self._whole[name][start:stop].to(weight.dtype)
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name}: the adapter's has values that are not finite in {weight.dtype}")
         if products is None:
             return weight
         try:
