@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from k2mini.commands import audit, demo, doctor, evaluation, inference, plan, serving, training, weights
+from k2mini.commands import audit, demo, doctor, evaluation, following, inference, plan, serving, training, weights
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("plan", plan.plan_arguments, "memory, communication and length of a run, before it is run", CONFIG, DEBUG)
     add("export", training.export_arguments, "a checkpoint as a Hugging Face directory", TARGET)
     add("plot", training.plot_arguments, "loss curves of runs as a picture (extra: plot)", DEBUG)
+    add("report", following.report_arguments, "what runs did, as text or as one page: curves, settings, answers", DEBUG)
     add("merge", weights.merge_arguments, "base + adapter as a Hugging Face directory", TARGET)
     add("delta", weights.delta_arguments, "publish a tuned model as its difference from the base")
     add("convert", weights.convert_arguments, "a model in another format, dtype or shard size", TARGET)
@@ -89,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         if not (_is_main() or isinstance(error, STOPPED)):
             time.sleep(5)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
-        status = end(error)
-        if status is None:
+        if (status := end(error)) is None:
             raise
     sys.exit(status)
 

@@ -43,6 +43,7 @@ class RunSection:
     seed: int = 0  # the same seed, data and number of threads give the same run
     deterministic: bool = False  # on a GPU, repeat bit for bit, slower; a CPU does in any case
     tensorboard: bool = False  # also write the metrics for TensorBoard (extra: tensorboard)
+    wandb: bool = False  # and for Weights & Biases, project k2mini or $WANDB_PROJECT (extra: wandb)
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,10 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """A benchmark that is run while training, with settings of `k2mini eval`; its accuracies go into the metrics."""
+    """What is asked while training: a benchmark, with settings of `k2mini eval`, and prompts that a reader follows.
+
+    The accuracies go into the metrics, the answers into samples.jsonl.
+    """
 
     benchmark: list[str] = field(default_factory=list)  # files, as of `k2mini eval --benchmark`
     every: int = 0  # steps between its runs, the last of them after the last step; 0: never
@@ -249,8 +253,13 @@ class EvalSection:
     scoring: str = "letter"  # as of `k2mini eval --scoring`
     template: str | None = None  # as of `k2mini eval --template`; null: the model's own, or else alpaca
     answer_prefix: str = ""  # what the answer begins with, after the prompt
+    prompts: list[str] = field(
+        default_factory=list
+    )  # instructions, answered greedily at each validation; template null: in data.template
+    max_new_tokens: int = 64  # of each answer to them
 
     def __post_init__(self) -> None:
+        _check_positive(self, "eval", "max_new_tokens")
         if self.every < 0 or (self.every and not self.benchmark):
             raise ValueError(f"eval.every ({self.every}) must be 0, or a number of steps with an eval.benchmark to run")
 

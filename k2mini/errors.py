@@ -16,6 +16,7 @@ EXTRAS = {
     "plot": "a picture of losses or accuracies",
     "gguf": "GGUF, the format of llama.cpp,",
     "tensorboard": "run.tensorboard",
+    "wandb": "run.wandb",
     "serve": "k2mini serve",
     "tokenizers": "tokenizer.json, which this model's text needs,",
     "chat": "a model's own chat template",

@@ -20,6 +20,7 @@ PACKAGES = {
     "plot": ["matplotlib"],
     "gguf": ["gguf"],
     "tensorboard": ["tensorboard", "torch.utils.tensorboard"],
+    "wandb": ["wandb"],
     "serve": ["uvicorn"],
     "tokenizers": ["tokenizers"],
     "chat": ["jinja2"],

@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RUNTIME = {"torch", "sentencepiece", "safetensors", "numpy", "yaml", "tqdm"}
 # Extras are imported where they are used, never at module level.
-EXTRAS = {"matplotlib", "tensorboard", "gguf", "triton", "uvicorn", "tokenizers", "jinja2", "huggingface_hub"}
+EXTRAS = {"matplotlib", "tensorboard", "wandb", "gguf", "triton", "uvicorn", "tokenizers", "jinja2", "huggingface_hub"}
 
 
 def imports(path):

@@ -8,6 +8,7 @@ from k2mini.audit import page
 from k2mini.audit.reports import Report, visible
 from k2mini.audit.weight_diff import Change, as_json, by_layer, by_module
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.page import table
 
 COLUMNS = ["change", "cosine", "effective rank", "in top", "tensor"]
 
@@ -31,7 +32,7 @@ def diff_report(
     how = "Effective rank: participation ratio of the singular values. In top: in the base's 64 strongest directions."
     sections = [
         _change_map(changes, list(layers)),
-        page.Section("The largest changes", how, lambda _scale: page.table(COLUMNS, rows)),
+        page.Section("The largest changes", how, lambda _scale: table(COLUMNS, rows)),
     ]
     if tokens:
         listed = ", ".join(f"{text} ({100 * value:.1f} %)" for text, value in tokens)

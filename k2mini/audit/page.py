@@ -7,27 +7,14 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-# The browser refuses to load anything from elsewhere, and says so on its console, where the tests look.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+from k2mini import page
+
 # A cell's colour is a hue, --up or --down, as opaque as --a says. Both are chosen so that --ink can be read on the full
 # hue. A map that is too wide is scrolled from its end, which `direction: rtl` shows first: the answer stands there.
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #fbfbfd; --card: #ffffff; --line: #e3e6ec;
-  --up: 24 92% 50%; --down: 212 90% 62%; }
-@media (prefers-color-scheme: dark) { :root { --ink: #f2f4f8; --soft: #9aa4b2; --paper: #14171d; --card: #1b1f27;
-  --line: #333a46; --up: 24 92% 38%; --down: 212 80% 45%; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1600px; margin: 0 auto; padding: 20px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0; }
-p { margin: 0 0 6px; color: var(--soft); max-width: 110ch; }
-b, figcaption { font-weight: 500; }
-pre, .said { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--ink); margin: 0; }
-pre { font: 13px/1.5 ui-monospace, monospace; max-width: 110ch; }
-summary { cursor: pointer; color: var(--soft); }
+STYLE = (
+    page.STYLE
+    + """
 .sections, .models { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 14px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
-  max-width: 100%; min-width: min(100%, 310px); }
 section > p { width: 0; min-width: 100%; }
 figure { margin: 0; max-width: max(50% - 7px, min(100%, 500px)); } figure:only-child { max-width: 100%; }
 @media (max-width: 1060px) { figure { max-width: 100%; } }
@@ -36,9 +23,6 @@ figcaption { overflow-wrap: anywhere; }
 .scale { font-size: 12px; margin-bottom: 8px; display: flex; align-items: center; gap: 6px; }
 .scale span { display: flex; border: 1px solid var(--line); } .scale i { width: 8px; height: 12px; }
 td, i, .tokens span { background: hsl(var(--hue, var(--up)) / var(--a, 0)); } .n { --hue: var(--down); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 500; text-align: left; }
-.table { font-size: 13px; } .table td, .table th { padding: 3px 16px 3px 0; border-bottom: 1px solid var(--line); }
 .map, .bars { font-size: 12px; line-height: 1; white-space: nowrap; }
 .map td { border: 1px solid var(--line); min-width: 20px; max-width: 20px; height: 20px; padding: 0 2px; }
 .map.wide td { min-width: 58px; max-width: 58px; }
@@ -55,6 +39,7 @@ th { color: var(--soft); font-weight: 500; text-align: left; }
 .tokens b { color: var(--soft); font-family: system-ui, sans-serif; padding-right: 8px; }
 .tokens span { padding: 0 1px; border-radius: 3px; display: inline-block; }
 """
+)
 # The order in which the model computes them, and in which the terminal and the arrays of --json have them.
 ORDER = (
     "Layers run from the first, 0, at the top to the last at the bottom. A map wider than its place shows its end: "
@@ -129,14 +114,8 @@ def html_page(title: str, texts: Mapping[str, str], models: Sequence[tuple[str, 
         else f'<p>{escape(name)}: <span class="said">{escape(text)}</span></p>'
         for name, text in texts.items()
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
-        f"<body><main><h1>{escape(title)}</h1>{asked}<p>{escape(ORDER)}</p>\n"
-        f'<div class="sections">{"".join(map(_section, groups.values()))}</div>\n</main></body></html>\n'
-    )
+    body = f'{asked}<p>{escape(ORDER)}</p>\n<div class="sections">{"".join(map(_section, groups.values()))}</div>'
+    return page.document(title, STYLE, body)
 
 
 def _section(models: Sequence[tuple[str, Section]]) -> str:
@@ -205,10 +184,3 @@ def text_strip(
         for token, value, tip in zip(tokens, values, tips, strict=True)
     )
     return f'<div class="tokens"><b>{escape(name)}</b>{spans}</div>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of texts."""
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="table"><tr>{cells}</tr>{body}</table>'

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from k2mini.config_file import Config
-    from k2mini.data.tokenizer import Tokenizer
-    from k2mini.distributed import World
-    from k2mini.nn.llama import Llama
-    from k2mini.training.run import Benchmark
 
 log = logging.getLogger("k2mini.commands")
 
@@ -138,6 +134,7 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
     from torch import OutOfMemoryError
 
     from k2mini.build import is_sharded, pick_device, set_threads
+    from k2mini.commands import following
     from k2mini.config_file import config_kind, load_config
     from k2mini.distributed import ranks
     from k2mini.gpu import repeat_exactly
@@ -160,7 +157,9 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         config = with_demo_files(config, is_main=world.is_main)
         world.barrier()  # until the first rank has made them
         try:
-            out = start(config, world, benchmark=_benchmark(config, world))
+            benchmark = following.benchmark(config, world) if config.eval.every else None
+            answer = following.answer(config) if config.eval.prompts else None
+            out = start(config, world, benchmark=benchmark, answer=answer)
         except OutOfMemoryError as error:
             error.add_note(fit.what_takes_less(config, world.size))  # which `errors.sentence` says
             raise
@@ -170,33 +169,6 @@ def _train(options: argparse.Namespace, kind: type[Config], start: Callable[...,
         if metrics.exists():
             for line in (*loop.summary(metrics).splitlines(), f"every step is in {metrics}, the {out.name} in {out}"):
                 log.info("%s", line)
-
-
-def _benchmark(config: RunConfig, world: World) -> Benchmark | None:
-    """What `eval` asks for, its questions read before the long run begins."""
-    section = config.eval
-    if not section.every:
-        return None
-    from k2mini.data.chats import open_template
-    from k2mini.evaluation.benchmarks import read_benchmark
-    from k2mini.evaluation.evaluate import evaluate
-    from k2mini.evaluation.instances import EvalConfig
-    from k2mini.evaluation.report import summarise
-    from k2mini.training.loop import ACCURACY
-    from k2mini.weights.model_directory import ModelDirectory
-
-    base = ModelDirectory(config.model.path)
-    template = open_template(section.template, base.path, base.require_tokenizer())
-    eval_config = EvalConfig(section.scoring, template, section.answer_prefix)
-    questions = [question for path in section.benchmark for question in read_benchmark(Path(path))]
-    questions = [question for question in questions if section.limit is None or question.index < section.limit]
-
-    def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
-        results = evaluate(model, tokenizer, questions, eval_config, shown=world.is_main)
-        summaries = summarise(questions, results, eval_config.settings())
-        return {f"{ACCURACY}{row['task']}": row["accuracy"] for row in summaries}
-
-    return benchmark
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

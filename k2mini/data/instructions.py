@@ -144,11 +144,15 @@ def read_examples(
 
 
 def read_conversations(
-    path: Path, tokenizer: Tokenizer, template: AnyTemplate, section: InstructionSection
+    path: Path,
+    tokenizer: Tokenizer,
+    template: AnyTemplate,
+    section: InstructionSection,
+    counts: dict[str, dict[str, int]] | None = None,
 ) -> list[list[Example]]:
     """Of each record of a file its examples that have some of their answers within `data.max_seq_len` tokens.
 
-    Examples that are cut or left out are counted on the log.
+    Examples that are cut or left out are counted on the log, and by the file's name in `counts`.
 
     Raises ValueError where the file is missing or empty, a record is not of the form and `data.on_error` is 'raise', or
     no example is left.
@@ -180,6 +184,9 @@ def read_conversations(
     kept = [[pair for pair in found if pair[0].unsupervised < len(pair[0].tokens)] for found in encoded]
     used = sum(map(len, kept))
     dropped, cut = len(every) - used, sum(length > section.max_seq_len for found in kept for _, length in found)
+    if counts is not None:
+        numbers = {"records": len(encoded) + len(bad), "skipped": len(bad), "examples used": used}
+        counts[str(path)] = numbers | {"cut": cut, "left out": dropped}
     if cut or dropped:
         log.warning(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "

@@ -96,8 +96,8 @@ def step_details(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[St
 
 
 def can_replay(model: Llama) -> bool:
-    """Whether steps are replayed: on a GPU, where no hook of the audit looks at what passes."""
-    return model.device.type == "cuda" and "_hooks" not in model.__dict__
+    """Whether steps are replayed: on a GPU, where neither hooks of the audit nor those that gather weights are called."""
+    return model.device.type == "cuda" and "_hooks" not in model.__dict__ and model.gathered_dtype is None
 
 
 def check_finite(model: Llama, logits: Tensor) -> None:

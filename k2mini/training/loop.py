@@ -1,4 +1,4 @@
-"""The one training loop, and what a run reports: metrics.jsonl, TensorBoard, the progress line, the summary."""
+"""The one training loop, and what a run reports: metrics.jsonl, samples.jsonl, the progress line, the summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,10 +23,11 @@ import torch
 from k2mini.config import CheckpointSection, EvalSection, RunSection, TrainSection, check_fields
 from k2mini.data.batches import Prefetcher, Samples
 from k2mini.distributed import ALONE, World, reshard
-from k2mini.errors import StoppedBySignalError, need_extra
+from k2mini.errors import StoppedBySignalError
 from k2mini.files import parse_json, progress_bar, read_text, write_text
 from k2mini.gpu import peak_flops
 from k2mini.nn.llama import Llama
+from k2mini.training.boards import Board, open_boards
 from k2mini.training.checkpoint import best_loss, prune, resume
 from k2mini.training.save import Saver, check_finite
 from k2mini.training.step import build_optimizer, local_batches, rank_share, total_steps, train_step
@@ -34,11 +35,12 @@ from k2mini.training.validation import validation_loss
 
 log = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
+FILE, SAMPLES = "metrics.jsonl", "samples.jsonl"
 NUMBERS = ("loss", "val_loss", "tokens", "tokens_per_second")  # what is read again, beside the scores of a benchmark
 ACCURACY = "accuracy/"  # begins a score's name
 NO_BENCHMARK = EvalSection()
 Evaluate = Callable[[Llama], dict[str, float]]
+Answer = Callable[[Llama], list[tuple[str, str]]]  # (prompt, answer) of each of `eval.prompts`
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Task:
         identity: what must be the same for a checkpoint to be resumed (data, schedule, …), as plain JSON.
         label: of the progress line.
         save_best: save a checkpoint whenever validation finds a lower loss than before.
+        answer: called at each validation, and where one would be; what it returns goes into samples.jsonl.
     """
 
     samples: Samples
@@ -57,6 +60,7 @@ class Task:
     identity: dict[str, Any] = field(default_factory=dict)
     label: str = "train"
     save_best: bool = False
+    answer: Answer | None = None
 
 
 def train(
@@ -86,6 +90,7 @@ def train(
     with _signals() as received, ExitStack() as stack:
         step, tokens = resume(folder, checkpoint, model, optimizer, task.identity, world)
         metrics, throughput = Metrics(run, step, world), Throughput(model, world)
+        stack.callback(metrics.close)
         saver = stack.push(Saver(folder, checkpoint, world))
         best = world.broadcast(best_loss(folder))
         prefetcher = stack.enter_context(Prefetcher(partial(local_batches, task.samples, section=section, world=world)))
@@ -108,7 +113,9 @@ def train(
                 val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
                 metrics.write(step, val_loss=val_loss)
             if evaluate is not None and evaluation.every and _due(step, steps, evaluation.every):
-                metrics.write(step, **_scores(model, evaluate))
+                metrics.write(step, **_asked(model, evaluate))
+            if task.answer is not None and _due(step, steps, section.val_every):
+                metrics.write_samples(step, _asked(model, task.answer))
             if better := task.save_best and val_loss is not None and val_loss < best:
                 best = val_loss
             if _due(step, steps, checkpoint.every) or stop or better:
@@ -130,12 +137,12 @@ def _draw_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
 
 
-def _scores(model: Llama, evaluate: Evaluate) -> dict[str, float]:
+def _asked(model: Llama, ask: Callable[[Llama], Any]) -> Any:
     model.eval()
-    scores = evaluate(model)
+    found = ask(model)
     model.train()
     reshard(model)
-    return scores
+    return found
 
 
 @contextmanager
@@ -166,39 +173,46 @@ def _signals() -> Iterator[list[int]]:
 class Metrics:
     """metrics.jsonl of a run that goes on after `step`: one object a line, each line whole, no step twice.
 
-    Lines of later steps, and a line that a killed process left unfinished, are dropped: those steps come again. With
-    `run.tensorboard` the values also become event files, in `run.dir/tensorboard`. Only rank 0 writes.
+    Lines of later steps, and a line that a killed process left unfinished, are dropped: those steps come again. So it
+    is with samples.jsonl. `run.tensorboard` and `run.wandb` get the metrics too. Only rank 0 writes.
 
-    Raises ValueError where the extra `tensorboard` is wanted and missing.
+    Raises ValueError as `open_boards` does.
     """
 
     def __init__(self, run: RunSection, step: int, world: World = ALONE) -> None:
-        self._path, self._board, self._writes = Path(run.dir) / FILE, None, world.is_main
+        self._folder, self._writes, self._boards = Path(run.dir), world.is_main, list[Board]()
         if not self._writes:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step] if self._path.exists() else []
-        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        if run.tensorboard:
-            self._board = _board(self._path.with_name("tensorboard"), step)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / FILE).touch()
+        for path in filter(Path.exists, (self._folder / FILE, self._folder / SAMPLES)):
+            write_text(path, "".join(_line(entry) for entry in read_metrics(path) if entry["step"] <= step))
+        if run.tensorboard or run.wandb:
+            self._boards = open_boards(run, step)
 
     def write(self, step: int, **values: float) -> None:
         """Append one line."""
-        if not self._writes:
-            return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._append(FILE, [{"step": step, **values}])
+        for board in self._boards:
+            board.write(step, values)
+
+    def write_samples(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
+        """Append what was answered, a line for each prompt."""
+        self._append(SAMPLES, [{"step": step, "prompt": prompt, "answer": answer} for prompt, answer in answers])
+
+    def _append(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        if self._writes:
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, entries)))
+
+    def close(self) -> None:
+        """Let what is on its way to the boards arrive."""
+        for board in self._boards:
+            board.close()
 
 
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise need_extra("tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

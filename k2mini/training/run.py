@@ -37,8 +37,8 @@ from k2mini.training.checkpoint import (
 )
 from k2mini.training.export import export, export_adapter
 from k2mini.training.loop import FILE as METRICS
-from k2mini.training.loop import Task, train
-from k2mini.training.samples import Read, documents, instructions
+from k2mini.training.loop import Answer, Task, train
+from k2mini.training.samples import COUNTS, Read, documents, instructions
 from k2mini.training.step import total_steps
 from k2mini.weights.adapter import start_from
 from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
@@ -53,18 +53,27 @@ Benchmark = Callable[[Llama, Tokenizer], dict[str, float]]
 
 
 def pretrain(
-    config: PretrainConfig, world: World = ALONE, label: str = "pretrain", benchmark: Benchmark | None = None
+    config: PretrainConfig,
+    world: World = ALONE,
+    label: str = "pretrain",
+    benchmark: Benchmark | None = None,
+    answer: Answer | None = None,
 ) -> Path:
     """Train on plain documents, on all ranks. Returns the directory of the model or, with `lora`, of the adapter.
 
     A run that is complete is left as it is; one that was stopped goes on (see `checkpoint.resume`). `label` is that of
-    the progress line; `benchmark` is run every `eval.every` steps, and its scores go into the metrics.
+    the progress line; `benchmark` is run every `eval.every` steps, and its scores go into the metrics; `answer` is
+    called at each validation, and its answers go into samples.jsonl.
     """
-    return _run(config, world, label, benchmark, documents)
+    return _run(config, world, label, benchmark, answer, documents)
 
 
 def finetune(
-    config: FinetuneConfig, world: World = ALONE, label: str = "finetune", benchmark: Benchmark | None = None
+    config: FinetuneConfig,
+    world: World = ALONE,
+    label: str = "finetune",
+    benchmark: Benchmark | None = None,
+    answer: Answer | None = None,
 ) -> Path:
     """Train on instructions; all else is as of `pretrain`.
 
@@ -74,11 +83,16 @@ def finetune(
         base = _base(config)
         template = open_template(None, base.path, base.require_tokenizer())
         config = replace(config, data=replace(config.data, template=template.name))
-    return _run(config, world, label, benchmark, instructions)
+    return _run(config, world, label, benchmark, answer, instructions)
 
 
 def _run(
-    config: RunConfig, world: World, label: str, benchmark: Benchmark | None, read: Callable[[Any, Any, World], Read]
+    config: RunConfig,
+    world: World,
+    label: str,
+    benchmark: Benchmark | None,
+    answer: Answer | None,
+    read: Callable[[Any, Any, World], Read],
 ) -> Path:
     out, lora = Path(config.run.dir) / ("model" if config.lora is None else "adapter"), config.lora
     with run_directory(config, world):
@@ -87,7 +101,7 @@ def _run(
             _check_room(config, base)
             samples, val, known_by = read(config, base, world)
             best, identity = isinstance(config, FinetuneConfig), _identity(config, known_by, base, world)
-            task = Task(samples, val, identity, label, save_best=best)
+            task = Task(samples, val, identity, label, save_best=best, answer=answer)
             find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, identity, world)
             _check_room(config, base, task)
             if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:
@@ -136,7 +150,7 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
             torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
             yield
         except BaseException:
-            if world.is_main and is_new and {entry.name for entry in run_dir.glob("*")} <= {CONFIG, "demo"}:
+            if world.is_main and is_new and {entry.name for entry in run_dir.glob("*")} <= {CONFIG, COUNTS, "demo"}:
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
 

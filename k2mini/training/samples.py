@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,16 @@ from k2mini.data.batches import Blocks, Samples
 from k2mini.data.chats import open_template
 from k2mini.data.corpus import Corpus, corpus_hashes, fingerprint, is_prepared, read_corpus_manifest
 from k2mini.data.documents import data_path
-from k2mini.data.instructions import hold_out, read_conversations, read_examples
+from k2mini.data.instructions import hold_out, read_conversations
 from k2mini.data.mixture import Mixture, mixed_blocks
 from k2mini.data.packing import Example, Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
 from k2mini.distributed import World
-from k2mini.files import sha256
+from k2mini.files import sha256, write_text
 from k2mini.training.checkpoint import check_files
 from k2mini.weights.model_directory import ModelDirectory
 
+COUNTS = "data.json"  # in run.dir: of each file of instructions how many records were read, cut and left out
 # What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest.
 Read = tuple[Samples, Samples | None, dict[str, str]]
 
@@ -52,15 +54,18 @@ def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Rea
     return blocks(parts, "train", seed), val, {"content": " ".join(map(fingerprint, parts))}
 
 
-def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
+def instructions(config: FinetuneConfig, base: ModelDirectory, world: World) -> Read:
     data, seed, sources = config.data, config.run.seed, sources_of(config.data)
     tokenizer = base.require_tokenizer()
     template = open_template(data.template, base.path, tokenizer)
-    read = [read_conversations(Path(source.path), tokenizer, template, data) for source in sources]
+    counts: dict[str, dict[str, int]] = {}
+    read = [read_conversations(Path(source.path), tokenizer, template, data, counts) for source in sources]
     examples, held_out = hold_out([record for found in read for record in found], data.val_size, seed)
     aside = set(map(id, held_out))
     if data.val_path is not None:
-        held_out = read_examples(Path(data.val_path), tokenizer, template, data)
+        records = read_conversations(Path(data.val_path), tokenizer, template, data, counts)
+        held_out = [example for found in records for example in found]
+    _note(counts, config, world)
 
     def rows(examples: list[Example], seed: int | None) -> Examples:
         return PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
@@ -75,6 +80,11 @@ def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) ->
     val = Examples(held_out, seed=None) if held_out else None
     content = " ".join(sha256(data_path(source.path)) for source in sources)
     return samples, val, {"content": content, "template": template.name + template.digest}
+
+
+def _note(counts: dict[str, dict[str, int]], config: FinetuneConfig, world: World) -> None:
+    if world.is_main:
+        write_text(Path(config.run.dir) / COUNTS, json.dumps(counts, indent=2) + "\n")
 
 
 def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:

@@ -1,0 +1,87 @@
+"""Where the metrics of a run go beside its own files: TensorBoard, and Weights & Biases (extras of these names)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2mini.config import RunSection
+from k2mini.errors import need_extra
+from k2mini.files import read_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Board:
+    """`write` takes a step and its values by name; `close` lets those that are on their way arrive."""
+
+    write: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+def open_boards(run: RunSection, step: int) -> list[Board]:
+    """What `run.tensorboard` and `run.wandb` ask for, going on after `step`, in folders of these names in `run.dir`.
+
+    Raises ValueError where an extra is missing, or Weights & Biases has no key and is not told to be offline.
+    """
+    boards = [_tensorboard(Path(run.dir) / "tensorboard", step)] if run.tensorboard else []
+    return boards + ([_wandb(Path(run.dir))] if run.wandb else [])
+
+
+def _tensorboard(folder: Path, step: int) -> Board:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise need_extra("tensorboard") from None
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Board(write, writer.close)
+
+
+def _wandb(run_dir: Path) -> Board:
+    """A run that goes on under its id after a kill. What fails on the way to the service ends no training."""
+    try:
+        import wandb
+    except ImportError:
+        raise need_extra("wandb") from None
+    known_by, config = run_dir / "wandb" / "id", run_dir / "config.yaml"  # which `run.py` writes, as JSON
+    if not known_by.exists():
+        known_by.parent.mkdir(exist_ok=True)
+        write_text(known_by, wandb.util.generate_id())
+    what: dict[str, Any] = {
+        "dir": run_dir,
+        "project": os.environ.get("WANDB_PROJECT", "k2mini"),
+        "name": run_dir.absolute().name,
+        "id": known_by.read_text().strip(),
+        "resume": "allow",
+        "config": read_json(config) if config.exists() else None,
+        "settings": wandb.Settings(silent=True, console="off", finish_timeout=60),
+    }
+    try:
+        run = wandb.init(**what)
+    except wandb.errors.UsageError as error:
+        raise ValueError(f"run.wandb: {error} WANDB_MODE=offline needs no account") from None
+    except wandb.errors.CommError as error:
+        why = str(error).partition("\n")[0]
+        log.warning("wandb can't be reached (%s); `wandb sync` sends later what %s/wandb gets", why, run_dir)
+        run = wandb.init(**what, mode="offline")
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        with suppress(Exception):  # its service has ended, and said so in its log; metrics.jsonl has the values
+            run.log(dict(values), step=step)
+
+    def close() -> None:
+        with suppress(Exception):
+            run.finish()
+
+    return Board(write, close)

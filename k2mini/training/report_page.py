@@ -1,0 +1,213 @@
+"""Runs as one HTML page: what they were told, whether they learn, what they answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+
+from k2mini.page import STYLE, document, table
+from k2mini.training.loop import ACCURACY
+from k2mini.training.report import RunReport
+
+COLOURS = 8  # of runs; more runs begin anew
+POINTS = 240  # of a curve: more steps are averaged, neighbours with neighbours
+ROWS = 6  # of a run's answers to a prompt: the first, the last, and between them in equal distances
+OPEN = 5  # prompts whose answers are not folded
+SMALL = [("norm of the gradient", "grad_norm", 1.0), ("learning rate", "lr", 1.0)]
+SMALL.append(("tokens a second", "tokens_per_second", 1.0))
+# Curves are stretched to their place, text is not: it stands around them as HTML. A dot is a line of no length.
+OWN = """
+main > p { margin-bottom: 14px; }
+.c0 { --c: #2563eb; } .c1 { --c: #d9480f; } .c2 { --c: #0b8043; } .c3 { --c: #9333ea; }
+.c4 { --c: #a16207; } .c5 { --c: #db2777; } .c6 { --c: #0e7490; } .c7 { --c: #57534e; }
+@media (prefers-color-scheme: dark) {
+  .c0 { --c: #7aa7ff; } .c1 { --c: #ff9a5c; } .c2 { --c: #4fd18b; } .c3 { --c: #c792ff; }
+  .c4 { --c: #e6c34a; } .c5 { --c: #ff7eb6; } .c6 { --c: #56cfe1; } .c7 { --c: #b8b3ad; } }
+.grid { display: grid; gap: 14px; margin-bottom: 14px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
+section { margin-bottom: 14px; min-width: 0; } .grid section { margin: 0; }
+section p { font-size: 13px; margin: 2px 0; }
+h2 { margin-bottom: 6px; overflow-wrap: anywhere; }
+h3 { font-size: 14px; font-weight: 500; margin: 0; display: inline; }
+i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; background: var(--c); margin-right: 6px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13px; overflow-wrap: anywhere; }
+.plot { position: relative; height: 150px; margin: 12px 16px 26px 46px; } .plot.large { height: 320px; }
+.plot svg { position: absolute; width: 100%; height: 100%; overflow: visible; fill: none; }
+.plot span { position: absolute; font-size: 11px; line-height: 1; color: var(--soft); white-space: nowrap; }
+.plot .y { right: calc(100% + 8px); transform: translateY(-50%); }
+.plot .x { top: calc(100% + 8px); transform: translateX(-50%); }
+path { vector-effect: non-scaling-stroke; stroke: var(--c); stroke-width: 1.5; stroke-linejoin: round; }
+.axis { stroke: var(--line); stroke-width: 1; } .held { stroke-dasharray: 5 4; } .faint { opacity: 0.6; }
+.dot { stroke-width: 7; stroke-linecap: round; }
+.wide { overflow-x: auto; } .wide td { overflow-wrap: anywhere; min-width: 60px; }
+.answers { width: 100%; table-layout: fixed; } .answers td { vertical-align: top; white-space: pre-wrap; }
+.answers th:first-child { width: 60px; } .answers .same { color: var(--soft); }
+details { margin: 6px 0; } summary { overflow-wrap: anywhere; } summary h3 { color: var(--ink); }
+"""
+
+
+Points = list[tuple[int, float]]
+
+
+def page(runs: Sequence[RunReport]) -> str:
+    """The whole page of some runs."""
+    tasks = sorted({key for run in runs for entry in run.metrics for key in entry if key.startswith(ACCURACY)})
+    small = [(f"accuracy of {key.removeprefix(ACCURACY)}, %", key, 100.0) for key in tasks] + SMALL
+    parts = [
+        f'<div class="grid">{"".join(_card(place, run) for place, run in enumerate(runs))}</div>',
+        _settings(runs) if len(runs) > 1 else "",
+        _losses(runs),
+        f'<div class="grid">{"".join(_small(runs, *one) for one in small)}</div>',
+        _answers(runs),
+        _counts(runs),
+        _settings(runs) if len(runs) == 1 else "",
+    ]
+    return document(
+        runs[0].name if len(runs) == 1 else f"{len(runs)} runs", STYLE + OWN, "\n".join(filter(None, parts))
+    )
+
+
+def _chip(place: int, text: str) -> str:
+    return f'<span><i class="c{place % COLOURS}"></i>{escape(text)}</span>'
+
+
+def _card(place: int, run: RunReport) -> str:
+    lines = "".join(f"<p>{escape(line)}</p>" for line in run.summary.splitlines())
+    return f"<section><h2>{_chip(place, run.name)}</h2>{lines}</section>"
+
+
+def _losses(runs: Sequence[RunReport]) -> str:
+    held_out = any(run.series("val_loss") for run in runs)
+    curves = [(place, "faint" if held_out else "", _thinned(run.series("loss"))) for place, run in enumerate(runs)]
+    curves += [(place, "held", run.series("val_loss")) for place, run in enumerate(runs)]
+    names = "".join(_chip(place, run.name) for place, run in enumerate(runs)) if len(runs) > 1 else ""
+    how = "Nats per supervised token, over steps. " + ("Dashed, with dots: held out." if held_out else "")
+    return f'<section><h2>Loss</h2><p>{how}</p><div class="legend">{names}</div>{_plot(curves, " large")}</section>'
+
+
+def _small(runs: Sequence[RunReport], title: str, key: str, factor: float) -> str:
+    """A small plot of a metric; of a benchmark's scores, with dots and what they were last."""
+    found = [[(step, factor * value) for step, value in run.series(key)] for run in runs]
+    if not any(found):
+        return ""
+    scores = key.startswith(ACCURACY)
+    last = "".join(_chip(place, f"{points[-1][1]:.1f}") for place, points in enumerate(found) if points and scores)
+    curves = [
+        (place, "dots" if scores else "", points if scores else _thinned(points)) for place, points in enumerate(found)
+    ]
+    return f'<section><h2>{escape(title)}</h2><div class="legend">{last}</div>{_plot(curves)}</section>'
+
+
+def _thinned(points: Points) -> Points:
+    """At most `POINTS`: the means of neighbours, each at the last one's step."""
+    size = -(-len(points) // POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size or 1)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _plot(curves: Sequence[tuple[int, str, Points]], size: str = "") -> str:
+    """Curves (the run's place, a kind of line, points) over one pair of axes, as SVG, with the axes' numbers around."""
+    every = [point for *_, points in curves for point in points]
+    first, last = min(step for step, _ in every), max(step for step, _ in every)
+    low, high = min(value for _, value in every), max(value for _, value in every)
+    margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+    low, high, last = max(low - margin, min(low, 0.0)), high + margin, max(last, first + 1)
+
+    def x(step: float) -> float:
+        return 1000 * (step - first) / (last - first)
+
+    def y(value: float) -> float:
+        return 1000 * (high - value) / (high - low)
+
+    drawn, labels = [], []
+    for tick in _ticks(low, high):
+        drawn.append(f'<path class="axis" d="M0 {y(tick):.0f}H1000"/>')
+        labels.append(f'<span class="y" style="top:{y(tick) / 10:.1f}%">{_number(tick)}</span>')
+    for tick in _ticks(first, last, whole=True):
+        labels.append(f'<span class="x" style="left:{x(tick) / 10:.1f}%">{_number(tick)}</span>')
+    for place, kind, points in curves:
+        colour, line = f"c{place % COLOURS}", "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
+        drawn.append(f'<path class="{colour} {kind}" d="M{line}"/>' if len(points) > 1 else "")
+        for step, value in points if kind in ("held", "dots") or len(points) == 1 else ():
+            tip = f"<title>step {step:,}: {value:.4g}</title>"
+            drawn.append(f'<path class="{colour} dot" d="M{x(step):.1f} {y(value):.1f}h0">{tip}</path>')
+    picture = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(drawn)}</svg>'
+    return f'<div class="plot{size}">{picture}{"".join(labels)}</div>'
+
+
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Round numbers from low to high, up to five."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step *= next(factor for factor in (1, 2, 5, 10) if 5 * step * factor >= high - low)
+    step = max(step, 1.0) if whole else step
+    return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _number(value: float) -> str:
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g}{unit}"
+    return f"{value:.3g}"
+
+
+def _settings(runs: Sequence[RunReport]) -> str:
+    """What differs between the configurations; what does not, and one run's, is folded."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key != "run.dir"]
+    texts = {
+        key: [json.dumps(run.config[key], ensure_ascii=False) if key in run.config else "–" for run in runs]
+        for key in keys
+    }
+    differ = {key: values for key, values in texts.items() if len(set(values)) > 1}
+    same = [[key, values[0]] for key, values in texts.items() if key not in differ]
+    names = [run.name for run in runs]
+    shown = table(["", *names], [[key, *values] for key, values in differ.items()]) if differ else ""
+    shown = shown or ("<p>The settings are the same.</p>" if len(runs) > 1 else "")
+    title, fold = ("What differs", "the same in all") if len(runs) > 1 else ("Settings", "all of them")
+    folded = f"<details><summary>{fold}</summary>{table([], same)}</details>"
+    return f'<section class="wide"><h2>{title}</h2>{shown}{folded if same else ""}</section>' if keys else ""
+
+
+def _answers(runs: Sequence[RunReport]) -> str:
+    """Each prompt of `eval.prompts` with its answers, a row a validation and a column a run."""
+    asking = [(place, run) for place, run in enumerate(runs) if run.samples]
+    found = []
+    for prompt in dict.fromkeys(sample["prompt"] for _, run in asking for sample in run.samples):
+        answers = [{s["step"]: s["answer"] for s in run.samples if s["prompt"] == prompt} for _, run in asking]
+        rows = "".join(_row(step, answers) for step in sorted({step for each in answers for step in _picked([*each])}))
+        head = "".join(f"<th>{_chip(place, run.name)}</th>" for place, run in asking)
+        content = f'<div class="wide"><table class="table answers"><tr><th>step</th>{head}</tr>{rows}</table></div>'
+        is_open = " open" if len(found) < OPEN else ""
+        found.append(f"<details{is_open}><summary><h3>{escape(prompt)}</h3></summary>{content}</details>")
+    how = f"Up to {ROWS} validations, the first and the last among them; all are in samples.jsonl. Grey: as before."
+    return f"<section><h2>Answers</h2><p>{how}</p>{''.join(found)}</section>" if found else ""
+
+
+def _row(step: int, answers: Sequence[dict[int, str]]) -> str:
+    cells = []
+    for each in answers:
+        before = max((other for other in _picked([*each]) if other < step), default=None)
+        same = step in each and before is not None and each[before] == each[step]
+        cells.append(f"<td{' class=same' if same else ''}>{escape(each.get(step, ''))}</td>")
+    return f"<tr><td>{step:,}</td>{''.join(cells)}</tr>"
+
+
+def _picked(steps: Sequence[int]) -> list[int]:
+    last = len(steps) - 1
+    return [steps[place] for place in sorted({round(k * last / (ROWS - 1)) for k in range(ROWS)})] if steps else []
+
+
+def _counts(runs: Sequence[RunReport]) -> str:
+    rows = [(run.name, file, counts) for run in runs for file, counts in run.counts.items()]
+    keys = list(dict.fromkeys(key for *_, counts in rows for key in counts))
+    cells = [
+        [name, file, *(f"{counts[key]:,}" if isinstance(counts.get(key), int) else "–" for key in keys)]
+        for name, file, counts in rows
+    ]
+    how = "Cut: an example loses the end of its answer to data.max_seq_len. Left out: it would lose all of it."
+    return (
+        f'<section class="wide"><h2>Data</h2><p>{how}</p>{table(["run", "file", *keys], cells)}</section>'
+        if rows
+        else ""
+    )
