@@ -43,5 +43,6 @@ def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]
     except csv.Error as error:
         raise ValueError(f"{path}, line {line} is not valid CSV: {error}") from None
     if len(set(columns)) < len(columns) or line <= 2:
-        raise ValueError(f"{path} must have a header of columns, each once, and rows below; its columns are {short(columns)}")
+        has = f"its columns are {short(columns)}"
+        raise ValueError(f"{path} must have a header of columns, each once, and rows below; {has}")
     return found
