@@ -69,11 +69,20 @@ def when_training(process, nodes, out):
 
 @pytest.mark.slow
 def test_two_agents_are_one_and_go_on_after_signals_and_kills(job, tmp_path):
-    """The losses are those of two ranks of one agent, where all processes get SIGTERM, and where a node is gone."""
+    """The losses are those of two ranks of one agent, also where all processes get SIGTERM, or a node is gone.
+
+    Those are the losses of one process over the same two sources.
+    """
     texts = [f"The hardness of {name} is {n}. " * 9 for n, name in enumerate(["quartz", "talc", "topaz", "gypsum"] * 3)]
-    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": t + str(n)}) + "\n" for n, t in enumerate(texts)))
-    data = (f"data.path={tmp_path / 'few.jsonl'}", f"data.val_path={tmp_path / 'few.jsonl'}", "data.seq_len=32")
+    for name, part in (("few", texts[:8]), ("fewer", texts[8:])):
+        lines = [json.dumps({"text": text + str(number)}) for number, text in enumerate(part)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = f"[{{path: {tmp_path}/few.jsonl, weight: 0.5}}, {{path: {tmp_path}/fewer.jsonl, weight: 1.5}}]"
+    data = (f"data.sources={sources}", "data.path=null", f"data.val_path={tmp_path}/few.jsonl", "data.seq_len=32")
+    finish(start(tmp_path / "alone", *data))
     finish(start(tmp_path / "one", *data, ranks=2))
+    for ours, alone in zip(rows(tmp_path / "one"), rows(tmp_path / "alone"), strict=True):
+        assert ours == pytest.approx(alone, rel=1e-3)
 
     def nodes(name):
         return job(*command(tmp_path / name, *data)[3:])
