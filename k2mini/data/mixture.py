@@ -14,6 +14,8 @@ from k2mini.data.corpus import TokenSource
 
 log = logging.getLogger(__name__)
 
+Make = Callable[[list[tuple[int, int]]], Samples]
+
 
 class Mixture:
     """Samples of several sources, in an order that is a pure function of (seed, position), as `batches.shuffled`.
@@ -30,13 +32,7 @@ class Mixture:
     Raises ValueError where an epoch would take no sample at all.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceSection],
-        sizes: Sequence[int],
-        make: Callable[[list[tuple[int, int]]], Samples],
-        seed: int | None,
-    ) -> None:
+    def __init__(self, sources: Sequence[SourceSection], sizes: Sequence[int], make: Make, seed: int | None) -> None:
         self._sizes, self._make, self._seed = sizes, make, seed
         # The weight as it is written: 0.1 is a tenth.
         self._rates = [size * Fraction(str(source.weight)) for source, size in zip(sources, sizes, strict=True)]
@@ -69,16 +65,14 @@ class Mixture:
             source += 1
         return source, shuffled(before[source] + index, self._sizes[source], self._seed)
 
-    def _taken(self, position: int, count: int) -> Samples:
-        return self._make([self.chosen(position + row) for row in range(count)])
-
     def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
         """See Samples."""
-        return self._taken(position, count).rank_batches(0, count, size, rank, ranks)
+        taken = self._make([self.chosen(position + row) for row in range(count)])
+        return taken.rank_batches(0, count, size, rank, ranks)
 
     def batch(self, position: int, count: int) -> Batch:
         """Samples position, …, position + count - 1."""
-        return self._taken(position, count).batch(0, count)
+        return self._make([self.chosen(position + row) for row in range(count)]).batch(0, count)
 
 
 class _Chosen:
