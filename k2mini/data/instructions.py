@@ -28,11 +28,7 @@ FIELDS = ("instruction", "input", "output")
 
 
 def read_records(
-    path: Path,
-    on_error: OnError = raise_error,
-    *,
-    fields: dict[Any, str] | None = None,
-    limit: int | None = None,
+    path: Path, on_error: OnError = raise_error, *, fields: dict[Any, str] | None = None, limit: int | None = None
 ) -> list[tuple[str, list[Message]]]:
     """(place, messages) of the records of a JSON list, a JSONL file or, by its name, CSV or TSV.
 

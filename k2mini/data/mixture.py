@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from math import floor
 
 import numpy as np
 
@@ -14,6 +13,8 @@ from k2mini.data.batches import Batch, Blocks, Samples, shuffled
 from k2mini.data.corpus import TokenSource
 
 log = logging.getLogger(__name__)
+
+Make = Callable[[list[tuple[int, int]]], Samples]
 
 
 class Mixture:
@@ -31,17 +32,11 @@ class Mixture:
     Raises ValueError where an epoch would take no sample at all.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceSection],
-        sizes: Sequence[int],
-        make: Callable[[list[tuple[int, int]]], Samples],
-        seed: int | None,
-    ) -> None:
+    def __init__(self, sources: Sequence[SourceSection], sizes: Sequence[int], make: Make, seed: int | None) -> None:
         self._sizes, self._make, self._seed = sizes, make, seed
         # The weight as it is written: 0.1 is a tenth.
         self._rates = [size * Fraction(str(source.weight)) for source, size in zip(sources, sizes, strict=True)]
-        counts = self._given(1)
+        self._length, counts = sum(self._rates), self._given(1)
         for source, size, count in zip(sources, sizes, counts, strict=True):
             if seed is not None:
                 log.info("%s: an epoch takes %d of %d samples (weight %g)", source.path, count, size, source.weight)
@@ -52,11 +47,11 @@ class Mixture:
 
     def _given(self, epochs: int) -> list[int]:
         """How many samples of each source so many epochs take."""
-        return [floor(epochs * rate + Fraction(1, 2)) for rate in self._rates]
+        return [(2 * epochs * r.numerator + r.denominator) // (2 * r.denominator) for r in self._rates]  # half up
 
     def chosen(self, position: int) -> tuple[int, int]:
         """The source of the sample at a position of the endless sequence, and its index there."""
-        epoch = floor(position / sum(self._rates))  # within one of the right one, or a few where epochs are tiny
+        epoch = position // self._length  # within one of the right one, or a few where epochs are tiny
         while sum(self._given(epoch)) > position:
             epoch -= 1
         while sum(self._given(epoch + 1)) <= position:
@@ -70,16 +65,14 @@ class Mixture:
             source += 1
         return source, shuffled(before[source] + index, self._sizes[source], self._seed)
 
-    def _taken(self, position: int, count: int) -> Samples:
-        return self._make([self.chosen(position + row) for row in range(count)])
-
     def rank_batches(self, position: int, count: int, size: int, rank: int, ranks: int) -> list[Batch]:
         """See Samples."""
-        return self._taken(position, count).rank_batches(0, count, size, rank, ranks)
+        taken = self._make([self.chosen(position + row) for row in range(count)])
+        return taken.rank_batches(0, count, size, rank, ranks)
 
     def batch(self, position: int, count: int) -> Batch:
         """Samples position, …, position + count - 1."""
-        return self._taken(position, count).batch(0, count)
+        return self._make([self.chosen(position + row) for row in range(count)]).batch(0, count)
 
 
 class _Chosen:

@@ -23,12 +23,8 @@ def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]
     if not data_path(path).is_file():
         raise ValueError(f"there is no data file {path}")
     csv.field_size_limit(MOST)  # 128 KiB otherwise
-    rows = csv.reader(
-        io.StringIO(read_user_text(path), newline=""),
-        delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
-        skipinitialspace=True,
-        strict=True,
-    )
+    text, delimiter = io.StringIO(read_user_text(path), newline=""), "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
     columns: list[str] = []
     found, line = [], 1
     try:
@@ -43,5 +39,6 @@ def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]
     except csv.Error as error:
         raise ValueError(f"{path}, line {line} is not valid CSV: {error}") from None
     if len(set(columns)) < len(columns) or line <= 2:
-        raise ValueError(f"{path} must have a header of columns, each once, and rows below; its columns are {short(columns)}")
+        has = f"its columns are {short(columns)}"
+        raise ValueError(f"{path} must have a header of columns, each once, and rows below; {has}")
     return found

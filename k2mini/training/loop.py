@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import resource
 import signal
 import sys
@@ -149,6 +150,7 @@ def _asked(model: Llama, ask: Callable[[Llama], Any]) -> Any:
 def _signals() -> Iterator[list[int]]:
     """Catch SIGINT, SIGTERM and SIGHUP: the first is noted in the list that is yielded; a second acts as without.
 
+    Not so under torchrun, which passes on to its ranks what Slurm sends to all processes, and kills what does not end.
     Under nohup SIGHUP stays ignored.
     """
     received: list[int] = []
@@ -158,7 +160,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        for each, handler in previous.items():
+        for each, handler in previous.items() if "LOCAL_RANK" not in os.environ else ():
             signal.signal(each, handler)
 
     for number in previous:

@@ -7,6 +7,7 @@ import pytest
 
 from k2mini.demo.world import instructions, read_facts
 from k2mini.training.loop import read_metrics
+from k2mini.weights.model_directory import manifest_text
 
 TEXT = "granite is made of quartz and basalt erodes in the mantle. "
 
@@ -73,18 +74,29 @@ def test_instructions_of_several_files(files, train):
     status, _, err = train("finetune", mixed, "data.val_size=20", f"checkpoint.resume={checkpoint}", name="again")
     assert status == 0, err
     assert losses(files / "again") == found[4:]
-    other = of(files, a=2, b=1, c=1)
-    for name, said in (("third", "another data.sources.weight ([2.0, 1.0, 0.5], now [2.0, 1.0, 1.0])"), ("run", "")):
-        resume = (f"checkpoint.resume={checkpoint}",) if name == "third" else ()
-        status, out, err = train("finetune", other, "data.val_size=20", *resume, name=name)
+    # Neither a checkpoint nor a complete run is of other weights.
+    for name, resume in (("third", [f"checkpoint.resume={checkpoint}"]), ("run", [])):
+        status, out, err = train("finetune", of(files, a=2, b=1, c=1), "data.val_size=20", *resume, name=name)
         assert (status, out) == (2, "")
-        assert said or "another data.sources.weight ([2.0, 1.0, 0.5], now [2.0, 1.0, 1.0])" in err
+        assert "another data.sources.weight ([2.0, 1.0, 0.5], now [2.0, 1.0, 1.0])" in err
     (files / "b.jsonl").write_text((files / "b.jsonl").read_text() + "\n")
     resume = f"checkpoint.resume={checkpoint}"
     assert "another data.content" in train("finetune", mixed, "data.val_size=20", resume, name="third")[2]
-    # An older checkpoint's identity knows nothing of sources, limits and fields: one path is as it was.
-    state = json.loads((checkpoint / "state.json").read_text())["identity"]["data"]
-    assert not {"path", "sources", "sources.path"} & {*state}
+
+
+def test_a_checkpoint_from_before_there_were_sources(files, train):
+    """Its identity lacks the keys that one path has no use for."""
+    config = [f"data.path={files}/a.json", "data.sources=null"]
+    assert train("finetune", None, *config)[0] == 0
+    checkpoint = files / "run/checkpoints/step_0000004"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert not [key for key in state["identity"]["data"] if key.startswith("sources")]
+    for key in ("limit", "fields"):
+        assert state["identity"]["data"].pop(key) is None
+    (checkpoint / "state.json").write_text(manifest_text({k: v for k, v in state.items() if k != "sha256"}))
+    status, _, err = train("finetune", None, *config, f"checkpoint.resume={checkpoint}", name="again")
+    assert status == 0, err
+    assert losses(files / "again") == losses(files / "run")[4:]
 
 
 def test_documents_of_several_sources(files, train):
