@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def _wandb(run_dir: Path) -> Board:
     known_by, config = run_dir / "wandb" / "id", run_dir / "config.yaml"  # which `run.py` writes, as JSON
     if not known_by.exists():
         known_by.parent.mkdir(exist_ok=True)
-        write_text(known_by, wandb.util.generate_id())
+        write_text(known_by, secrets.token_hex(4))
     what: dict[str, Any] = {
         "dir": run_dir,
         "project": os.environ.get("WANDB_PROJECT", "k2mini"),
