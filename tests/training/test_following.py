@@ -70,7 +70,7 @@ def test_answers_after_a_kill(settings, tmp_path, run):  # noqa: F811
 def test_prompts_that_cannot_be_asked(settings, tmp_path, run):  # noqa: F811
     for value, said in [
         ('[""]', "eval.prompts: the prompt is empty"),
-        (json.dumps(["granite " * 400]), "leaves no room for an answer in the model's context of"),
+        (json.dumps(["granite " * 4000]), "leaves no room for an answer in the model's context of"),
         ("granite", "eval.prompts must be a list of words"),
     ]:
         status, out, err = run("pretrain", settings, f"eval.prompts={value}")
@@ -82,10 +82,10 @@ def test_prompts_that_cannot_be_asked(settings, tmp_path, run):  # noqa: F811
 
 def test_what_was_cut_is_noted(tuning, tmp_path, run):  # noqa: F811
     """The counts of data.json are those of the log."""
-    status, _, err = run("finetune", tuning, "data.max_seq_len=56", "data.template=alpaca_short")
+    status, _, err = run("finetune", tuning, "data.max_seq_len=20", "data.template=alpaca_short")
     assert status == 0, err
     (counts,) = json.loads((tmp_path / "tuned/data.json").read_text()).values()
-    said = re.search(r"max_seq_len 56, (\d+) examples lose .*? and (\d+) their .*?; (\d+) are used", err)
+    said = re.search(r"max_seq_len 20, (\d+) examples lose .*? and (\d+) their .*?; (\d+) are used", err)
     assert [counts[key] for key in ("cut", "left out", "examples used")] == [int(n) for n in said.groups()]
     assert (counts["records"], counts["skipped"]) == (20, 0)
     assert counts["cut"] + counts["left out"] > 0
