@@ -108,14 +108,10 @@ def train(
             progress.update()
             if _due(step, steps, checkpoint.every) or _due(step, steps, section.val_every) or stop:
                 check_finite(model, step, world)
-            val_loss = None
-            if task.val is not None and _due(step, steps, section.val_every):
-                val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
-                metrics.write(step, val_loss=val_loss)
+            due = _due(step, steps, section.val_every)
+            val_loss = _validate(model, task, section, metrics, step, world) if due else None
             if evaluate is not None and evaluation.every and _due(step, steps, evaluation.every):
                 metrics.write(step, **_asked(model, evaluate))
-            if task.answer is not None and _due(step, steps, section.val_every):
-                metrics.write_samples(step, _asked(model, task.answer))
             if better := task.save_best and val_loss is not None and val_loss < best:
                 best = val_loss
             if _due(step, steps, checkpoint.every) or stop or better:
@@ -135,6 +131,19 @@ def _due(step: int, steps: int, every: int | None) -> bool:
 
 def _draw_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
+
+
+def _validate(
+    model: Llama, task: Task, section: TrainSection, metrics: Metrics, step: int, world: World
+) -> float | None:
+    """Note the loss on what validates, if anything, and the answers to what is asked. Returns the loss."""
+    val_loss = None
+    if task.val is not None:
+        val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
+        metrics.write(step, val_loss=val_loss)
+    if task.answer is not None:
+        metrics.write_samples(step, _asked(model, task.answer))
+    return val_loss
 
 
 def _asked(model: Llama, ask: Callable[[Llama], Any]) -> Any:
