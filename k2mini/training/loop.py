@@ -109,7 +109,7 @@ def train(
             if _due(step, steps, checkpoint.every) or _due(step, steps, section.val_every) or stop:
                 check_finite(model, step, world)
             due = _due(step, steps, section.val_every)
-            val_loss = _validate(model, task, section, metrics, step, world) if due else None
+            val_loss = _validate(model, task, section.micro_batch_size, metrics, step, world) if due else None
             if evaluate is not None and evaluation.every and _due(step, steps, evaluation.every):
                 metrics.write(step, **_asked(model, evaluate))
             if better := task.save_best and val_loss is not None and val_loss < best:
@@ -133,13 +133,11 @@ def _draw_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
 
 
-def _validate(
-    model: Llama, task: Task, section: TrainSection, metrics: Metrics, step: int, world: World
-) -> float | None:
+def _validate(model: Llama, task: Task, batch_size: int, metrics: Metrics, step: int, world: World) -> float | None:
     """Note the loss on what validates, if anything, and the answers to what is asked. Returns the loss."""
     val_loss = None
     if task.val is not None:
-        val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
+        val_loss = validation_loss(model, task.val, batch_size, world)
         metrics.write(step, val_loss=val_loss)
     if task.answer is not None:
         metrics.write_samples(step, _asked(model, task.answer))
@@ -195,7 +193,8 @@ class Metrics:
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / FILE).touch()
         for path in filter(Path.exists, (self._folder / FILE, self._folder / SAMPLES)):
-            write_text(path, "".join(_line(entry) for entry in read_metrics(path) if entry["step"] <= step))
+            kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if run.tensorboard or run.wandb:
             self._boards = open_boards(run, step)
 
@@ -212,16 +211,12 @@ class Metrics:
     def _append(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
         if self._writes:
             with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, entries)))
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
     def close(self) -> None:
         """Let what is on its way to the boards arrive."""
         for board in self._boards:
             board.close()
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
