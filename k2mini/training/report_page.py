@@ -200,7 +200,8 @@ def _answers(runs: Sequence[RunReport]) -> str:
     found: list[str] = []
     for prompt in dict.fromkeys(sample["prompt"] for _, run in asking for sample in run.samples):
         answers = [{s["step"]: s["answer"] for s in run.samples if s["prompt"] == prompt} for _, run in asking]
-        rows = "".join(_row(step, answers) for step in sorted({step for each in answers for step in _picked([*each])}))
+        steps = sorted({step for each in answers for step in _picked([*each])})
+        rows = "".join(_row(steps[: place + 1], answers) for place in range(len(steps)))
         head = "".join(f"<th>{_chip(place, run.name)}</th>" for place, run in asking)
         whole = f'<table class="table answers"><tr><th>step</th>{head}</tr>{rows}</table>'
         is_open, asked = " open" if len(found) < OPEN else "", f"<summary><h3>{escape(prompt)}</h3></summary>"
@@ -209,13 +210,14 @@ def _answers(runs: Sequence[RunReport]) -> str:
     return f"<section><h2>Answers</h2><p>{how}</p>{''.join(found)}</section>" if found else ""
 
 
-def _row(step: int, answers: Sequence[dict[int, str]]) -> str:
+def _row(steps: Sequence[int], answers: Sequence[dict[int, str]]) -> str:
+    """The row of the last of the steps."""
     cells = []
     for each in answers:
-        before = max((other for other in _picked([*each]) if other < step), default=None)
-        same = step in each and before is not None and each[before] == each[step]
-        cells.append(f"<td{' class=same' if same else ''}>{escape(each.get(step, ''))}</td>")
-    return f"<tr><td>{step:,}</td>{''.join(cells)}</tr>"
+        shown = [each[step] for step in steps if step in each]
+        same = steps[-1] in each and shown[-2:-1] == shown[-1:]
+        cells.append(f"<td{' class=same' if same else ''}>{escape(each.get(steps[-1], ''))}</td>")
+    return f"<tr><td>{steps[-1]:,}</td>{''.join(cells)}</tr>"
 
 
 def _picked(steps: Sequence[int]) -> list[int]:

@@ -152,6 +152,7 @@ def test_the_page_says_what_differs_and_what_is_answered(runs, tmp_path):
             int(step.replace(",", "")) for step in re.findall(r"<tr><td>([\d,]+)</td>", prompt.split("</table>")[0])
         ]
         assert (steps[0], steps[-1], len(steps)) == (100, 1000, 6)
+        assert prompt.split("</table>")[0].count("<td class=same>") == 4  # the answer changes once
     assert re.findall(r"<td>([\d,]+)</td>", text.split("<h2>Data</h2>")[1]) == ["1,200", "34", "5"]
 
 
