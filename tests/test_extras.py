@@ -1,9 +1,15 @@
 """What needs an extra: where it is installed, the file is written; where it is not, one sentence and status 2."""
 
 import json
+import os
+import pty
 import re
+import select
 import shutil
+import struct
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +163,127 @@ def test_tokenizer_json_without_its_extra(tiny_directory, tmp_path, run, without
 def test_tensorboard_without_its_extra(pretraining, run, without):
     without("tensorboard")
     assert_one_sentence(run(*pretraining), "tensorboard")
+
+
+def test_wandb_without_its_extra(pretraining, run, without):
+    without("wandb")
+    assert_one_sentence(run(*pretraining, "run.tensorboard=false", "run.wandb=true"), "wandb")
+
+
+def followed(pretraining, tmp_path, *overrides, **environment):
+    """A run with `run.wandb` in a process of its own, whose service begins without our settings or accounts."""
+    pytest.importorskip("wandb")
+    left = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, "-m", "k2mini", *map(str, pretraining), "run.tensorboard=false", "run.wandb=true"]
+    return subprocess.run(
+        [*command, *overrides],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**left, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def wandb_records(path):
+    """The records of a .wandb file, as its service reads them: a log in LevelDB's format, of protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole = (whole if kind in (3, 4) else b"") + data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+
+
+def history(path):
+    """What was logged: {step: {name: value}}."""
+    found = {}
+    for record in wandb_records(path):
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            found[record.history.step.num] = {k: v for k, v in values.items() if not k.startswith("_")}
+    return found
+
+
+def test_wandb_gets_what_metrics_jsonl_has(pretraining, tmp_path):
+    """Offline, it writes a run, quietly, which goes on under its id after a kill, and which wandb itself can show."""
+    settings = ("train.max_steps=4", "checkpoint.every=2", f"data.val_path={tmp_path}/corpus.txt", "train.val_every=2")
+    folder = tmp_path / "run"
+    for number in (1, 2):
+        done = followed(pretraining, tmp_path, *settings, WANDB_MODE="offline")
+        assert (done.returncode, done.stdout) == (0, f"{folder}/model\n"), done.stderr
+        assert not re.search("^wandb", done.stderr, re.MULTILINE)
+        expected = {}
+        for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+            expected.setdefault(row.pop("step"), {}).update(row)
+        files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+        assert len(files) == number
+        assert history(files[-1]) == {step: row for step, row in expected.items() if number == 1 or step > 2}
+        shutil.rmtree(folder / "model")
+        shutil.rmtree(folder / "checkpoints/step_0000004")
+    (name,) = {path.name for path in files}
+    assert name == f"run-{(folder / 'wandb/id').read_text()}.wandb"
+    (begun,) = [record.run for record in wandb_records(files[0]) if record.WhichOneof("record_type") == "run"]
+    assert (begun.display_name, begun.project) == ("run", "k2mini")
+    config = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert config["train"] == json.loads((folder / "config.yaml").read_text())["train"]
+    seen = shown(["wandb", "leet", "run", str(files[0].parent)], f"ID: {begun.run_id}", "val_loss", "Finished")
+    assert "Project: k2mini" in seen
+
+
+def shown(command, *awaited):
+    """What a program has drawn on a terminal, once it has drawn what is awaited; at most for a minute."""
+    number, end = pty.fork()
+    if number == 0:
+        os.environ.update(TERM="xterm-256color", COLUMNS="160", LINES="50")
+        os.execvp(command[0], command)
+    drawn, text, until = b"", "", time.monotonic() + 60
+    replies = {b"\x1b[6n": b"\x1b[1;1R", b"\x1b]11;?": b"\x1b]11;rgb:0000/0000/0000\x07", b"\x1b[c": b"\x1b[?62;c"}
+    try:
+        while not all(word in text for word in awaited) and time.monotonic() < until:
+            if select.select([end], [], [], 0.2)[0]:
+                part = os.read(end, 65536)
+                drawn += part
+                for question, reply in replies.items():
+                    if question in part:
+                        os.write(end, reply)
+            text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07", b" ", drawn).decode(errors="replace")
+            text = re.sub(" +", " ", text)
+    finally:
+        os.kill(number, 9)
+        os.waitpid(number, 0)
+        os.close(end)
+    assert all(word in text for word in awaited), text
+    return text
+
+
+def test_wandb_without_an_account(pretraining, tmp_path):
+    done = followed(pretraining, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (said,) = [line for line in done.stderr.splitlines() if "run.wandb" in line]
+    assert said.startswith("k2mini: run.wandb: No API key configured.")
+    assert said.endswith("WANDB_MODE=offline needs no account")
+    assert "Traceback" not in done.stderr
+
+
+def test_wandb_without_a_network(pretraining, tmp_path):
+    """The run is trained and written offline, which is said."""
+    key, nowhere = "a" * 40, "http://127.0.0.1:9"
+    done = followed(pretraining, tmp_path, WANDB_API_KEY=key, WANDB_BASE_URL=nowhere, WANDB_INIT_TIMEOUT="1")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/run/model\n"), done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if re.match("wandb|k2mini: wandb", line)]
+    assert said.startswith("k2mini: wandb can't be reached (")
+    assert f"`wandb sync` sends later what {tmp_path}/run/wandb gets" in said
+    (path,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert sorted(history(path)) == [1, 2]
 
 
 def test_a_models_own_template_without_its_extra(tiny_directory, tmp_path, run, without):

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "k2mini"
 # A module may import from its own layer's folder and from earlier layers.
 LAYERS = [
-    {"architectures", "config", "errors", "files", "sizes"},
+    {"architectures", "config", "errors", "files", "page", "sizes"},
     {"dtypes", "hub", "model_config"},
     {"config_file", "distributed", "gpu"},
     {"nn"},

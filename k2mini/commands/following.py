@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +49,7 @@ def answer(config: RunConfig) -> Answer:
     """
     from k2mini.data.chats import open_template, stop_ids
     from k2mini.data.prompts import encode_prompt, rooms
+    from k2mini.inference.answers import text_of
     from k2mini.inference.decoding import Decoding
     from k2mini.inference.generate import generate
     from k2mini.weights.model_directory import ModelDirectory
@@ -62,9 +66,9 @@ def answer(config: RunConfig) -> Answer:
 
     def answer(model: Llama) -> list[tuple[str, str]]:
         found = generate(model, prompts, decoding, stop_ids=(), vocab_size=tokenizer.vocab_size)
-        cut = [next((n for n, token in enumerate(each.tokens) if token in ends), None) for each in found]
-        texts = [tokenizer.decode(each.tokens[:end]) for each, end in zip(found, cut, strict=True)]
-        return list(zip(section.prompts, texts, strict=True))
+        for each in found:
+            each.tokens = list(takewhile(lambda token: token not in ends, each.tokens))
+        return [(prompt, text_of(tokenizer, each, ())) for prompt, each in zip(section.prompts, found, strict=True)]
 
     return answer
 
@@ -80,9 +84,6 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_report(options: argparse.Namespace) -> None:
     """Say what runs did, and make the page of them."""
-    import json
-    from dataclasses import asdict
-
     from k2mini.files import output, write_text
     from k2mini.training.report import read_runs
     from k2mini.training.report_page import page

@@ -180,9 +180,8 @@ def read_conversations(
     kept = [[pair for pair in found if pair[0].unsupervised < len(pair[0].tokens)] for found in encoded]
     used = sum(map(len, kept))
     dropped, cut = len(every) - used, sum(length > section.max_seq_len for found in kept for _, length in found)
-    if counts is not None:
-        numbers = {"records": len(encoded) + len(bad), "skipped": len(bad), "examples used": used}
-        counts[str(path)] = numbers | {"cut": cut, "left out": dropped}
+    numbers = {"records": len(encoded) + len(bad), "skipped": len(bad), "examples used": used}
+    (counts if counts is not None else {})[str(path)] = numbers | {"cut": cut, "left out": dropped}
     if cut or dropped:
         log.warning(
             "%s: with data.max_seq_len %d, %d examples lose the end of their answer and %d their whole answer "

@@ -193,7 +193,7 @@ def answers(
         for place, completion in enumerate(found(model, tokenizer, prompts[start:], here, **how), start=start):
             if place < first:
                 continue
-            text = _text(tokenizer, completion, decoding.stop)
+            text = text_of(tokenizer, completion, decoding.stop)
             if completion.finish == "length" and new[place] < decoding.max_new_tokens:
                 cut.append(new[place])
             yield text, completion
@@ -225,7 +225,7 @@ def _continued(
     return completions(model, prompts, decoding, **how, stopping_criteria=stopping_criteria if decoding.stop else None)
 
 
-def _text(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:
+def text_of(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:
     """A completion's text, before the first stop string. A search does not stop at one: it may stand further in."""
     stream = TextStream(tokenizer, stop)
     for token in completion.tokens:

@@ -96,7 +96,7 @@ def step_details(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[St
 
 
 def can_replay(model: Llama) -> bool:
-    """Whether steps are replayed: on a GPU, where neither hooks of the audit nor those that gather weights are called."""
+    """Whether steps are replayed: on a GPU, where no hook of the audit or of sharding is called."""
     return model.device.type == "cuda" and "_hooks" not in model.__dict__ and model.gathered_dtype is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def _tensorboard(folder: Path, step: int) -> Board:
 
 def _wandb(run_dir: Path) -> Board:
     """A run that goes on under its id after a kill. What fails on the way to the service ends no training."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # as a setting of the run it comes too late for the login
     try:
         import wandb
     except ImportError:
@@ -57,7 +59,7 @@ def _wandb(run_dir: Path) -> Board:
     known_by, config = run_dir / "wandb" / "id", run_dir / "config.yaml"  # which `run.py` writes, as JSON
     if not known_by.exists():
         known_by.parent.mkdir(exist_ok=True)
-        write_text(known_by, wandb.util.generate_id())
+        write_text(known_by, secrets.token_hex(4))
     what: dict[str, Any] = {
         "dir": run_dir,
         "project": os.environ.get("WANDB_PROJECT", "k2mini"),
@@ -65,7 +67,7 @@ def _wandb(run_dir: Path) -> Board:
         "id": known_by.read_text().strip(),
         "resume": "allow",
         "config": read_json(config) if config.exists() else None,
-        "settings": wandb.Settings(silent=True, console="off", finish_timeout=60),
+        "settings": wandb.Settings(console="off", finish_timeout=60),
     }
     try:
         run = wandb.init(**what)
@@ -74,6 +76,7 @@ def _wandb(run_dir: Path) -> Board:
     except wandb.errors.CommError as error:
         why = str(error).partition("\n")[0]
         log.warning("wandb can't be reached (%s); `wandb sync` sends later what %s/wandb gets", why, run_dir)
+        wandb.teardown()  # or the id would still be in use
         run = wandb.init(**what, mode="offline")
 
     def write(step: int, values: Mapping[str, float]) -> None:

@@ -109,14 +109,10 @@ def train(
             progress.update()
             if _due(step, steps, checkpoint.every) or _due(step, steps, section.val_every) or stop:
                 check_finite(model, step, world)
-            val_loss = None
-            if task.val is not None and _due(step, steps, section.val_every):
-                val_loss = validation_loss(model, task.val, section.micro_batch_size, world)
-                metrics.write(step, val_loss=val_loss)
+            due = _due(step, steps, section.val_every)
+            val_loss = _validate(model, task, section.micro_batch_size, metrics, step, world) if due else None
             if evaluate is not None and evaluation.every and _due(step, steps, evaluation.every):
                 metrics.write(step, **_asked(model, evaluate))
-            if task.answer is not None and _due(step, steps, section.val_every):
-                metrics.write_samples(step, _asked(model, task.answer))
             if better := task.save_best and val_loss is not None and val_loss < best:
                 best = val_loss
             if _due(step, steps, checkpoint.every) or stop or better:
@@ -136,6 +132,17 @@ def _due(step: int, steps: int, every: int | None) -> bool:
 
 def _draw_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
+
+
+def _validate(model: Llama, task: Task, batch_size: int, metrics: Metrics, step: int, world: World) -> float | None:
+    """Note the loss on what validates, if anything, and the answers to what is asked. Returns the loss."""
+    val_loss = None
+    if task.val is not None:
+        val_loss = validation_loss(model, task.val, batch_size, world)
+        metrics.write(step, val_loss=val_loss)
+    if task.answer is not None:
+        metrics.write_samples(step, _asked(model, task.answer))
+    return val_loss
 
 
 def _asked(model: Llama, ask: Callable[[Llama], Any]) -> Any:
@@ -188,7 +195,8 @@ class Metrics:
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / FILE).touch()
         for path in filter(Path.exists, (self._folder / FILE, self._folder / SAMPLES)):
-            write_text(path, "".join(_line(entry) for entry in read_metrics(path) if entry["step"] <= step))
+            kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if run.tensorboard or run.wandb:
             self._boards = open_boards(run, step)
 
@@ -205,16 +213,12 @@ class Metrics:
     def _append(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
         if self._writes:
             with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, entries)))
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
     def close(self) -> None:
         """Let what is on its way to the boards arrive."""
         for board in self._boards:
             board.close()
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

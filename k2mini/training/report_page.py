@@ -6,14 +6,17 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from k2mini.page import STYLE, document, table
 from k2mini.training.loop import ACCURACY
 from k2mini.training.report import RunReport
 
 COLOURS = 8  # of runs; more runs begin anew
+TICKS = 6  # of an axis
 POINTS = 240  # of a curve: more steps are averaged, neighbours with neighbours
 ROWS = 6  # of a run's answers to a prompt: the first, the last, and between them in equal distances
+LATE = 30  # steps from which on the second half of a run is drawn once more
 OPEN = 5  # prompts whose answers are not folded
 SMALL = [("norm of the gradient", "grad_norm", 1.0), ("learning rate", "lr", 1.0)]
 SMALL.append(("tokens a second", "tokens_per_second", 1.0))
@@ -41,9 +44,10 @@ i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; backgr
 path { vector-effect: non-scaling-stroke; stroke: var(--c); stroke-width: 1.5; stroke-linejoin: round; }
 .axis { stroke: var(--line); stroke-width: 1; } .held { stroke-dasharray: 5 4; } .faint { opacity: 0.6; }
 .dot { stroke-width: 7; stroke-linecap: round; }
-.wide { overflow-x: auto; } .wide td { overflow-wrap: anywhere; min-width: 60px; }
-.answers { width: 100%; table-layout: fixed; } .answers td { vertical-align: top; white-space: pre-wrap; }
-.answers th:first-child { width: 60px; } .answers .same { color: var(--soft); }
+.wide { overflow-x: auto; } .wide td { overflow-wrap: anywhere; min-width: 110px; vertical-align: top; }
+.wide td:first-child { white-space: nowrap; min-width: 0; }
+.answers { table-layout: fixed; width: 100%; min-width: calc(60px + var(--runs) * 150px); }
+.answers td { white-space: pre-wrap; } .answers th:first-child { width: 60px; } .same { color: var(--soft); }
 details { margin: 6px 0; } summary { overflow-wrap: anywhere; } summary h3 { color: var(--ink); }
 """
 
@@ -56,48 +60,63 @@ def page(runs: Sequence[RunReport]) -> str:
     tasks = sorted({key for run in runs for entry in run.metrics for key in entry if key.startswith(ACCURACY)})
     small = [(f"accuracy of {key.removeprefix(ACCURACY)}, %", key, 100.0) for key in tasks] + SMALL
     parts = [
-        f'<div class="grid">{"".join(_card(place, run) for place, run in enumerate(runs))}</div>',
+        _cards(runs),
         _settings(runs) if len(runs) > 1 else "",
         _losses(runs),
-        f'<div class="grid">{"".join(_small(runs, *one) for one in small)}</div>',
+        f'<div class="grid">{_late_losses(runs)}{"".join(_small(runs, *one) for one in small)}</div>',
         _answers(runs),
         _counts(runs),
         _settings(runs) if len(runs) == 1 else "",
     ]
-    return document(
-        runs[0].name if len(runs) == 1 else f"{len(runs)} runs", STYLE + OWN, "\n".join(filter(None, parts))
-    )
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return document(title, STYLE + OWN, "\n".join(filter(None, parts)))
 
 
 def _chip(place: int, text: str) -> str:
     return f'<span><i class="c{place % COLOURS}"></i>{escape(text)}</span>'
 
 
-def _card(place: int, run: RunReport) -> str:
-    lines = "".join(f"<p>{escape(line)}</p>" for line in run.summary.splitlines())
-    return f"<section><h2>{_chip(place, run.name)}</h2>{lines}</section>"
+def _cards(runs: Sequence[RunReport]) -> str:
+    """What `k2mini report` prints, a section a run."""
+    cards = []
+    for place, run in enumerate(runs):
+        heading = f"<h2>{_chip(place, run.name)}</h2>" if len(runs) > 1 else ""
+        lines = "".join(f"<p>{escape(line)}</p>" for line in run.summary.splitlines())
+        cards.append(f"<section>{heading}{lines}</section>")
+    return f'<div class="grid">{"".join(cards)}</div>'
 
 
 def _losses(runs: Sequence[RunReport]) -> str:
-    held_out = any(run.series("val_loss") for run in runs)
-    curves = [(place, "faint" if held_out else "", _thinned(run.series("loss"))) for place, run in enumerate(runs)]
-    curves += [(place, "held", run.series("val_loss")) for place, run in enumerate(runs)]
     names = "".join(_chip(place, run.name) for place, run in enumerate(runs)) if len(runs) > 1 else ""
-    how = "Nats per supervised token, over steps. " + ("Dashed, with dots: held out." if held_out else "")
-    return f'<section><h2>Loss</h2><p>{how}</p><div class="legend">{names}</div>{_plot(curves, " large")}</section>'
+    how = "Nats per supervised token, over steps. Dashed, with dots: held out."
+    plot = _plot(_loss_curves(runs), " large")
+    return f'<section><h2>Loss</h2><p>{how}</p><div class="legend">{names}</div>{plot}</section>' if plot else ""
+
+
+def _late_losses(runs: Sequence[RunReport]) -> str:
+    """The second half once more, where the beginning would make all of it flat."""
+    half = max(run.metrics[-1]["step"] for run in runs) // 2
+    plot = _plot(_loss_curves(runs, half)) if half >= LATE else ""
+    return f"<section><h2>loss from step {half:,} on</h2>{plot}</section>" if plot else ""
+
+
+def _loss_curves(runs: Sequence[RunReport], start: int = 0) -> list[tuple[int, str, Points]]:
+    curves = []
+    for place, run in enumerate(runs):
+        train, held_out = ([at for at in run.series(key) if at[0] >= start] for key in ("loss", "val_loss"))
+        curves += [(place, "faint" if held_out else "", _thinned(train)), (place, "held", held_out)]
+    return curves
 
 
 def _small(runs: Sequence[RunReport], title: str, key: str, factor: float) -> str:
-    """A small plot of a metric; of a benchmark's scores, with dots and what they were last."""
+    """A small plot of a metric; of a benchmark's scores, from zero, with dots and what they were last."""
     found = [[(step, factor * value) for step, value in run.series(key)] for run in runs]
-    if not any(found):
-        return ""
-    scores = key.startswith(ACCURACY)
-    last = "".join(_chip(place, f"{points[-1][1]:.1f}") for place, points in enumerate(found) if points and scores)
-    curves = [
-        (place, "dots" if scores else "", points if scores else _thinned(points)) for place, points in enumerate(found)
-    ]
-    return f'<section><h2>{escape(title)}</h2><div class="legend">{last}</div>{_plot(curves)}</section>'
+    if key.startswith(ACCURACY):
+        last = "".join(_chip(place, f"{points[-1][1]:.1f}") for place, points in enumerate(found) if points)
+        plot = _plot([(place, "dots", points) for place, points in enumerate(found)], floor=0.0)
+    else:
+        last, plot = "", _plot([(place, "", _thinned(points)) for place, points in enumerate(found)])
+    return f'<section><h2>{escape(title)}</h2><div class="legend">{last}</div>{plot}</section>' if plot else ""
 
 
 def _thinned(points: Points) -> Points:
@@ -107,11 +126,16 @@ def _thinned(points: Points) -> Points:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _plot(curves: Sequence[tuple[int, str, Points]], size: str = "") -> str:
-    """Curves (the run's place, a kind of line, points) over one pair of axes, as SVG, with the axes' numbers around."""
+def _plot(curves: Sequence[tuple[int, str, Points]], size: str = "", floor: float = math.inf) -> str:
+    """Curves (the run's place, a kind of line, points) over one pair of axes, as SVG, with the axes' numbers around.
+
+    The values' axis begins at `floor`, or below it. Without a point there is no plot.
+    """
     every = [point for *_, points in curves for point in points]
+    if not every:
+        return ""
     first, last = min(step for step, _ in every), max(step for step, _ in every)
-    low, high = min(value for _, value in every), max(value for _, value in every)
+    low, high = min([floor, *(value for _, value in every)]), max(value for _, value in every)
     margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
     low, high, last = max(low - margin, min(low, 0.0)), high + margin, max(last, first + 1)
 
@@ -138,9 +162,9 @@ def _plot(curves: Sequence[tuple[int, str, Points]], size: str = "") -> str:
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round numbers from low to high, up to five."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step *= next(factor for factor in (1, 2, 5, 10) if 5 * step * factor >= high - low)
+    """Round numbers from low to high, `TICKS` or fewer."""
+    step = 10.0 ** math.floor(math.log10((high - low) / TICKS))
+    step *= next(factor for factor in (1, 2, 5, 10) if TICKS * step * factor >= high - low)
     step = max(step, 1.0) if whole else step
     return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
@@ -155,10 +179,7 @@ def _number(value: float) -> str:
 def _settings(runs: Sequence[RunReport]) -> str:
     """What differs between the configurations; what does not, and one run's, is folded."""
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key != "run.dir"]
-    texts = {
-        key: [json.dumps(run.config[key], ensure_ascii=False) if key in run.config else "–" for run in runs]
-        for key in keys
-    }
+    texts = {key: [_text(run.config.get(key, "–")) for run in runs] for key in keys}
     differ = {key: values for key, values in texts.items() if len(set(values)) > 1}
     same = [[key, values[0]] for key, values in texts.items() if key not in differ]
     names = [run.name for run in runs]
@@ -169,28 +190,34 @@ def _settings(runs: Sequence[RunReport]) -> str:
     return f'<section class="wide"><h2>{title}</h2>{shown}{folded if same else ""}</section>' if keys else ""
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _answers(runs: Sequence[RunReport]) -> str:
     """Each prompt of `eval.prompts` with its answers, a row a validation and a column a run."""
     asking = [(place, run) for place, run in enumerate(runs) if run.samples]
-    found = []
+    found: list[str] = []
     for prompt in dict.fromkeys(sample["prompt"] for _, run in asking for sample in run.samples):
         answers = [{s["step"]: s["answer"] for s in run.samples if s["prompt"] == prompt} for _, run in asking]
-        rows = "".join(_row(step, answers) for step in sorted({step for each in answers for step in _picked([*each])}))
+        steps = sorted({step for each in answers for step in _picked([*each])})
+        rows = "".join(_row(steps[: place + 1], answers) for place in range(len(steps)))
         head = "".join(f"<th>{_chip(place, run.name)}</th>" for place, run in asking)
-        content = f'<div class="wide"><table class="table answers"><tr><th>step</th>{head}</tr>{rows}</table></div>'
-        is_open = " open" if len(found) < OPEN else ""
-        found.append(f"<details{is_open}><summary><h3>{escape(prompt)}</h3></summary>{content}</details>")
+        whole = f'<table class="table answers"><tr><th>step</th>{head}</tr>{rows}</table>'
+        is_open, asked = " open" if len(found) < OPEN else "", f"<summary><h3>{escape(prompt)}</h3></summary>"
+        found.append(f'<details{is_open}>{asked}<div class="wide" style="--runs:{len(asking)}">{whole}</div></details>')
     how = f"Up to {ROWS} validations, the first and the last among them; all are in samples.jsonl. Grey: as before."
     return f"<section><h2>Answers</h2><p>{how}</p>{''.join(found)}</section>" if found else ""
 
 
-def _row(step: int, answers: Sequence[dict[int, str]]) -> str:
+def _row(steps: Sequence[int], answers: Sequence[dict[int, str]]) -> str:
+    """The row of the last of the steps."""
     cells = []
     for each in answers:
-        before = max((other for other in _picked([*each]) if other < step), default=None)
-        same = step in each and before is not None and each[before] == each[step]
-        cells.append(f"<td{' class=same' if same else ''}>{escape(each.get(step, ''))}</td>")
-    return f"<tr><td>{step:,}</td>{''.join(cells)}</tr>"
+        shown = [each[step] for step in steps if step in each]
+        same = steps[-1] in each and shown[-2:-1] == shown[-1:]
+        cells.append(f"<td{' class=same' if same else ''}>{escape(each.get(steps[-1], ''))}</td>")
+    return f"<tr><td>{steps[-1]:,}</td>{''.join(cells)}</tr>"
 
 
 def _picked(steps: Sequence[int]) -> list[int]:

@@ -104,10 +104,12 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(ranks):
 
 
 def test_a_benchmark_while_training(alone, ranks):
-    """All ranks score what one process scores, and training goes on as if nothing had been."""
+    """All ranks score and answer what one process does, and training goes on as if nothing had been."""
     _, one = alone
     _size, _, many = ranks
     close(many["evaluated"], one["evaluated"], 1e-12)
+    assert many["answered"] == one["answered"]
+    assert [json.loads(line)["prompt"] for line in one["answered"].splitlines()] == ["0", "1"]
     losses = {name: [row for row in one[name] if len(row) == 2] for name in ("evaluated", "recomputed")}
     assert losses["evaluated"] == losses["recomputed"]
     assert len(one["evaluated"]) == len(one["recomputed"]) + 2

@@ -27,6 +27,8 @@ from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.distributed import local_part, ranks
 from k2mini.evaluation.score import Request, score
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
 from k2mini.training.loop import Task, read_metrics, train
 from k2mini.training.run import pretrain
 from k2mini.training.step import accumulate, local_batches
@@ -71,6 +73,7 @@ def run(
     accumulation=1,
     keep=None,
     evaluate=None,
+    answer=None,
     **changes,
 ):
     """Losses and gradient norms of a run, and its checkpoints' folder."""
@@ -79,7 +82,7 @@ def run(
     samples = Recorder(seed)
     train(
         model,
-        Task(samples, Blocks(documents(9, seed=1), 32, document_mask=True, seed=None), {"data": "x"}),
+        Task(samples, Blocks(documents(9, seed=1), 32, document_mask=True, seed=None), {"data": "x"}, answer=answer),
         RunSection(str(out), seed),
         training,
         keep or CheckpointSection(every=10, keep_last=5),
@@ -98,6 +101,12 @@ def scored(model):
     requests = [Request((*start, *range(30, 30 + n)), ((7,), (8, 9), (10, 11, 12)), 0) for n in (1, 3, 6)]
     found = dict(score(model, requests))
     return {"scored": sum(value * (n + 1) for place in range(3) for n, value in enumerate(found[place]))}
+
+
+def answered(model):
+    """What `eval.prompts` makes of one: greedy answers, of which each takes all of its steps."""
+    found = generate(model, [[1, 5, 6, 7], [1, *range(30, 50)]], Decoding(max_new_tokens=6), stop_ids=())
+    return [(str(number), " ".join(map(str, each.tokens))) for number, each in enumerate(found)]
 
 
 def gradients(path, world, accumulation):
@@ -207,7 +216,8 @@ def main(path, out):
             "lora_shared": run(path, world, out / "lora_shared", lora=lora, parallel=shared, keep=halves, **few),
             "int8": run(path, world, out / "int8", lora=lora, quantize="int8", **few),
             "int8_shared": run(path, world, out / "int8_shared", lora=lora, quantize="int8", parallel=shared, **few),
-            "evaluated": run(path, world, out / "evaluated", evaluate=scored, **few),
+            "evaluated": run(path, world, out / "evaluated", evaluate=scored, answer=answered, **few),
+            "answered": (out / "evaluated/samples.jsonl").read_text(),
             "gradients": gradients(path, world, 1),
             "gradients_accumulated": gradients(path, world, 8 // world.size),
             "kept": world.all_gather(sharding(path, world)),
