@@ -421,7 +421,7 @@ def test_embedding_and_head_that_can_not_be_are_refused(tmp_path, run):
         ValueError, match=r"need a model whose embedding and head are two matrices; .*tie_word_embeddings"
     ):
         attach(tied, section, whole=True)
-    save_model(tied.state_dict(), tied.config, tmp_path / "tied")
+    save_model(tiny_llama(tied.config).state_dict(), tied.config, tmp_path / "tied")
     (adapter / "manifest.json").unlink()
     for merge in (False, True):
         with pytest.raises(ValueError, match=rf"{adapter}: .*tie_word_embeddings"):
