@@ -488,7 +488,7 @@ def test_embedding_and_head_are_saved_resumed_and_exported(settings, tmp_path, r
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         moved = (whole[f"base_model.model.{name}"] - base[name]).abs().max()
         assert 0 < moved < 5 * TRAIN["lr"]
-    status, told, _ = run("plan", settings, "--gpu-memory", "24GiB", "--json")
+    status, told, _ = run("plan", settings, "--gpu-memory", "24GiB", "--world-size", "1", "--json")
     assert (status, json.loads(told)["trained"]) == (0, sum(tensor.numel() for tensor in whole.values()))
     for flags in ("train_head=false", "train_embeddings=false", "rank=3"):
         override = (f"lora.init_adapter={tmp_path}/run/adapter", f"run.dir={tmp_path}/next", f"lora.{flags}")
@@ -521,8 +521,8 @@ def test_embedding_and_head_that_are_one_are_refused_before_any_work(settings, b
     save_model(tiny_llama(config).state_dict(), config, tmp_path / "tied")
     for name in ("model.safetensors", "config.json"):
         shutil.copy(tmp_path / "tied" / name, base)
-    for command in (("pretrain", settings), ("plan", settings, "--gpu-memory", "24GiB")):
-        status, out, err = run(*command, "lora.rank=2", f"lora.{flag}=true")
+    for command in (("pretrain",), ("plan", "--gpu-memory", "24GiB", "--world-size", "1")):
+        status, out, err = run(*command, settings, "lora.rank=2", f"lora.{flag}=true")
         assert (status, out) == (2, "")
         assert "need a model whose embedding and head are two matrices; this one's are tied" in err.splitlines()[-1]
         assert not (tmp_path / "run").exists()
