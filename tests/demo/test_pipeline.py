@@ -139,6 +139,38 @@ def test_its_stages_are_the_products_commands(demo, tmp_path, run, monkeypatch):
     ).read_bytes()
 
 
+def test_documents_by_lora_alone_beside_full_pretraining(tmp_path, run, monkeypatch):
+    """Three stages more, the others as they were; by hand they give the same losses and bytes."""
+    out = tmp_path / "out"
+    report = run_demo(out, quick=True, lora=True)
+    names = ["lora_documents", "lora_stage1", "lora_stage2"]
+    assert [row["stage"] for row in report["stages"]] == ["base", "pretrain", "stage1", "stage2", *names]
+    assert all(set(entry["answers"]) > set(names) for entry in report["answers"])
+    config = json.loads((out / "configs/lora_documents.yaml").read_text())
+    assert config["lora"]["target_modules"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert config["data"] == json.loads((out / "configs/pretrain.yaml").read_text())["data"]
+    table = (out / "report.md").read_text().split("```")[1].splitlines()
+    assert len({line.find("%") for line in table[2:9]}) == 1  # the columns stand below one another
+    block = (out / "report.md").read_text(encoding="utf-8").split("## Every stage by hand")[1]
+    for line in block.splitlines():
+        if "lora_" in line:
+            status, _, err = run(*shlex.split(line)[1:])
+            assert status == 0, err
+    for name in names:
+        found = [read_metrics(folder / name / "metrics.jsonl") for folder in (out, out / "by_hand")]
+        assert len({str([row.get("loss", row.get("val_loss")) for row in rows]) for rows in found}) == 1
+    merged = [(folder / "lora_model/model.safetensors").read_bytes() for folder in (out, out / "by_hand")]
+    assert merged[0] == merged[1]
+
+
 def start(out):
     command = [sys.executable, "-m", "k2mini", "demo", "--quick", "--control", "--threads", "1", "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -151,6 +151,23 @@ def test_a_checkpoint_of_many_ranks_goes_on_in_one_process(ranks, tiny_directory
     close(rows, [*[row for row in many["plain"] if len(row) > 1][10:], many["plain"][-1]], 1e-12)
 
 
+def test_embedding_and_head_beside_adapters_over_ranks(alone, ranks, tiny_directory, tmp_path):
+    """Summed as the adapters' are, or by FSDP; and one process goes on with them."""
+    _, one = alone
+    _, out, many = ranks
+    for name in ("whole", "whole_shared"):
+        close(many[name], one["whole"], 1e-12)
+    close(many["whole_int8"], one["whole_int8"], 1e-6)
+    assert many["whole_bfloat16"][-1][0] == pytest.approx(one["whole"][-1][0], rel=0.02)
+    assert one["whole"][-1][0] < one["lora"][5][0] < one["whole"][0][0]  # more trains, so more is learned
+    lora = LoraSection(rank=2, dropout=0.0, train_embeddings=True, train_head=True)
+    for kind in ("", "_shared"):
+        keep = CheckpointSection(resume=str(out / f"whole{kind}/checkpoints/step_0000003"), every=3)
+        settings = {"lora": lora, "keep": keep, "max_steps": 6, "weight_decay": 0.1}
+        rows = worker.run(tiny_directory, World(), tmp_path / f"resumed{kind}", **settings)
+        close(rows, many[f"whole{kind}"][3:], 1e-12)
+
+
 @pytest.mark.parametrize("shared", ["", "_shared"])
 def test_adapters_of_many_ranks_go_on_in_one_process(ranks, tiny_directory, tmp_path, shared):
     """Whether each rank kept the frozen base whole, which is the default, or all ranks shared it."""

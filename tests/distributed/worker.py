@@ -206,6 +206,7 @@ def main(path, out):
     with ranks(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv) as world:
         few = {"max_steps": STEPS // 3}
         lora, shared = LoraSection(rank=2, dropout=0.0), ParallelSection(replicate=1)
+        whole, some = replace(lora, train_embeddings=True, train_head=True), {"max_steps": 6, "weight_decay": 0.1}
         halves = CheckpointSection(every=5)
         results = {
             "plain": run(path, world, out / "plain"),
@@ -214,6 +215,11 @@ def main(path, out):
             "accumulated": run(path, world, out / "accumulated", accumulation=8 // world.size, **few),
             "lora": run(path, world, out / "lora", lora=lora, keep=halves, **few),
             "lora_shared": run(path, world, out / "lora_shared", lora=lora, parallel=shared, keep=halves, **few),
+            "whole": run(path, world, out / "whole", lora=whole, keep=CheckpointSection(every=3), **some),
+            "whole_shared": run(
+                path, world, out / "whole_shared", lora=whole, parallel=shared, keep=CheckpointSection(every=3), **some
+            ),
+            "whole_int8": run(path, world, out / "whole_int8", lora=whole, quantize="int8", parallel=shared, **some),
             "int8": run(path, world, out / "int8", lora=lora, quantize="int8", **few),
             "int8_shared": run(path, world, out / "int8_shared", lora=lora, quantize="int8", parallel=shared, **few),
             "evaluated": run(path, world, out / "evaluated", evaluate=scored, answer=answered, **few),
@@ -231,6 +237,9 @@ def main(path, out):
             )
             results["replicated"] = run(
                 path, world, out / "replicated", parallel=ParallelSection(replicate=world.size), **few
+            )
+            results["whole_bfloat16"] = run(
+                path, world, out / "whole_bfloat16", dtype="bfloat16", lora=whole, parallel=shared, **some
             )
             results["bfloat16"] = run(path, world, out / "bfloat16", dtype="bfloat16", evaluate=scored, **few)
         if world.is_main:

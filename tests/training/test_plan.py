@@ -141,6 +141,22 @@ def test_lora(directory):
     assert found.peak < plan_run(pretraining(directory), 1).peak
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_lora_with_embedding_and_head(directory, quantize):
+    """Counted as trained, in float32 whatever the base is kept in; received whole by each rank."""
+    config = tuning(directory)
+    config = replace(config, model=replace(config.model, dtype="bfloat16", quantize=quantize))
+    whole = replace(config, lora=replace(config.lora, train_embeddings=True, train_head=True))
+    before, found, two = plan_run(config, 1), plan_run(whole, 1), plan_run(whole, 2)
+    assert found.trained == before.trained + 2 * 2000 * 128
+    assert found.parameters == before.parameters
+    assert found.kinds["optimiser"] == 8 * found.trained
+    assert found.checkpoint == 12 * found.trained
+    assert found.kinds["parameters"] == before.kinds["parameters"] + 2 * 2 * 2000 * 128  # 4 bytes each, not 2
+    assert two.received == 4 * found.trained
+    assert plan_run(replace(whole, parallel=ParallelSection(replicate=1)), 2).trained == found.trained
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
 def test_other_architectures(tmp_path, name):
     """Biases and norms are counted like all weights, int8 or not; a window's mask is there where a row is longer."""

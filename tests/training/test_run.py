@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from k2mini.config import LoraSection, PretrainConfig
 from k2mini.config_file import load_config
@@ -463,3 +464,76 @@ def test_unreadable_is_not_damaged(tmp_path):
     path.touch(0o000)
     with pytest.raises(PermissionError):
         read_metrics(path)
+
+
+WHOLE = {"rank": 2, "target_modules": "all", "train_embeddings": True, "train_head": True}
+
+
+def test_embedding_and_head_are_saved_resumed_and_exported(settings, tmp_path, run, tiny_directory):
+    """In checkpoints, once killed, and in the adapter; their room is counted; `plan`, `export`, `verify` know them."""
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**content, "lora": WHOLE}))
+    assert run("pretrain", settings)[0] == 0
+    whole = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert run("verify", tmp_path / "run")[0] == 0
+    for name in ("run/adapter", "run/checkpoints/step_0000004"):
+        shutil.rmtree(tmp_path / name)
+    assert run("pretrain", settings)[0] == 0
+    again = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["loss"] == last["loss"]
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    base = load_file(tiny_directory / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        moved = (whole[f"base_model.model.{name}"] - base[name]).abs().max()
+        assert 0 < moved < 5 * TRAIN["lr"]
+    status, told, _ = run("plan", settings, "--gpu-memory", "24GiB", "--world-size", "1", "--json")
+    assert (status, json.loads(told)["trained"]) == (0, sum(tensor.numel() for tensor in whole.values()))
+    for flags in ("train_head=false", "train_embeddings=false", "rank=3"):
+        override = (f"lora.init_adapter={tmp_path}/run/adapter", f"run.dir={tmp_path}/next", f"lora.{flags}")
+        status, _, err = run("pretrain", settings, *override)
+        assert status == 2
+        assert f"lora.{flags.partition('=')[0]} is " in err
+        assert "that of lora.init_adapter" in err
+    status, _, err = run("serve", "--model", tiny_directory, "--adapter", f"one={tmp_path}/run/adapter")
+    assert (status, "has its own embed_tokens and lm_head" in err) == (2, True)
+    status, told, _ = run("audit", "diff", tiny_directory, tmp_path / "run/adapter", "--json")
+    assert (status, "lm_head.weight" in told, "embed_tokens" in told) == (0, True, True)
+
+
+def test_room_for_embedding_and_head_is_counted(settings, base, tmp_path, run, monkeypatch):
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora": WHOLE}))
+    shapes = {name: shape for name, shape in tensor_shapes(ModelDirectory(base).config).items() if len(shape) == 2}
+    adapters = 2 * sum(sum(shape) for name, shape in shapes.items() if ".layers." in name)
+    least = 16 * (adapters + sum(math.prod(shape) for name, shape in shapes.items() if ".layers." not in name))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=least - 1))
+    status, _, err = run("pretrain", settings)
+    assert (status, f"needs {least:,} bytes (checkpoints at a time: 1" in err) == (2, True)
+
+
+@pytest.mark.parametrize("flag", ["train_embeddings", "train_head"])
+def test_embedding_and_head_that_are_one_are_refused_before_any_work(settings, base, tmp_path, run, flag):
+    config = tiny_config(tie_embeddings=True, vocab_size=400, max_seq_len=1024)
+    for name in ("model.safetensors", "config.json", "manifest.json"):
+        (base / name).unlink()
+    save_model(tiny_llama(config).state_dict(), config, tmp_path / "tied")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(tmp_path / "tied" / name, base)
+    for command in (("pretrain",), ("plan", "--gpu-memory", "24GiB", "--world-size", "1")):
+        status, out, err = run(*command, settings, "lora.rank=2", f"lora.{flag}=true")
+        assert (status, out) == (2, "")
+        assert "need a model whose embedding and head are two matrices; this one's are tied" in err.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_are_off_do_not_change_what_a_run_is_known_by(tuning, tmp_path, run):
+    """Runs and checkpoints from before them go on."""
+    assert run("finetune", tuning)[0] == 0
+    state = read_state(tmp_path / "tuned/checkpoints/step_0000004")
+    assert not {"train_embeddings", "train_head"} & state["identity"]["lora"].keys()
+    assert run("finetune", tuning, "lora.train_head=true")[0] == 2
+    shutil.rmtree(tmp_path / "tuned/adapter")
+    status, _, err = run("finetune", tuning, "lora.train_head=true")
+    assert (status, "another lora.train_head (None, now True)" in err) == (2, True)

@@ -297,3 +297,154 @@ def test_rank_stabilised_scaling_equals_pefts(written, tmp_path):
     reference.save_pretrained(tmp_path / "theirs")
     model, _ = load_model(base, adapter=tmp_path / "theirs")
     torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+# What trains whole beside the adapters.
+
+
+def both(*names):
+    """A section with these of embed_tokens and lm_head."""
+    flags = {"train_embeddings": "embed_tokens" in names, "train_head": "lm_head" in names}
+    return LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=ALL, **flags)
+
+
+def wholly_adapted(section, dtype=torch.float32):
+    """A tiny model whose adapters, embedding and head have all been changed, and these as `save_adapter` takes them."""
+    model = tiny_llama(dtype=dtype)
+    attach(model, section, whole=True)
+    init_adapters(model, seed=1)
+    fill_adapters(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name in set(trained) & {"model.embed_tokens.weight", "lm_head.weight"}:
+            trained[name] += 0.05 * torch.randn(199, 64, generator=torch.Generator().manual_seed(len(name)))
+    return model, {name: parameter.detach() for name, parameter in trained.items()}
+
+
+choices = pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
+
+
+@choices
+def test_peft_loads_embedding_and_head_as_k2mini_writes_them(tmp_path, names, run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, adapter, plain = tmp_path / "base", tmp_path / "adapter", tiny_llama()
+    save_model(plain.state_dict(), plain.config, base)
+    model, trained = wholly_adapted(both(*names))
+    assert len(trained) == 2 * 7 * 3 + len(names)
+    save_adapter(trained, both(*names), adapter, base=str(base))
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == list(names)
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
+    assert (plain(TOKENS) - model(TOKENS)).abs().max() > 0.1
+    before = (base / "model.safetensors").read_bytes()
+    assert torch.equal(load_model(base, adapter)[0](TOKENS), model(TOKENS))
+    assert (base / "model.safetensors").read_bytes() == before  # it was mapped
+    merge_adapters(base, [adapter], tmp_path / "merged")
+    merged, theirs = load_model(tmp_path / "merged")[0], reference.merge_and_unload().state_dict()
+    torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load_model(base, adapter, merge=True)[0](TOKENS), merged(TOKENS), rtol=0, atol=0)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+    status, told, _ = run("info", adapter)
+    assert (status, f"(21 modules), and {names[0]} whole" in told) == (0, True)
+    assert f"parameters: {sum(tensor.numel() for tensor in trained.values()):,}" in told
+
+
+@choices
+def test_k2mini_loads_embedding_and_head_as_peft_writes_them(tmp_path, names):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, plain = tmp_path / "base", tiny_llama()
+    save_model(plain.state_dict(), plain.config, base)
+    config = LoraConfig(
+        r=3, target_modules=ALL, modules_to_save=list(names), init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    reference = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    reference.save_pretrained(tmp_path / "theirs")
+    section = read_adapter_config(tmp_path / "theirs")
+    assert section.modules_to_save == list(names)
+    model, _ = load_model(base, adapter=tmp_path / "theirs")
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_embedding_and_head_stay_in_float32_over_bf16_and_int8(tmp_path):
+    """They, and their gradients; what comes out is the model's dtype, and at first what the base gives."""
+    from k2mini.nn.quant import Int8Linear, fill_int8, quantize_blocks, quantize_rows
+
+    section, labels = both("embed_tokens", "lm_head"), TOKENS[:, 1:]
+    for dtype, quantised in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, False)):
+        model, plain = tiny_llama(dtype=dtype), tiny_llama(dtype=dtype)
+        for each in (model, plain) if quantised else ():
+            values = {name: m.weight for name, m in each.model.layers.named_modules() if hasattr(m, "in_features")}
+            quantize_blocks(each.model.layers)
+            for name, module in each.model.layers.named_modules():
+                if isinstance(module, Int8Linear):
+                    fill_int8(module, *quantize_rows(values[name].detach()))
+        attach(model, section, whole=True)
+        init_adapters(model, seed=0)
+        logits = model(TOKENS)
+        assert logits.dtype == model.dtype == dtype
+        assert torch.equal(logits, plain(TOKENS))
+        assert model.loss(TOKENS[:, :-1], None, labels) == plain.loss(TOKENS[:, :-1], None, labels)
+        model.loss(TOKENS[:, :-1], None, labels).backward()
+        kept = torch.promote_types(dtype, torch.float32)
+        for module in (model.model.embed_tokens, model.lm_head):
+            assert module.weight.dtype == module.weight.grad.dtype == kept
+            assert module.weight.grad.any()
+
+
+def test_embedding_and_head_that_can_not_be_are_refused(tmp_path, run):
+    base, adapter, plain = tmp_path / "base", tmp_path / "adapter", tiny_llama()
+    save_model(plain.state_dict(), plain.config, base)
+    section = both("embed_tokens", "lm_head")
+    _, trained = wholly_adapted(section)
+    save_adapter(trained, section, adapter, base=str(base))
+    save_adapter({**adapter_tensors(wholly_adapted(both())[0])}, both(), tmp_path / "other", base=str(base))
+    from k2mini.weights.adapter import load_adapters
+
+    with pytest.raises(ValueError, match=r"adapter has its own embed_tokens and lm_head, where adapters share"):
+        load_adapters(load_model(base)[0], ModelDirectory(base), {"one": adapter})
+    for more in (["--adapter", adapter, tmp_path / "other"], ["--adapter", adapter, "--weights", 0.5]):
+        status, _, err = run("merge", "--base", base, *more, "--out", tmp_path / "out")
+        assert status == 2
+        assert "has its own embed_tokens and lm_head, which can't be added to others" in err
+        assert not (tmp_path / "out").exists()
+    tied = tiny_llama(tiny_config(tie_embeddings=True))
+    with pytest.raises(
+        ValueError, match=r"need a model whose embedding and head are two matrices; .*tie_word_embeddings"
+    ):
+        attach(tied, section, whole=True)
+    save_model(tiny_llama(tied.config).state_dict(), tied.config, tmp_path / "tied")
+    (adapter / "manifest.json").unlink()
+    for merge in (False, True):
+        with pytest.raises(ValueError, match=rf"{adapter}: .*tie_word_embeddings"):
+            load_model(tmp_path / "tied", adapter, merge=merge)
+    weights = adapter / "adapter_model.safetensors"
+    tensors, name = load_file(weights), "base_model.model.lm_head.weight"
+    for changed, said in (
+        ({name: tensors[name][:, :-1].contiguous()}, "lm_head.weight has another shape than the model's"),
+        ({name: torch.full_like(tensors[name], torch.nan)}, f"has no {name}, which .* names, or it is not finite"),
+        ({"base_model.model.model.norm.weight": torch.ones(64)}, "norm.weight, which is no LoRA weight"),
+    ):
+        save_file({**tensors, **changed}, weights)
+        for merge in (False, True):
+            with pytest.raises(ValueError, match=said):
+                load_model(base, adapter, merge=merge)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
+    with pytest.raises(ValueError, match=f"has no {name}"):
+        load_model(base, adapter)
+    for value in (["embed_tokens", "norm"], "lm_head", [7], {"lm_head": 1}):
+        edit(adapter, modules_to_save=value)
+        with pytest.raises(ValueError, match=r"modules_to_save is .*; k2mini has embed_tokens and lm_head"):
+            load_model(base, adapter)
+    edit(adapter, modules_to_save=None)
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="which is no LoRA weight"):
+        load_model(base, adapter)
