@@ -193,7 +193,8 @@ def _track(
 
         model.train()
         step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
-        with MemoryTracker(model, optimizer, config.parallel.replicate or 1) as tracker:
+        offloaded = config.parallel.offload is not None
+        with MemoryTracker(model, optimizer, config.parallel.replicate or 1, offloaded=offloaded) as tracker:
             step()
     lost = int(FRAGMENTATION * tracker.peak)
     kinds = {**tracker.kinds(), "fragmentation": lost}
