@@ -28,7 +28,6 @@ from k2mini.weights.merge import merged_reader
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, model_directory
 
 log = logging.getLogger(__name__)
-KINDS = {"int8": quant.Int8Linear, "w8a8": quant.DynamicLinear}
 
 
 def load_model(
@@ -50,8 +49,9 @@ def load_model(
         directory: config.json, weights and, if there is one, a tokenizer's file.
         adapter: a LoRA adapter's directory (PEFT's format); it is put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
-        quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py), each quantised as it is read; 'w8a8'
-            quantises activations too where one row runs on a CPU. A directory of int8 weights is 'int8' by itself.
+        quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py), 'nf4' in four bits (nn/nf4.py), each
+            quantised as it is read; 'w8a8' quantises activations too where one row runs on a CPU. A directory of
+            quantised weights says it by itself.
         merge: merge the adapter into the weights as they are read, in full precision.
         quantize_head: quantise the vocabulary projection too.
 
@@ -62,15 +62,18 @@ def load_model(
     """
     device, opened = torch.device(device), _open(directory)
     tokenizer, model, reader = opened.tokenizer, empty_model(opened), opened.reader
-    quantize = quantize or ("int8" if opened.is_int8 else None)
-    if quantize_head and quantize is None:
+    quantize = quantize or opened.quantized
+    if opened.quantized not in (None, "int8" if quantize == "w8a8" else quantize):
+        raise ValueError(f"{opened.path} is quantised to {opened.quantized}; leave out --quantize {quantize}")
+    if quantize_head and quantize not in ("int8", "w8a8"):
         raise ValueError("--quantize-head needs --quantize int8 or w8a8, which says how")
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
         check_memory(model.config.num_parameters(), dtype, stored, device)
     model.to(dtype)
-    _quantize(model, quantize)
+    if quantize is not None:
+        quant.quantize_blocks(model.model.layers, quantize)
     if adapter is not None and merge:
         reader = merged_reader(opened, [model_directory(adapter)])
     elif adapter is not None:
@@ -79,7 +82,7 @@ def load_model(
     if adapter is not None and not merge:
         load_adapter(model, model_directory(adapter), section)
     if quantize_head and quantize is not None:
-        model.quantized_head = quant.quantized_head(model.head_weight, KINDS[quantize])
+        model.quantized_head = quant.quantized_head(model.head_weight, quantize)
     return model.eval(), tokenizer
 
 
@@ -139,7 +142,7 @@ def make_trainable(
 ) -> None:
     """Prepare a model whose parameters have no values yet (they are on the meta device, or fake) for training.
 
-    The one place that knows the order: int8, LoRA, activation checkpointing, compilation, sharding.
+    The one place that knows the order: quantisation, LoRA, activation checkpointing, compilation, sharding.
 
     Args:
         model: its parameters are of `kept_dtype`.
@@ -149,7 +152,8 @@ def make_trainable(
 
     Raises ValueError where `lora` names a module that the model does not have, or there is no compiler.
     """
-    _quantize(model, section.quantize)
+    if section.quantize is not None:
+        quant.quantize_blocks(model.model.layers, section.quantize)
     if lora is not None:
         attach(model, lora)
     model.model.recompute_every = train.activation_checkpointing
@@ -190,8 +194,10 @@ def training_model(
     """
     directory = _open(section.path)
     model = empty_model(directory)
-    if directory.is_int8 and section.quantize is None:
-        raise ValueError(f"{directory.path} is quantised; train adapters over it with model.quantize=int8")
+    if directory.quantized not in (None, section.quantize):
+        raise ValueError(
+            f"{directory.path} is quantised; train adapters over it with model.quantize={directory.quantized}"
+        )
     directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
         check_base(model_directory(lora.init_adapter), directory)
@@ -209,24 +215,6 @@ def training_model(
     return model, directory
 
 
-def _quantize(model: Llama, how: str | None) -> None:
-    if how is not None:
-        if how not in KINDS:
-            raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {how!r}")
-        quant.quantize_blocks(model.model.layers, KINDS[how])
-
-
-def _fill_int8(model: Llama, name: str, reader: CheckpointReader, device: torch.device) -> None:
-    """Give an int8 layer its matrix and scales, or this rank's rows of them, as stored or quantised when read."""
-    module: Any = model.get_submodule(name.removesuffix(".weight"))
-    rows = local_rows(module.weight)
-    if quant.scale_name(name) in reader.files:
-        weight, scale = (reader.rows(part, *rows).to(device) for part in (name, quant.scale_name(name)))
-    else:
-        weight, scale = quant.quantize_rows(reader.rows(name, *rows).to(device), name)
-    quant.fill_int8(module, weight, scale)
-
-
 def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
     (opened := directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)).require_model()
     return opened
@@ -235,10 +223,10 @@ def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
 def empty_model(directory: ModelDirectory) -> Llama:
     """A model without storage, whose tensors are checked to be in the files, of the right shapes and dtypes."""
     expected, reader = tensor_shapes(directory.config), directory.reader
-    in_int8 = set(quant.int8_matrices(expected)) if directory.is_int8 else set()
-    check_tensors(reader, expected | (quant.int8_scales(expected) if in_int8 else {}), directory.path)
+    parts = quant.quantized_tensors(expected, directory.quantized)
+    check_tensors(reader, expected | {name: shape for name, (shape, _) in parts.items()}, directory.path)
     for name in expected:
-        if name not in in_int8:
+        if name not in parts:
             reader.dtype(name)  # refuses integer and 8-bit types before anything is read
     with torch.device("meta"):
         return Llama(directory.config)
@@ -249,12 +237,14 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
     """Give every parameter its stored values, in the dtype that it has; adapters get storage without values.
 
     A parameter whose dtype and device are already right stays memory-mapped; a sharded one is read by its rows; what is
-    kept in int8 is quantised matrix by matrix.
+    kept quantised is filled matrix by matrix.
     """
     for name, parameter in list(model.named_parameters()):
-        if parameter.dtype == torch.int8:
-            _fill_int8(model, name, reader, device)
-        if parameter.dtype == torch.int8 or name.endswith(".scale"):  # filled with its matrix
+        stem, _, part = name.rpartition(".")
+        if parameter.dtype in quant.PARTS and part == "weight":
+            stored = f"{stem}.scale" in reader.files
+            quant.fill(model.get_submodule(stem), name, reader.rows, device, stored=stored)
+        if parameter.dtype in quant.PARTS or part == "scale":  # filled with its matrix
             continue
         if isinstance(parameter, DTensor):
             if name in reader.files:
@@ -264,8 +254,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
             values = reader.tensor(name).to(device).to(parameter.dtype)  # converted there, where that is fast
         else:
             values = torch.empty_like(parameter, device=device)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        setattr(model.get_submodule(stem), part, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:

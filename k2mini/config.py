@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")  # torch's own; dtypes.py has the dtypes
-QUANTIZE_NAMES = ("int8", "w8a8")  # how weights are kept for inference; build.py has the layers
+QUANTIZE_NAMES = ("int8", "nf4", "w8a8")  # how weights are kept for inference; build.py has the layers
 IGNORE_INDEX = -100  # the label of a position that is not supervised (PyTorch's own default)
 
 
@@ -54,7 +54,7 @@ class ModelSection:
 
     path: str  # a Hugging Face directory with its tokenizer, or an id (extra: hub); demo:base is the demo's
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # to compute in
-    quantize: Literal["int8"] | None = None  # the frozen base of LoRA in int8
+    quantize: Literal["int8", "nf4"] | None = None  # the frozen base of LoRA in 8 or 4 bits
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
 from k2mini.model_config import ModelConfig, hf_config
+from k2mini.nn import nf4
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.init import init_weights
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.quant import int8_product, quantize_rows
+from k2mini.nn.quant import dequantized, quantize_rows, quantized_product
 from k2mini.sizes import readable
 from k2mini.training.checkpoint import load_checkpoint
 from k2mini.training.plan import BUDGET, plan_run
@@ -110,13 +111,13 @@ def parity(device: torch.device) -> Iterator[Compared]:
 
 @torch.inference_mode()
 def int8(device: torch.device) -> Iterator[Compared]:
-    """Products with an int8 weight, against those of the same weight in float64."""
-    x, matrix = torch.randn(2, 500, 300, generator=torch.Generator().manual_seed(0))
-    weight, scale = quantize_rows(matrix)
-    right = x.double() @ (weight.double() * scale.double()[:, None]).T
-    for rows in (1, 2, 16, 64, 500):
-        ours = int8_product(x[:rows].to(device), weight.to(device), scale.to(device))
-        yield f"an int8 product of {rows} rows", ours, right[:rows], BOUNDS["float32"]
+    """Products with a weight in int8 and in NF4, against those of the same weight in float64."""
+    x, matrix = torch.randn(2, 500, 320, generator=torch.Generator().manual_seed(0))
+    for how, parts in {"int8": quantize_rows(matrix), "NF4": nf4.quantize(matrix)}.items():
+        right = x.double() @ dequantized(torch.float64, *parts).T
+        for rows in (1, 2, 16, 64, 500):
+            ours = quantized_product(x[:rows].to(device), *(part.to(device) for part in parts))
+            yield f"an {how} product of {rows} rows", ours, right[:rows], BOUNDS["float32"]
 
 
 def compiled(device: torch.device) -> Iterator[Compared]:

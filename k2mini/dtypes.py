@@ -15,8 +15,8 @@ INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*INTEGERS, *INTEGERS.values(), torch.int8)}
-# safetensors' codes. Weights are floating-point; a `bits` delta and int8 weights are integers.
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*INTEGERS, *INTEGERS.values(), torch.int8, torch.uint8)}
+# safetensors' codes. Weights are floating-point; a `bits` delta and quantised weights are integers.
 SAFETENSORS_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS = {
     **SAFETENSORS_FLOATS,
@@ -24,6 +24,7 @@ SAFETENSORS = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U8": torch.uint8,
 }
 SAFETENSORS_CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
 # The storage classes that a pickled state dict (`.bin`, `.pth`) names.

@@ -14,7 +14,10 @@ from typing import Any
 from k2mini.architectures import ARCHITECTURES, LinearRopeScaling, Llama3RopeScaling, RopeScaling
 from k2mini.files import read_json
 
-INT8 = {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"}
+QUANTIZED = {
+    "int8": {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"},
+    "nf4": {"quant_method": "k2mini", "format": "nf4, blocks of 64, double quantisation in blocks of 256"},
+}  # what config.json has as quantization_config
 MOST_LAYERS = 1000  # more are a damaged file's: their names alone would fill the memory
 
 
@@ -163,8 +166,10 @@ def _translate(raw: dict[str, Any]) -> ModelConfig:
             f"{', '.join(ARCHITECTURES)} only (such as LlamaForCausalLM)"
         )
     quantization = raw.get("quantization_config")
-    if quantization not in (None, INT8):
-        raise ValueError(f"quantization_config is {quantization!r:.80}; k2mini reads its own int8 weights only")
+    if quantization not in (None, *QUANTIZED.values()):
+        raise ValueError(
+            f"quantization_config is {quantization!r:.80}; k2mini reads its own int8 weights only, and NF4"
+        )
     for key, supported in known.only.items():
         if raw.get(key, supported) != supported:
             raise ValueError(f"{key} is {raw[key]!r:.80}; k2mini's {kind} supports {supported!r} only")

@@ -23,12 +23,14 @@ from k2mini.inference.generate import generate
 from k2mini.inference.request import Request
 from k2mini.inference.sampling import Sampling, sample, uniforms
 from k2mini.inference.scheduler import Scheduler
+from k2mini.nn import nf4
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.nn.quant import fill_int8, int8_product, quantize_blocks, quantize_rows
+from k2mini.nn.nf4_kernel import nf4_rows
+from k2mini.nn.quant import quantize_blocks, quantize_rows, quantized_product
 from k2mini.training.loop import read_metrics
 from k2mini.training.plan import plan_run
 from k2mini.training.step import accumulate, build_optimizer, loss_sum, train_step
@@ -70,7 +72,8 @@ def in_int8(model):
     quantize_blocks(model.model.layers)
     for name, tensor in values.items():
         if ".layers." in name and tensor.ndim == 2:
-            fill_int8(model.get_submodule(name.removesuffix(".weight")), *quantize_rows(tensor))
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.weight.data, module.scale.data = quantize_rows(tensor)
     return model
 
 
@@ -183,10 +186,21 @@ def test_int8_products(rows, dtype, bound):
     weight, scale = quantize_rows(torch.randn(1100, 700))
     x = torch.randn(rows, 700).to(dtype)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
-    close(int8_product(x.cuda(), weight.cuda(), scale.cuda()), exact, bound)
+    close(quantized_product(x.cuda(), weight.cuda(), scale.cuda()), exact, bound)
     assert takes_kernel(x.cuda()) == (rows <= 64)
     if rows <= 64:
         close(int8_rows(x.cuda(), weight.cuda(), scale.cuda()), exact, bound)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 64, 512])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-3)])
+@torch.inference_mode()
+def test_nf4_products(rows, dtype, bound):
+    parts, x = nf4.quantize(torch.randn(1100, 704)), torch.randn(rows, 704).to(dtype)
+    exact, parts = x.double() @ nf4.dequantize(*parts, torch.float64).T, [part.cuda() for part in parts]
+    close(quantized_product(x.cuda(), *parts), exact, bound)
+    if rows <= 64:
+        close(nf4_rows(x.cuda(), *parts), exact, bound)
 
 
 def waits_of(work):

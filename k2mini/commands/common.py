@@ -64,7 +64,7 @@ MODEL.add_argument("--merge", action="store_true", help="put the adapter into th
 MODEL.add_argument(
     "--quantize",
     choices=QUANTIZE_NAMES,
-    help="keep the blocks' matrices in int8; w8a8: on a CPU quantise a single row's activations too (default: no)",
+    help="keep the blocks' matrices in 8 bits, or 4 (nf4); w8a8: 8, and on a CPU one row's activations (default: no)",
 )
 MODEL.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
 MODEL.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")

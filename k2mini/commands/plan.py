@@ -55,7 +55,7 @@ def _plan_inference(options: argparse.Namespace, model: ModelSection, room: floa
 
     from k2mini.dtypes import DTYPES
     from k2mini.model_config import tensor_shapes
-    from k2mini.nn.quant import int8_matrices, int8_scales
+    from k2mini.nn.quant import quantized_tensors
     from k2mini.nn.slots import token_bytes
     from k2mini.training.plan import planned_shape
 
@@ -63,14 +63,14 @@ def _plan_inference(options: argparse.Namespace, model: ModelSection, room: floa
         raise ValueError("--fit is of training's micro-batches; --inference says how many tokens fit")
     config, dtype = planned_shape(model.path), DTYPES[model.dtype]
     shapes = tensor_shapes(config)
-    int8 = set(int8_matrices(shapes)) if model.quantize else set()
-    weights = sum(prod(shape) * (1 if name in int8 else dtype.itemsize) for name, shape in shapes.items())
-    weights += sum(4 * prod(shape) for shape in int8_scales(shapes).values()) if int8 else 0
+    kept = {name: (shape, dtype) for name, shape in shapes.items()} | quantized_tensors(shapes, model.quantize)
+    weights = sum(prod(shape) * kind.itemsize for shape, kind in kept.values())
     each = token_bytes(config, dtype)
     tokens = max(0, int((room - weights) // each))
     fits = tokens > 0
+    blocks = f" (blocks in {model.quantize})" if model.quantize else ""
     said = [
-        f"weights         {readable(weights)}{' (blocks in int8)' if int8 else ''}, {model.dtype}",
+        f"weights         {readable(weights)}{blocks}, {model.dtype}",
         f"a token         {readable(each)} of keys and values",
         f"context         {tokens:,} tokens in {share} of {options.gpu_memory}, of all slots of k2mini serve together",
     ]

@@ -50,7 +50,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--cors", action="append", default=[], metavar="ORIGIN", help="a site whose pages may ask; may be repeated"
     )
     parser.add_argument("--template", metavar="NAME", help=f"of chats: {TEMPLATE_HELP} (default: the run's)")
-    parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in int8 (default: no)")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZE_NAMES, help="keep the blocks' matrices in 8 bits, or 4 (default: no)"
+    )
     parser.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
     parser.add_argument("--compile", action="store_true", help="compile decoding; on a CPU it answers meanwhile")
     parser.set_defaults(run=run_serve)

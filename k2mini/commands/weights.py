@@ -109,7 +109,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="hf: safetensors; bin: PyTorch's; meta: consolidated.00.pth; gguf: a file for llama.cpp (extra: gguf)",
     )
     parser.add_argument("--dtype", choices=DTYPE_NAMES[:3], help="of the tensors written (default: as stored)")
-    parser.add_argument("--quantize", choices=("int8",), help="with --to hf: store the blocks' matrices in int8")
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help="with --to hf: store the blocks' matrices so")
     parser.add_argument(
         "--shard-size", default=shard_size, metavar="SIZE", help=f"of a file at most (default: {shard_size})"
     )

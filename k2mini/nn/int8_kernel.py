@@ -22,14 +22,17 @@ ROWS = 64  # at most: of more, dequantising costs little beside the product
 WIDTH = 32  # rows of the weight that one program multiplies
 
 
-def takes_kernel(x: Tensor) -> bool:
-    """Whether `int8_rows` is for x (…, in): few rows on a GPU, without a gradient, in 16 or 32 bits."""
+def takes_kernel(x: Tensor, *, fuses: bool = True) -> bool:
+    """Whether `int8_rows` is for x (…, in): few rows on a GPU, without a gradient, in 16 or 32 bits.
+
+    fuses: torch.compile makes one kernel of converting the weight and a product of one row.
+    """
     if x.device.type != "cuda" or not 0 < x.numel() <= ROWS * x.shape[-1] or torch.is_grad_enabled():
         return False
     if x.dtype == torch.float64:
         return False
     if torch.compiler.is_dynamo_compiling():  # there is a compiler, then; of one row all is fused
-        return x.numel() > x.shape[-1]
+        return x.numel() > x.shape[-1] or not fuses
     return _can_compile()
 
 
@@ -40,7 +43,7 @@ def _can_compile() -> bool:
             raise ValueError("triton is not installed")
         check_compiler(torch.device("cuda"))
     except ValueError as error:
-        log.warning("int8 weights are converted before each product, which is slow: %s", error)
+        log.warning("quantised weights are converted before each product, which is slow: %s", error)
         return False
     return True
 

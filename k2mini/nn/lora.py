@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from k2mini.config import LORA_TARGETS, LoraSection
 from k2mini.distributed import World, fill, local_part
 from k2mini.nn.layers import Linear, product
-from k2mini.nn.quant import Int8Linear, int8_product
+from k2mini.nn.quant import PARTS, parts_of, quantized_product
 
 # An adapter that does not train: module name -> A (R, in), B (out, R), scaling.
 Adapter = Mapping[str, tuple[Tensor, Tensor, float]]
@@ -25,7 +25,7 @@ class LoraLinear(Linear):
     """y = x W^T + (alpha / rank) dropout(x) A^T B^T (Hu et al., equation 3), plus W's bias where it has one. The weight
     keeps its name and is frozen.
 
-    W may be in int8. A and B are kept in `promote_types(W.dtype, float32)` and multiply in x's dtype, as W does;
+    W may be quantised. A and B are kept in `promote_types(W.dtype, float32)` and multiply in x's dtype, as W does;
     `init_adapters` gives them values.
     """
 
@@ -33,7 +33,8 @@ class LoraLinear(Linear):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
-        self.scale = base.scale if isinstance(base, Int8Linear) else None
+        for part in PARTS.get(base.weight.dtype, ()):
+            setattr(self, part, getattr(base, part))
         dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_A = nn.Parameter(torch.empty(section.rank, base.in_features, dtype=dtype, device=device))  # (R, in)
         self.lora_B = nn.Parameter(torch.empty(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
@@ -43,7 +44,7 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
-        out = product(x, self.weight) if self.scale is None else int8_product(x, self.weight, self.scale)
+        out = (quantized_product if self.weight.dtype in PARTS else product)(x, *parts_of(self))
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (…, R)
         return self.biased(out) + F.linear(low, self.lora_B.to(x.dtype)) * self.scaling
 

@@ -1,23 +1,30 @@
-"""int8 weights: the matrices of all blocks, symmetric, with one float32 scale a row, in plain tensors.
+"""Quantised weights: the matrices of all blocks in int8, with one float32 scale a row, or in NF4 (see nn/nf4.py).
 
-This is row-wise absmax quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 2.1), which bitsandbytes calls
-`load_in_8bit`, without the outlier columns of that paper. It is weight-only: for each product the weight is dequantised
-to the compute dtype, and freed afterwards. Embedding, norms, biases and head are not quantised.
+int8 is row-wise absmax quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 2.1), which bitsandbytes calls
+`load_in_8bit`, without the outlier columns of that paper. Both are weight-only: for each product the weight is
+dequantised to the compute dtype, and freed afterwards. Embedding, norms, biases and head are not quantised.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from k2mini.distributed import local_part
+from k2mini.distributed import local_part, local_rows
+from k2mini.nn import nf4
 from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.layers import Linear, product
+
+PARTS = {
+    torch.int8: ("weight", "scale"),
+    torch.uint8: ("weight", "absmax", "scale"),
+}  # by the weight's dtype: int8, NF4
 
 
 def quantize_rows(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
@@ -38,63 +45,83 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.to(scale.dtype) * scale[:, None]).to(dtype)
 
 
-class Int8Linear(Linear):
-    """y = x W^T with W in int8: (…, in) -> (…, out). The frozen `weight` keeps its name; `scale` (out,) is beside it.
+class QuantizedLinear(Linear):
+    """y = x W^T with W quantised: (…, in) -> (…, out). The frozen `weight` keeps its name; beside it are other `PARTS`.
 
-    Both are parameters, not buffers, so that FSDP shards them.
+    All are parameters, not buffers, so that FSDP shards them.
     """
 
-    def __init__(self, base: Linear) -> None:
+    how: ClassVar[str]
+    scale: nn.Parameter
+
+    def __init__(self, base: Linear, name: str = "weight") -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         device, self.bias = base.weight.device, base.bias
-        shape = (base.out_features, base.in_features)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=device), requires_grad=False)
-        self.scale = nn.Parameter(
-            torch.empty(base.out_features, dtype=torch.float32, device=device), requires_grad=False
-        )
+        for part, (shape, dtype) in part_shapes(self.how, name, (base.out_features, base.in_features)).items():
+            values = torch.empty(shape, dtype=dtype, device=device)
+            setattr(self, part.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype."""
-        return self.biased(int8_product(x, self.weight, self.scale))
+        return self.biased(quantized_product(x, *parts_of(self)))
 
 
-def fill_int8(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
-    """Give a layer, adapted or not, its int8 matrix and scales; a sharded one takes this rank's rows."""
-    for name, values in (("weight", weight), ("scale", scale)):
-        parameter = getattr(module, name)
-        if isinstance(parameter, DTensor):
-            local_part(parameter).copy_(values)
-        else:
-            setattr(module, name, nn.Parameter(values, requires_grad=False))
+class Int8Linear(QuantizedLinear):
+    """`weight` (out, in) int8 and `scale` (out,)."""
+
+    how = "int8"
 
 
-def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x W^T, with a gradient for x alone. x: (…, in); weight: (out, in) int8; scale: (out,)."""
-    if torch.compiler.is_dynamo_compiling() and writes_out(x, weight):
-        return (written_out(x, weight) * scale).to(x.dtype).view(*x.shape[:-1], -1)
-    if takes_kernel(x):
-        return int8_rows(x, weight, scale)
+class Nf4Linear(QuantizedLinear):
+    """`weight` (out, in/2), `absmax` (out, in/64) and `scale`, as `nf4.quantize` gives them."""
+
+    how = "nf4"
+
+
+def parts_of(layer: Linear) -> list[Tensor]:
+    """The weight of a linear layer, adapted or not, and what is beside it if it is quantised."""
+    return [getattr(layer, part) for part in PARTS.get(layer.weight.dtype, ("weight",))]
+
+
+def quantized_product(x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
+    """x W^T, with a gradient for x alone. x: (…, in); weight and scales: `parts_of` a quantised layer."""
+    is_int8 = weight.dtype == torch.int8
+    if is_int8 and torch.compiler.is_dynamo_compiling() and writes_out(x, weight):
+        return (written_out(x, weight) * scales[0]).to(x.dtype).view(*x.shape[:-1], -1)
+    if takes_kernel(x, fuses=is_int8):
+        if is_int8:
+            return int8_rows(x, weight, *scales)
+        from k2mini.nn.nf4_kernel import nf4_rows
+
+        return nf4_rows(x, weight, *scales)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return product(x, dequantize(weight, scale, x.dtype))
-    out = _Product.apply(x, weight, scale)
+        return product(x, dequantized(x.dtype, weight, *scales))
+    out = _Product.apply(x, weight, *scales)
     assert isinstance(out, Tensor)
     return out
+
+
+def dequantized(dtype: torch.dtype, weight: Tensor, *scales: Tensor) -> Tensor:
+    """`parts_of` a quantised layer -> (out, in) in a floating dtype."""
+    if weight.dtype == torch.int8:
+        return dequantize(weight, scales[0], dtype)
+    return nf4.dequantize(weight, scales[0], scales[1], dtype)
 
 
 class _Product(torch.autograd.Function):
     """x W^T that dequantises W in the forward and again in the backward pass, so that it is not kept between them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return product(x, dequantize(weight, scale, x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *scales)
+        return product(x, dequantized(x.dtype, weight, *scales))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale = ctx.saved_tensors
-        return product(grad, dequantize(weight, scale, grad.dtype).T), None, None
+        weight, *scales = ctx.saved_tensors
+        return product(grad, dequantized(grad.dtype, weight, *scales).T), *[None] * (1 + len(scales))
 
 
 class DynamicLinear(Int8Linear):
@@ -127,34 +154,80 @@ def _pack(weight: Tensor, scale: Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(stored, None)
 
 
-def quantize_blocks(blocks: nn.ModuleList, kind: type[Int8Linear] = Int8Linear) -> None:
-    """Replace every linear module of the blocks by an int8 module, without values yet."""
-    for block in blocks:
+KINDS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "w8a8": DynamicLinear, "nf4": Nf4Linear}
+
+
+def quantize_blocks(blocks: nn.ModuleList, how: str = "int8") -> None:
+    """Replace every linear module of the blocks by a quantised one, without values yet.
+
+    Raises ValueError where `how` is none of KINDS, or does not go with a matrix's size.
+    """
+    if how not in KINDS:
+        raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {how!r}")
+    for number, block in enumerate(blocks):
         for name, module in list(block.named_modules()):
             if isinstance(module, Linear):
                 parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, kind(module))
+                layer = KINDS[how](module, f"model.layers.{number}.{name}.weight")
+                setattr(block.get_submodule(parent), child, layer)
 
 
-def quantized_head(weight: Tensor, kind: type[Int8Linear] = Int8Linear) -> Int8Linear:
+def fill(
+    module: Any, name: str, rows: Callable[[str, int, int], Tensor], device: torch.device, *, stored: bool
+) -> None:
+    """Give a layer, adapted or not, its quantised matrix `name`, or this rank's rows of each part of it.
+
+    Args:
+        rows: reads rows of a tensor by its name.
+        stored: the matrix is quantised in the files; else it is when read. NF4 is then made of the whole matrix on each
+            rank: the mean and the groups of its absmaxes span all rows.
+    """
+    kept = {part: local_rows(getattr(module, part)) for part in PARTS[module.weight.dtype]}
+    if stored:
+        parts = [rows(name.removesuffix("weight") + part, *bounds).to(device) for part, bounds in kept.items()]
+    elif module.weight.dtype == torch.int8:
+        parts = [*quantize_rows(rows(name, *kept["weight"]).to(device), name)]
+    else:
+        whole = nf4.quantize(rows(name, 0, module.weight.shape[0]).to(device), name)
+        parts = [values[slice(*bounds)] for values, bounds in zip(whole, kept.values(), strict=True)]
+    for part, values in zip(kept, parts, strict=True):
+        parameter = getattr(module, part)
+        if isinstance(parameter, DTensor):
+            local_part(parameter).copy_(values)
+        else:
+            setattr(module, part, nn.Parameter(values, requires_grad=False))
+
+
+def quantized_head(weight: Tensor, how: str = "int8") -> QuantizedLinear:
     """A vocabulary projection quantised to int8 from a weight (V, D), which is left as it is."""
     with torch.device("meta"):
-        head = kind(Linear(weight.shape[1], weight.shape[0]))
-    values, scale = quantize_rows(weight.detach())
-    head.weight, head.scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (values, scale))
+        head = KINDS[how](Linear(weight.shape[1], weight.shape[0]))
+    for part, values in zip(("weight", "scale"), quantize_rows(weight.detach()), strict=True):
+        setattr(head, part, nn.Parameter(values, requires_grad=False))
     return head
 
 
-def scale_name(name: str) -> str:
-    """The name of the scales of an int8 matrix."""
-    return name.removesuffix("weight") + "scale"
+def part_shapes(how: str, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The names, shapes and dtypes of what a matrix (out, in) is stored as, itself first.
+
+    Raises ValueError where it can't be.
+    """
+    stem = name.removesuffix("weight")
+    if how != "nf4":
+        return {name: (shape, torch.int8), f"{stem}scale": (shape[:1], torch.float32)}
+    codes, absmax, scale = nf4.part_shapes(name, shape)
+    found = {name: (codes, torch.uint8), f"{stem}absmax": (absmax, torch.uint8)}
+    return found | {f"{stem}scale": (scale, torch.float32)}
 
 
-def int8_matrices(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The names of the tensors that are kept in int8, the matrices of the blocks, out of a model's names and shapes."""
+def int8_matrices(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The names of the tensors that are quantised, the matrices of the blocks, out of a model's names and shapes."""
     return [name for name, shape in shapes.items() if ".layers." in name and len(shape) == 2]
 
 
-def int8_scales(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the scales of all int8 matrices, out of a model's names and shapes."""
-    return {scale_name(name): shapes[name][:1] for name in int8_matrices(shapes)}
+def quantized_tensors(
+    shapes: Mapping[str, tuple[int, ...]], how: str | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The names, shapes and dtypes of all parts of the quantised matrices, out of a model's names and shapes."""
+    names = int8_matrices(shapes) if how is not None else []
+    return {part: kept for name in names for part, kept in part_shapes(str(how), name, shapes[name]).items()}

@@ -174,8 +174,10 @@ def _track(
         # documents begin, and fake positions have no values.
         train = replace(config.train, compile=False)
         make_trainable(model, config.model, train, config.parallel, lora, torch.device("cuda"), mesh)
-        weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]  # that of int8 is none
-        counts = [p.numel() for p in weights], [p.numel() for p in weights if p.requires_grad]
+        # What is beside a quantised matrix is none, and in NF4 a byte holds two.
+        weights = [p for name, p in model.named_parameters() if not name.endswith((".scale", ".absmax"))]
+        sizes = [(p.numel() * (1 + (p.dtype == torch.uint8)), p.requires_grad) for p in weights]
+        counts = [size for size, _ in sizes], [size for size, trained in sizes if trained]
         optimizer = build_optimizer(model, config.train)
         batch, mask = _fake_batch(config), None
         if batch[1] is not None and takes_varlen(torch.device("cuda"), DTYPES[config.model.dtype], shape.head_dim):

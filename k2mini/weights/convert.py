@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import check_output
-from k2mini.model_config import ModelConfig, tensor_shapes
-from k2mini.nn.quant import int8_matrices, quantize_rows, scale_name
+from k2mini.model_config import QUANTIZED, ModelConfig, tensor_shapes
+from k2mini.nn import nf4
+from k2mini.nn.quant import int8_matrices, part_shapes, quantize_rows, quantized_tensors
 from k2mini.weights.gguf_file import write_gguf
 from k2mini.weights.meta import OUTPUT, MetaReader, write_meta
 from k2mini.weights.model_directory import ModelDirectory, check_tensors
@@ -49,16 +51,18 @@ def convert(
 
     Args:
         dtype: of the tensors written. None: as stored; for GGUF, float16 where 16 bits are stored and float32 else.
-        quantize: 'int8' stores the blocks' matrices in int8 (nn/quant.py). With 'hf' only, and only k2mini reads it.
+        quantize: store the blocks' matrices in 'int8' or 'nf4' (nn/quant.py). With 'hf' only; k2mini alone reads it.
 
     Raises ValueError where a tensor is missing, extra or of another shape, a value does not fit the dtype, the format
     has no field for a feature of the model, or `out` can't be written; nothing is written then.
     """
-    if quantize is not None and (kind, quantize) != ("hf", "int8"):
-        raise ValueError(f"--quantize {quantize} --to {kind} is not possible: weights are stored in int8, with --to hf")
+    if quantize is not None and (kind != "hf" or quantize not in QUANTIZED):
+        raise ValueError(
+            f"--quantize {quantize} --to {kind} is not possible: weights are stored in int8 or nf4, with --to hf"
+        )
     directory = ModelDirectory(path)
     directory.require_model()
-    if directory.is_int8:
+    if directory.quantized is not None:
         raise ValueError(f"{path} is quantised; convert the full-precision model that it was made of")
     tokenizer = _tokenizer(path)
     inputs = (path, tokenizer.path) if tokenizer is not None else (path,)
@@ -74,7 +78,7 @@ def convert(
     if dtype is not None:
         source = Cast(source, dtype)
     if quantize is not None:
-        source = _Quantized(source)
+        source = (_Quantized if quantize == "int8" else _Nf4)(source)
     if kind == "meta":
         if tokenizer is not None and tokenizer.path.suffix == ".json":
             log.warning("Meta's code reads tokenizer.model; %s, which is copied, is for k2mini alone", tokenizer.path)
@@ -101,28 +105,56 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
 class _Quantized:
     """A source with its blocks' matrices in int8, and after them their scales. Rows are quantised one by one."""
 
+    how = "int8"
+
     def __init__(self, source: Source) -> None:
         self._source = source
-        matrices = int8_matrices({name: source.shape(name) for name in source.names()})
-        self._scales = {scale_name(name): name for name in matrices}
-        self._matrices = set(matrices)
+        shapes = {name: source.shape(name) for name in source.names()}
+        self._parts = quantized_tensors(shapes, self.how)
+        self._matrices = {  # part -> the matrix
+            part: name for name in int8_matrices(shapes) for part in part_shapes(self.how, name, shapes[name])
+        }
 
     def names(self) -> list[str]:
-        return [*self._source.names(), *self._scales]
+        return list(dict.fromkeys([*self._source.names(), *self._parts]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(self._scales[name])[:1] if name in self._scales else self._source.shape(name)
+        return self._parts[name][0] if name in self._parts else self._source.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        if name in self._matrices:
-            return torch.int8
-        return torch.float32 if name in self._scales else self._source.dtype(name)
+        return self._parts[name][1] if name in self._parts else self._source.dtype(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._scales:
-            return quantize_rows(self._source.rows(self._scales[name], start, stop), self._scales[name])[1]
-        rows = self._source.rows(name, start, stop)
-        return quantize_rows(rows, name)[0] if name in self._matrices else rows
+        if name not in self._parts:
+            return self._source.rows(name, start, stop)
+        values, scale = quantize_rows(self._source.rows(self._matrices[name], start, stop), self._matrices[name])
+        return values if name == self._matrices[name] else scale
+
+
+class _Nf4(_Quantized):
+    """The same in NF4, which is made of a whole matrix: its scales follow it, and the last one asked for is kept."""
+
+    how = "nf4"
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._lock, self._last = Lock(), ("", dict[str, Tensor]())
+
+    def names(self) -> list[str]:
+        beside: dict[str, list[str]] = {}
+        for part, matrix in self._matrices.items():
+            beside.setdefault(matrix, []).append(part)
+        return [part for name in self._source.names() for part in beside.get(name, [name])]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._parts:
+            return self._source.rows(name, start, stop)
+        with self._lock:
+            if self._last[0] != (matrix := self._matrices[name]):
+                shape = self._source.shape(matrix)
+                values = nf4.quantize(self._source.rows(matrix, 0, shape[0]), matrix)
+                self._last = matrix, dict(zip(part_shapes("nf4", matrix, shape), values, strict=True))
+            return self._last[1][name][start:stop]
 
 
 class _WithoutHead:

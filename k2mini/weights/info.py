@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import nn
 
 from k2mini.data.tokenizer import open_tokenizer
 from k2mini.distributed import local_part
-from k2mini.model_config import ModelConfig
+from k2mini.model_config import QUANTIZED, ModelConfig, tensor_shapes
+from k2mini.nn.quant import int8_matrices, quantized_tensors
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.convert import open_layout
@@ -39,7 +42,8 @@ def inspect_directory(path: Path) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for name in source.names():
         stored = source.stored_dtype(name) if isinstance(source, CheckpointReader) else source.dtype(name)
-        sizes[str(stored).removeprefix("torch.")] += torch.Size(source.shape(name)).numel()
+        in_nf4 = stored == torch.uint8 and name.endswith(".weight")  # two a byte
+        sizes["nf4" if in_nf4 else str(stored).removeprefix("torch.")] += prod(source.shape(name)) * (1 + in_nf4)
     default = "model" if isinstance(source, CheckpointReader) else "meta"
     kind = manifest["kind"] if manifest is not None else default
     found |= {
@@ -57,24 +61,20 @@ def inspect_directory(path: Path) -> dict[str, Any]:
 def memory(config: ModelConfig) -> dict[str, dict[str, int]]:
     """precision -> {'weights': bytes, 'cache': bytes of the keys and values of one sequence of max_seq_len tokens}.
 
-    In int8 the blocks' matrices alone are of 8 bits, with a float32 scale a row; all else, and the cache, is bfloat16.
+    Quantised are the blocks' matrices alone, with their scales; all else, and the cache, is bfloat16. NF4 is not there
+    where it does not go with the matrices' sizes.
     """
-    matrices = config.num_layers * _block_matrices(config)
-    rows = config.num_layers * (
-        config.head_dim * (config.num_heads + 2 * config.num_kv_heads) + 2 * config.dim + 2 * config.intermediate_dim
-    )
-    total = config.num_parameters()
+    total, shapes = config.num_parameters(), tensor_shapes(config)
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * config.max_seq_len
-    return {
-        "float32": {"weights": 4 * total, "cache": 4 * cached},
-        "bfloat16": {"weights": 2 * total, "cache": 2 * cached},
-        "int8": {"weights": 2 * (total - matrices) + matrices + 4 * rows, "cache": 2 * cached},
-    }
-
-
-def _block_matrices(config: ModelConfig) -> int:
-    attention = 2 * config.dim * config.head_dim * (config.num_heads + config.num_kv_heads)
-    return attention + 3 * config.dim * config.intermediate_dim
+    found = {"float32": {"weights": 4 * total, "cache": 4 * cached}}
+    found["bfloat16"] = {"weights": 2 * total, "cache": 2 * cached}
+    left = 2 * (total - sum(prod(shapes[name]) for name in int8_matrices(shapes)))
+    for how in QUANTIZED:
+        with suppress(ValueError):
+            parts = quantized_tensors(shapes, how).values()
+            weights = left + sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
+            found[how] = {"weights": weights, "cache": 2 * cached}
+    return found
 
 
 def _files(directory: Path) -> dict[str, int]:

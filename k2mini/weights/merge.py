@@ -37,7 +37,7 @@ def merge_adapters(
     check_output(out, force=force, inputs=(base, *adapters))
     directory = ModelDirectory(base)
     directory.require_model()
-    if not directory.is_int8:
+    if directory.quantized is None:
         check_tensors(directory.reader, tensor_shapes(directory.config), base)
     source, tokenizer = merged_reader(directory, adapters, weights), find_tokenizer(base)
     save_model(source, directory.config, out, tokenizer=tokenizer, force=force, inputs=(base, *adapters))
@@ -48,7 +48,7 @@ def merged_reader(base: ModelDirectory, adapters: Sequence[Path], weights: Seque
 
     Raises ValueError where base and adapters do not belong together, or the base is quantised.
     """
-    if base.is_int8:
+    if base.quantized is not None:
         raise ValueError(f"{base.path} is quantised; an adapter is merged into full-precision weights only")
     reader, products = base.reader, dict[str, list[tuple[Tensor, Tensor, float]]]()
     for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):

@@ -22,7 +22,7 @@ from k2mini.data.tokenizer import Tokenizer, choose_tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
-from k2mini.model_config import INT8, ModelConfig, parse_config, read_config_json
+from k2mini.model_config import QUANTIZED, ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
 from k2mini.weights.torch_file import read_bin
 
@@ -60,9 +60,10 @@ class ModelDirectory:
         return read_manifest(self.path)
 
     @property
-    def is_int8(self) -> bool:
-        """Whether config.json says that the blocks' matrices are stored in k2mini's int8 (a delta may have none)."""
-        return (self.path / "config.json").is_file() and self._raw_config.get("quantization_config") == INT8
+    def quantized(self) -> str | None:
+        """As what config.json says that the blocks' matrices are stored, 'int8' or 'nf4' (a delta may have none)."""
+        said = self._raw_config.get("quantization_config") if (self.path / "config.json").is_file() else None
+        return next((how for how, fields in QUANTIZED.items() if said == fields), None)
 
     @cached_property
     def reader(self) -> CheckpointReader:

@@ -17,7 +17,7 @@ from k2mini.data.tokenizer import Tokenizer, open_tokenizer
 from k2mini.dtypes import DTYPES, NAMES
 from k2mini.errors import short
 from k2mini.files import new_directory, sha256
-from k2mini.model_config import INT8, ModelConfig, hf_config, read_fields
+from k2mini.model_config import QUANTIZED, ModelConfig, hf_config, read_fields
 from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text, tokenizer_file
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
 
@@ -41,7 +41,7 @@ def save_model(
 
     Args:
         tensors: Hugging Face names to tensors of one dtype, as `Llama.state_dict()` gives them, or a source of them.
-            Where a source gives int8 matrices and their scales, config.json says so, and only k2mini reads them.
+            Where a source gives quantised matrices and their scales, config.json says so, and only k2mini reads them.
         tokenizer: written beside the weights; without it the directory has none.
         shard_bytes: a file's size at most.
         force: replace a directory that exists.
@@ -62,13 +62,14 @@ def write_side_files(directory: Path, config: ModelConfig, tokenizer: Tokenizer 
     """Write config.json and, where there is a tokenizer, its files and generation_config.json.
 
     Args:
-        source: the weights; config.json names the dtype of their embedding, and says where matrices are in int8.
+        source: the weights; config.json names the dtype of their embedding, and says where matrices are quantised.
     """
     dtypes = {name: source.dtype(name) for name in source.names()}
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     fields = hf_config(config, NAMES[dtypes["model.embed_tokens.weight"]], bos_id, eos_id)
-    if torch.int8 in dtypes.values():
-        fields["quantization_config"] = INT8
+    for how, dtype in (("int8", torch.int8), ("nf4", torch.uint8)):
+        if dtype in dtypes.values():
+            fields["quantization_config"] = QUANTIZED[how]
     content: dict[str, Any] = {"config.json": fields}
     if tokenizer is not None:
         copied, theirs = copy_tokenizer(tokenizer, directory), tokenizer.path.with_name("tokenizer_config.json")

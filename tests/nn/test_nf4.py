@@ -1,0 +1,141 @@
+"""NF4 against bitsandbytes', and against plain weights of the same values."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from k2mini.build import load_model
+from k2mini.config import LoraSection
+from k2mini.nn import nf4
+from k2mini.nn.layers import Linear
+from k2mini.nn.lora import LoraLinear
+from k2mini.nn.quant import Nf4Linear
+from k2mini.weights.model_directory import CheckpointReader
+from tests.conftest import ROOT
+
+theirs = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+
+
+def matrix(rows=6, columns=128, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def nf4_linear(values):
+    layer = Nf4Linear(Linear(values.shape[1], values.shape[0]))
+    for name, part in zip(("weight", "absmax", "scale"), nf4.quantize(values), strict=True):
+        getattr(layer, name).data.copy_(part)
+    return layer
+
+
+def equals_bitsandbytes(values):
+    codes, state = theirs.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    weight, absmax, scale = nf4.quantize(values)
+    assert torch.equal(weight.flatten(), codes.flatten())
+    assert torch.equal(absmax.flatten(), state.absmax)
+    assert torch.equal(scale, torch.cat([state.code, state.state2.code, state.offset[None], state.state2.absmax]))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        state.dtype = dtype
+        assert torch.equal(nf4.dequantize(weight, absmax, scale, dtype), theirs.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 64), (6, 128), (33, 320), (1000, 576), (256, 64)])
+def test_codes_scales_and_values_are_those_of_bitsandbytes(dtype, shape):
+    for seed, spread in enumerate((1e-3, 1.0, 30.0)):
+        equals_bitsandbytes((matrix(*shape, seed) * spread).to(dtype))
+    rows = matrix(*shape, 9) * torch.logspace(-3, 1, shape[0])[:, None]
+    rows[0] = 0
+    equals_bitsandbytes(rows.to(dtype))
+    equals_bitsandbytes(torch.zeros(shape, dtype=dtype))
+
+
+def test_the_tables_are_those_of_bitsandbytes():
+    assert torch.equal(nf4.dynamic_map(), theirs.create_dynamic_map())
+    assert torch.equal(torch.tensor(nf4.CODEBOOK), theirs.get_4bit_type("nf4", device="cpu"))
+
+
+def test_a_real_models_matrices(real_model):
+    reader = CheckpointReader(real_model)
+    names = [name for name in reader.names() if ".layers.7." in name and len(reader.shape(name)) == 2]
+    assert len(names) == 7
+    for name in names:
+        equals_bitsandbytes(reader.tensor(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_product_and_its_gradient_are_those_of_the_dequantised_weight(dtype):
+    layer = nf4_linear(matrix())
+    x = matrix(4, seed=1).to(dtype).requires_grad_()
+    plain = nf4.dequantize(layer.weight, layer.absmax, layer.scale, dtype)
+    out = layer(x)
+    assert out.dtype == dtype
+    (gradient,) = torch.autograd.grad(out.sum() * 3, x)
+    (expected,) = torch.autograd.grad(F.linear(x, plain).sum() * 3, x)
+    torch.testing.assert_close(out, F.linear(x, plain))
+    torch.testing.assert_close(gradient, expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), out)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_lora_over_nf4_is_lora_over_the_dequantised_weight():
+    base = nf4_linear(matrix())
+    plain = Linear(128, 6)
+    plain.weight.data.copy_(nf4.dequantize(base.weight, base.absmax, base.scale, torch.float32))
+    layers = [LoraLinear(layer, LoraSection(rank=2, dropout=0.0)) for layer in (base, plain)]
+    for layer in layers:
+        layer.lora_A.data.copy_(matrix(2, seed=2))
+        layer.lora_B.data.copy_(matrix(6, 2, seed=3))
+    first, second = (layer(matrix(4, seed=1)) for layer in layers)
+    assert torch.equal(first, second)
+    first.square().sum().backward()
+    second.square().sum().backward()
+    assert torch.equal(layers[0].lora_A.grad, layers[1].lora_A.grad)
+    assert torch.equal(layers[0].lora_B.grad, layers[1].lora_B.grad)
+    assert layers[0].lora_A.dtype == torch.float32
+
+
+def test_sizes_that_do_not_divide_and_values_that_are_not_finite(tiny_directory, tmp_path, run):
+    said = "model.layers.0.mlp.down_proj.weight has rows of 112 values, and NF4 takes multiples of 64"
+    with pytest.raises(ValueError, match=said):
+        load_model(tiny_directory, quantize="nf4")
+    status, _, err = run("convert", tiny_directory, "--to", "hf", "--quantize", "nf4", "--out", tmp_path / "out")
+    assert status == 2
+    assert said in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="W is not finite"):
+        nf4.quantize(torch.full((1, 64), torch.inf), "W")
+
+
+CODE = """
+import torch
+from k2mini.nn import nf4
+from k2mini.nn.nf4_kernel import nf4_rows
+torch.manual_seed(0)
+# bfloat16 is not among them: the interpreter has none.
+for shape, out, dtype, bound in [
+    ((1, 192), 256, torch.float32, 1e-6),
+    ((3, 1, 128), 100, torch.float32, 1e-6),
+    ((2, 8, 512), 64, torch.float16, 2e-3),
+    ((33, 64), 70, torch.float16, 2e-3),
+    ((64, 256), 96, torch.float32, 1e-6),
+]:
+    x = torch.randn(shape).to(dtype)
+    parts = nf4.quantize(torch.randn(out, shape[-1]))
+    found, exact = nf4_rows(x, *parts), x.double() @ nf4.dequantize(*parts, torch.float64).T
+    assert (found.dtype, found.shape) == (dtype, exact.shape)
+    assert (found - exact).abs().max() <= bound * exact.abs().max(), (shape, dtype)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton, which comes with PyTorch for CUDA, is not installed")
+def test_the_kernel_gives_products_as_those_in_float64():
+    """In Triton's interpreter, as int8's."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
