@@ -55,11 +55,11 @@ def run_plan(options: argparse.Namespace) -> None:
     fits = found.peak <= room
     change = None if fits else fit.smallest_change(config, ranks, room)
     rows = fit.largest_micro_batch(config, ranks, room) if options.fit else None
-    share, size = f"{100 * plan.BUDGET:.0f} % of {name}", readable(found.peak)
-    said = [plan.describe(found, config, ranks), f"it fits: {size} are within {share}"]
+    share, peak = f"{100 * plan.BUDGET:.0f} % of {name}", readable(found.peak)
+    said = [plan.describe(found, config, ranks), f"it fits: {peak} are within {share}"]
     if not fits:
         said[1] = (
-            f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}"
+            f"it does not fit: {peak} are more than {share}; the smallest change that fits: {change or 'none found'}"
         )
     if options.fit:
         said += [f"the largest micro-batch that fits: {'none' if rows is None else f'train.micro_batch_size={rows}'}"]

@@ -76,7 +76,7 @@ class MemoryTracker(TorchDispatchMode):
 
         torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
         if self._offloaded:  # FSDP sends by `to`, which does nothing where host and device are both the CPU
-            Tensor.to = self._to  # type: ignore[method-assign, assignment]
+            Tensor.to = self._to  # type: ignore[method-assign]
         super().__enter__()
         return self
 

@@ -2,8 +2,8 @@
 
 A token needs 6 FLOP of each parameter that trains and 4 of each that is frozen, and 2 more where blocks are recomputed;
 at a share of the card's peak that is the time of the arithmetic. Each micro-batch adds what is done once for it: a
-quantised base is dequantised in each pass, offloaded weights are sent over PCIe; each step adds AdamW on the host, where
-that is offloaded. Not counted: attention, waiting for other ranks, validation, saving.
+quantised base is dequantised in each pass, offloaded weights are sent over PCIe; each step adds AdamW on the host,
+where that is offloaded. Not counted: attention, waiting for other ranks, validation, saving.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def tokens_per_second(config: RunConfig, found: Plan, world_size: int, peak: flo
 
 
 def fastest(config: RunConfig, found: Plan, world_size: int, room: float, peak: float = PEAK) -> tuple[str, float]:
-    """The settings that fit into `room` bytes a rank with the most tokens a second, as overrides, and how many these are.
+    """The settings that fit into `room` bytes a rank with the most tokens a second, as overrides; and the latter.
 
     Tried are micro-batch, recomputation, how LoRA's base is kept, ZeRO-2 or ZeRO-3, and offload. The dtype stays.
 
