@@ -177,7 +177,7 @@ def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_pa
 @pytest.mark.parametrize("size", [1, 2])
 def test_offload_changes_no_bit(size, tiny_directory, tmp_path):
     """Neither losses, norms and scores nor checkpoints; gone on with from one, and after a kill without warning."""
-    launcher = [*("-m torch.distributed.run --standalone".split()), f"--nproc-per-node={size}"] if size > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
     command = [
         sys.executable,
         *launcher,

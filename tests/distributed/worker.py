@@ -195,7 +195,7 @@ def kin(path, world, out):
 def offloaded(path, world, out):
     """Runs with and without offload, one gone on with from its middle, one killed at its first start: `killed` is made.
 
-    A CPU is offloaded to itself here, which commands refuse: what FSDP moves stays where it is, all else is as on a GPU.
+    A CPU is offloaded to itself here, which commands refuse: what FSDP moves stays where it is.
     """
     found, few = {}, {"max_steps": 6, "evaluate": scored}
     marker = out / f"killed_{world.size}"
