@@ -95,7 +95,9 @@ def ranks(device: torch.device, section: ParallelSection, *, alone_too: bool = F
     itself.
     """
     if section.offload is not None and device.type == "cpu":
-        raise ValueError("parallel.offload moves to the host's memory what a GPU lacks room for; on a CPU, set it to null")
+        raise ValueError(
+            "parallel.offload moves to the host's memory what a GPU lacks room for; on a CPU, set it to null"
+        )
     launched = "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and not alone_too:
         yield World(device=device)

@@ -16,6 +16,13 @@ PEAKS = {
     "A100": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "V100-PCIE": 112,
     "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "RTX 6000 Ada": 364, "RTX A6000": 155,
 }  # fmt: skip
+# By the names that they are rented under: which of PEAKS, and the memory in GiB that CUDA reports of them.
+CARDS = {
+    "b200": ("B[23]00", 178), "h200": ("G?H200", 139.5), "h100-80g": ("H100", 79), "a100-80g": ("A100", 79),
+    "a100-40g": ("A100", 39), "l40s": ("L40S", 44), "a6000": ("RTX A6000", 47), "a10g": ("A10G", 22), "l4": ("L4", 22),
+    "v100-32g": ("V100", 31.5), "v100-16g": ("V100", 15.5), "t4": ("T4", 14.5), "rtx-5090": ("RTX 5090", 31),
+    "rtx-4090": ("RTX 4090", 23.5), "rtx-3090": ("RTX 3090", 23.5),
+}  # fmt: skip
 # What may follow: its memory and how it is built in. A "Ti", a laptop's or a MIG slice of a card is another one.
 VARIANT = r"([ -](SXM\d?|PCIE?|\d+GB?|HBM\d?e?|AC|Generation))*"
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.training import either_config, with_demo_files
-from k2mini.config import ModelSection
+from k2mini.config import ModelSection, RunConfig
 from k2mini.sizes import parse_size, readable
+
+if TYPE_CHECKING:
+    from k2mini.training.plan import Plan
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,37 +21,97 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--world-size", type=int, metavar="N", help="train on so many ranks, one a GPU")
     how.add_argument("--inference", action="store_true", help="answer on one GPU: how much context fits")
-    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each GPU, such as 40GiB")
+    card = parser.add_mutually_exclusive_group(required=True)
+    card.add_argument("--gpu", metavar="GPU", help="such as a100-80g, rtx-4090 or l4, or its memory: 24GiB")
+    card.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 40GiB")
+    parser.add_argument(
+        "--utilisation", type=float, metavar="SHARE", help="of the card's peak that the arithmetic gets (default: 0.35)"
+    )
+    parser.add_argument(
+        "--measured", type=Path, metavar="RUN", help="take the tokens a second that a run noted instead"
+    )
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour, for the cost of the run")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else")
-    parser.add_argument("--fit", action="store_true", help="also find the largest train.micro_batch_size that fits")
+    parser.add_argument(
+        "--fit", action="store_true", help="also find the largest micro-batch and, with --gpu, the fastest settings"
+    )
     parser.add_argument("--check", action="store_true", help="exit with status 1 where the run does not fit")
     parser.set_defaults(run=run_plan)
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print the memory, communication and length of a run, whether it fits, and what would."""
+    from k2mini.gpu import CARDS, PEAKS
     from k2mini.training import fit, plan
 
-    memory, ranks = parse_size(options.gpu_memory, "--gpu-memory"), options.world_size
+    name, ranks = str(options.gpu or options.gpu_memory), options.world_size
+    card, size = CARDS.get(name.lower(), (None, None))
+    wanted = f"--gpu is none of {', '.join(CARDS)}; else it" if options.gpu else "--gpu-memory"
+    memory = parse_size(name, wanted) if size is None else int(size * 2**30)
     config, room = with_demo_files(either_config(options)), plan.BUDGET * memory
     if options.inference:
-        return _plan_inference(options, config.model, room, f"{100 * plan.BUDGET:.0f} %")
+        return _plan_inference(options, config.model, room, f"{100 * plan.BUDGET:.0f} % of {name}")
     found = plan.plan_run(config, ranks)
     fits = found.peak <= room
     change = None if fits else fit.smallest_change(config, ranks, room)
     rows = fit.largest_micro_batch(config, ranks, room) if options.fit else None
-    share, size = f"{100 * plan.BUDGET:.0f} % of {options.gpu_memory}", readable(found.peak)
-    said = [plan.describe(found, config, ranks), f"it fits: {size} are within {share}"]
+    share, peak = f"{100 * plan.BUDGET:.0f} % of {name}", readable(found.peak)
+    said = [plan.describe(found, config, ranks), f"it fits: {peak} are within {share}"]
     if not fits:
         said[1] = (
-            f"it does not fit: {size} are more than {share}; the smallest change that fits: {change or 'none found'}"
+            f"it does not fit: {peak} are more than {share}; the smallest change that fits: {change or 'none found'}"
         )
     if options.fit:
         said += [f"the largest micro-batch that fits: {'none' if rows is None else f'train.micro_batch_size={rows}'}"]
     fields = {**asdict(found), "fits": fits, "change": change, "micro_batch_size": rows}
+    if options.gpu or options.measured:
+        said += _pace(options, config, found, PEAKS[card] if card else None, room, fields)
     print(json.dumps(fields) if options.json else "\n".join(said))
     if options.check and not fits:
         raise SystemExit(1)
+
+
+def _pace(
+    options: argparse.Namespace,
+    config: RunConfig,
+    found: Plan,
+    tflops: float | None,
+    room: float,
+    fields: dict[str, Any],
+) -> list[str]:
+    """Lines on the time and the cost of a run, and on its fastest settings; `fields` gets the same."""
+    from k2mini.training import pace
+
+    ranks, lines, rate, share = options.world_size, [], None, options.utilisation or pace.SHARE
+    if not (0 < share <= 1 and (options.price or 0) >= 0):
+        raise ValueError(f"--utilisation ({share}) must be above 0 and at most 1, --price not negative")
+    if options.measured is not None:
+        rate, source = (
+            pace.measured(options.measured),
+            f"measured in {options.measured}, taken for these ranks and GPUs",
+        )
+    elif tflops is not None:
+        rate = pace.tokens_per_second(config, found, ranks, tflops * 1e12, share)
+        source = f"a guess: {100 * share:.0f} % of {tflops} TFLOP/s a GPU; --measured RUN replaces it"
+    tokens = pace.run_tokens(config, found)
+    days = tokens / rate / 86400 if tokens and rate else None
+    cost = days * 24 * ranks * options.price if days is not None and options.price is not None else None
+    if rate is not None:
+        lines.append(f"speed           {rate:,.0f} tokens/s ({source})")
+    if days is not None:
+        money = f", {cost:,.2f} at {options.price} an hour" if cost is not None else ""
+        lines.append(f"the run         {tokens:,} tokens, {days:.3g} days, {24 * ranks * days:,.1f} GPU hours{money}")
+    elif rate is not None:
+        lines.append(
+            "the run         of unknown length: its data is not prepared; train.max_steps=N says how many steps"
+        )
+    fields |= {"tokens_per_second": rate, "run_tokens": tokens, "days": days, "cost": cost}
+    if options.fit and options.gpu:
+        fields["fastest"], most = pace.fastest(config, found, ranks, room, tflops * 1e12 if tflops else pace.PEAK)
+        lines.append(
+            f"the fastest     {fields['fastest']}" + f" ({most:,.0f} tokens/s by the same guess)" * bool(tflops)
+        )
+    return lines
 
 
 def _plan_inference(options: argparse.Namespace, model: ModelSection, room: float, share: str) -> None:
@@ -72,7 +137,7 @@ def _plan_inference(options: argparse.Namespace, model: ModelSection, room: floa
     said = [
         f"weights         {readable(weights)}{blocks}, {model.dtype}",
         f"a token         {readable(each)} of keys and values",
-        f"context         {tokens:,} tokens in {share} of {options.gpu_memory}, of all slots of k2mini serve together",
+        f"context         {tokens:,} tokens in {share}, of all slots of k2mini serve together",
     ]
     fields = {"weights": weights, "token": each, "tokens": tokens, "fits": fits}
     print(json.dumps(fields) if options.json else "\n".join(said))

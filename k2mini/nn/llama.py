@@ -6,8 +6,7 @@ V vocabulary.
 Switches, all off in a new model:
     recompute_every     Decoder    activation checkpointing; set by build.make_trainable
     by_document         Decoder    how packed rows attend on a CPU; set by build.make_trainable
-    gathered_dtype      Llama      the compute dtype of weights that are kept in another, and `gathered_device`;
-                                   set by build.make_trainable
+    gathered_dtype      Llama      the dtype weights are computed in (`gathered_device`); set by build.make_trainable
     quantized_head      Llama      an int8 vocabulary projection; set by build.load_model(quantize_head=True)
     decode_blocks       Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
     hook                all parts  reads or replaces activations; set by audit.hooks while it is in use

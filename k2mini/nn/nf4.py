@@ -59,9 +59,9 @@ def dequantize(weight: Tensor, absmax: Tensor, scale: Tensor, dtype: torch.dtype
     """What `quantize` gives -> (out, in) in a floating dtype, computed in float32."""
     codebook, table, offset, largest = scale.split([*TABLES, len(scale) - sum(TABLES)])
     steps = largest.repeat_interleave(GROUP, output_size=len(largest) * GROUP)[: absmax.numel()]
-    blocks = table[absmax.flatten().int()] * steps + offset  # (out * in/64,)
+    blocks = table[absmax.flatten().long()] * steps + offset  # (out * in/64,)
     pairs = torch.stack((codebook.repeat_interleave(16, output_size=256), codebook.repeat(16)), dim=1)  # of each byte
-    values = pairs[weight.flatten().int()].view(-1, BLOCK) * blocks[:, None]
+    values = pairs[weight.flatten().long()].view(-1, BLOCK) * blocks[:, None]
     return values.view(weight.shape[0], -1).to(dtype)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from k2mini.build import is_sharded
-from k2mini.config import RunConfig
+from k2mini.config import PretrainConfig, RunConfig
 from k2mini.sizes import readable
 from k2mini.training.plan import plan_run
 
@@ -17,11 +17,11 @@ def smallest_change(config: RunConfig, world_size: int, room: float) -> str | No
     """The cheapest of a few changes that make a run fit into `room` bytes a rank, and its peak; None: none does."""
     for overrides, ranks in _changes(config, world_size):
         try:
-            found = plan_run(_changed(config, overrides), ranks, exact=False)
+            found = plan_run(changed(config, overrides), ranks, exact=False)
         except ValueError:
             continue
         if found.peak <= room:
-            named = [_override(config, *item) for item in overrides.items()]
+            named = [override(config, *item) for item in overrides.items()]
             named += [f"--world-size {ranks}"] * (ranks != world_size)
             return f"{' '.join(named)} ({readable(found.peak)})"
     return None
@@ -32,7 +32,7 @@ def largest_micro_batch(config: RunConfig, world_size: int, room: float) -> int 
     sizes = _sizes(config, world_size)
 
     def too_large(rows: int) -> bool:
-        return plan_run(_changed(config, {"micro_batch_size": rows}), world_size, exact=False).peak > room
+        return plan_run(changed(config, {"micro_batch_size": rows}), world_size, exact=False).peak > room
 
     fitting = bisect_left(sizes, True, key=too_large)
     return sizes[fitting - 1] if fitting else None
@@ -46,7 +46,7 @@ def _sizes(config: RunConfig, world_size: int) -> list[int]:
 
 def what_takes_less(config: RunConfig, world_size: int) -> str:
     """For whoever has run out of memory: settings with which the run takes less."""
-    named = [_override(config, key, values[0]) for key, values in _cheaper(config, world_size).items()]
+    named = [override(config, key, values[0]) for key, values in _cheaper(config, world_size).items()]
     first = f"{', '.join(named)} {'take' if len(named) > 1 else 'takes'} less, the cheapest first; " if named else ""
     return f"{first}k2mini plan says what a run takes"
 
@@ -59,7 +59,7 @@ def _cheaper(config: RunConfig, world_size: int) -> dict[str, list[Any]]:
     tried: dict[str, tuple[bool, list[Any]]] = {
         "micro_batch_size": (bool(fewer), fewer),
         "activation_checkpointing": (train.activation_checkpointing != 1, [1]),
-        "quantize": (lora is not None and config.model.quantize is None, ["int8"]),
+        "quantize": (lora is not None and config.model.quantize is None, ["int8", "nf4"]),
         "reshard_after_forward": (shared and not parallel.reshard_after_forward, [True]),
         "replicate": (world_size > 1 and (parallel.replicate or (1 if lora is None else world_size)) > 1, [1]),
         "dtype": (config.model.dtype != "bfloat16", ["bfloat16"]),
@@ -79,7 +79,7 @@ def _changes(config: RunConfig, world_size: int) -> Iterator[tuple[dict[str, Any
         yield together, world_size * factor
 
 
-def _changed(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+def changed(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
     """The configuration with other values of some keys; no two of its sections have one in common."""
     for key, value in overrides.items():
         name = _section(config, key)
@@ -87,9 +87,15 @@ def _changed(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
     return config
 
 
+def row_length(config: RunConfig) -> int:
+    """The tokens of a row."""
+    return config.data.seq_len if isinstance(config, PretrainConfig) else config.data.max_seq_len
+
+
 def _section(config: RunConfig, key: str) -> str:
     return next(name for name in ("train", "parallel", "model") if hasattr(getattr(config, name), key))
 
 
-def _override(config: RunConfig, key: str, value: Any) -> str:
-    return f"{_section(config, key)}.{key}={str(value).lower()}"
+def override(config: RunConfig, key: str, value: Any) -> str:
+    """A setting as the command line takes it."""
+    return f"{_section(config, key)}.{key}={'null' if value is None else str(value).lower()}"

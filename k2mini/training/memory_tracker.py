@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from k2mini.distributed import local_part
 
@@ -25,6 +26,7 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         model, optimizer: their parameters and state exist from the start.
         replicas: whole copies of the model, between which gradients are summed.
+        offloaded: parameters, gradients and state are in the host's memory, which is not counted.
 
     Attributes:
         peak: the bytes reserved.
@@ -32,22 +34,30 @@ class MemoryTracker(TorchDispatchMode):
             an all-reduce takes twice that.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, replicas: int = 1, *, offloaded: bool = False
+    ) -> None:
         super().__init__()
         self._model, self._replicas, self.received = model, replicas, 0
+        self._offloaded, self._host = offloaded, set[int]()
+        self._moves_to_host: bool | None = None
         self._sizes: dict[int, tuple[int, torch.cpu.Stream]] = {}
         self._now: Counter[torch.cpu.Stream] = Counter()
         self._peaks: Counter[torch.cpu.Stream] = Counter()
         self._broken_down = self._gradients = 0
         weights = [local_part(parameter) for parameter in model.parameters()]
         moments = [local_part(v) for state in optimizer.state.values() for v in state.values() if v.ndim]
-        self._given = {"parameters": _bytes(weights), "optimiser": _bytes(moments)}
+        self._given = {} if offloaded else {"parameters": _bytes(weights), "optimiser": _bytes(moments)}
         for tensor in (*weights, *moments):
-            self._see(tensor)
+            self._see(tensor, on_host=offloaded)
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, out)
+        given = (part for part in tree_iter((args, kwargs)) if self._host and isinstance(part, Tensor))
+        on_host = self._moves_to_host
+        if on_host is None:  # nothing but FSDP's moves has tensors on both sides
+            on_host = any(local_part(part).untyped_storage()._cdata in self._host for part in given)
+        tree_map_only(Tensor, partial(self._see, on_host=on_host), out)
         if func in (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default):
             self.received += abs(args[0].nbytes - args[1].nbytes)  # the whole less the rank's own part
         elif func is torch.ops.c10d.allreduce_.default:
@@ -65,18 +75,40 @@ class MemoryTracker(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        if self._offloaded:  # FSDP sends by `to`, which does nothing where host and device are both the CPU
+            Tensor.to = self._to  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        if self._offloaded:
+            del Tensor.to
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, *, on_host: bool = False) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
+        if storage._cdata not in self._sizes and storage._cdata not in self._host:
             weakref.finalize(storage, self._forget, storage._cdata)
-            self._count(storage, storage.nbytes())
+            if on_host:
+                self._host.add(storage._cdata)
+            else:
+                self._count(storage, storage.nbytes())
+
+    @property
+    def _to(self) -> Any:
+        to = Tensor.to
+
+        def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """On the other side, where FSDP asks for it: from the host on the device, or the other way round."""
+            if "non_blocking" not in kwargs:
+                return to(tensor, *args, **kwargs)
+            self._moves_to_host = tensor.untyped_storage()._cdata not in self._host
+            copy = tensor.clone()
+            self._moves_to_host = None
+            return copy
+
+        return moved
 
     @property
     def peak(self) -> int:
@@ -90,7 +122,8 @@ class MemoryTracker(TorchDispatchMode):
         self._peaks[stream] = max(self._peaks[stream], self._now[stream])
         if self.peak > 1.01 * self._broken_down:  # walking over all gradients at every new peak would take long
             self._broken_down = self.peak
-            self._gradients = _bytes([local_part(p.grad) for p in self._model.parameters() if p.grad is not None])
+            gradients = [local_part(p.grad) for p in self._model.parameters() if p.grad is not None]
+            self._gradients = _bytes([part for part in gradients if part.untyped_storage()._cdata not in self._host])
 
     def kinds(self) -> dict[str, int]:
         """The bytes of the peak, by kind; gradients were looked at within a hundredth of it."""
@@ -98,6 +131,7 @@ class MemoryTracker(TorchDispatchMode):
         return {**self._given, "gradients": self._gradients, "activations and gathered weights": rest}
 
     def _forget(self, key: int) -> None:
+        self._host.discard(key)
         if key in self._sizes:
             size, stream = self._sizes.pop(key)
             self._now[stream] -= size

@@ -26,7 +26,7 @@ from k2mini.build import is_sharded, kept_dtype, make_trainable
 from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig
 from k2mini.config_file import check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
-from k2mini.distributed import World, device_mesh
+from k2mini.distributed import World, device_mesh, local_part
 from k2mini.dtypes import DTYPES
 from k2mini.model_config import PRESETS, ModelConfig, read_model_config
 from k2mini.nn.layers import Mask
@@ -42,7 +42,7 @@ from k2mini.weights.model_directory import model_directory
 BUDGET = 0.9  # of a device's memory; the rest is for what is not counted:
 ALLOWANCE = "CUDA's context (some 0.5 GiB)", " and NCCL's buffers (some 1.5 GiB)"
 # What CUDA's allocator reserves beyond the peaks of the streams: measured, 1 to 2 % at 7B with expandable segments.
-FRAGMENTATION = 0.03
+FRAGMENTATION, OFFLOADED = 0.03, 0.12  # the latter where weights of all sizes come from the host and go again
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Plan:
     Attributes:
         parameters, trained: how many the model has, and how many of them train.
         peak: the most memory that tensors take within a step; `kinds` splits it up.
+        host: what `parallel.offload` keeps in the host's memory.
         received: bytes that a rank receives from others in a step; at most, where rows are packed.
         checkpoint: bytes on disk of each checkpoint, all ranks together.
         step_tokens: of all ranks; at most, in instruction tuning.
@@ -61,6 +62,7 @@ class Plan:
     parameters: int
     trained: int
     peak: int
+    host: int
     kinds: dict[str, int]
     received: int
     checkpoint: int
@@ -100,12 +102,12 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     check_context(config, shape.max_seq_len)
     with _ranks(config, world_size) as mesh:
         if exact or shape.num_layers <= 8:
-            peak, received, parameters, trained, kinds = _track(config, shape, mesh, tracked)
+            peak, host, received, parameters, trained, kinds = _track(config, shape, mesh, tracked)
         else:
             fewer, more = (_track(config, replace(shape, num_layers=n), mesh, tracked) for n in (4, 8))
             blocks = (shape.num_layers - 8) / 4
-            pairs = zip(fewer[:4], more[:4], strict=True)
-            peak, received, parameters, trained = (int(b + (b - a) * blocks) for a, b in pairs)
+            pairs = zip(fewer[:5], more[:5], strict=True)
+            peak, host, received, parameters, trained = (int(b + (b - a) * blocks) for a, b in pairs)
             kinds = {}
     reduced = 0  # adapters that each rank keeps whole: their gradients are summed once a step
     if mesh is None and world_size > 1:
@@ -122,6 +124,7 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
         parameters=parameters,
         trained=trained,
         peak=peak,
+        host=host,
         kinds=kinds,
         received=received * micro_steps // tracked + reduced,
         # Weights and AdamW's two moments, in float32 or float64.
@@ -169,8 +172,8 @@ def _ranks(config: RunConfig, world_size: int) -> Iterator[DeviceMesh | None]:
 
 def _track(
     config: RunConfig, shape: ModelConfig, mesh: DeviceMesh | None, micro_batches: int
-) -> tuple[int, int, int, int, dict[str, int]]:
-    """Peak of a step, bytes received in it, number of parameters, of those trained, and the peak's kinds."""
+) -> tuple[int, int, int, int, int, dict[str, int]]:
+    """Peak of a step, the host's bytes, those received in a step, number of parameters, of those trained, and kinds."""
     lora = config.lora
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _of_dtype(shape, kept_dtype(config.model, lora))
@@ -199,11 +202,16 @@ def _track(
 
         model.train()
         step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
-        with MemoryTracker(model, optimizer, config.parallel.replicate or 1) as tracker:
+        offloaded, host = config.parallel.offload is not None, 0
+        with MemoryTracker(model, optimizer, config.parallel.replicate or 1, offloaded=offloaded) as tracker:
             step()
-    lost = int(FRAGMENTATION * tracker.peak)
+    lost = int((OFFLOADED if offloaded else FRAGMENTATION) * tracker.peak)
     kinds = {**tracker.kinds(), "fragmentation": lost}
-    return tracker.peak + lost, tracker.received, sum(counts[0]), sum(counts[1]), kinds
+    if offloaded:  # weights and gradients are pinned, in blocks that CUDA rounds up to powers of two; moments are not
+        pinned = [local_part(p) for p in model.parameters() for _ in range(1 + p.requires_grad)]
+        moments = [local_part(v) for state in optimizer.state.values() for v in state.values()]
+        host = sum(1 << (p.nbytes - 1).bit_length() for p in pinned if p.nbytes) + sum(v.nbytes for v in moments)
+    return tracker.peak + lost, host, tracker.received, sum(counts[0]), sum(counts[1]), kinds
 
 
 def _of_dtype(shape: ModelConfig, dtype: torch.dtype) -> _Planned:
@@ -234,6 +242,7 @@ def describe(plan: Plan, config: RunConfig, world_size: int) -> str:
     lines = [
         f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {ranks}",
         f"peak memory     {readable(plan.peak)} a rank ({kinds})",
+        *[f"host's memory   {readable(plan.host)} a rank (parallel.offload)"] * bool(plan.host),
         f"communication   {received}",
         f"checkpoint      {readable(plan.checkpoint)} on disk{copied}",
         f"a step          {most}{plan.step_tokens:,} tokens",

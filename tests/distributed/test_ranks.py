@@ -193,6 +193,43 @@ def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_pa
     assert samples.asked == set(range(20 * 8, 30 * 8))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_offload_changes_no_bit(size, tiny_directory, tmp_path):
+    """Neither losses, norms and scores nor checkpoints; gone on with from one, and after a kill without warning."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "tests.distributed.worker",
+        str(tiny_directory),
+        str(tmp_path),
+        "offload",
+    ]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode != 0
+    assert (tmp_path / f"killed_{size}").exists(), first.stderr[-3000:]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "results.json").read_text())
+    for kind in ("all", "bfloat16", "int8"):
+        kept, moved, on = (found[f"{kind}_{name}"] for name in ("kept", "moved", "on"))
+        assert len(kept[0]) == 9
+        assert moved == kept
+        assert on[0] == moved[0][-len(on[0]) :]
+        assert on[1] == moved[1]
+    assert found["killed"] == found["whole"]
+
+
+def test_a_cpu_is_not_offloaded_to_itself(tmp_path, run):
+    status, _, err = run(
+        "pretrain", ROOT / "configs/tiny_pretrain.yaml", f"run.dir={tmp_path}/run", "parallel.offload=cpu"
+    )
+    assert status == 2
+    assert "parallel.offload moves to the host's memory what a GPU lacks room for; on a CPU, set it to null" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_bf16_alone_keeps_float32_weights(tiny_directory):
     code = (
         "import torch\nfrom k2mini.build import is_sharded, training_model\n"

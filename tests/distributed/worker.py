@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -200,6 +201,48 @@ def kin(path, world, out):
     return found
 
 
+def offloaded(path, world, out):
+    """Runs with and without offload, one gone on with from its middle, one killed at its first start: `killed` is made.
+
+    A CPU is offloaded to itself here, which commands refuse: what FSDP moves stays where it is.
+    """
+    found, few = {}, {"max_steps": 6, "evaluate": scored}
+    marker = out / f"killed_{world.size}"
+
+    def killed(model):
+        values = scored(model)
+        if world.is_main and not marker.exists() and marker.with_suffix(".first").exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if world.is_main:
+            marker.with_suffix(".first").touch()
+        return values
+
+    keep = CheckpointSection(every=2, keep_last=9, async_save=False)
+    parallel = ParallelSection(offload="cpu")
+    found["killed"] = run(path, world, out / "again", parallel=parallel, keep=keep, evaluate=killed, max_steps=12)
+    found["whole"] = run(path, world, out / "whole", keep=keep, evaluate=scored, max_steps=12)
+    kinds = {"all": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"lora": LoraSection(rank=2), "quantize": "int8"}}
+    for kind, settings in kinds.items():
+        for name, offload, resume in (("kept", None, "auto"), ("moved", "cpu", "auto"), ("on", "cpu", "moved")):
+            keep = CheckpointSection(every=3, resume="auto")
+            if resume != "auto":
+                keep = replace(keep, resume=str(out / f"{kind}_{resume}/checkpoints/step_0000003"))
+            parallel, to = ParallelSection(replicate=1, offload=offload), out / f"{kind}_{name}"
+            losses = run(path, world, to, parallel=parallel, keep=keep, **few, **settings)
+            saved = json.loads((to / "checkpoints/step_0000006/state.json").read_text())["files"]
+            found[f"{kind}_{name}"] = [losses, {file: saved[file] for file in saved if file != ".metadata"}]
+    return found
+
+
+def main_offloaded(path, out):
+    torch.set_num_threads(1)
+    with ranks(torch.device("cpu"), ParallelSection(), alone_too=True) as world:
+        results = offloaded(path, world, out)
+        if world.is_main:
+            (out / "results.json").write_text(json.dumps(results))
+
+
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
@@ -248,4 +291,4 @@ def main(path, out):
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    (main_offloaded if "offload" in sys.argv else main)(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -25,7 +25,8 @@ from k2mini.nn.quant import int8_matrices
 from k2mini.sizes import parse_size
 from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes_less
 from k2mini.training.memory_tracker import MemoryTracker
-from k2mini.training.plan import plan_run
+from k2mini.training.pace import fastest
+from k2mini.training.plan import BUDGET, plan_run
 from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT, SHAPES, tiny_config, tiny_llama
 
@@ -323,3 +324,123 @@ def test_context_that_fits(how, capsys):
         main(["plan", *config, "--inference", "--gpu-memory", "6GiB", "--check"])
     assert end.value.code == 1
     assert "context         0 tokens in 90 % of 6GiB" in capsys.readouterr().out
+
+
+# What is new: NF4, offload, cards by their names, speed and cost.
+
+
+def seven_billion(*, rank=16, ranks=1, offload=None, **train):
+    settings = {"lr": 1e-4, "max_steps": 1, "global_batch_size": 8 * ranks, "micro_batch_size": 4, **train}
+    return FinetuneConfig(
+        RunSection("x"),
+        ModelSection("llama-7b", dtype="bfloat16", quantize="nf4"),
+        InstructionSection("x", max_seq_len=512),
+        TrainSection(**settings, activation_checkpointing=1),
+        LoraSection(rank=rank, target_modules="all"),
+        parallel=ParallelSection(offload=offload),
+    )
+
+
+def test_nf4_leaves_room_on_one_card():
+    """Of 6.5 billion weights half a byte each and their scales; embedding, head and norms in bfloat16."""
+    config = seven_billion()
+    found = plan_run(config, 1, exact=False)
+    assert found.peak <= 6.5 * 2**30
+    assert found.trained == 32 * 16 * (4 * 8192 + 3 * (4096 + 11008))
+    assert found.parameters == 6_738_415_616 + found.trained
+
+
+@pytest.mark.slow
+def test_seven_billion_offloaded_on_eight_ranks():
+    config = replace(pretraining("llama-7b", global_batch_size=16, micro_batch_size=1), parallel=ParallelSection())
+    config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    offloaded = replace(config, parallel=ParallelSection(offload="cpu"))
+    kept, moved = (plan_run(each, 8, exact=False) for each in (config, offloaded))
+    share = 4 * kept.parameters // 8
+    assert kept.host == 0
+    assert moved.host > 4 * share  # weights, gradients and two moments, and what rounding up takes
+    assert kept.peak - moved.peak > 3.5 * share
+    assert moved.received == kept.received
+
+
+def test_what_is_offloaded_is_the_hosts(directory):
+    """Weights, gradients, moments: nothing of them stays, of one rank's plan or of four ranks'."""
+    config = pretraining(directory, activation_checkpointing=1)
+    offloaded = replace(config, parallel=ParallelSection(offload="cpu"))
+    for ranks in (1, 4):
+        kept, moved = plan_run(config, ranks), plan_run(offloaded, ranks)
+        share = 4 * kept.parameters / ranks
+        assert not {"parameters", "optimiser"} & moved.kinds.keys()
+        assert 4 * share <= moved.host <= 6 * share
+        # A matrix on its way and, where one process needs no FSDP, what gathering and reducing take.
+        assert moved.peak < kept.peak - (2 if ranks == 1 else 3) * share
+    tuned = tuning(directory)
+    moved = plan_run(replace(tuned, parallel=ParallelSection(offload="cpu")), 1)
+    assert moved.host > 4 * moved.parameters  # the frozen base, too
+    assert moved.peak < plan_run(tuned, 1).peak
+
+
+def test_a_card_by_its_name(tmp_path, run):
+    """Six FLOP for each parameter and token, at a share of the data sheet's peak; and what that costs."""
+    config = (ROOT / "configs/tiny_pretrain.yaml", f"run.dir={tmp_path}/run", "--world-size", 2)
+    status, out, err = run("plan", *config, "--gpu", "A100-80g", "--price", 1.5, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["tokens_per_second"] == pytest.approx(2 * 0.35 * 312e12 / (6 * found["parameters"]), rel=1e-9)
+    assert found["run_tokens"] == 200 * 8 * 128
+    assert found["days"] == pytest.approx(200 * 1024 / found["tokens_per_second"] / 86400)
+    assert found["cost"] == pytest.approx(found["days"] * 24 * 2 * 1.5)
+    out = run("plan", *config, "--gpu", "a100-80g", "--utilisation", 0.2)[1]
+    assert "are within 90 % of a100-80g\n" in out
+    assert "(a guess: 20 % of 312 TFLOP/s a GPU; --measured RUN replaces it)" in out
+    (tmp_path / "short").mkdir()
+    rows = [{"step": n, "tokens_per_second": rate} for n, rate in enumerate((1, 1, 1, 40, 60, 50), 1)]
+    (tmp_path / "short/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        "speed           50 tokens/s (measured in "
+        in run("plan", *config, "--gpu", "1GiB", "--measured", tmp_path / "short")[1]
+    )
+    assert run("plan", *config, "--gpu", "1GiB")[1].endswith("% of 1GiB\n")  # no peak, so no guess
+    status, _, err = run("plan", *config, "--gpu", "a100-41g")
+    assert status == 2
+    assert "--gpu is none of b200, h200, h100-80g, a100-80g" in err
+    assert run("plan", *config, "--gpu", "1GiB", "--utilisation", 2)[0] == 2
+
+
+def test_the_length_of_a_run_is_not_guessed(tmp_path, run):
+    epochs = ("train.max_steps=null", "train.epochs=2")
+    config = (ROOT / "configs/tiny_stage1.yaml", f"run.dir={tmp_path}/run", *epochs, "--world-size", 1)
+    out = run("plan", *config, "--gpu", "h100-80g")[1]
+    assert "the run         of unknown length: its data is not prepared" in out
+
+
+def test_the_fastest_settings_that_fit(directory, monkeypatch):
+    """Nothing recomputed where there is room; then int8, NF4 and offload, as each of them is what fits."""
+
+    def plan(config, world_size, *, exact):
+        base = {None: 80, "int8": 40, "nf4": 20}[config.model.quantize] if config.parallel.offload is None else 5
+        rows = config.train.micro_batch_size * (1 if config.train.activation_checkpointing else 5)
+        return SimpleNamespace(peak=base + rows)
+
+    monkeypatch.setattr("k2mini.training.fit.plan_run", plan)
+    config, known = tuning(directory), plan_run(tuning(directory), 1)
+    for room, expected in (
+        (200, {"model.quantize=null", "train.activation_checkpointing=0", "train.micro_batch_size=16"}),
+        (97, {"model.quantize=null", "train.activation_checkpointing=0", "train.micro_batch_size=2"}),
+        (21, {"model.quantize=nf4", "train.activation_checkpointing=1", "train.micro_batch_size=1"}),
+        (6, {"parallel.offload=cpu"}),
+    ):
+        overrides, rate = fastest(config, known, 1, room)
+        assert expected <= set(overrides.split()), (room, overrides)
+        assert rate > 0
+    with pytest.raises(ValueError, match="nothing that --fit tries fits"):
+        fastest(config, known, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["documents", "stage1", "stage2"])
+def test_one_card_of_24_gigabytes(name):
+    path = ROOT / f"configs/one_card_{name}_7b.yaml"
+    kind = PretrainConfig if name == "documents" else FinetuneConfig
+    found = plan_run(load_config(kind, path, ["model.path=llama-7b"]), 1, exact=False)
+    assert found.peak <= BUDGET * 22 * 2**30  # of an A10G and an L4 as CUDA reports them
