@@ -51,10 +51,9 @@ def perplexities(path: Path, geobench: Path, limit: int | None) -> None:
         print(f"{name:12}  {len(texts)} texts, {found.tokens:,} tokens: {found.perplexity:.4f}  {rise}", flush=True)
 
 
-def adapters(path: Path, arc: Path, steps: int, held_out: int) -> None:
+def adapters(path: Path, arc: Path, bases: list[str], steps: int, held_out: int) -> None:
     """Train an adapter over each base, the same way, and print the losses of the records held out."""
-    losses = {}
-    for how in ("null", "nf4"):
+    for how in bases:
         with tempfile.TemporaryDirectory() as folder:
             settings = [f"run.dir={folder}/run", f"model.path={path}", f"model.quantize={how}", f"data.path={arc}"]
             settings += [f"data.val_size={held_out}", f"train.max_steps={steps}", f"train.val_every={steps}"]
@@ -70,10 +69,8 @@ def adapters(path: Path, arc: Path, steps: int, held_out: int) -> None:
                     raise
             rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         told = [row["val_loss"] for row in rows if "val_loss" in row]
-        losses[how] = told[-1]
-        said = f"LoRA over {'float32' if how == 'null' else how}: {steps} steps of 8, {held_out} records held out"
+        said = f"LoRA, model.quantize={how}: {steps} steps of 8, {held_out} records held out"
         print(f"{said}, validation losses {', '.join(f'{loss:.4f}' for loss in told)}", flush=True)
-    print(f"NF4's is {100 * (losses['nf4'] / losses['null'] - 1):+.2f} % of float32's")
 
 
 def main() -> None:
@@ -82,13 +79,14 @@ def main() -> None:
     parser.add_argument("--geobench", type=Path, help="GeoBench's folder")
     parser.add_argument("--limit", type=int, help="so many of its texts (default: all)")
     parser.add_argument("--arc", type=Path, help="arc_sft.json")
+    parser.add_argument("--bases", nargs="+", default=["null", "nf4"], help="values of model.quantize")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=100, help="records of the data that validate")
     options = parser.parse_args()
     if options.geobench is not None:
         perplexities(options.model, options.geobench, options.limit)
     if options.arc is not None:
-        adapters(options.model, options.arc, options.steps, options.held_out)
+        adapters(options.model, options.arc, options.bases, options.steps, options.held_out)
 
 
 if __name__ == "__main__":
