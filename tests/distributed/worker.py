@@ -202,7 +202,6 @@ def kin(path, world, out):
     return found
 
 
-<<<<<<< HEAD
 def offloaded(path, world, out):
     """Runs with and without offload, one gone on with from its middle, one killed at its first start: `killed` is made.
 
@@ -245,7 +244,6 @@ def main_offloaded(path, out):
             (out / "results.json").write_text(json.dumps(results))
 
 
-=======
 def nf4(path, world, out):
     """Adapters over NF4, of matrices whose groups of absmaxes lie over several ranks: made when read, and as stored."""
     if world.is_main:
@@ -262,7 +260,6 @@ def nf4(path, world, out):
     return found
 
 
->>>>>>> h19a
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
