@@ -92,3 +92,15 @@ class Llama3RopeScaling:
 
 
 RopeScaling = LinearRopeScaling | Llama3RopeScaling
+
+
+# What config.json has as quantization_config where k2mini wrote quantised weights.
+QUANTIZED = {
+    "int8": {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"},
+    "nf4": {"quant_method": "k2mini", "format": "nf4, blocks of 64, double quantisation in blocks of 256"},
+}
+
+
+def quantization(raw: dict[str, Any]) -> str | None:
+    """The key of QUANTIZED that config.json's fields name; None: the weights are in full precision."""
+    return next((how for how, fields in QUANTIZED.items() if raw.get("quantization_config") == fields), None)
