@@ -101,6 +101,6 @@ QUANTIZED = {
 }
 
 
-def quantization(raw: dict[str, Any]) -> str | None:
-    """The key of QUANTIZED that config.json's fields name; None: the weights are in full precision."""
-    return next((how for how, fields in QUANTIZED.items() if raw.get("quantization_config") == fields), None)
+def quantization(said: Any) -> str | None:
+    """The key of QUANTIZED that config.json's quantization_config names; None: it is another program's."""
+    return next((how for how, fields in QUANTIZED.items() if said == fields), None)

@@ -62,7 +62,8 @@ class ModelDirectory:
     @property
     def quantized(self) -> str | None:
         """As what config.json says that the blocks' matrices are stored, 'int8' or 'nf4' (a delta may have none)."""
-        return architectures.quantization(self._raw_config) if (self.path / "config.json").is_file() else None
+        said = (self.path / "config.json").is_file() and self._raw_config.get("quantization_config")
+        return architectures.quantization(said) if said else None
 
     @cached_property
     def reader(self) -> CheckpointReader:
@@ -238,10 +239,9 @@ class CheckpointReader:
     def stored_dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header; a `bits` delta's are integers. Raises ValueError for any other type."""
         stored = self._stored(name)
-        dtype = stored.dtype if isinstance(stored, Tensor) else SAFETENSORS.get(stored.get_dtype())
-        if dtype is None:
-            raise self._unreadable(name, stored.get_dtype())
-        return dtype
+        if isinstance(stored, Tensor) or stored.get_dtype() in SAFETENSORS:
+            return stored.dtype if isinstance(stored, Tensor) else SAFETENSORS[stored.get_dtype()]
+        raise self._unreadable(name, stored.get_dtype())
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""
