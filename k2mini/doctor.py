@@ -37,7 +37,7 @@ from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.init import init_weights
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
-from k2mini.nn.quant import dequantized, quantize_rows, quantized_product
+from k2mini.nn.quant import quantize_rows, quantized_product
 from k2mini.sizes import readable
 from k2mini.training.checkpoint import load_checkpoint
 from k2mini.training.plan import BUDGET, plan_run
@@ -113,8 +113,10 @@ def parity(device: torch.device) -> Iterator[Compared]:
 def int8(device: torch.device) -> Iterator[Compared]:
     """Products with a weight in int8 and in NF4, against those of the same weight in float64."""
     x, matrix = torch.randn(2, 500, 320, generator=torch.Generator().manual_seed(0))
-    for how, parts in {"int8": quantize_rows(matrix), "NF4": nf4.quantize(matrix)}.items():
-        right = x.double() @ dequantized(torch.float64, *parts).T
+    (weight, scale), four = quantize_rows(matrix), nf4.quantize(matrix)
+    plain = weight.double() * scale.double()[:, None], nf4.dequantize(*four, torch.float64)
+    for how, parts, exact in zip(("int8", "NF4"), ((weight, scale), four), plain, strict=True):
+        right = x.double() @ exact.T
         for rows in (1, 2, 16, 64, 500):
             ours = quantized_product(x[:rows].to(device), *(part.to(device) for part in parts))
             yield f"an {how} product of {rows} rows", ours, right[:rows], BOUNDS["float32"]

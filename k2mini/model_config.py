@@ -154,6 +154,11 @@ def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
 
 
+def quantization(raw: dict[str, Any]) -> str | None:
+    """The key of QUANTIZED that config.json's fields name; None: the weights are in full precision."""
+    return next((how for how, fields in QUANTIZED.items() if raw.get("quantization_config") == fields), None)
+
+
 def _translate(raw: dict[str, Any]) -> ModelConfig:
     architectures, kind = raw.get("architectures") or [], raw.get("model_type")
     if not isinstance(architectures, list):

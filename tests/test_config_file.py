@@ -190,7 +190,7 @@ def test_the_page_of_all_keys(run):
                 assert re.search(rf"^- `{name}\.{key.name}` \(.+\): .+$", out, re.MULTILINE), f"{name}.{key.name}"
     assert "- `train.lr` (number; required): the peak learning rate" in out
     assert "- `train.schedule` (constant or linear or cosine; default linear): after warm-up" in out
-    assert "- `model.quantize` (int8 or null; default null)" in out
+    assert "- `model.quantize` (int8 or nf4 or null; default null)" in out
     assert "\n## data (pretrain only)\n" in out
     assert "\n## lora\n\nLow-rank adapters" in out
 

@@ -18,7 +18,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "numpy", "safetensors", "transformers", "peft", "lm_eval", "llama_cpp_python")
+PACKAGES = ("torch", "numpy", "safetensors", "transformers", "peft", "bitsandbytes", "lm_eval", "llama_cpp_python")
 FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI", "amx_tile": "AMX"}
 
 

@@ -35,7 +35,8 @@ class LoraLinear(Linear):
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         for part in PARTS.get(base.weight.dtype, ()):
             setattr(self, part, getattr(base, part))
-        dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
+        kept = getattr(base, "dtype", base.weight.dtype)
+        dtype, device = torch.promote_types(kept, torch.float32), base.weight.device
         self.lora_A = nn.Parameter(torch.empty(section.rank, base.in_features, dtype=dtype, device=device))  # (R, in)
         self.lora_B = nn.Parameter(torch.empty(base.out_features, section.rank, dtype=dtype, device=device))  # (out, R)
         self.scaling = section.scaling

@@ -58,6 +58,7 @@ class QuantizedLinear(Linear):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         device, self.bias = base.weight.device, base.bias
+        self.dtype = base.weight.dtype  # of what goes beside it, adapters
         for part, (shape, dtype) in part_shapes(self.how, name, (base.out_features, base.in_features)).items():
             values = torch.empty(shape, dtype=dtype, device=device)
             setattr(self, part.rpartition(".")[2], nn.Parameter(values, requires_grad=False))

@@ -22,7 +22,7 @@ from k2mini.data.tokenizer import Tokenizer, choose_tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
-from k2mini.model_config import QUANTIZED, ModelConfig, parse_config, read_config_json
+from k2mini.model_config import ModelConfig, parse_config, quantization, read_config_json
 from k2mini.weights.stream import Source
 from k2mini.weights.torch_file import read_bin
 
@@ -62,8 +62,7 @@ class ModelDirectory:
     @property
     def quantized(self) -> str | None:
         """As what config.json says that the blocks' matrices are stored, 'int8' or 'nf4' (a delta may have none)."""
-        said = self._raw_config.get("quantization_config") if (self.path / "config.json").is_file() else None
-        return next((how for how, fields in QUANTIZED.items() if said == fields), None)
+        return quantization(self._raw_config) if (self.path / "config.json").is_file() else None
 
     @cached_property
     def reader(self) -> CheckpointReader:

@@ -29,7 +29,9 @@ def launch(size, path, out):
 
 @pytest.fixture(scope="module")
 def tiny_directory(tiny_directory, tiny_tokenizer):
-    """With models of other architectures beside it."""
+    """With models of other architectures beside it, and one whose rows are of whole blocks of NF4."""
+    wide = tiny_config(intermediate_dim=320, vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    save_model(tiny_llama(wide).state_dict(), wide, tiny_directory.parent / "wide", tokenizer=tiny_tokenizer)
     for name in ("mistral", "qwen2", "qwen3"):
         config = tiny_config(**SHAPES[name], vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
         save_model(
@@ -74,6 +76,15 @@ def test_losses_and_norms_equal_those_of_one_process(alone, ranks):
     assert many["recomputed"] == many["zero2"]
     # In bf16 it learns as well, from float32 weights.
     assert many["bfloat16"][-3][0] == pytest.approx(one["plain"][9][0], rel=0.02)
+
+
+def test_nf4_over_ranks_is_nf4_in_one_process(alone, ranks):
+    """In float64, whichever rank has which rows, quantised when they are read or before."""
+    _, one = alone
+    _size, _, many = ranks
+    for name in ("plain", "shared", "stored"):
+        close(many["nf4"][name], one["nf4"]["plain"], 1e-10)
+    assert one["nf4"]["stored"] == one["nf4"]["plain"]
 
 
 def test_ranks_that_disagree_are_told_in_what(ranks):

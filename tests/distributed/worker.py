@@ -31,6 +31,7 @@ from k2mini.evaluation.score import Request, score
 from k2mini.training.loop import Task, read_metrics, train
 from k2mini.training.run import pretrain
 from k2mini.training.step import accumulate, local_batches
+from k2mini.weights.convert import convert
 from k2mini.weights.model_directory import ModelDirectory
 
 STEPS = 30
@@ -234,6 +235,22 @@ def main_offloaded(path, out):
             (out / "results.json").write_text(json.dumps(results))
 
 
+def nf4(path, world, out):
+    """Adapters over NF4, of matrices whose groups of absmaxes lie over several ranks: made when read, and as stored."""
+    if world.is_main:
+        convert(path, "hf", out / "in_nf4", quantize="nf4")
+    world.barrier()
+    lora, found = LoraSection(rank=2, dropout=0.0, target_modules=["q_proj", "up_proj"]), {}
+    for name, base, parallel in (
+        ("plain", path, ParallelSection()),
+        ("shared", path, ParallelSection(replicate=1)),
+        ("stored", out / "in_nf4", ParallelSection(replicate=1)),
+    ):
+        made = {"lora": lora, "quantize": "nf4", "parallel": parallel, "max_steps": STEPS // 3}
+        found[name] = run(base, world, out / f"nf4_{name}", **made)
+    return found
+
+
 def main(path, out):
     torch.set_num_threads(1)
     # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
@@ -255,6 +272,7 @@ def main(path, out):
             "gradients_accumulated": gradients(path, world, 8 // world.size),
             "kept": world.all_gather(sharding(path, world)),
             "kin": kin(path, world, out),
+            "nf4": nf4(path.parent / "wide", world, out),
         }
         if world.size > 1:
             results["refused"] = refused(path, world, out)

@@ -1,5 +1,7 @@
 """NF4 against bitsandbytes', and against plain weights of the same values."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -9,14 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from k2mini.build import load_model
-from k2mini.config import LoraSection
+from k2mini.build import load_model, training_model
+from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.distributed import ALONE
+from k2mini.inference.compile import compile_decoding
+from k2mini.inference.decoding import Decoding
+from k2mini.inference.generate import generate
+from k2mini.model_config import tensor_shapes
 from k2mini.nn import nf4
 from k2mini.nn.layers import Linear
-from k2mini.nn.lora import LoraLinear
-from k2mini.nn.quant import Nf4Linear
+from k2mini.nn.lora import LoraLinear, lora_modules
+from k2mini.nn.quant import Nf4Linear, int8_matrices
+from k2mini.weights.convert import convert
 from k2mini.weights.model_directory import CheckpointReader
-from tests.conftest import ROOT
+from k2mini.weights.model_files import save_model
+from tests.conftest import ROOT, tiny_config, tiny_llama
+from tests.helpers import TOKENS
 
 theirs = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
@@ -110,6 +120,81 @@ def test_sizes_that_do_not_divide_and_values_that_are_not_finite(tiny_directory,
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="W is not finite"):
         nf4.quantize(torch.full((1, 64), torch.inf), "W")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tiny_tokenizer):
+    """A tiny model whose matrices have rows of whole blocks."""
+    directory = tmp_path_factory.mktemp("nf4") / "wide"
+    config = tiny_config(intermediate_dim=320, num_kv_heads=2, vocab_size=tiny_tokenizer.vocab_size)
+    save_model(tiny_llama(config).state_dict(), config, directory, tokenizer=tiny_tokenizer)
+    return directory
+
+
+def test_a_directory_of_nf4_is_what_is_quantised_when_it_is_read(wide, tmp_path, run):
+    status, _, err = run("convert", wide, "--to", "hf", "--quantize", "nf4", "--out", tmp_path / "four")
+    assert status == 0, err
+    (stored, _), (fresh, _) = load_model(tmp_path / "four"), load_model(wide, quantize="nf4")
+    names = dict(fresh.named_parameters())
+    assert names.keys() == dict(stored.named_parameters()).keys()
+    assert all(torch.equal(tensor, names[name]) for name, tensor in stored.named_parameters())
+    plain, _ = load_model(wide)
+    for name in int8_matrices(tensor_shapes(plain.config)):
+        codes, state = theirs.quantize_4bit(plain.get_parameter(name), quant_type="nf4", compress_statistics=True)
+        plain.get_parameter(name).data.copy_(theirs.dequantize_4bit(codes, state))
+    with torch.inference_mode():
+        assert torch.equal(stored(TOKENS), plain(TOKENS))
+    assert run("verify", tmp_path / "four")[0] == 0
+    found = json.loads(run("info", tmp_path / "four", "--json")[1])
+    shapes = tensor_shapes(plain.config)
+    assert found["dtypes"]["nf4"] == sum(math.prod(shapes[name]) for name in int8_matrices(shapes))
+    half, _ = load_model(wide, dtype="bfloat16", quantize="nf4")
+    assert found["memory"]["nf4"]["weights"] == sum(p.numel() * p.element_size() for p in half.parameters())
+    config = [ROOT / "configs/instruct_stage2_7b.yaml", f"model.path={wide}", "model.quantize=nf4"]
+    said = run("plan", *config, "--inference", "--gpu-memory", "1GiB", "--json")
+    assert said[0] == 0, said[2]
+    assert json.loads(said[1])["weights"] == found["memory"]["nf4"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            ("generate", "--prompt", "x", "--quantize", "int8", "--model"),
+            "is quantised to nf4; leave out --quantize int8",
+        ),
+        (("generate", "--prompt", "x", "--quantize-head", "--model"), "--quantize-head needs --quantize int8 or w8a8"),
+        (("convert", "--to", "bin", "--out", "out"), "is quantised; convert the full-precision model"),
+    ],
+)
+def test_what_does_not_go_with_nf4_is_one_sentence(wide, tmp_path, run, monkeypatch, command, said):
+    monkeypatch.chdir(tmp_path)
+    convert(wide, "hf", tmp_path / "four", quantize="nf4")
+    status, _, err = run(*command, tmp_path / "four")
+    assert status == 2
+    assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", None])
+def test_training_says_as_what_a_base_is_stored(wide, tmp_path, quantize):
+    convert(wide, "hf", tmp_path / "four", quantize="nf4")
+    section, lora = ModelSection(str(tmp_path / "four"), quantize=quantize), LoraSection(rank=2, dropout=0.0)
+    if quantize != "nf4":
+        with pytest.raises(ValueError, match=r"train adapters over it with model\.quantize=nf4"):
+            training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), ALONE, lora)
+        return
+    model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), ALONE, lora)
+    model.loss(TOKENS[:, :-1], None, TOKENS[:, 1:]).backward()
+    assert all(module.lora_B.grad.abs().sum() > 0 for module in lora_modules(model).values())
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_tokens(wide):
+    (eager, tokenizer), (compiled, _) = load_model(wide, quantize="nf4"), load_model(wide, quantize="nf4")
+    compile_decoding(compiled)
+    prompts = [tokenizer.encode(text, bos=True, eos=False) for text in ("granite", "a rock is")]
+    first, second = (generate(model, prompts, Decoding(8), stop_ids=[]) for model in (eager, compiled))
+    assert [completion.tokens for completion in first] == [completion.tokens for completion in second]
 
 
 CODE = """
