@@ -92,3 +92,15 @@ class Llama3RopeScaling:
 
 
 RopeScaling = LinearRopeScaling | Llama3RopeScaling
+
+
+# What config.json has as quantization_config where k2mini wrote quantised weights.
+QUANTIZED = {
+    "int8": {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"},
+    "nf4": {"quant_method": "k2mini", "format": "nf4, blocks of 64, double quantisation in blocks of 256"},
+}
+
+
+def quantization(said: Any) -> str | None:
+    """The key of QUANTIZED that config.json's quantization_config names; None: it is another program's."""
+    return next((how for how, fields in QUANTIZED.items() if said == fields), None)

@@ -223,7 +223,7 @@ def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:
 def empty_model(directory: ModelDirectory) -> Llama:
     """A model without storage, whose tensors are checked to be in the files, of the right shapes and dtypes."""
     expected, reader = tensor_shapes(directory.config), directory.reader
-    parts = quant.quantized_tensors(expected, directory.quantized)
+    parts = quant.quantized_tensors(expected, how) if (how := directory.quantized) else {}
     check_tensors(reader, expected | {name: shape for name, (shape, _) in parts.items()}, directory.path)
     for name in expected:
         if name not in parts:

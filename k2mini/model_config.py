@@ -11,13 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from k2mini.architectures import ARCHITECTURES, LinearRopeScaling, Llama3RopeScaling, RopeScaling
+from k2mini.architectures import ARCHITECTURES, QUANTIZED, LinearRopeScaling, Llama3RopeScaling, RopeScaling
 from k2mini.files import read_json
 
-QUANTIZED = {
-    "int8": {"quant_method": "k2mini", "format": "int8, one float32 scale a row, symmetric"},
-    "nf4": {"quant_method": "k2mini", "format": "nf4, blocks of 64, double quantisation in blocks of 256"},
-}  # what config.json has as quantization_config
 MOST_LAYERS = 1000  # more are a damaged file's: their names alone would fill the memory
 
 
@@ -152,11 +148,6 @@ def parse_config(raw: dict[str, Any], directory: Path) -> ModelConfig:
         return _translate(raw)
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
-
-
-def quantization(raw: dict[str, Any]) -> str | None:
-    """The key of QUANTIZED that config.json's fields name; None: the weights are in full precision."""
-    return next((how for how, fields in QUANTIZED.items() if raw.get("quantization_config") == fields), None)
 
 
 def _translate(raw: dict[str, Any]) -> ModelConfig:

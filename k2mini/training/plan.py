@@ -41,8 +41,9 @@ from k2mini.weights.model_directory import model_directory
 
 BUDGET = 0.9  # of a device's memory; the rest is for what is not counted:
 ALLOWANCE = "CUDA's context (some 0.5 GiB)", " and NCCL's buffers (some 1.5 GiB)"
-# What CUDA's allocator reserves beyond the peaks of the streams: measured, 1 to 2 % at 7B with expandable segments.
-FRAGMENTATION, OFFLOADED = 0.03, 0.12  # the latter where weights of all sizes come from the host and go again
+# What CUDA's allocator reserves beyond the peaks of the streams: measured, 1 to 2 % at 7B with expandable segments; more
+# where NF4 is dequantised in parts of many sizes, and where weights of all sizes come from the host and go again.
+FRAGMENTATION, OF_NF4, OFFLOADED = 0.03, 0.08, 0.14
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def _track(
         offloaded, host = config.parallel.offload is not None, 0
         with MemoryTracker(model, optimizer, config.parallel.replicate or 1, offloaded=offloaded) as tracker:
             step()
-    lost = int((OFFLOADED if offloaded else FRAGMENTATION) * tracker.peak)
+    share = OFFLOADED if offloaded else OF_NF4 if config.model.quantize == "nf4" else FRAGMENTATION
+    lost = int(share * tracker.peak)
     kinds = {**tracker.kinds(), "fragmentation": lost}
     if offloaded:  # weights and gradients are pinned, in blocks that CUDA rounds up to powers of two; moments are not
         pinned = [local_part(p) for p in model.parameters() for _ in range(1 + p.requires_grad)]

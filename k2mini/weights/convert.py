@@ -9,9 +9,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from k2mini.architectures import QUANTIZED
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import check_output
-from k2mini.model_config import QUANTIZED, ModelConfig, tensor_shapes
+from k2mini.model_config import ModelConfig, tensor_shapes
 from k2mini.nn import nf4
 from k2mini.nn.quant import int8_matrices, part_shapes, quantize_rows, quantized_tensors
 from k2mini.weights.gguf_file import write_gguf

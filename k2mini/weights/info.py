@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from k2mini.architectures import QUANTIZED
 from k2mini.data.tokenizer import open_tokenizer
 from k2mini.distributed import local_part
-from k2mini.model_config import QUANTIZED, ModelConfig, tensor_shapes
+from k2mini.model_config import ModelConfig, tensor_shapes
 from k2mini.nn.quant import int8_matrices, quantized_tensors
 from k2mini.sizes import readable
 from k2mini.weights.adapter import read_adapter, read_adapter_config, read_weights

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from k2mini import hub
+from k2mini import architectures, hub
 from k2mini.data.tokenizer import Tokenizer, choose_tokenizer
 from k2mini.dtypes import SAFETENSORS, SAFETENSORS_FLOATS
 from k2mini.errors import short, some
 from k2mini.files import parse_json, read_json, read_text, recover, sha256
-from k2mini.model_config import ModelConfig, parse_config, quantization, read_config_json
+from k2mini.model_config import ModelConfig, parse_config, read_config_json
 from k2mini.weights.stream import Source
 from k2mini.weights.torch_file import read_bin
 
@@ -62,7 +62,8 @@ class ModelDirectory:
     @property
     def quantized(self) -> str | None:
         """As what config.json says that the blocks' matrices are stored, 'int8' or 'nf4' (a delta may have none)."""
-        return quantization(self._raw_config) if (self.path / "config.json").is_file() else None
+        said = (self.path / "config.json").is_file() and self._raw_config.get("quantization_config")
+        return architectures.quantization(said) if said else None
 
     @cached_property
     def reader(self) -> CheckpointReader:
@@ -238,10 +239,9 @@ class CheckpointReader:
     def stored_dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header; a `bits` delta's are integers. Raises ValueError for any other type."""
         stored = self._stored(name)
-        dtype = stored.dtype if isinstance(stored, Tensor) else SAFETENSORS.get(stored.get_dtype())
-        if dtype is None:
-            raise self._unreadable(name, stored.get_dtype())
-        return dtype
+        if isinstance(stored, Tensor) or stored.get_dtype() in SAFETENSORS:
+            return stored.dtype if isinstance(stored, Tensor) else SAFETENSORS[stored.get_dtype()]
+        raise self._unreadable(name, stored.get_dtype())
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from the header. Raises ValueError where it is no floating-point type of LLaMA's."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2mini.architectures import QUANTIZED
 from k2mini.data.tokenizer import Tokenizer, open_tokenizer
 from k2mini.dtypes import DTYPES, NAMES
 from k2mini.errors import short
 from k2mini.files import new_directory, sha256
-from k2mini.model_config import QUANTIZED, ModelConfig, hf_config, read_fields
+from k2mini.model_config import ModelConfig, hf_config, read_fields
 from k2mini.weights.model_directory import MANIFEST, MANIFEST_FORMAT, ModelDirectory, manifest_text, tokenizer_file
 from k2mini.weights.stream import SHARD_BYTES, Source, Tensors, Written, total_bytes, write_weights
 
