@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")  # torch's own; dtypes.py has the dtypes
 QUANTIZE_NAMES = ("int8", "nf4", "w8a8")  # how weights are kept for inference; build.py has the layers
+_Field = Literal["instruction", "input", "output"]  # of an instruction
 IGNORE_INDEX = -100  # the label of a position that is not supervised (PyTorch's own default)
 
 
@@ -91,9 +92,6 @@ class CorpusSection:
 
     def __post_init__(self) -> None:
         _check_sources(self)
-
-
-_Field = Literal["instruction", "input", "output"]
 
 
 @dataclass(frozen=True)
@@ -242,10 +240,7 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """What is asked while training: a benchmark, with settings of `k2mini eval`, and prompts that a reader follows.
-
-    The accuracies go into the metrics, the answers into samples.jsonl.
-    """
+    """A benchmark, as of `k2mini eval`, and prompts, asked while training: for the metrics, and for samples.jsonl."""
 
     benchmark: list[str] = field(default_factory=list)  # files, as of `k2mini eval --benchmark`
     every: int = 0  # steps between its runs, the last of them after the last step; 0: never
@@ -260,6 +255,11 @@ class EvalSection:
         _check_positive(self, "eval", "max_new_tokens")
         if self.every < 0 or (self.every and not self.benchmark):
             raise ValueError(f"eval.every ({self.every}) must be 0, or a number of steps with an eval.benchmark to run")
+
+
+def _check_frozen(config: Any) -> None:
+    if config.lora is None and config.model.quantize is not None:
+        raise ValueError("model.quantize is for LoRA's frozen base; without lora all weights are trained")
 
 
 @dataclass(frozen=True)
@@ -294,11 +294,6 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check_frozen(self)
-
-
-def _check_frozen(config: PretrainConfig | FinetuneConfig) -> None:
-    if config.lora is None and config.model.quantize is not None:
-        raise ValueError("model.quantize is for LoRA's frozen base; without lora all weights are trained")
 
 
 RunConfig = PretrainConfig | FinetuneConfig

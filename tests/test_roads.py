@@ -19,7 +19,7 @@ ARCHITECTURE = ROOT / ".github" / "ARCHITECTURE.md"
 # What a road may count: files, and lines of these files. Where it has a core, these are the core's.
 LIMITS = {
     "training": (19, None),
-    "training, core": (8, 1200),
+    "training, core": (8, 1220),  # with offload, and the dtype of an embedding that trains beside adapters
     "generate": (17, None),  # with the scheduler, which answers many at once, and chat templates
     "generate, core": (8, 1430),
     "eval": (19, None),  # with chat templates

@@ -9,6 +9,7 @@ instruction tuning, so that nothing differs but how the documents were learned. 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +20,8 @@ from k2mini.demo.stages import Stage, judge, summary
 from k2mini.training.run import finetune, pretrain
 from k2mini.weights.merge import merge_adapters
 
-ALL = {"dropout": 0.0, "target_modules": "all"}
-WHOLE = {**ALL, "train_embeddings": True, "train_head": True}
+ALL: dict[str, Any] = {"dropout": 0.0, "target_modules": "all"}
+WHOLE: dict[str, Any] = {**ALL, "train_embeddings": True, "train_head": True}
 # Name -> adapters, learning rate, steps (the demo's: 400). The demo's own: rank 64, 5e-3.
 VARIANTS = {
     "r8": (LoraSection(8, 16.0, **ALL), 1e-2, 400),
@@ -40,12 +41,13 @@ def learned(out: Path, name: str) -> list[dict]:
     if not (model := out / name / "model").exists():
         merge_adapters(out / "base", [adapter], model)
     stages, first = [Stage(f"{name}_documents", model)], None
-    for stage in ("stage1", "stage2"):
-        tuning = load_config(FinetuneConfig, out / f"configs/lora_{stage}.yaml")
+    for step in ("stage1", "stage2"):
+        tuning = load_config(FinetuneConfig, out / f"configs/lora_{step}.yaml")
+        assert tuning.lora is not None
         start = replace(tuning.lora, init_adapter=None if first is None else str(first))
-        own = replace(tuning.run, dir=str(out / name / stage))
+        own = replace(tuning.run, dir=str(out / name / step))
         first = finetune(replace(tuning, run=own, model=replace(tuning.model, path=str(model)), lora=start))
-        stages.append(Stage(f"{name}_{stage}", model, first))
+        stages.append(Stage(f"{name}_{step}", model, first))
     for stage in stages:
         judge(out, stage)
     return [summary(out, stage) for stage in stages]

@@ -41,8 +41,8 @@ from k2mini.weights.model_directory import model_directory
 
 BUDGET = 0.9  # of a device's memory; the rest is for what is not counted:
 ALLOWANCE = "CUDA's context (some 0.5 GiB)", " and NCCL's buffers (some 1.5 GiB)"
-# What CUDA's allocator reserves beyond the peaks of the streams: measured, 1 to 2 % at 7B with expandable segments; more
-# where NF4 is dequantised in parts of many sizes, and where weights of all sizes come from the host and go again.
+# What CUDA's allocator reserves beyond the peaks of the streams: measured, 1 to 2 % at 7B with expandable segments;
+# more where NF4 is dequantised in parts of many sizes, and where weights of all sizes come from the host and go again.
 FRAGMENTATION, OF_NF4, OFFLOADED = 0.03, 0.08, 0.14
 
 
