@@ -2,8 +2,8 @@
 
 Each case runs three steps of a 118 M model (dim 768, 12 layers, vocabulary 32,000) in processes of its own; measured is
 the growth of the resident memory over what a process has before the model is made. Of several ranks that is less: a
-plan counts the peaks of a GPU's streams, which a CPU's memory does not keep apart. Of NF4 it is less for the same
-reason: gaps between tensors are a GPU's. Offload has no case there: what it moves stays in the same memory.
+plan counts the peaks of a GPU's streams, which a CPU's memory does not keep apart.
+Offload has no case there: what it moves stays in the same memory. Gaps that a plan of NF4 counts are a GPU's, too.
 
 With --cuda, cases of LLaMA-7B's shape in few blocks, beside what PyTorch's allocator has reserved at most on a GPU, as
 rank 0 of several that do not exist. Those need a driver whose collectives return alone.
