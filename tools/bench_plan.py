@@ -3,34 +3,52 @@
 Each case runs three steps of a 118 M model (dim 768, 12 layers, vocabulary 32,000) in processes of its own; measured is
 the growth of the resident memory over what a process has before the model is made. Of several ranks that is less: a
 plan counts the peaks of a GPU's streams, which a CPU's memory does not keep apart.
+Offload has no case there: what it moves stays in the same memory. Gaps that a plan of NF4 counts are a GPU's, too.
+
+With --cuda, cases of LLaMA-7B's shape in few blocks, beside what PyTorch's allocator has reserved at most on a GPU, as
+rank 0 of several that do not exist. Those need a driver whose collectives return alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from k2mini.build import training_model
-from k2mini.config import FinetuneConfig, LoraSection, PretrainConfig
+from k2mini.build import is_sharded, kept_dtype, make_trainable, training_model
+from k2mini.config import (
+    CorpusSection,
+    FinetuneConfig,
+    InstructionSection,
+    LoraSection,
+    ModelSection,
+    ParallelSection,
+    PretrainConfig,
+    RunConfig,
+    RunSection,
+    TrainSection,
+)
 from k2mini.config_file import config_kind, load_config
 from k2mini.data.batches import Batch
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import ranks
-from k2mini.model_config import ModelConfig
+from k2mini.distributed import World, device_mesh, ranks
+from k2mini.model_config import PRESETS, ModelConfig
 from k2mini.nn.init import init_weights
 from k2mini.nn.llama import Llama
 from k2mini.training.plan import plan_run
-from k2mini.training.step import build_optimizer, train_step
+from k2mini.training.step import accumulate, build_optimizer, clip_gradients, train_step
 from k2mini.weights.model_files import save_model
 
 SHAPE = ModelConfig(
@@ -45,6 +63,7 @@ SHAPE = ModelConfig(
 )
 PRETRAIN = "data: {path: x, seq_len: 512, document_mask: false}"
 FINETUNE = "data: {path: x, max_seq_len: 512}\nlora: {rank: 8}"
+NF4 = "data: {path: x, max_seq_len: 512}\nlora: {rank: 16, target_modules: all}"
 # name: (ranks, data section, more of the train section)
 CASES: dict[str, tuple[int, str, str]] = {
     "1 rank, full training": (1, PRETRAIN, ""),
@@ -52,6 +71,17 @@ CASES: dict[str, tuple[int, str, str]] = {
     "2 ranks, checkpointing": (2, PRETRAIN, ", activation_checkpointing: 1"),
     "1 rank, LoRA": (1, FINETUNE, ""),
     "2 ranks, LoRA, checkpointing": (2, FINETUNE, ", activation_checkpointing: 1"),
+    "1 rank, LoRA over NF4": (1, NF4, ", activation_checkpointing: 1"),
+}
+# name: (blocks, ranks, quantize, the parallel section)
+OFFLOAD = ParallelSection(offload="cpu")
+ON_CUDA: dict[str, tuple[int, int, str | None, ParallelSection]] = {
+    "LoRA over NF4": (8, 1, "nf4", ParallelSection()),
+    "LoRA over NF4, offloaded": (8, 1, "nf4", OFFLOAD),
+    "LoRA over int8, offloaded": (8, 1, "int8", OFFLOAD),
+    "all, offloaded": (2, 1, None, OFFLOAD),
+    "all, offloaded, rank 0 of 8": (2, 8, None, OFFLOAD),
+    "all, offloaded, ZeRO-2, rank 0 of 8": (2, 8, None, ParallelSection(offload="cpu", reshard_after_forward=False)),
 }
 
 
@@ -88,6 +118,54 @@ def measure(path: Path) -> None:
             print(json.dumps({"peak": largest}))
 
 
+def measure_cuda(case: str) -> None:
+    """Take four steps of two micro-batches on a GPU, and print the plan beside what the allocator has reserved."""
+    from gpu_models import empty
+
+    blocks, size, quantize, parallel = ON_CUDA[case]
+    PRESETS["few-blocks"] = replace(PRESETS["llama-7b"], num_layers=blocks)
+    rows, length = (4, 512) if quantize else (2, 2048)
+    run, base = RunSection("unused"), ModelSection("few-blocks", dtype="bfloat16", quantize=quantize)  # type: ignore[arg-type]
+    train = TrainSection(1e-5, 2 * rows * size, rows, max_steps=100, activation_checkpointing=1)
+    lora = LoraSection(16, target_modules="all") if quantize else None
+    if lora is None:
+        config: RunConfig = PretrainConfig(run, base, CorpusSection("unused"), train, parallel=parallel)
+    else:
+        config = FinetuneConfig(run, base, InstructionSection("unused"), train, lora, parallel=parallel)
+    torch.cuda.set_device(0)
+    device = torch.device("cuda", 0)
+    if is_sharded(base, parallel, lora, size):
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401 (makes the backend known)
+
+        dist.init_process_group("cpu:fake,cuda:nccl", store=dist.HashStore(), rank=0, world_size=size)
+        mesh = device_mesh(World(0, size, device), parallel)
+    else:
+        mesh = None
+    model = empty(blocks, kept_dtype(base, lora))
+    make_trainable(model, base, train, parallel, lora, device, mesh)
+    model.to_empty(device=parallel.offload or device).train()
+    optimizer = build_optimizer(model, train)
+    tokens = torch.randint(3, 32000, (rows, length + 1))
+    batch = Batch(tokens[:, :-1], torch.arange(length).repeat(rows, 1), tokens[:, 1:].clone())
+    for _ in range(4):
+        accumulate(model, [batch] * 2, 2 * rows * length)
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    reserved = torch.cuda.max_memory_reserved() / 2**20
+    if mesh is not None:
+        dist.destroy_process_group()
+    del model, optimizer
+    gc.collect()
+    line(f"{case}, {blocks} blocks", plan_run(config, size).peak / 2**20, reserved, "reserved")
+
+
+def line(label: str, predicted: float, found: float, how: str) -> None:
+    """A row of the table, in MiB."""
+    off = 100 * (predicted / found - 1)
+    print(f"{label:<46} predicted {predicted:>6,.0f} MiB   {how} {found:>6,.0f} MiB   {off:+.1f} %", flush=True)
+
+
 def launch(path: Path, ranks: int) -> Any:
     """Run `measure` on so many ranks, each a process of its own. Returns the peak in bytes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
@@ -102,7 +180,16 @@ def main() -> None:
     """Print, for each case, the peak that `plan` predicts and the peak that was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=[""], metavar="CASE", help=f"how one begins: {', '.join(CASES)}")
+    parser.add_argument("--cuda", action="store_true", help=f"on a GPU: {', '.join(ON_CUDA)}")
     options = parser.parse_args()
+    if options.cuda:
+        if options.cases[0] in ON_CUDA:  # in a process of its own: what one leaves reserved is the next one's
+            measure_cuda(options.cases[0])
+            return
+        for case in ON_CUDA:
+            if case.startswith(tuple(options.cases)):
+                subprocess.run([*sys.orig_argv[: sys.orig_argv.index("--cuda")], "--cuda", case], check=True)
+        return
     if Path(options.cases[0]).is_file():  # one of the processes that `launch` starts
         measure(Path(options.cases[0]))
         return
@@ -118,15 +205,12 @@ def main() -> None:
         for case, (ranks, data, train) in CASES.items():
             if not case.startswith(tuple(options.cases)):
                 continue
-            path = folder / "case.yaml"
+            path, quantize = folder / "case.yaml", ", quantize: nf4" if "NF4" in case else ""
             settings = f"lr: 1.0e-4, max_steps: 3, global_batch_size: {2 * ranks}, micro_batch_size: 2{train}"
-            path.write_text(f"run: {{dir: x}}\nmodel: {{path: {folder}/model}}\n{data}\ntrain: {{{settings}}}\n")
-            predicted, measured = plan_run(read(path), ranks).peak / 2**20, launch(path, ranks) / 2**20
-            off = 100 * (predicted / measured - 1)
-            print(
-                f"{case:<30} predicted {predicted:>6,.0f} MiB   measured {measured:>6,.0f} MiB   {off:+.1f} %",
-                flush=True,
+            path.write_text(
+                f"run: {{dir: x}}\nmodel: {{path: {folder}/model{quantize}}}\n{data}\ntrain: {{{settings}}}\n"
             )
+            line(case, plan_run(read(path), ranks).peak / 2**20, launch(path, ranks) / 2**20, "measured")
 
 
 def stand_in(directory: Path, tokenizer: Tokenizer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from k2mini.distributed import local_part
+
+SMALL, PAGES = 2**20, (20 * 2**20, 2**21)  # what CUDA's allocator maps at a time, and for blocks of up to SMALL bytes
+
+
+class _Addresses:
+    """One stream's addresses, given out as by CUDA's allocator with expandable segments: the smallest gap that fits.
+
+    A gap is split, and joined with the gaps beside it; where none fits, the end grows.
+    """
+
+    def __init__(self) -> None:
+        self._gaps: dict[int, int] = {}  # their sizes, by where they begin
+        self._end = self.most = 0
+
+    def take(self, size: int) -> int:
+        _, start = min(((gap, at) for at, gap in self._gaps.items() if gap >= size), default=(0, self._end))
+        if start == self._end:
+            self._end += size
+            self.most = max(self.most, self._end)
+        elif rest := self._gaps.pop(start) - size:
+            self._gaps[start + size] = rest
+        return start
+
+    def give(self, start: int, size: int) -> None:
+        size += self._gaps.pop(start + size, 0)
+        before = next((at for at, gap in self._gaps.items() if at + gap == start), start)
+        size += self._gaps.pop(before, 0)
+        if before + size == self._end:
+            self._end = before
+        else:
+            self._gaps[before] = size
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -29,7 +60,7 @@ class MemoryTracker(TorchDispatchMode):
         offloaded: parameters, gradients and state are in the host's memory, which is not counted.
 
     Attributes:
-        peak: the bytes reserved.
+        peak: the bytes of tensors.
         received: bytes from other ranks. Of n ranks in a ring each receives (n - 1) / n of what is gathered or reduced;
             an all-reduce takes twice that.
     """
@@ -42,6 +73,8 @@ class MemoryTracker(TorchDispatchMode):
         self._offloaded, self._host = offloaded, set[int]()
         self._moves_to_host: bool | None = None
         self._sizes: dict[int, tuple[int, torch.cpu.Stream]] = {}
+        self._blocks: dict[int, tuple[_Addresses, int, int]] = {}
+        self._streams = defaultdict[tuple[torch.cpu.Stream, bool], _Addresses](_Addresses)
         self._now: Counter[torch.cpu.Stream] = Counter()
         self._peaks: Counter[torch.cpu.Stream] = Counter()
         self._broken_down = self._gradients = 0
@@ -115,8 +148,23 @@ class MemoryTracker(TorchDispatchMode):
         """The most bytes of each stream, added up."""
         return sum(self._peaks.values())
 
+    @property
+    def reserved(self) -> int:
+        """The most bytes that CUDA's allocator maps for each stream, with the gaps between tensors, added up."""
+        return sum(-(-each.most // PAGES[small]) * PAGES[small] for (_, small), each in self._streams.items())
+
+    def _place(self, key: int, stream: torch.cpu.Stream, size: int) -> None:
+        if key in self._blocks:
+            addresses, start, length = self._blocks.pop(key)
+            addresses.give(start, length)
+        if size:
+            length = -(-size // 512) * 512
+            addresses = self._streams[stream, length <= SMALL]
+            self._blocks[key] = addresses, addresses.take(length), length
+
     def _count(self, storage: torch.UntypedStorage, size: int) -> None:
         before, stream = self._sizes.get(storage._cdata, (0, torch.cpu.current_stream()))
+        self._place(storage._cdata, stream, size)
         self._sizes[storage._cdata] = size, stream
         self._now[stream] += size - before
         self._peaks[stream] = max(self._peaks[stream], self._now[stream])
@@ -135,6 +183,7 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._sizes:
             size, stream = self._sizes.pop(key)
             self._now[stream] -= size
+            self._place(key, stream, 0)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -33,7 +33,7 @@ from k2mini.training.loop import read_metrics
 from k2mini.training.run import finetune, pretrain
 from k2mini.training.step import accumulate, build_optimizer, clip_gradients
 from k2mini.weights.adapter import save_adapter
-from tests.conftest import asset
+from tests.conftest import ROOT, asset
 from tests.helpers import adapted, examples, section
 from tests.reference import to_peft
 
@@ -320,3 +320,24 @@ def test_lora_learns_documents_and_stage_one_goes_on_from_it(tmp_path, data):
     assert losses(tmp_path / "run")[0] != losses(tmp_path / "plain")[0]
     with pytest.raises(ValueError, match=r"without lora all weights are trained"):
         replace(first, lora=None, model=ModelSection(str(BASE), quantize="int8"))
+
+
+def test_one_cards_recipe_in_miniature(tmp_path, run):
+    """configs/tiny_one_card_*.yaml, a few steps each: each goes on from the adapter of the run before it."""
+    before = None
+    for name, command in (("documents", "pretrain"), ("stage1", "finetune"), ("stage2", "finetune")):
+        path, folder = ROOT / f"configs/tiny_one_card_{name}.yaml", tmp_path / name
+        chained = [] if before is None else [f"lora.init_adapter={before}"]
+        short = [f"run.dir={folder}", "train.max_steps=6", "train.warmup_steps=1", "train.val_every=3"]
+        status, out, err = run(command, path, *short, "checkpoint.every=3", *chained)
+        assert (status, out) == (0, f"{folder}/adapter\n"), err
+        rows = read_metrics(folder / "metrics.jsonl")
+        validated = [row["val_loss"] for row in rows if "val_loss" in row]
+        assert len(validated) == 2
+        if before is None:
+            assert validated[1] < validated[0]
+        else:  # it begins with what was learned, and a fresh one elsewhere
+            fresh = [f"run.dir={tmp_path}/fresh_{name}", *short[1:], "checkpoint.every=3", "lora.init_adapter=null"]
+            assert run(command, path, *fresh)[0] == 0
+            assert rows[0]["loss"] != losses(tmp_path / f"fresh_{name}")[0]
+        before = folder / "adapter"
