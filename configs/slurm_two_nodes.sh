@@ -21,9 +21,10 @@
 set -euo pipefail
 # The two torchruns meet at a port of the first node, which must be free; K2MINI_PORT names another.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-# A checkpoint may take longer than the 30 seconds after which torchrun kills its ranks otherwise.
+# A checkpoint may take longer than the 30 seconds after which torchrun kills its ranks; PyTorch 2.13 reads this, versions
+# before it do not.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=500
-# One node's end ends the other: no rank waits for one that is gone.
-exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
+# One node's end ends the other: no rank waits for one that is gone. Since Slurm 22.05 srun has to be told the CPUs again.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$host:${K2MINI_PORT:-29500}" \
   -m k2mini "$@"

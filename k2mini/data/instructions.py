@@ -50,7 +50,7 @@ def read_records(
         log.info("%s: the first %d of %d records (data.limit)", path, limit, len(entries))
     records = []
     for place, entry in entries[:limit]:
-        if names and isinstance(entry, dict):
+        if names and isinstance(entry, dict) and not entry.keys() & {"messages", "conversations"}:
             entry = {ours: entry.get(theirs) for ours, theirs in names.items()}
         try:
             records.append((f"{path}, {place}", _record(entry, f"{path}, {place}", names)))
@@ -61,6 +61,8 @@ def read_records(
 
 def _names(fields: dict[Any, str], path: Path, entries: list[tuple[str, Any]]) -> dict[str, str]:
     """What the file calls each field. Raises ValueError where no record has what `fields` names."""
+    if len(set(fields.values())) < len(fields):
+        raise ValueError(f"data.fields names a field of the files twice: {short(fields)}")
     there = list(dict.fromkeys(str(key) for _, entry in entries if isinstance(entry, dict) for key in entry))
     for ours, theirs in fields.items():
         if theirs not in there:

@@ -24,12 +24,12 @@ def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]
         raise ValueError(f"there is no data file {path}")
     csv.field_size_limit(MOST)  # 128 KiB otherwise
     text, delimiter = io.StringIO(read_user_text(path), newline=""), "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
     columns: list[str] = []
-    found, line = [], 1
+    found, line, below = [], 1, 0
     try:
         for row in rows:
-            place, line = f"line {line}", rows.line_num + 1
+            place, line, below = f"line {line}", rows.line_num + 1, below + bool(columns and row)
             if not columns:
                 columns = [name.strip() for name in row]
             elif row and len(row) != len(columns):
@@ -38,7 +38,7 @@ def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]
                 found.append((place, dict(zip(columns, row, strict=True))))
     except csv.Error as error:
         raise ValueError(f"{path}, line {line} is not valid CSV: {error}") from None
-    if len(set(columns)) < len(columns) or line <= 2:
+    if len(set(columns)) < len(columns) or not below:
         has = f"its columns are {short(columns)}"
         raise ValueError(f"{path} must have a header of columns, each once, and rows below; {has}")
     return found

@@ -118,8 +118,8 @@ def _control(out: Path, seed: int, scale: Scale, steps: _Steps) -> Stage:
 def _lora(out: Path, seed: int, scale: Scale, steps: _Steps) -> list[Stage]:
     """The documents learned by LoRA alone and merged, then both stages as over full pretraining; all are judged.
 
-    Rank and learning rate are the best of the trials in tools/results/demo_lora.txt: facts need many more numbers than
-    a way to answer, and adapters a higher learning rate than all parameters.
+    Rank and learning rate are the best of the trials with adapters alone (tools/results/demo_lora.txt): facts need many
+    more numbers than a way to answer, and adapters a higher learning rate than all parameters.
     """
     steps.begin("LoRA on documents: all matrices of the blocks, the corpus as above; then merged", 60)
     whole, section = _pretrain_config(out, seed, scale), LoraSection(64, 128.0, 0.0, target_modules="all")

@@ -99,13 +99,15 @@ def _run(
         if not _is_complete(config, out, world):
             base = _base(config)
             _check_room(config, base)
-            samples, val, known_by = read(config, base, world)
+            samples, val, known_by, counts = read(config, base, world)
             best, identity = isinstance(config, FinetuneConfig), _identity(config, known_by, base, world)
             task = Task(samples, val, identity, label, save_best=best, answer=answer)
             find_checkpoint(Path(config.run.dir) / "checkpoints", config.checkpoint, identity, world)
             _check_room(config, base, task)
             if world.is_main and load_config(type(config), Path(config.run.dir) / CONFIG) != config:
                 _write_config(config)  # now that the run may go on with it
+            if world.is_main and counts:
+                write_text(Path(config.run.dir) / COUNTS, json.dumps(counts, indent=2) + "\n")
             model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
             if lora is not None and lora.init_adapter is not None:
                 start_from(model, lora, model_directory(lora.init_adapter))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +16,20 @@ from k2mini.data.mixture import Mixture, mixed_blocks
 from k2mini.data.packing import Example, Examples, PackedExamples
 from k2mini.data.prepare import document_files, prepare, remove_parts
 from k2mini.distributed import World
-from k2mini.files import sha256, write_text
+from k2mini.files import sha256
 from k2mini.training.checkpoint import check_files
 from k2mini.weights.model_directory import ModelDirectory
 
 COUNTS = "data.json"  # in run.dir: of each file of instructions how many records were read, cut and left out
-# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest.
-Read = tuple[Samples, Samples | None, dict[str, str]]
+# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest;
+# and what COUNTS gets.
+Read = tuple[Samples, Samples | None, dict[str, str], dict[str, dict[str, int]]]
 
 
 def sources_of(data: CorpusSection | InstructionSection) -> list[SourceSection]:
     """What a run is trained on: `data.sources` or `data.path`. Raises ValueError where it is nothing, or one twice."""
     sources = [SourceSection(data.path)] if data.path is not None else data.sources or []
-    if len({Path(source.path).absolute() for source in sources}) < max(1, len(sources)):
+    if len({Path(source.path).resolve() for source in sources}) < max(1, len(sources)):
         named = ", ".join(source.path for source in sources) or "none"
         raise ValueError(f"data.sources must name one path or more, each once with its weight, not {named}")
     return sources
@@ -51,10 +51,10 @@ def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Rea
         val = Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=None)
     elif with_val := [directory for directory in parts if "val" in read_corpus_manifest(directory)["splits"]]:
         val = blocks({directory: replace(parts[directory], weight=1.0) for directory in with_val}, "val", None)
-    return blocks(parts, "train", seed), val, {"content": " ".join(map(fingerprint, parts))}
+    return blocks(parts, "train", seed), val, {"content": " ".join(map(fingerprint, parts))}, {}
 
 
-def instructions(config: FinetuneConfig, base: ModelDirectory, world: World) -> Read:
+def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
     data, seed, sources = config.data, config.run.seed, sources_of(config.data)
     tokenizer = base.require_tokenizer()
     template = open_template(data.template, base.path, tokenizer)
@@ -65,7 +65,6 @@ def instructions(config: FinetuneConfig, base: ModelDirectory, world: World) -> 
     if data.val_path is not None:
         records = read_conversations(Path(data.val_path), tokenizer, template, data, counts)
         held_out = [example for found in records for example in found]
-    _note(counts, config, world)
 
     def rows(examples: list[Example], seed: int | None) -> Examples:
         return PackedExamples(examples, data.max_seq_len, seed=seed) if data.packing else Examples(examples, seed=seed)
@@ -79,12 +78,7 @@ def instructions(config: FinetuneConfig, base: ModelDirectory, world: World) -> 
         )
     val = Examples(held_out, seed=None) if held_out else None
     content = " ".join(sha256(data_path(source.path)) for source in sources)
-    return samples, val, {"content": content, "template": template.name + template.digest}
-
-
-def _note(counts: dict[str, dict[str, int]], config: FinetuneConfig, world: World) -> None:
-    if world.is_main:
-        write_text(Path(config.run.dir) / COUNTS, json.dumps(counts, indent=2) + "\n")
+    return samples, val, {"content": content, "template": template.name + template.digest}, counts
 
 
 def _prepared(path: Path, config: PretrainConfig, base: ModelDirectory, world: World) -> Path:
