@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from k2mini.build import is_sharded, kept_dtype, make_trainable, training_model
 from k2mini.config import (
@@ -137,7 +138,7 @@ def measure_cuda(case: str) -> None:
     if is_sharded(base, parallel, lora, size):
         from torch.testing._internal.distributed import fake_pg  # noqa: F401 (makes the backend known)
 
-        dist.init_process_group("cpu:fake,cuda:nccl", store=dist.HashStore(), rank=0, world_size=size)
+        dist.init_process_group("cpu:fake,cuda:nccl", store=HashStore(), rank=0, world_size=size)
         mesh = device_mesh(World(0, size, device), parallel)
     else:
         mesh = None

@@ -44,6 +44,9 @@ def run_plan(options: argparse.Namespace) -> None:
     from k2mini.gpu import CARDS, PEAKS
     from k2mini.training import fit, plan
 
+    given = [key for key in ("price", "utilisation", "measured") if getattr(options, key) is not None]
+    if options.inference and given:
+        raise ValueError(f"--{given[0]} is of training's time; --inference says how many tokens fit")
     name, ranks = str(options.gpu or options.gpu_memory), options.world_size
     card, size = CARDS.get(name.lower(), (None, None))
     wanted = f"--gpu is none of {', '.join(CARDS)}; else it" if options.gpu else "--gpu-memory"
@@ -64,7 +67,7 @@ def run_plan(options: argparse.Namespace) -> None:
     if options.fit:
         said += [f"the largest micro-batch that fits: {'none' if rows is None else f'train.micro_batch_size={rows}'}"]
     fields = {**asdict(found), "fits": fits, "change": change, "micro_batch_size": rows}
-    if options.gpu or options.measured:
+    if options.gpu or given:
         said += _pace(options, config, found, PEAKS[card] if card else None, room, fields)
     print(json.dumps(fields) if options.json else "\n".join(said))
     if options.check and not fits:
@@ -82,7 +85,8 @@ def _pace(
     """Lines on the time and the cost of a run, and on its fastest settings; `fields` gets the same."""
     from k2mini.training import pace
 
-    ranks, lines, rate, share = options.world_size, [], None, options.utilisation or pace.SHARE
+    ranks, lines, rate = options.world_size, [], None
+    share = pace.SHARE if options.utilisation is None else options.utilisation
     if not (0 < share <= 1 and (options.price or 0) >= 0):
         raise ValueError(f"--utilisation ({share}) must be above 0 and at most 1, --price not negative")
     if options.measured is not None:
@@ -93,6 +97,8 @@ def _pace(
     elif tflops is not None:
         rate = pace.tokens_per_second(config, found, ranks, tflops * 1e12, share)
         source = f"a guess: {100 * share:.0f} % of {tflops} TFLOP/s a GPU; --measured RUN replaces it"
+    elif options.price is not None or options.utilisation is not None:
+        raise ValueError("--price and --utilisation need a rate: a card by its name (--gpu), or --measured RUN")
     tokens = pace.run_tokens(config, found)
     days = tokens / rate / 86400 if tokens and rate else None
     cost = days * 24 * ranks * options.price if days is not None and options.price is not None else None
@@ -107,10 +113,11 @@ def _pace(
         )
     fields |= {"tokens_per_second": rate, "run_tokens": tokens, "days": days, "cost": cost}
     if options.fit and options.gpu:
-        fields["fastest"], most = pace.fastest(config, found, ranks, room, tflops * 1e12 if tflops else pace.PEAK)
-        lines.append(
-            f"the fastest     {fields['fastest']}" + f" ({most:,.0f} tokens/s by the same guess)" * bool(tflops)
+        fields["fastest"], most = pace.fastest(
+            config, found, ranks, room, tflops * 1e12 if tflops else pace.PEAK, share
         )
+        guess = f" ({most:,.0f} tokens/s, a guess at {100 * share:.0f} %)" * bool(tflops and most)
+        lines.append(f"the fastest     {fields['fastest'] or 'nothing that is tried fits'}{guess}")
     return lines
 
 

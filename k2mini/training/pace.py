@@ -9,6 +9,7 @@ where that is offloaded. Not counted: attention, waiting for other ranks, valida
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -18,8 +19,9 @@ from k2mini.config import RunConfig
 from k2mini.training.fit import changed, largest_micro_batch, override, row_length
 from k2mini.training.loop import FILE, read_metrics
 from k2mini.training.plan import Plan
+from k2mini.weights.model_directory import ModelDirectory
 
-SHARE = 0.35  # of a card's peak: what full training of a 7B model got on an H100 (tools/results/bench_gpu_h100.txt)
+SHARE = 0.30  # of a card's peak: what full training of a 7B model got on an H100 (tools/results/bench_gpu_h100.txt)
 PEAK = 150e12  # FLOP/s of a card of which only the memory is known: it orders settings, and is not printed
 PCIE = 20e9  # bytes a second between host and card: PCIe 4.0 x 16, less a third
 HOST = 50e9  # bytes a second of the host's memory; AdamW moves 28 a parameter
@@ -52,14 +54,18 @@ def tokens_per_second(config: RunConfig, found: Plan, world_size: int, peak: flo
     return found.step_tokens / (micro_batches * micro_batch + step)
 
 
-def fastest(config: RunConfig, found: Plan, world_size: int, room: float, peak: float = PEAK) -> tuple[str, float]:
+def fastest(
+    config: RunConfig, found: Plan, world_size: int, room: float, peak: float, share: float
+) -> tuple[str | None, float]:
     """The settings that fit into `room` bytes a rank with the most tokens a second, as overrides; and the latter.
 
-    Tried are micro-batch, recomputation, how LoRA's base is kept, ZeRO-2 or ZeRO-3, and offload. The dtype stays.
-
-    Raises ValueError where nothing fits.
+    Tried are micro-batch, recomputation, how LoRA's base is kept, ZeRO-2 or ZeRO-3, and offload. The dtype stays. None,
+    where nothing fits. What a try can't be planned with, such as sizes that NF4 does not take, is passed over.
     """
-    kept = (None, "int8", "nf4") if config.lora is not None else (None,)
+    stored = None
+    with suppress(ValueError):  # a preset, or a directory without weights
+        stored = ModelDirectory(config.model.path).quantized
+    kept = (stored,) if stored or config.lora is None else (None, "int8", "nf4")
     reshard = (True, False) if world_size > 1 and config.lora is None else (config.parallel.reshard_after_forward,)
     keys = ("quantize", "activation_checkpointing", "reshard_after_forward", "offload")
     tries: list[dict[str, Any]] = [
@@ -67,19 +73,19 @@ def fastest(config: RunConfig, found: Plan, world_size: int, room: float, peak: 
     ]
 
     def rate(settings: dict[str, Any]) -> float:
-        return tokens_per_second(changed(config, settings), found, world_size, peak)
+        return tokens_per_second(changed(config, settings), found, world_size, peak, share)
 
     whole = {"micro_batch_size": config.train.global_batch_size // world_size}
     best, most = dict[str, Any](), 0.0
     for settings in sorted(tries, key=lambda settings: -rate(settings | whole)):
         if rate(settings | whole) <= most:
             break  # neither this nor any after it can be faster
-        rows = largest_micro_batch(changed(config, settings), world_size, room)
+        rows = None
+        with suppress(ValueError):
+            rows = largest_micro_batch(changed(config, settings), world_size, room)
         if rows is not None and (now := rate(settings | {"micro_batch_size": rows})) > most:
             best, most = settings | {"micro_batch_size": rows}, now
-    if not best:
-        raise ValueError("nothing that --fit tries fits; take more ranks (--world-size) or a larger GPU")
-    return " ".join(override(config, key, value) for key, value in best.items()), most
+    return " ".join(override(config, key, value) for key, value in best.items()) or None, most
 
 
 def measured(run: Path) -> float:

@@ -219,7 +219,7 @@ def read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
 def start_from(model: Llama, section: LoraSection, directory: Path) -> None:
     """Load `lora.init_adapter`, at `directory`, into the model's adapters. Raises ValueError where it does not fit."""
     given = read_adapter_config(directory)
-    for key in ("rank", "alpha", "target_modules", "train_embeddings", "train_head"):
+    for key in ("rank", "alpha", "rslora", "target_modules", "train_embeddings", "train_head"):
         ours, theirs = (sorted(v) if isinstance(v := getattr(s, key), list) else v for s in (section, given))
         if ours != theirs:
             raise ValueError(f"lora.{key} is {ours}, that of lora.init_adapter {directory} is {theirs}")
