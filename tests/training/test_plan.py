@@ -365,6 +365,10 @@ def test_seven_billion_offloaded_on_eight_ranks():
 
 def test_what_is_offloaded_is_the_hosts(directory):
     """Weights, gradients, moments: nothing of them stays, of one rank's plan or of four ranks'."""
+
+    def tensors(plan):  # cuBLAS's workspaces are larger than this model
+        return plan.peak - plan.kinds["fragmentation"]
+
     config = pretraining(directory, activation_checkpointing=1)
     offloaded = replace(config, parallel=ParallelSection(offload="cpu"))
     for ranks in (1, 4):
@@ -373,11 +377,11 @@ def test_what_is_offloaded_is_the_hosts(directory):
         assert not {"parameters", "optimiser"} & moved.kinds.keys()
         assert 4 * share <= moved.host <= 6 * share
         # A matrix on its way and, where one process needs no FSDP, what gathering and reducing take.
-        assert moved.peak < kept.peak - (2 if ranks == 1 else 3) * share
+        assert tensors(moved) < tensors(kept) - (2 if ranks == 1 else 3) * share
     tuned = tuning(directory)
     moved = plan_run(replace(tuned, parallel=ParallelSection(offload="cpu")), 1)
     assert moved.host > 4 * moved.parameters  # the frozen base, too
-    assert moved.peak < plan_run(tuned, 1).peak
+    assert tensors(moved) < tensors(plan_run(tuned, 1))
 
 
 def test_a_card_by_its_name(tmp_path, run):
