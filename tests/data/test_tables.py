@@ -39,10 +39,27 @@ def test_a_table_is_read_as_json_is(tmp_path, name, form):
     assert [place for place, _ in found] == [f"{tmp_path / name}, line {n}" for n in (2, 3, 5)]
 
 
+def test_leading_spaces_stay(tmp_path):
+    """Which csv.writer does not quote."""
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("instruction", "output"), ("indent", "    return x")])
+    assert read_records(tmp_path / "a.csv")[0][1][1]["content"] == "    return x"
+
+
+def test_conversations_keep_their_own_names(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": turns, "title": "c", "meta": "d"}]))
+    fields = {"instruction": "title", "output": "meta"}
+    assert read_records(tmp_path / "a.json", fields=fields)[0][1] == turns
+    with pytest.raises(ValueError, match=r"data\.fields names a field of the files twice"):
+        read_records(tmp_path / "a.json", fields={"instruction": "title", "output": "title"})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "must have a header of columns, each once, and rows below"),
+        ("instruction,output\n\n", r"and rows below; its columns are \['instruction', 'output'\]"),
         ("instruction,output\n", r"and rows below; its columns are \['instruction', 'output'\]"),
         ("instruction,instruction\na,b\n", "each once"),
         ("instruction,output\na,b\nc\n", r"a.csv, line 3 has 1 cells, the header has 2: \['instruction', 'output'\]"),

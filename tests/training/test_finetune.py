@@ -113,6 +113,8 @@ def test_stage_two_begins_where_stage_one_ended(tmp_path, data):
     assert two[0] < 0.85 * one[0]
     with pytest.raises(ValueError, match=r"lora.rank is 4, that of lora.init_adapter .* is 8"):
         finetune(config(tmp_path, data, "third", LoraSection(rank=4, init_adapter=str(first))))
+    with pytest.raises(ValueError, match=r"lora.rslora is True, that of lora.init_adapter .* is False"):
+        finetune(config(tmp_path, data, "fourth", LoraSection(rslora=True, init_adapter=str(first))))
 
 
 def test_validation_rows_are_not_trained_on(tmp_path, data):

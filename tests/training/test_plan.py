@@ -390,7 +390,7 @@ def test_a_card_by_its_name(tmp_path, run):
     status, out, err = run("plan", *config, "--gpu", "A100-80g", "--price", 1.5, "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert found["tokens_per_second"] == pytest.approx(2 * 0.35 * 312e12 / (6 * found["parameters"]), rel=1e-9)
+    assert found["tokens_per_second"] == pytest.approx(2 * 0.30 * 312e12 / (6 * found["parameters"]), rel=1e-9)
     assert found["run_tokens"] == 200 * 8 * 128
     assert found["days"] == pytest.approx(200 * 1024 / found["tokens_per_second"] / 86400)
     assert found["cost"] == pytest.approx(found["days"] * 24 * 2 * 1.5)
@@ -434,11 +434,23 @@ def test_the_fastest_settings_that_fit(directory, monkeypatch):
         (21, {"train.activation_checkpointing=1", "parallel.offload=cpu", "train.micro_batch_size=16"}),
         (6, {"parallel.offload=cpu"}),
     ):
-        overrides, rate = fastest(config, known, 1, room)
+        overrides, rate = fastest(config, known, 1, room, 150e12, 0.3)
         assert expected <= set(overrides.split()), (room, overrides)
         assert rate > 0
-    with pytest.raises(ValueError, match="nothing that --fit tries fits"):
-        fastest(config, known, 1, 1)
+        assert rate == pytest.approx(fastest(config, known, 1, room, 300e12, 0.15)[1])
+    assert fastest(config, known, 1, 1, 150e12, 0.3) == (None, 0.0)
+
+
+def test_what_has_no_rate_has_no_price(tmp_path, run):
+    config = (ROOT / "configs/tiny_pretrain.yaml", f"run.dir={tmp_path}/run")
+    for options, message in (
+        (("--world-size", 1, "--gpu", "1GiB", "--price", 1), "--price and --utilisation need a rate"),
+        (("--world-size", 1, "--gpu-memory", "1GiB", "--utilisation", 0.3), "--price and --utilisation need a rate"),
+        (("--world-size", 1, "--gpu", "h100-80g", "--utilisation", 0), "must be above 0"),
+        (("--inference", "--gpu", "h100-80g", "--price", 1), "--price is of training's time"),
+    ):
+        status, _, err = run("plan", *config, *options)
+        assert (status, message in err) == (2, True), (options, err)
 
 
 @pytest.mark.slow

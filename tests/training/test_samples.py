@@ -187,3 +187,19 @@ def test_documents_that_are_not_there(files, train):
     status, out, err = train("pretrain", [*of(files, two=1), {"path": "nowhere.jsonl"}])
     assert (status, out) == (2, "")
     assert "there is no file or folder nowhere.jsonl" in err
+
+
+def test_a_source_by_two_names(files, train):
+    """They would be prepared into one folder, and one weight lost."""
+    (files / "also.jsonl").symlink_to(files / "two.jsonl")
+    both = [{"path": str(files / name), "weight": 2} for name in ("two.jsonl", "also.jsonl")]
+    status, _, err = train("pretrain", both)
+    assert (status, "each once with its weight" in err) == (2, True), err
+
+
+def test_a_refused_start_leaves_the_counts(files, train):
+    assert train("finetune", of(files, a=1), "train.epochs=null", "train.max_steps=2")[0] == 0
+    before = (files / "run/data.json").read_text()
+    assert '"records": 24' in before
+    assert train("finetune", of(files, a=1), "train.epochs=null", "train.max_steps=4", "data.limit=9")[0] == 2
+    assert (files / "run/data.json").read_text() == before
