@@ -409,7 +409,11 @@ def test_an_answer_ends_where_the_context_does(tiny_directory, tmp_path, run):
 
 def test_the_demos_report_prints_a_generate_that_runs(run):
     """Its model has a context of 256 tokens, which is no more than the default of --max-new-tokens."""
-    (line,) = [line for line in commands(Path("demo"), False).splitlines() if line.startswith("k2mini generate ")]
+    (line,) = [
+        line
+        for line in commands(Path("demo"), control=False, lora=False).splitlines()
+        if line.startswith("k2mini generate ")
+    ]
     words = shlex.split(line)[1:]
     words[words.index("--model") + 1] = ROOT / "k2mini" / "demo" / "base"
     assert "--max-new-tokens" not in words

@@ -374,19 +374,20 @@ def test_k2mini_loads_embedding_and_head_as_peft_writes_them(tmp_path, names):
     torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-5)
 
 
-def test_embedding_and_head_stay_in_float32_over_bf16_and_int8(tmp_path):
+def test_embedding_and_head_stay_in_float32_over_bf16_int8_and_nf4(tmp_path):
     """They, and their gradients; what comes out is the model's dtype, and at first what the base gives."""
-    from k2mini.nn.quant import Int8Linear, fill_int8, quantize_blocks, quantize_rows
+    from k2mini.nn.quant import QuantizedLinear, fill, quantize_blocks
 
     section, labels = both("embed_tokens", "lm_head"), TOKENS[:, 1:]
-    for dtype, quantised in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, False)):
-        model, plain = tiny_llama(dtype=dtype), tiny_llama(dtype=dtype)
-        for each in (model, plain) if quantised else ():
+    for dtype, how in ((torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.float32, "nf4"), (torch.float64, None)):
+        model, plain = (tiny_llama(tiny_config(intermediate_dim=128), dtype=dtype) for _ in range(2))
+        for each in (model, plain) if how else ():
             values = {name: m.weight for name, m in each.model.layers.named_modules() if hasattr(m, "in_features")}
-            quantize_blocks(each.model.layers)
+            quantize_blocks(each.model.layers, how)
             for name, module in each.model.layers.named_modules():
-                if isinstance(module, Int8Linear):
-                    fill_int8(module, *quantize_rows(values[name].detach()))
+                if isinstance(module, QuantizedLinear):
+                    whole = values[name].detach()
+                    fill(module, "weight", lambda _, i, j, whole=whole: whole[i:j], each.device, stored=False)
         attach(model, section, whole=True)
         init_adapters(model, seed=0)
         logits = model(TOKENS)
