@@ -16,7 +16,7 @@ from tests.distributed.test_kills import RESTARTS, _children, command, finish, r
 
 SCRIPT = ROOT / "configs" / "slurm_two_nodes.sh"
 # As srun, it gives each node the same command; nothing here ends a node because the other did.
-SRUN = 'shift\n"$@" &\none=$!\n"$@" &\ntwo=$!\necho $one $two > "$NODES"\nwait $one\na=$?\nwait $two\nexit $((a | $?))'
+SRUN = 'shift 2\n"$@" &\none=$!\n"$@" &\ntwo=$!\necho $one $two > "$NODES"\nwait $one\na=$?\nwait $two\nexit $((a|$?))'
 PROGRAMS = {
     "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && printf "localhost\\nother\\n"',
     "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
@@ -51,7 +51,7 @@ def test_each_node_gets_a_rank_a_gpu_and_the_first_ones_port(job):
     assert err == ""
     start, port, *rest = out.split("localhost:")[0].split(), out.split("localhost:")[1].split()[0], out.split("-m\n")[1]
     given = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "7", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
-    assert start == ["--kill-on-bad-exit=1", "torchrun", *given]
+    assert start == ["--kill-on-bad-exit=1", "--cpus-per-task=1", "torchrun", *given]
     assert port.isdigit()
     assert rest == ["k2mini\npretrain\na file.yaml\nrun.dir=x\n"]
 
