@@ -248,7 +248,7 @@ class EvalSection:
     scoring: str = "letter"  # as of `k2mini eval --scoring`
     template: str | None = None  # as of `k2mini eval --template`; null: the model's own, or else alpaca
     answer_prefix: str = ""  # what the answer begins with, after the prompt
-    prompts: list[str] = field(default_factory=list)  # answered at each validation; template null: in data.template
+    prompts: list[str] = field(default_factory=list)  # answered at each validation, in data.template or eval.template
     max_new_tokens: int = 64  # of each answer to them
 
     def __post_init__(self) -> None:

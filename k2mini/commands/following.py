@@ -56,7 +56,7 @@ def answer(config: RunConfig) -> Answer:
 
     section, base = config.eval, ModelDirectory(config.model.path)
     tokenizer, decoding = base.require_tokenizer(), Decoding(section.max_new_tokens)
-    template = open_template(section.template or getattr(config.data, "template", None), base.path, tokenizer)
+    template = open_template(section.template or getattr(config.data, "template", "none"), base.path, tokenizer)
     try:
         prompts = [encode_prompt(tokenizer, template, prompt) for prompt in section.prompts]
         rooms(prompts, section.max_new_tokens, base.config.max_seq_len)

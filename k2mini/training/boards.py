@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def open_boards(run: RunSection, step: int) -> list[Board]:
     """
     boards = [_tensorboard(Path(run.dir) / "tensorboard", step)] if run.tensorboard else []
     return boards + ([_wandb(Path(run.dir))] if run.wandb else [])
+
+
+def check_boards(run: RunSection) -> None:
+    """Raise ValueError where an extra that `run` asks for is missing: before data are read, which may take hours."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(run, name) and find_spec(name) is None:
+            raise need_extra(name)
 
 
 def _tensorboard(folder: Path, step: int) -> Board:
@@ -79,9 +87,15 @@ def _wandb(run_dir: Path) -> Board:
         wandb.teardown()  # or the id would still be in use
         run = wandb.init(**what, mode="offline")
 
+    lost: list[Exception] = []
+
     def write(step: int, values: Mapping[str, float]) -> None:
-        with suppress(Exception):  # its service has ended, and said so in its log; metrics.jsonl has the values
-            run.log(dict(values), step=step)
+        try:
+            if not lost:
+                run.log(dict(values), step=step)
+        except Exception as error:  # whatever its service ends with
+            lost.append(error)
+            log.warning("wandb gets nothing from step %d on (%s); metrics.jsonl has it", step, error)
 
     def close() -> None:
         with suppress(Exception):

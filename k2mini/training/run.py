@@ -26,6 +26,7 @@ from k2mini.model_config import tensor_shapes
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import whole_weights
+from k2mini.training.boards import check_boards
 from k2mini.training.checkpoint import (
     best_checkpoint,
     changes,
@@ -138,6 +139,8 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
     _agree(values, world)
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
+    if config.run.tensorboard or config.run.wandb:
+        check_boards(config.run)
     run_dir, inputs = Path(config.run.dir), [config.model.path]
     if config.lora is not None and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)

@@ -36,6 +36,10 @@ def sources_of(data: CorpusSection | InstructionSection) -> list[SourceSection]:
 
 
 def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Read:
+    """Blocks of the corpora that `data` names, which are prepared first where they are documents.
+
+    Raises ValueError where one was prepared with another tokenizer or `data.eos`, is damaged, or fills no block.
+    """
     data, seed = config.data, config.run.seed
 
     def blocks(parts: dict[Path, SourceSection], split: str, seed: int | None) -> Samples:
@@ -55,6 +59,10 @@ def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Rea
 
 
 def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
+    """Examples of the files that `data` names, packed or not, without those that `data.val_size` holds out.
+
+    Raises ValueError where a file has none, or a record can't be used and `data.on_error` is 'raise'.
+    """
     data, seed, sources = config.data, config.run.seed, sources_of(config.data)
     tokenizer = base.require_tokenizer()
     template = open_template(data.template, base.path, tokenizer)
