@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from k2mini.config import RunSection
 from k2mini.errors import EXTRAS, need_extra
 from k2mini.evaluation.report import Result
+from k2mini.training.boards import open_boards
 from tests.conftest import ROOT
 from tests.helpers import one_step
 from tests.json_tokenizer import write_json_tokenizer
@@ -168,6 +171,22 @@ def test_tensorboard_without_its_extra(pretraining, run, without):
 def test_wandb_without_its_extra(pretraining, run, without):
     without("wandb")
     assert_one_sentence(run(*pretraining, "run.tensorboard=false", "run.wandb=true"), "wandb")
+
+
+def test_what_wandb_loses_is_said_once(tmp_path, monkeypatch, caplog):
+    def fails(*_values, **_named):
+        raise BrokenPipeError("its service has ended")
+
+    wandb = SimpleNamespace(Settings=dict, init=lambda **_: SimpleNamespace(log=fails, finish=fails))
+    wandb.errors = SimpleNamespace(UsageError=KeyError, CommError=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (board,) = open_boards(RunSection(str(tmp_path), wandb=True), 0)
+    with caplog.at_level("WARNING"):
+        for step in (3, 4):
+            board.write(step, {"loss": 1.0})
+        board.close()
+    (said,) = caplog.messages
+    assert said == "wandb gets nothing from step 3 on (its service has ended); metrics.jsonl has it"
 
 
 def followed(pretraining, tmp_path, *overrides, **environment):

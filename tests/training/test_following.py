@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_prompts_are_answered_at_each_validation(request, command, tmp_path, run
         status, said, err = run("generate", *model, *how, "--prompt", row["prompt"])
         assert status == 0, err
         assert said == row["answer"] + "\n"
+
+
+def test_documents_are_followed_without_a_template(settings, tmp_path, run):  # noqa: F811
+    status, out, err = run("pretrain", settings, f"eval.prompts={json.dumps(PROMPTS)}", "eval.max_new_tokens=9")
+    assert status == 0, err
+    row = rows(Path(out.strip()).parent / "samples.jsonl")[-1]
+    how = ["--template", "none", "--max-new-tokens", "9", "--prompt", row["prompt"]]
+    assert run("generate", "--model", out.strip(), *how)[1] == row["answer"] + "\n"
 
 
 def test_answers_after_a_kill(settings, tmp_path, run):  # noqa: F811
