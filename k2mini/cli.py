@@ -13,9 +13,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from k2mini.commands import audit, demo, doctor, evaluation, following, inference, plan, serving, training, weights
+from k2mini.commands import (
+    audit,
+    corpus,
+    demo,
+    doctor,
+    evaluation,
+    following,
+    inference,
+    plan,
+    serving,
+    signals,
+    training,
+    weights,
+)
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
-from k2mini.errors import ESCAPE, STOPPED, end
+from k2mini.errors import STOPPED, end, open_streams
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -41,8 +54,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns has `run`, the function of `commands/` that does the work."""
-    about = "The K2 geoscience LLM pipeline in plain PyTorch."
-    parser = argparse.ArgumentParser("k2mini", description=about, epilog="k2mini COMMAND --help explains a command.")
+    about, epilog = "The K2 geoscience LLM pipeline in plain PyTorch.", "k2mini COMMAND --help explains a command."
+    parser = argparse.ArgumentParser("k2mini", description=about, epilog=epilog)
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
 
@@ -55,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
     add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", COMPUTE)
     add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
+    add("corpus", corpus.corpus_arguments, "papers and documents into clean text (extra: corpus)", DEBUG)
+    add("signals", signals.signals_arguments, "instruction data out of what a corpus and tables state", TARGET)
     add("config", training.config_arguments, "the keys of a run's configuration, or a file with all of them", DEBUG)
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)
     add("finetune", training.finetune_arguments, "instruction tuning with LoRA", CONFIG, COMPUTE)
@@ -77,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0; 2 for what the user can mend; 128 + the number of a signal, SIGPIPE too."""
-    _open_streams()
+    open_streams()
     options = argparse.Namespace(debug=False)
     try:
         options = build_parser().parse_args(arguments)
@@ -93,19 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if (status := end(error)) is None:
             raise
     sys.exit(status)
-
-
-def _open_streams() -> None:
-    """Make a standard stream that is closed the null device, and let none fail on a character."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # the next file that is opened would take its number, and get what is printed
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
-        if hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors=ESCAPE if number else "surrogateescape")
 
 
 def _is_main() -> bool:

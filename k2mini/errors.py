@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import reprlib
 import signal
@@ -20,6 +21,7 @@ EXTRAS = {
     "serve": "k2mini serve",
     "tokenizers": "tokenizer.json, which this model's text needs,",
     "chat": "a model's own chat template",
+    "corpus": "k2mini corpus",
     "hub": "a model, adapter or file named by its id on the Hugging Face hub",
 }
 REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"
@@ -121,3 +123,16 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|(calculation|multiplicat
 # How standard output writes what its encoding lacks: as JSON does, so that JSON stays JSON.
 ESCAPE = "k2mini.escape"
 codecs.register_error(ESCAPE, lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))  # type: ignore[attr-defined]
+
+
+def open_streams() -> None:
+    """Make a standard stream that is closed the null device, and let none fail on a character."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would take its number, and get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors=ESCAPE if number else "surrogateescape")
