@@ -198,7 +198,9 @@ class Writer:
         label = number if re.search("[A-Za-z]{3}", number) else f"{kind} {number}".strip()
         matches = [(text, _LABEL.match(text)) for text in texts]
         texts = [text[match.end() :] if match and match[2] == number else text for text, match in matches]
-        texts = [text for n, text in enumerate(texts) if text and not any(text in other for other in texts[n + 1 :])]
+        texts = [
+            text for n, text in enumerate(texts) if text and not any(other.startswith(text) for other in texts[n + 1 :])
+        ]
         caption = self._shown(" ".join(texts))
         if caption:
             self.figures.append({"label": label, "caption": caption})
