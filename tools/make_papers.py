@@ -110,9 +110,23 @@ class Paper:
     references: tuple[str, ...]
 
 
-def state(fact: Fact, rng: random.Random) -> str:
-    """A sentence that states the fact, in one of the phrasings for training."""
-    return fact.say(rng.choice((*STATEMENTS, fact.property.statement)))
+class Sayings:
+    """Sentences of one paper that state facts in the phrasings for training, no phrasing of a property twice while
+    there are others: a text that repeats itself is dropped from a corpus.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.left = rng, dict[str, list[str]]()
+
+    def say(self, *facts: Fact) -> str:
+        """A sentence on each fact."""
+        return " ".join(fact.say(self._frame(fact)) for fact in facts)
+
+    def _frame(self, fact: Fact) -> str:
+        if not self.left.get(fact.key):
+            frames = (*STATEMENTS, fact.property.statement)
+            self.left[fact.key] = self.rng.sample(frames, len(frames))
+        return self.left[fact.key].pop()
 
 
 def write_paper(number: int, subjects: Sequence[list[Fact]], titles: list[str], rng: random.Random) -> Paper:
@@ -127,21 +141,21 @@ def write_paper(number: int, subjects: Sequence[list[Fact]], titles: list[str], 
     cited = [rng.choice(CITING).format(author=rng.choice(NAMES), n=n) for n in range(1, len(references) + 1)]
     first, second = (text.format(area=area, year=year) for text in rng.sample(OPENINGS, 2))
     sections = [("Introduction", (" ".join([second, *cited]),))]
-    captions: list[str] = []
+    captions, sayings = list[str](), Sayings(rng)
     for kind, heading in KINDS.items():
         paragraphs = []
         for own in (own for own in subjects if own[0].kind == kind):
-            text = " ".join(state(fact, rng) for fact in rng.sample(own, len(own)))
+            text = sayings.say(*rng.sample(own, len(own)))
             if len(captions) < 2 and rng.random() < 0.3:
-                captions.append(state(rng.choice(own), rng))
+                captions.append(sayings.say(rng.choice(own)))
                 text += f" This is seen in Figure {len(captions)}."
             paragraphs.append(text)
         if paragraphs:
             sections.append((heading, tuple(paragraphs)))
     facts = [fact for own in subjects for fact in own]
-    last = [state(fact, rng) for fact in rng.sample(facts, 2)]
-    sections.append(("Conclusion", (" ".join([*last, rng.choice(CLOSINGS).format(area=area)]),)))
-    abstract = " ".join([first, *(state(fact, rng) for fact in rng.sample(facts, 4))])
+    closing = f"{sayings.say(*rng.sample(facts, 2))} {rng.choice(CLOSINGS).format(area=area)}"
+    sections.append(("Conclusion", (closing,)))
+    abstract = f"{first} {sayings.say(*rng.sample(facts, 4))}"
     titles.append(f"{title} ({year})")
     return Paper(
         title,
@@ -307,15 +321,15 @@ def as_pdf(paper: Paper) -> bytes:
     for text in as_text(paper).split("\n\n"):
         lines += [line for part in text.splitlines() for line in part_words(textwrap.wrap(part, 62))] + [""]
     out = io.BytesIO()
-    canvas = Canvas(out, pagesize=(360, 500), invariant=1)
+    canvas = Canvas(out, pagesize=(360, 420), invariant=1)
     canvas.setTitle(paper.title)
-    pages = [lines[i : i + 30] for i in range(0, len(lines), 30)]
+    pages = [lines[i : i + 24] for i in range(0, len(lines), 24)]
     for number, page in enumerate(pages, 1):
         canvas.setFont("Helvetica", 9)
-        canvas.drawString(40, 475, f"{paper.authors[0]} and {paper.authors[1]}: Mini Journal, {paper.year}")
+        canvas.drawString(40, 395, f"{paper.authors[0]} and {paper.authors[1]}: Mini Journal, {paper.year}")
         canvas.drawString(175, 20, str(number))
         for row, line in enumerate(page):
-            canvas.drawString(40, 450 - 13.5 * row, line)
+            canvas.drawString(40, 370 - 13.5 * row, line)
         canvas.showPage()
     canvas.save()
     return out.getvalue()
