@@ -21,7 +21,7 @@ def c4(
     """Take out lines that are notices, and reject documents with placeholder text, code or no sentences.
 
     Args:
-        curly: share of the lines of running text that may have a curly bracket.
+        curly: curly brackets a word of running text.
         sentences: how many must end in a full stop, question mark or exclamation mark.
         notice: words that a line on JavaScript in a browser, cookies or terms of use has at most; it is taken out.
         longest_word: characters; a line with a longer word is taken out.
@@ -37,9 +37,9 @@ def c4(
     if len(kept) < len(lines):
         document.text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
     text = prose(document.text)
-    rows = [line for line in re.sub(r"\$[^$\n]*\$|`[^`\n]*`", "", text).split("\n") if line.strip()]
-    if (share := sum("{" in line or "}" in line for line in rows) / max(1, len(rows))) > curly:
-        return f"{share:.0%} of the lines have a curly bracket (most: {curly:.0%})"
+    bare = re.sub(r"\$[^$\n]*\$|`[^`\n]*`", "", text)
+    if (share := (bare.count("{") + bare.count("}")) / max(1, len(bare.split()))) > curly:
+        return f"{share:.2g} curly brackets a word (most: {curly:g})"
     if (count := len(_SENTENCE.findall(text))) < sentences:
         return f"sentences: {count} (least: {sentences})"
     return None
