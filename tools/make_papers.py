@@ -13,7 +13,6 @@ import io
 import json
 import random
 import re
-import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from k2mini.demo.phrases import STATEMENTS
+from k2mini.demo.phrases import GEOSCIENCE, STATEMENTS
 from k2mini.demo.world import TABLES, Fact, by_entity, read_facts
 
 # Of 300 papers: 8 near copies, 8 in another language, 6 of junk; the formats of the others, by weight.
@@ -138,7 +137,8 @@ def write_paper(number: int, subjects: Sequence[list[Fact]], titles: list[str], 
     )
     title = title[0].upper() + title[1:]
     references = rng.sample(titles, min(2, len(titles)))
-    cited = [rng.choice(CITING).format(author=rng.choice(NAMES), n=n) for n in range(1, len(references) + 1)]
+    frames = rng.sample(CITING, len(references))
+    cited = [frame.format(author=rng.choice(NAMES), n=n) for n, frame in enumerate(frames, 1)]
     first, second = (text.format(area=area, year=year) for text in rng.sample(OPENINGS, 2))
     sections = [("Introduction", (" ".join([second, *cited]),))]
     captions, sayings = list[str](), Sayings(rng)
@@ -317,20 +317,21 @@ def as_pdf(paper: Paper) -> bytes:
     """Small pages with a running head, page numbers, and words parted at the ends of lines."""
     from reportlab.pdfgen.canvas import Canvas
 
-    lines: list[str] = []
-    for text in as_text(paper).split("\n\n"):
-        lines += [line for part in text.splitlines() for line in part_words(textwrap.wrap(part, 62))] + [""]
     out = io.BytesIO()
-    canvas = Canvas(out, pagesize=(360, 420), invariant=1)
+    canvas, height = Canvas(out, pagesize=(360, 480), invariant=1), 0.0
     canvas.setTitle(paper.title)
-    pages = [lines[i : i + 24] for i in range(0, len(lines), 24)]
-    for number, page in enumerate(pages, 1):
-        canvas.setFont("Helvetica", 9)
-        canvas.drawString(40, 395, f"{paper.authors[0]} and {paper.authors[1]}: Mini Journal, {paper.year}")
-        canvas.drawString(175, 20, str(number))
-        for row, line in enumerate(page):
-            canvas.drawString(40, 370 - 13.5 * row, line)
-        canvas.showPage()
+    for text in as_text(paper).split("\n\n"):
+        for line in (line for part in text.splitlines() for line in part_words(textwrap.wrap(part, 62))):
+            if height < 40:
+                if canvas.getPageNumber() > 1 or height:
+                    canvas.showPage()
+                height = 430.0
+                canvas.setFont("Helvetica", 9)
+                canvas.drawString(40, 455, f"{paper.authors[0]} and {paper.authors[1]}: Mini Journal, {paper.year}")
+                canvas.drawString(175, 20, str(canvas.getPageNumber()))
+            canvas.drawString(40, height, line)
+            height -= 12
+        height -= 5
     canvas.save()
     return out.getvalue()
 
@@ -389,14 +390,16 @@ def write_faults(folder: Path, numbers: dict[str, int], papers: Sequence[Paper],
 
 
 def write_tables(folder: Path) -> None:
-    """The facts as CSV, an entity a row, and a glossary: term, definition, broader."""
-    for path in sorted((TABLES / "geoscience").glob("*.csv")):
-        shutil.copyfile(path, folder / path.name)
+    """The facts as CSV, an entity a row, with the papers' words for the properties, and a glossary."""
     rows = ["term\tdefinition\tbroader\n"]
     for name, own in by_entity(read_facts("geoscience")).items():
         about = " and ".join(f"the {fact.property.noun} {fact.value}" for fact in own[:2])
         rows.append(f"{name}\ta {own[0].kind} with {about}\t{own[0].kind}\n")
     (folder / "glossary.tsv").write_text("".join(rows), encoding="utf-8")
+    for table, (_, properties) in GEOSCIENCE.items():
+        header, body = (TABLES / "geoscience" / f"{table}.csv").read_text(encoding="utf-8").split("\n", 1)
+        nouns = ",".join(properties[name].noun if name in properties else name for name in header.split(","))
+        (folder / f"{table}.csv").write_text(f"{nouns}\n{body}", encoding="utf-8")
 
 
 def choose_formats(number: int, rng: random.Random) -> list[str]:

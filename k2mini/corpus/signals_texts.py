@@ -66,7 +66,7 @@ def stated(document: dict[str, Any]) -> Iterator[Stated]:
         label, caption = figure.get("label", ""), figure.get("caption", "")
         if caption and (found := _refers(text, sections, label, caption)):
             yield Stated("caption", text[slice(*found)], caption, f"figures.{number}.caption", 0, label)
-            yield Stated("figure", f"{label}: {caption}", text[slice(*found)], "text", found[0])
+            yield Stated("figure", f"{label}: {caption}", text[slice(*found)], "text", found[0], label)
 
 
 def _sections(text: str, title: str) -> Iterator[tuple[str, int, int]]:

@@ -22,7 +22,7 @@ def boilerplate(document: Document, *, repeats: int = 3, most_words: int = 20, a
     alike: dict[str, list[tuple[int, int, list[int]]]] = defaultdict(list)  # (line, words before it, its numbers)
     for place, line in enumerate(lines):
         count = len(line.split())
-        if 0 < count <= most_words and place and not (is_structure(line) or line.lstrip().startswith(("- ", "* "))):
+        if 0 < count <= most_words and not (is_structure(line) or line.lstrip().startswith(("- ", "* "))):
             numbers = [int(number) for number in re.findall(r"\d+", line)]
             alike[re.sub(r"\d+", "0", line).strip().casefold()].append((place, before, numbers))
         before += count
@@ -32,7 +32,7 @@ def boilerplate(document: Document, *, repeats: int = 3, most_words: int = 20, a
         far = all(later - earlier >= apart for (_, earlier, _), (_, later, _) in pairwise(found))
         if len(found) >= repeats and far and (counts_up or (not changing and pattern.count(" ") >= 2)):
             for place, *_ in found:
-                lines[place] = _GONE
+                lines[place] = _GONE if place else lines[0]
     if _GONE in lines:  # a sentence that went on over the page's end goes on
         text = re.sub(rf"(?<=[\w,;-])\s*(?:{_GONE}\s*)+(?=[a-z])", "\n", "\n".join(lines))
         document.text = re.sub(rf"\s*{_GONE}[\s{_GONE}]*", "\n\n", text).strip()
