@@ -15,13 +15,14 @@ import random
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
+from k2mini.corpus.signals_facts import Fact
 from k2mini.demo.phrases import GEOSCIENCE, STATEMENTS
-from k2mini.demo.world import TABLES, Fact, by_entity, read_facts
+from k2mini.demo.world import TABLES, by_entity, read_facts
 
 # Of 300 papers: 8 near copies, 8 in another language, 6 of junk; the formats of the others, by weight.
 FAULTS = {"copies": 8 / 300, "foreign": 8 / 300, "junk": 6 / 300}
@@ -140,7 +141,7 @@ def write_paper(number: int, subjects: Sequence[list[Fact]], titles: list[str], 
     frames = rng.sample(CITING, len(references))
     cited = [frame.format(author=rng.choice(NAMES), n=n) for n, frame in enumerate(frames, 1)]
     first, second = (text.format(area=area, year=year) for text in rng.sample(OPENINGS, 2))
-    sections = [("Introduction", (" ".join([second, *cited]),))]
+    sections: list[tuple[str, tuple[str, ...]]] = [("Introduction", (" ".join([second, *cited]),))]
     captions, sayings = list[str](), Sayings(rng)
     for kind, heading in KINDS.items():
         paragraphs = []
@@ -173,7 +174,8 @@ def write_paper(number: int, subjects: Sequence[list[Fact]], titles: list[str], 
 
 def write_papers(number: int, rng: random.Random) -> list[Paper]:
     """`number` papers in which every entity is met as often as every other, but for one."""
-    entities, papers, titles, waiting = list(by_entity(read_facts("geoscience")).values()), [], [], []
+    entities = list(by_entity(read_facts("geoscience")).values())
+    papers, titles, waiting = list[Paper](), list[str](), list[list[Fact]]()
     while len(papers) < number:
         if len(waiting) < ENTITIES:
             held = {own[0].name for own in waiting}
@@ -345,7 +347,7 @@ def part_words(lines: list[str]) -> list[str]:
     return lines
 
 
-FORMATS = {
+FORMATS: dict[str, tuple[str, Callable[[Paper], str | bytes]]] = {
     "tei": (".tei.xml", as_tei),
     "jats": (".nxml", as_jats),
     "html": (".html", as_html),
