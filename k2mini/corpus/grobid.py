@@ -35,15 +35,14 @@ def process(
 
     Raises ValueError where `url` is none or nobody answers there; what was done until then is kept.
     """
-    server = urlsplit(url)
-    if server.scheme not in ("http", "https") or not server.hostname:
+    if not re.match(r"https?://[^\s/:@]+(:\d+)?(/\S*)?$", url):
         raise ValueError(f"GROBID's address must be like http://127.0.0.1:8070, not {url!r}")
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
     names: dict[Path, str] = {}
 
-    def unasked() -> Iterator[str]:
-        sent = set()
+    def unasked() -> Iterator[Path]:
+        sent: set[str] = set()
         for pdf in pdfs:
             try:
                 names[pdf] = name = sha256(pdf)
@@ -113,7 +112,10 @@ def _one(pdf: Path, place: Path, url: str, stop: threading.Event) -> None:
                 beside.write_bytes(answer)
         else:
             said = re.sub(r"<[^>]*>|\s+", " ", answer[:500].decode(errors="replace")).strip()
-            write_text(place.with_name(f"{place.name}.error"), f"GROBID: {status or ''} {said or 'no text found'}")
+            write_text(
+                place.with_name(f"{place.name}.error"),
+                f"GROBID: {status} {said or 'no text found'}".replace(" 0 ", " "),
+            )
         return
     raise _Dead(f"has no thread free (503, {TRIES} times)")
 

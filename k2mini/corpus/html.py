@@ -1,4 +1,4 @@
-"""HTML by lxml: of Sphinx's, GRASS's and Doxygen's pages trafilatura lost 2 to 30 % of the words, and took 20 times as long.
+"""HTML by lxml: of Sphinx's, GRASS's and Doxygen's pages trafilatura lost 2 to 30 % of the words, in 20 times the time.
 
 What surrounds the text is told by its elements (`nav`, …), by ARIA's roles, and by the classes of Sphinx and MediaWiki.
 """

@@ -103,7 +103,9 @@ class Writer:
             case "heading":
                 return self._heading(node, level)
             case "label":  # a section's number, or that of a note or a list's item
-                return "" if self._role(node.getparent()) == "section" else f"{self.children(node)} "
+                text = self.children(node)
+                numbers = self._role(node.getparent()) == "section" and re.match(r"\s*[\dIVX.]+\s*$", text)
+                return "" if numbers else f"{text} "
             case "item":
                 inner = re.sub(r"^[•·▪◦‣∙]\s*", "", re.sub(r"\n{2,}", "\n", self.children(node, level).strip()))
                 return "\n- " + inner.replace("\n", "\n  ") if inner else ""
@@ -191,7 +193,12 @@ class Writer:
     def _figure(self, node: Any) -> str:
         given = [one_line(self.children(part)) for part in node if part.tag == "label"]
         texts = [one_line(self.children(part, 0)) for part in node if self._role(part) in ("heading", "caption")]
-        rest = [self.render(part) for part in node if self._role(part) not in ("heading", "caption", "label")]
+        rest = [_squeeze(node.text)]
+        for part in node:
+            rest += [
+                "" if part.tag == "label" or self._role(part) in ("heading", "caption") else self.render(part),
+                _squeeze(part.tail),
+            ]
         found = next((match for text in [*given, *texts] if (match := _LABEL.match(text))), None)
         is_table = "table" in (node.get("type"), node.tag[:5]) or bool(found and found[1].lower()[:3] == "tab")
         kind, number = "Table" if is_table else "Figure", found[2] if found else " ".join(given).rstrip(".:")

@@ -96,8 +96,8 @@ def read_file(
 
 def _found(path: Path, marks: str, text_field: str) -> _Found:
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-            yield from _READERS[_suffix(path) or ".txt"](file, marks, text_field)
+        with path.open("rb") as stored, gzip.open(stored) if path.suffix.lower() == ".gz" else stored as file:
+            yield from _READERS[_suffix(path) or ".txt"](file, marks, text_field)  # type: ignore[arg-type]
     except ImportError:
         raise need_extra("corpus") from None
     except RecursionError:
@@ -110,7 +110,7 @@ def _found(path: Path, marks: str, text_field: str) -> _Found:
         yield "", str(error)
 
 
-def _whole(file: IO[bytes], most: int = MOST) -> bytes:
+def _whole(file: IO[bytes], most: int) -> bytes:
     content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"more than {most:,} bytes")
@@ -125,7 +125,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _text(file: IO[bytes], _marks: str, _field: str) -> _Found:
-    text = _decoded(_whole(file)).replace("\r\n", "\n").strip("\n")
+    text = _decoded(_whole(file, MOST)).replace("\r\n", "\n").strip("\n")
     if not text.strip():
         raise ValueError("no text")
     first = text.lstrip().split("\n", 1)[0]
@@ -177,7 +177,7 @@ def _jsonl(file: IO[bytes], _marks: str, text_field: str) -> _Found:
 def _table(delimiter: str) -> Callable[[IO[bytes], str, str], _Found]:
     def read(file: IO[bytes], _marks: str, text_field: str) -> _Found:
         csv.field_size_limit(MOST)  # 128 KiB otherwise
-        rows = csv.reader(io.StringIO(_decoded(_whole(file)), newline=""), delimiter=delimiter, strict=True)
+        rows = csv.reader(io.StringIO(_decoded(_whole(file, MOST)), newline=""), delimiter=delimiter, strict=True)
         try:
             columns = [name.strip() for name in next(rows, [])]
             if text_field not in columns:
@@ -200,7 +200,7 @@ def _page(file: IO[bytes], _marks: str, _field: str) -> _Found:
 
 
 def _pdf(file: IO[bytes], _marks: str, _field: str) -> _Found:
-    yield "", read_pdf(_whole(file))
+    yield "", read_pdf(_whole(file, MOST))
 
 
 _READERS: dict[str, Callable[[IO[bytes], str, str], _Found]] = {
