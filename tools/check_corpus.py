@@ -3,12 +3,12 @@
     python tools/check_corpus.py near --geobench DIR --arc arc_sft.json --text DIR …
     python tools/check_corpus.py contamination --geobench DIR --arc arc_sft.json --text DIR …
 
-`near` prints how many copies with 5 % of their words replaced are found, by length, and how many distinct texts are
-lost: questions and reference answers of GeoBench, K2's instruction data, paragraphs and pages of documentation, and
-made-up papers of one template. A text that has less than half of its 5-grams in common with the one that is kept is
-lost; the others are near duplicates. `contamination` plants each question of GeoBench, as published and with case and
-spaces changed, and counts what is found in clean paragraphs. Documentation is read from .md, .rst, .txt and .html, also
-.gz.
+`near` prints how many copies with 5 % of their words replaced are found, by length, and how many of other texts are
+dropped: questions and reference answers of GeoBench, K2's instruction data, paragraphs and pages of documentation, and
+made-up papers of one template. J of their 5-grams and those of the kept text says which of them are distinct: those
+below the threshold, or below it by more than its estimate's error. `contamination` plants each question of GeoBench,
+as published and with case and spaces changed, and counts what is found in clean paragraphs. Documentation is read from
+.md, .rst, .txt and .html, also .gz.
 """
 
 from __future__ import annotations
@@ -109,9 +109,11 @@ def report_lost(name: str, texts: Sequence[str]) -> None:
     for place in np.flatnonzero(kept != np.arange(len(texts))).tolist():
         one, other = ngrams(texts[place]), ngrams(texts[kept[place]])
         shares.append(len(one & other) / len(one | other))
-    lost = sum(share < THRESHOLD for share in shares)
-    near = len(shares) - lost
-    print(f"{name}: {len(texts):,} texts, {near:,} near duplicates, {lost} lost ({lost / len(texts):.2%})", flush=True)
+    said = f"{name}: {len(texts):,} texts, {len(shares):,} dropped"
+    for least in (THRESHOLD, THRESHOLD - 0.1):
+        lost = sum(share < least for share in shares)
+        said += f"; J < {least:.1f}: {lost} ({lost / len(texts):.2%})"
+    print(said, flush=True)
 
 
 def near(questions: list[str], answers: list[str], arc: list[str], texts: list[str]) -> None:
@@ -121,16 +123,16 @@ def near(questions: list[str], answers: list[str], arc: list[str], texts: list[s
     vocabulary = rng.sample(running, 50_000)
     for count in LENGTHS:
         originals: list[list[str]] = []
-        while len(originals) < CHECKED:
-            start = rng.randrange(len(running) - count)
-            taken = running[start : start + count]
+        starts = rng.sample(range(0, len(running) - count, count), (len(running) - count) // count)
+        while starts and len(originals) < CHECKED:
+            taken = running[(start := starts.pop()) : start + count]
             document = Document(" ".join(taken))
             if repetition(document) is None and quality(document) is None:
                 originals.append(taken)
         both = [" ".join(one) for one in originals] + [edited(one, 0.05, rng, vocabulary) for one in originals]
         kept = near_duplicates(np.stack([signature(text) for text in both]), np.array([1] * len(both)), THRESHOLD)
-        found = np.mean(kept[:CHECKED] == kept[CHECKED:])
-        print(f"copies of {count:5,} words, 5 % replaced: {found:.1%} of {CHECKED} found", flush=True)
+        found = np.mean(kept[: len(originals)] == kept[len(originals) :])
+        print(f"copies of {count:5,} words, 5 % replaced: {found:.1%} of {len(originals)} found", flush=True)
     longer = [text for text in texts if len(text.split()) >= 100]
     report_lost("GeoBench's questions", distinct(questions))
     report_lost("GeoBench's reference answers of 20 words", distinct([a for a in answers if len(a.split()) >= 20]))
