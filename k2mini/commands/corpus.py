@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from k2mini.corpus.group import Settings
 
 
 def corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,10 +16,7 @@ def corpus_arguments(parser: argparse.ArgumentParser) -> None:
     from k2mini.commands.common import LIST
     from k2mini.corpus.near import THRESHOLD
 
-    add, files = (
-        parser.add_argument,
-        ".pdf, .html, TEI and JATS .xml, .md, .txt, .jsonl, .csv, .tsv (or .gz), or folders",
-    )
+    add, files = parser.add_argument, ".pdf, .html, .xml (TEI, JATS), .md, .txt, .jsonl, .csv, .tsv (or .gz), folders"
     add("inputs", nargs="*", metavar="IN", help=f"{files}; or merge PART … (a folder of that name is ./merge)")
     add("--out", required=True, type=Path, metavar="DIR", help="what is written, a new directory; of --report, a page")
     add("--force", action="store_true", help="replace it, once what replaces it is complete")
@@ -27,16 +27,10 @@ def corpus_arguments(parser: argparse.ArgumentParser) -> None:
     add("--without", **LIST, default=[], metavar="FILTER", help="filters that are not run")
     what = "similarity from which on two are one"
     add("--near-duplicates", type=float, default=THRESHOLD, metavar="S", help=f"{what}, 0 to 1 (default: {THRESHOLD})")
-    add(
-        "--decontaminate",
-        **LIST,
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="benchmarks whose questions are looked for",
-    )
-    how = "the documents that do, or cut the paragraphs (default: drop)"
-    add("--contaminated", choices=("drop", "cut"), default="drop", help=f"drop {how}")
+    what = "benchmarks whose questions no document may hold"
+    add("--decontaminate", **LIST, default=[], type=Path, metavar="FILE", help=what)
+    what = "what is done with one that does: drop it, or cut its paragraph (default: drop)"
+    add("--contaminated", choices=("drop", "cut"), default="drop", help=what)
     add("--grobid", default="", metavar="URL", help="have a GROBID read the PDFs: http://127.0.0.1:8070")
     add("--part", metavar="K/N", help="make the K-th of N parts, such as 1/3; `merge` makes a corpus of all of them")
     add("--report", type=Path, metavar="DIR", help="draw the corpus DIR as one page: --out FILE.html")
@@ -46,33 +40,27 @@ def corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_corpus(options: argparse.Namespace) -> None:
     """Make a corpus or a part of one, merge parts, or draw a corpus; print what is in it."""
-    if options.report is not None:
-        return _report(options)
     from k2mini.corpus.build import build
     from k2mini.corpus.merge import merge
 
     inputs = [Path(name) for name in options.inputs]
+    if options.report is not None:
+        return _report(options)
     if options.inputs[:1] == ["merge"]:
-        _only(options, "merge")
+        if given := [key for key in ("set", "without", "decontaminate", "grobid", "part") if getattr(options, key)]:
+            raise ValueError(f"merge takes --{given[0]} from the parts, which were made with it")
         if len(inputs) < 2:
             raise ValueError("merge needs parts: k2mini corpus merge PART … --out DIR")
         manifest = merge(inputs[1:], options.out, force=options.force)
-    elif not inputs:
-        raise ValueError("name files or folders to read: k2mini corpus IN … --out DIR")
+    elif inputs:
+        more = {"grobid": options.grobid, "workers": options.workers, "force": options.force}
+        manifest = build(inputs, options.out, _settings(options), part=_part(options.part), **more)
     else:
-        manifest = build(
-            inputs,
-            options.out,
-            _settings(options),
-            part=_part(options.part),
-            grobid=options.grobid,
-            workers=options.workers,
-            force=options.force,
-        )
+        raise ValueError("name files or folders to read: k2mini corpus IN … --out DIR")
     print(json.dumps(manifest, ensure_ascii=False) if options.json else describe(manifest))
 
 
-def _settings(options: argparse.Namespace) -> Any:
+def _settings(options: argparse.Namespace) -> Settings:
     from k2mini.corpus.clean import choose
     from k2mini.corpus.group import Settings
 
@@ -83,19 +71,18 @@ def _settings(options: argparse.Namespace) -> Any:
         options.marks,
         options.text_field,
         options.near_duplicates,
-        tuple(options.decontaminate),
+        options.decontaminate,
         options.contaminated,
         bool(options.grobid),
     )
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    k, _, n = text.partition("/")
+    """'2/16' -> (2, 16)."""
+    k, _, n = (text or "1/1").partition("/")
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise ValueError(f"--part must be K/N with K from 1 to N, such as 2/16, not {text!r}")
-    return int(k), int(n)
+    return (int(k), int(n)) if text is not None else None
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -105,17 +92,10 @@ def _report(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out {options.out}: a page's name ends in .html")
     if options.inputs:
-        raise ValueError(f"--report {options.report} draws a corpus that is there; {options.inputs[0]} is one too many")
+        raise ValueError(f"--report draws the corpus {options.report}; {options.inputs[0]} is one too many")
     with output(options.out, file=True, force=options.force):
         write_text(options.out, page(options.report))
     print(options.out)
-
-
-def _only(options: argparse.Namespace, name: str) -> None:
-    """Raise ValueError where `merge` is given what a part was made with."""
-    for key in ("set", "without", "decontaminate", "grobid", "part"):
-        if getattr(options, key):
-            raise ValueError(f"{name} takes --{key} from the parts, which were made with it")
 
 
 def describe(manifest: dict[str, Any]) -> str:
@@ -123,9 +103,7 @@ def describe(manifest: dict[str, Any]) -> str:
     if "groups" in manifest:
         k, n = manifest["part"]
         return f"part {k} of {n}: {len(manifest['groups']):,} groups of files; k2mini corpus merge joins the parts"
-    lines = [
-        f"{step['filter']}: {step['in']:,} in, {step['dropped']:,} dropped, {step['changed']:,} changed"
-        for step in manifest["counts"]
-    ]
+    steps = manifest["counts"]
+    lines = [f"{s['filter']}: {s['in']:,} in, {s['dropped']:,} dropped, {s['changed']:,} changed" for s in steps]
     kept = f"{manifest['documents']:,} documents, {manifest['words']:,} words in {len(manifest['shards'])} shards"
     return "\n".join([*lines, f"kept: {kept}"])

@@ -10,48 +10,42 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from k2mini.corpus.shards import REJECTED, read_manifest
-from k2mini.page import STYLE, document, table
+from k2mini.corpus.shards import MANIFEST, REJECTED, read_manifest
+from k2mini.page import STYLE, document
 
 SAMPLES = 10  # documents shown of each fate
 BEGINNING = 500  # characters shown of each
 OWN = """
 section { margin: 14px 0 0; } h2 { margin-bottom: 6px; } h3 { font-size: 14px; font-weight: 500; margin: 8px 0 0; }
-.grid { display: grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+.grid { display: grid; gap: 0 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
 .bars { font-size: 13px; width: 100%; } .bars td { padding: 2px 12px 2px 0; white-space: nowrap; }
 .bars td:not(:first-child) { text-align: right; } .bars td:last-child { width: 99%; padding: 0; }
 i { display: block; height: 14px; background: hsl(var(--down)); border-radius: 2px; }
-.wide { overflow-x: auto; } summary { margin-top: 8px; } h3, td { overflow-wrap: anywhere; }
+summary { margin-top: 8px; } h3, p { overflow-wrap: anywhere; }
 """
 
 
 def page(directory: Path) -> str:
-    """The whole page of a corpus. The samples are the same each time. Raises ValueError where it is none."""
+    """The whole page of a corpus, with the same samples each time. Raises ValueError where it is none."""
     manifest = read_manifest(directory)
-    draw = random.Random(manifest["fingerprint"])
-    steps = manifest["counts"]
-    funnel = [(s["filter"], s["in"] - s["dropped"], f"−{s['dropped']:,}", f"{s['changed']:,}") for s in steps]
+    inputs, steps = manifest["inputs"], manifest["counts"]
+    funnel = [(step["filter"], step["in"] - step["dropped"], step["dropped"], step["changed"]) for step in steps]
     years = [(year or "unknown", number) for year, number in manifest["years"].items()]
     lengths = [(f"below {int(words):,}", number) for words, number in manifest["lengths"].items()]
     licences = [(name or "none", n) for name, n in sorted(manifest["licences"].items(), key=lambda each: -each[1])]
     kept = f"{manifest['documents']:,} documents, {manifest['words']:,} words in {len(manifest['shards'])} shards"
-    inputs = f"of {manifest['inputs']['files']:,} files, {manifest['inputs']['bytes'] / 1e6:,.1f} MB"
-    settings = [[key, json.dumps(manifest[key], ensure_ascii=False)] for key in _SETTINGS]
+    made = f"of {inputs['files']:,} files, {inputs['bytes'] / 1e6:,.1f} MB; thresholds and versions are in {MANIFEST}"
     parts = [
-        f"<p>{kept}, {inputs}. Fingerprint {escape(manifest['fingerprint'])}</p>",
+        f"<p>{kept}, {made}. Fingerprint {escape(manifest['fingerprint'])}</p>",
         _section("What each filter left", _bars(funnel, ("filter", "left", "dropped", "changed"))),
         '<div class="grid">',
         _section("Words of a document", _bars(lengths, ("words", "documents"))),
         _section("Years", _bars(years, ("year", "documents"))),
         _section("Licences", _bars(licences[:20], ("licence", "documents"))),
-        _section("Settings", f'<div class="wide">{table([], settings)}</div>'),
         "</div>",
-        _section("Documents", _samples(directory, manifest, draw)),
+        _section("Documents", _samples(directory, manifest, random.Random(manifest["fingerprint"]))),
     ]
     return document(f"Corpus {directory.name}", STYLE + OWN, "\n".join(parts))
-
-
-_SETTINGS = ("filters", "marks", "text_field", "near_duplicates", "decontaminate", "contaminated", "grobid", "versions")
 
 
 def _section(title: str, content: str) -> str:
@@ -62,7 +56,7 @@ def _bars(rows: Sequence[tuple[Any, ...]], head: Sequence[str]) -> str:
     """A table whose second column is drawn, too."""
     most = max((row[1] for row in rows), default=0) or 1
     cells = [
-        "".join(f"<td>{escape(f'{cell:,}' if isinstance(cell, int) else cell)}</td>" for cell in row)
+        "".join(f"<td>{escape(cell if isinstance(cell, str) else f'{cell:,}')}</td>" for cell in row)
         + f'<td><i style="width:{100 * row[1] / most:.2f}%"></i></td>'
         for row in rows
     ]
