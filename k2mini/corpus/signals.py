@@ -155,7 +155,8 @@ class Signals:
         for folder in (folder for folder in folders if (folder / MANIFEST).is_file()):
             for document in read_corpus(folder):
                 self._add(document["source"], stated(document), settings.most_per_document)
-        self.records = [record for _, record in sorted(pair for kept in self._kept.values() for pair in kept.items())]
+        every = {number: record for kept in self._kept.values() for number, record in kept.items()}
+        self.records = [every[number] for number in sorted(every)]
         if not self.records:
             raise ValueError(f"nothing in {', '.join(map(str, folders))} gives a record of {', '.join(tasks)}")
 

@@ -86,9 +86,10 @@ def read_table(path: Path, entity: str | None = None) -> list[Fact]:
     """
     text, delimiter = io.StringIO(read_text(path, None), newline=""), ",\t"[path.suffix.lower() == ".tsv"]
     rows = csv.reader(text, delimiter=delimiter, strict=True)
-    facts, line = [], 2
+    facts, line = [], 1
     try:
         columns = [column.strip() for column in next(rows, [])]
+        line = rows.line_num + 1
         known = {column.lower(): column for column in reversed(columns)}
         named = next((known[name] for name in ((entity or "").lower(), *ENTITY) if name in known and name), None)
         if named is None or len(known) < len(columns):

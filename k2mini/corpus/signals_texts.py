@@ -27,11 +27,13 @@ TELLS = re.compile(r" (?:that|which|whose|where|of|in|with|from|between|formed|c
 POINTS = re.compile(r"(?i)\b(?:this|that is|these|those|it|its|here|there|we|our|us|above|below|he|she|they|such)\b")
 NO_TERM = re.compile(
     r"(?i)\b(?:what|which|one|another|each|aim|goal|purpose|problem|question|result|reason|example|approach|method|study|"
-    r"work|paper|section|figure|table|key|main|first|second|next|advantage|way|point|idea|and|the|for|not|that|who)\b"
+    r"work|paper|section|figure|table|key|main|first|second|next|advantage|way|point|idea|and|the|for|not|that|who|whether|"
+    r"following|typical|individual)\b"
 )
 JUDGES = re.compile(
     r"good|great|major|key|important|common|significant|well-known|useful|powerful|challenging|simple|bit|lot|number|"
-    r"matter|result|consequence|part|long|strong|better|more|very|highly|possible|new|further"
+    r"matter|result|consequence|part|long|strong|better|more|very|possible|new|further|special|optional|exception|synonym|"
+    r"\w+ly"
 )
 
 

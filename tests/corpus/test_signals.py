@@ -118,7 +118,7 @@ def options(record):
 
 
 def test_every_answer_stands_in_its_source(folders):
-    signals = Signals(folders, Settings(held_out=0))
+    signals = Signals(folders, Settings(held_out=0, most_per_document=99))
     found = Counter(record["task"] for record in signals.records)
     assert set(found) == set(TASKS)
     documents = {"papers/0.xml": paper().record()}
@@ -129,7 +129,9 @@ def test_every_answer_stands_in_its_source(folders):
             assert options(record)[record["output"]] == stands
         elif record["task"] == "true_false":
             said = record["instruction"].removeprefix("True or false?\n")
-            assert record["output"] == str(stands in re.split(r" is | has the [a-z ]+? (?=\S+\.$)|\.$", said)), record
+            noun = record["evidence"]["where"].replace("_", " ").replace("value", "rock age")
+            assert noun in said
+            assert record["output"] == str(said.endswith((f" is {stands}.", f" {noun} {stands}."))), record
         else:
             assert record["output"] == stands
     by_task = {task: [r for r in signals.records if r["task"] == task] for task in TASKS}
@@ -289,7 +291,7 @@ def test_names_are_found_between_word_boundaries_only(tmp_path):
 
 @pytest.mark.parametrize("domain", ["geoscience", "general"])
 def test_choices_and_statements_give_nothing_away(domain):
-    """Whoever takes the first option, the longest, the commonest or a word for the answer does no better than chance."""
+    """Whoever takes the first option, the longest or the commonest for the answer does no better than chance."""
     folder = TABLES / domain
     values = {}
     for path in folder.glob("*.csv"):
@@ -298,7 +300,7 @@ def test_choices_and_statements_give_nothing_away(domain):
                 for column, value in row.items():
                     values.setdefault(column, Counter())[value] += 1
     right = Counter()
-    total = positions = 0
+    total = 0
     for seed in range(3):
         signals = Signals([folder], Settings(("choice", "true_false"), seed=seed, held_out=40))
         for content in (signals.records, signals.questions("seen"), signals.questions("unseen")):
@@ -324,9 +326,9 @@ def test_choices_and_statements_give_nothing_away(domain):
                 assert len(set(texts)) == 4
                 common = max(texts, key=lambda t: sum(count[t] for count in values.values()))
                 longest, shortest = max(texts, key=len), min(texts, key=len)
-                for guess, text in {"first": texts[0], "longest": longest, "shortest": shortest, "common": common,
-                                    "last longest": max(texts[::-1], key=len), "least": min(texts)}.items():  # fmt: skip
-                    right[guess] += text == given[label]
+                for how, text in {"first": texts[0], "longest": longest, "shortest": shortest, "common": common,
+                                    "late": max(texts[::-1], key=len), "least": min(texts)}.items():  # fmt: skip
+                    right[how] += text == given[label]
                 total += 1
     assert total > 1000
     assert all(abs(number / total - 0.25) <= 0.03 for number in right.values()), {
@@ -415,7 +417,8 @@ def test_sentences_that_define(sentence, term):
 
 def test_sections_are_cut_at_a_sentence_and_lists_are_left_out():
     long = "Rock is hard, as a long sentence of this section says. " * 60
-    text = f"Before.\n# A title\n\nIntro {'x ' * 200}\n\n## Long\n\n{long}\n\n## Short\n\nToo short.\n\n## 7. REFERENCES\n\n{long}"
+    text = f"Before.\n# A title\n\nIntro {'x ' * 200}\n\n## Long\n\n{long}\n\n## Short\n\nToo short.\n\n"
+    text += f"## 7. REFERENCES\n\n{long}"
     found = [one for one in stated({"text": text, "title": "A title"}) if one.task == "section"]
     (section,) = found
     assert section.input == "A title: Long"
@@ -426,19 +429,19 @@ def test_sections_are_cut_at_a_sentence_and_lists_are_left_out():
 
 
 def test_a_large_corpus_is_not_held(tmp_path):
-    documents = [paper(n, BASALT.replace("young", f"young {n}"), title=f"Basalt, part {n}") for n in range(2000)]
+    documents = [paper(n, BASALT.replace("young", f"young {n}"), title=f"Basalt, part {n}") for n in range(400)]
 
     def peak(number):
         folder = write_corpus(tmp_path / f"{number}", documents[:number])
         tracemalloc.start()
-        Signals([folder], Settings(most_per_task=20))
+        Signals([folder], Settings(most_per_task=15))
         try:
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
-    peak(20)  # what is loaded once
-    assert peak(2000) < 1.2 * peak(200)
+    peak(10)  # what is loaded once
+    assert peak(400) < 1.2 * peak(60)
 
 
 ERRORS = {
@@ -449,14 +452,17 @@ ERRORS = {
     "no entity": ({"a.csv": "mineral,hardness\nquartz,7\n"}, [],
         "IN/a.csv has no column of entities (entity, name, term, or --entity COLUMN); its columns are ['mineral', 'ha"),
     "column twice": ({"a.csv": "name,x,x\nquartz,7,7\n"}, [], "IN/a.csv has a column twice; its columns are"),
-    "ragged": ({"a.csv": "name,x\nquartz,7\nopal\n"}, [], "IN/a.csv, line 3 has 1 cells, the header has 2: ['name', 'x']"),
-    "no name": ({"b/a.tsv": "term\tx\n -\t7\n"}, [], "IN/b/a.tsv, line 2: term, which says what the row is about, is empty"),
+    "ragged": ({"a.csv": "name,x\nquartz,7\nopal\n"}, [],
+        "IN/a.csv, line 3 has 1 cells, the header has 2: ['name', 'x']"),
+    "no name": ({"b/a.tsv": "term\tx\n -\t7\n"}, [],
+        "IN/b/a.tsv, line 2: term, which says what the row is about, is empty"),
     "quotes": ({"a.csv": 'name,x\n"a"b,7\n'}, [], "IN/a.csv, line 2 is not valid CSV: "),
     "bytes": ({"a.csv": b"name,x\n\xff,7\n"}, [], "IN/a.csv is not UTF-8 (byte 7)"),
     "empty": ({"a.csv": ""}, [], "IN/a.csv has no column of entities"),
     "neither": ({"a.txt": "text"}, [], "IN is no folder with a corpus (corpus.json) or tables (.csv, .tsv)"),
     "other format": ({"corpus.json": "{}"}, [], "corpus.json: the format is not 'k2mini corpus 1'"),
-    "percent": ({"a.csv": "name,x\na,7\n"}, ["--held-out", "100"], "--held-out must be at least 0 and below 100 percent, not 100"),
+    "percent": ({"a.csv": "name,x\na,7\n"}, ["--held-out", "100"],
+        "--held-out must be at least 0 and below 100 percent, not 100"),
     "cap": ({"a.csv": "name,x\na,7\n"}, ["--most-per-task", "0"], "--most-per-task must be at least 1, not 0"),
     "no questions": ({"a.csv": "name,x\na,7\nb,8\n"}, ["--questions", "OUT/q.json", "--held-out", "0"],
         "--questions: no property has 4 values among the facts of seen entities (2 facts)"),
