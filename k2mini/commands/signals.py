@@ -63,6 +63,8 @@ def run_signals(options: argparse.Namespace) -> None:
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     asked: Path | None = options.questions
     places = {name: asked.with_name(f"{asked.stem}_{name}{asked.suffix}") for name in ("seen", "unseen") if asked}
+    if options.out in places.values():
+        raise ValueError(f"{options.out} is one of the files of --questions; name another")
     with ExitStack() as stack:
         for path in (options.out, *places.values()):
             stack.enter_context(output(path, force=options.force, file=True, inputs=options.folders))

@@ -29,7 +29,7 @@ keywords: List the keywords of this paper. | Which keywords describe the paper b
 section: Write the beginning of this section. | How does this section begin? | What does this section say?
 caption: Write the caption of {}, to which this text refers. | What is the caption of {}? | What does {} show?
 figure: Write the paragraph that refers to {}. | Discuss {}, as the text does. | What does the text say of {}?
-citation: Which work does this sentence cite? | Give the title of the work cited here. | What is the reference of this?
+citation: Which work does this sentence cite? | Give the title of the work cited here. | Which work does this rest on?
 definition: What is {}? | Define the term {}. | Explain what {} means.
 term: Which term is defined here? | Name what this describes. | What has the definition below?
 synonym: Give a synonym of {}. | What is another name for {}? | How is {} also called?
@@ -222,4 +222,5 @@ class Signals:
             what = f"--questions: no property has {NUM_OPTIONS} values among the facts of {name} entities"
             raise ValueError(f"{what} ({len(facts)} facts); another --held-out or larger tables would give some")
         asked = [question for _, question in choices(groups[0], rng, tables.HELD_OUT_QUESTIONS)]
-        return tables.as_npee(asked, [(text, word) for _, text, word in claims(groups[1], rng, STATEMENTS[3:])])
+        said = [(text, word) for _, text, word in claims(groups[1], rng, STATEMENTS[3:])]
+        return tables.as_npee(rng.sample(asked, len(asked)), rng.sample(said, len(said)))

@@ -192,12 +192,14 @@ class ChoiceQuestion:
 def choices(
     groups: list[list[Fact]], rng: random.Random, frames: Sequence[str]
 ) -> Iterator[tuple[Fact, ChoiceQuestion]]:
-    """A question on each fact of groups of four; within a group the right option stands at each place once."""
+    """A question on each fact of groups of four, whose values are the options of all four, in one order: whatever is
+    guessed from options alone is right once in four.
+    """
     for group in groups:
-        for fact, place in zip(group, rng.sample(range(len(group)), len(group)), strict=True):
-            options = [other.value for other in rng.sample(group, len(group)) if other is not fact]
-            options.insert(place, fact.value)
-            yield fact, ChoiceQuestion(fact.say(rng.choice(frames)), tuple(options), place)
+        mixed = rng.sample(group, len(group))
+        options = tuple(fact.value for fact in mixed)
+        for place, fact in enumerate(mixed):
+            yield fact, ChoiceQuestion(fact.say(rng.choice(frames)), options, place)
 
 
 def claims(groups: list[list[Fact]], rng: random.Random, frames: Sequence[str]) -> Iterator[tuple[Fact, str, str]]:
