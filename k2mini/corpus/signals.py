@@ -161,9 +161,13 @@ class Signals:
             raise ValueError(f"nothing in {', '.join(map(str, folders))} gives a record of {', '.join(tasks)}")
 
     def _add(self, source: str, found: Iterable[Stated], most: int | None = None) -> None:
-        """Keep what one document or cell states, at most so many records of it, drawn by the seed."""
-        numbered = sorted((_number(self.settings.seed, *one), one) for one in found if one.task in self.counts)
-        for number, one in numbered:
+        """Keep what one document or cell states, at most so many records of it, drawn by the seed: a task in turn."""
+        turns: Counter[str] = Counter()
+        drawn = []
+        for number, one in sorted((_number(self.settings.seed, *one), one) for one in found if one.task in self.counts):
+            drawn.append((turns[one.task], number, one))
+            turns[one.task] += 1
+        for _, number, one in sorted(drawn):
             frame = FRAMES[one.task][number % len(FRAMES[one.task])]
             asked = {"instruction": frame.replace("{}", one.asked), "input": one.input, "output": one.output}
             if most == 0:

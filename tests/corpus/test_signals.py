@@ -61,6 +61,8 @@ def paper(number=0, text=BASALT, **known):
         "citations": [
             {"sentence": "Peridotite was\nmapped by others (Hess, 1962), who saw it in dredges.",
              "title": "History of ocean basins"},
+            *({"sentence": "Two works are cited here.", "title": title} for title in ("One work", "Another")),
+            {"sentence": "One work is named by this sentence.", "title": "One work"},
         ],
     }  # fmt: skip
     return Document(text, **given | known)
@@ -72,7 +74,8 @@ def write_corpus(folder, documents, shards=2):
     for number, name in enumerate(names):
         records = [document.record() for document in documents[number::shards]]
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "shards": [{"name": name} for name in names]}))
+    found = [{"name": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in names]
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "shards": found, "fingerprint": "0" * 64}))
     return folder
 
 
@@ -211,6 +214,9 @@ def test_caps_hold_and_what_they_drop_is_counted(tmp_path):
     assert max(kept.values()) == 7
     assert kept["choice"] == 4
     assert kept["true_false"] == 6
+    alone = write_corpus(tmp_path / "alone", documents[:1])  # each task in turn
+    one_each = [record["task"] for record in Signals([alone], Settings(most_per_document=9)).records]
+    assert sorted(one_each) == sorted(TASKS[:9])
     for_each = Counter(r["source"] for r in capped.records if r["source"].startswith("papers"))
     assert max(for_each.values()) <= 4
     for task, counts in capped.counts.items():
@@ -446,6 +452,9 @@ ERRORS = {
     "no entity": ({"a.csv": "mineral,hardness\nquartz,7\n"}, [],
         "IN/a.csv has no column of entities (entity, name, term, or --entity COLUMN); its columns are ['mineral', 'ha"),
     "column twice": ({"a.csv": "name,x,x\nquartz,7,7\n"}, [], "IN/a.csv has a column twice; its columns are"),
+    "no header": ({"a.csv": ",name,x\n0,quartz,7\n"}, [], "IN/a.csv has a column without a name; its columns are ['', 'n"),
+    "no property": ({"a.csv": "name,property,value\nquartz,hardness,7\nquartz,,7\n"}, [],
+        "IN/a.csv, line 3: property, which says what the row is about, is empty"),
     "ragged": ({"a.csv": "name,x\nquartz,7\nopal\n"}, [],
         "IN/a.csv, line 3 has 1 cells, the header has 2: ['name', 'x']"),
     "no name": ({"b/a.tsv": "term\tx\n -\t7\n"}, [],
