@@ -92,24 +92,23 @@ def read_table(path: Path, entity: str | None = None) -> list[Fact]:
         line = rows.line_num + 1
         known = {column.lower(): column for column in reversed(columns)}
         named = next((known[name] for name in ((entity or "").lower(), *ENTITY) if name in known and name), "")
-        wrong = "" if named else f"no column of entities ({', '.join(ENTITY)}, or --entity COLUMN)"
-        if (
-            wrong := "a column twice"
-            if len(known) < len(columns)
-            else "a column without a name" * ("" in known) or wrong
-        ):
+        wrong = "a column without a name" if "" in known else "a column twice" if len(known) < len(columns) else ""
+        if wrong or not named:
+            wrong = wrong or f"no column of entities ({', '.join(ENTITY)}, or --entity COLUMN)"
             raise ValueError(f"{path} has {wrong}; its columns are {short(columns)}")
         long = {"property", "value"} <= known.keys()
         for row in rows:
             place, line = f"{path}, line {line}", rows.line_num + 1
-            cells = dict(zip(columns, map(str.strip, row), strict=False))
-            if row and len(row) != len(columns):
+            if not row:
+                continue
+            if len(row) != len(columns):
                 raise ValueError(f"{place} has {len(row)} cells, the header has {len(columns)}: {short(columns)}")
-            for column in (named, *[known["property"]] * long) if row else ():
+            cells = dict(zip(columns, map(str.strip, row), strict=True))
+            for column in [named, known["property"]] if long else [named]:
                 if not re.search(r"\w", cells[column]):
                     raise ValueError(f"{place}: {column}, which says what the row is about, is empty")
             stated = [(column, column) for column in cells if column != named]
-            if row and long:
+            if long:
                 stated = [(cells[known["property"]], known["value"])]
             for noun, column in stated:
                 many = noun.lower().startswith(("synonym", "broader"))
