@@ -74,7 +74,8 @@ def run_signals(options: argparse.Namespace) -> None:
         for path, text in {**texts, options.out: "[\n" + ",\n".join(lines) + "\n]\n"}.items():
             write_text(path, text)
     written = Counter(record["task"] for record in signals.records)
-    counts = {task: {"records": written[task], **+dropped} for task, dropped in signals.counts.items()}
+    counts = {task: {"records": written[task], **dropped} for task, dropped in signals.counts.items()}
     for task, numbers in counts.items():
-        log.info("%s: %s", task, ", ".join(f"{number} {what}" for what, number in numbers.items()))
+        said = [f"{number} {what}" for what, number in numbers.items() if number]
+        log.info("%s: %s", task, ", ".join(said) or "no source states any")
     print(json.dumps(counts) if options.json else options.out)

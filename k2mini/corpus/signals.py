@@ -37,6 +37,8 @@ broader: Give a broader term for {}. | Which more general term covers {}? | To w
 """
 FRAMES = {task: frames.split(" | ") for task, frames in (line.split(": ") for line in _FRAMES.strip().splitlines())}
 TASKS = (*FRAMES, "fact", "true_false", "choice")
+# Why something is no record; the last are facts that have no others of their property with other values.
+DROPPED = ("over the caps", "held out", "alike", "no distractors")
 WORD = re.compile(r"\w+")
 
 
@@ -132,14 +134,14 @@ class Signals:
 
     Attributes:
         records: instructions, in an order that the seed mixes.
-        counts: of each task: 'over the caps', 'alike', 'held out', 'no distractors' (a fact without three others).
+        counts: task -> one of `DROPPED` -> how many were.
         seen, unseen: the facts of tables about which instructions ask, and those about held-out entities.
     """
 
     def __init__(self, folders: Sequence[Path], settings: Settings) -> None:
         """Raises ValueError as `read_facts` does, and where nothing is found for any task."""
         self.settings, tasks = settings, [*dict.fromkeys(settings.tasks)]
-        self.counts: dict[str, Counter[str]] = {task: Counter() for task in tasks}
+        self.counts = {task: dict.fromkeys(DROPPED, 0) for task in tasks}
         self._kept: dict[str, dict[int, dict[str, Any]]] = {task: {} for task in tasks}
         self._order: dict[str, list[int]] = {task: [] for task in tasks}
         facts = read_facts(folders, settings.entity)
@@ -193,7 +195,7 @@ class Signals:
             counts["over the caps"] += 1
         return True
 
-    def _groups(self, facts: list[Fact], size: int, rng: random.Random, counts: Counter[str]) -> list[list[Fact]]:
+    def _groups(self, facts: list[Fact], size: int, rng: random.Random, counts: dict[str, int]) -> list[list[Fact]]:
         found, most = blocks(facts, size, rng), self.settings.most_per_task // size
         counts["no distractors"] += len(facts) - size * len(found)
         counts["over the caps"] += size * len(found[most:])
@@ -221,7 +223,7 @@ class Signals:
         layout of geobench_npee.json. Raises ValueError where there are none.
         """
         facts, rng = getattr(self, name), random.Random(f"{self.settings.seed}/questions/{name}")
-        groups = [self._groups(facts, size, rng, Counter()) for size in (NUM_OPTIONS, 2)]
+        groups = [self._groups(facts, size, rng, dict.fromkeys(DROPPED, 0)) for size in (NUM_OPTIONS, 2)]
         if not groups[0]:
             what = f"--questions: no property has {NUM_OPTIONS} values among the facts of {name} entities"
             raise ValueError(f"{what} ({len(facts)} facts); another --held-out or larger tables would give some")

@@ -236,7 +236,7 @@ def test_no_two_records_are_alike(tmp_path):
     texts = [(r["instruction"], r["input"], r["output"]) for r in signals.records]
     assert len(set(texts)) == len(texts)
     assert len({tuple(part.casefold() for part in text) for text in texts}) >= len(texts) - 3  # Quartz, QUARTZ
-    assert signals.counts["abstract"] == {"alike": 2}
+    assert signals.counts["abstract"] == {"alike": 2, "held out": 0, "no distractors": 0, "over the caps": 0}
     # Quartz has three lustres: none of them is a wrong option for it, none is said of it to be false.
     for record in signals.records:
         if "uartz " in record["instruction"] and "lustre" in record["instruction"]:
@@ -356,6 +356,7 @@ def test_finetune_and_eval_read_what_is_written(folders, tmp_path, run):
     assert [len(read_records(out)), sum(task["records"] for task in counts.values())] == [len(records)] * 2
     assert f"k2mini: choice: {counts['choice']['records']} records, " in err
     assert "held out" in err
+    assert {*counts["title"]} == {"records", "over the caps", "held out", "alike", "no distractors"}
     trained = {record["instruction"].split("\n")[0] for record in records} | {
         r["instruction"].split("\n")[-1] for r in records
     }
