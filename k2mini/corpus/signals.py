@@ -29,7 +29,7 @@ keywords: List the keywords of this paper. | Which keywords describe the paper b
 section: Write the beginning of this section. | How does this section begin? | What does this section say?
 caption: Write the caption of {}, to which this text refers. | What is the caption of {}? | What does {} show?
 figure: Write the paragraph that refers to {}. | Discuss {}, as the text does. | What does the text say of {}?
-citation: Which work does this sentence cite? | Give the title of the work cited here. | What is the reference of this?
+citation: Which work does this sentence cite? | Give the title of the work cited here. | Which work does this rest on?
 definition: What is {}? | Define the term {}. | Explain what {} means.
 term: Which term is defined here? | Name what this describes. | What has the definition below?
 synonym: Give a synonym of {}. | What is another name for {}? | How is {} also called?
@@ -37,6 +37,8 @@ broader: Give a broader term for {}. | Which more general term covers {}? | To w
 """
 FRAMES = {task: frames.split(" | ") for task, frames in (line.split(": ") for line in _FRAMES.strip().splitlines())}
 TASKS = (*FRAMES, "fact", "true_false", "choice")
+# Why something is no record; the last are facts that have no others of their property with other values.
+DROPPED = ("over the caps", "held out", "alike", "no distractors")
 WORD = re.compile(r"\w+")
 
 
@@ -132,14 +134,14 @@ class Signals:
 
     Attributes:
         records: instructions, in an order that the seed mixes.
-        counts: of each task: 'over the caps', 'alike', 'held out', 'no distractors' (a fact without three others).
+        counts: task -> one of `DROPPED` -> how many were.
         seen, unseen: the facts of tables about which instructions ask, and those about held-out entities.
     """
 
     def __init__(self, folders: Sequence[Path], settings: Settings) -> None:
         """Raises ValueError as `read_facts` does, and where nothing is found for any task."""
         self.settings, tasks = settings, [*dict.fromkeys(settings.tasks)]
-        self.counts: dict[str, Counter[str]] = {task: Counter() for task in tasks}
+        self.counts = {task: dict.fromkeys(DROPPED, 0) for task in tasks}
         self._kept: dict[str, dict[int, dict[str, Any]]] = {task: {} for task in tasks}
         self._order: dict[str, list[int]] = {task: [] for task in tasks}
         facts = read_facts(folders, settings.entity)
@@ -155,14 +157,19 @@ class Signals:
         for folder in (folder for folder in folders if (folder / MANIFEST).is_file()):
             for document in read_corpus(folder):
                 self._add(document["source"], stated(document), settings.most_per_document)
-        self.records = [record for _, record in sorted(pair for kept in self._kept.values() for pair in kept.items())]
+        every = {number: record for kept in self._kept.values() for number, record in kept.items()}
+        self.records = [every[number] for number in sorted(every)]
         if not self.records:
             raise ValueError(f"nothing in {', '.join(map(str, folders))} gives a record of {', '.join(tasks)}")
 
     def _add(self, source: str, found: Iterable[Stated], most: int | None = None) -> None:
-        """Keep what one document or cell states, at most so many records of it, drawn by the seed."""
-        numbered = sorted((_number(self.settings.seed, *one), one) for one in found if one.task in self.counts)
-        for number, one in numbered:
+        """Keep what one document or cell states, at most so many records of it, drawn by the seed: a task in turn."""
+        turns: Counter[str] = Counter()
+        drawn = []
+        for number, one in sorted((_number(self.settings.seed, *one), one) for one in found if one.task in self.counts):
+            drawn.append((turns[one.task], number, one))
+            turns[one.task] += 1
+        for _, number, one in sorted(drawn):
             frame = FRAMES[one.task][number % len(FRAMES[one.task])]
             asked = {"instruction": frame.replace("{}", one.asked), "input": one.input, "output": one.output}
             if most == 0:
@@ -188,7 +195,7 @@ class Signals:
             counts["over the caps"] += 1
         return True
 
-    def _groups(self, facts: list[Fact], size: int, rng: random.Random, counts: Counter[str]) -> list[list[Fact]]:
+    def _groups(self, facts: list[Fact], size: int, rng: random.Random, counts: dict[str, int]) -> list[list[Fact]]:
         found, most = blocks(facts, size, rng), self.settings.most_per_task // size
         counts["no distractors"] += len(facts) - size * len(found)
         counts["over the caps"] += size * len(found[most:])
@@ -216,9 +223,10 @@ class Signals:
         layout of geobench_npee.json. Raises ValueError where there are none.
         """
         facts, rng = getattr(self, name), random.Random(f"{self.settings.seed}/questions/{name}")
-        groups = [self._groups(facts, size, rng, Counter()) for size in (NUM_OPTIONS, 2)]
+        groups = [self._groups(facts, size, rng, dict.fromkeys(DROPPED, 0)) for size in (NUM_OPTIONS, 2)]
         if not groups[0]:
             what = f"--questions: no property has {NUM_OPTIONS} values among the facts of {name} entities"
             raise ValueError(f"{what} ({len(facts)} facts); another --held-out or larger tables would give some")
         asked = [question for _, question in choices(groups[0], rng, tables.HELD_OUT_QUESTIONS)]
-        return tables.as_npee(asked, [(text, word) for _, text, word in claims(groups[1], rng, STATEMENTS[3:])])
+        said = [(text, word) for _, text, word in claims(groups[1], rng, STATEMENTS[3:])]
+        return tables.as_npee(rng.sample(asked, len(asked)), rng.sample(said, len(said)))

@@ -86,23 +86,29 @@ def read_table(path: Path, entity: str | None = None) -> list[Fact]:
     """
     text, delimiter = io.StringIO(read_text(path, None), newline=""), ",\t"[path.suffix.lower() == ".tsv"]
     rows = csv.reader(text, delimiter=delimiter, strict=True)
-    facts, line = [], 2
+    facts, line = [], 1
     try:
         columns = [column.strip() for column in next(rows, [])]
+        line = rows.line_num + 1
         known = {column.lower(): column for column in reversed(columns)}
-        named = next((known[name] for name in ((entity or "").lower(), *ENTITY) if name in known and name), None)
-        if named is None or len(known) < len(columns):
-            wrong = "a column twice" if named else f"no column of entities ({', '.join(ENTITY)}, or --entity COLUMN)"
+        named = next((known[name] for name in ((entity or "").lower(), *ENTITY) if name in known and name), "")
+        wrong = "a column without a name" if "" in known else "a column twice" if len(known) < len(columns) else ""
+        if wrong or not named:
+            wrong = wrong or f"no column of entities ({', '.join(ENTITY)}, or --entity COLUMN)"
             raise ValueError(f"{path} has {wrong}; its columns are {short(columns)}")
+        long = {"property", "value"} <= known.keys()
         for row in rows:
             place, line = f"{path}, line {line}", rows.line_num + 1
-            cells = dict(zip(columns, map(str.strip, row), strict=False))
-            if row and len(row) != len(columns):
+            if not row:
+                continue
+            if len(row) != len(columns):
                 raise ValueError(f"{place} has {len(row)} cells, the header has {len(columns)}: {short(columns)}")
-            if row and not re.search(r"\w", cells[named]):
-                raise ValueError(f"{place}: {named}, which says what the row is about, is empty")
+            cells = dict(zip(columns, map(str.strip, row), strict=True))
+            for column in [named, known["property"]] if long else [named]:
+                if not re.search(r"\w", cells[column]):
+                    raise ValueError(f"{place}: {column}, which says what the row is about, is empty")
             stated = [(column, column) for column in cells if column != named]
-            if row and {"property", "value"} <= known.keys():
+            if long:
                 stated = [(cells[known["property"]], known["value"])]
             for noun, column in stated:
                 many = noun.lower().startswith(("synonym", "broader"))
@@ -191,12 +197,14 @@ class ChoiceQuestion:
 def choices(
     groups: list[list[Fact]], rng: random.Random, frames: Sequence[str]
 ) -> Iterator[tuple[Fact, ChoiceQuestion]]:
-    """A question on each fact of groups of four; within a group the right option stands at each place once."""
+    """A question on each fact of groups of four, whose values are the options of all four, in one order: whatever is
+    guessed from options alone is right once in four.
+    """
     for group in groups:
-        for fact, place in zip(group, rng.sample(range(len(group)), len(group)), strict=True):
-            options = [other.value for other in rng.sample(group, len(group)) if other is not fact]
-            options.insert(place, fact.value)
-            yield fact, ChoiceQuestion(fact.say(rng.choice(frames)), tuple(options), place)
+        mixed = rng.sample(group, len(group))
+        options = tuple(fact.value for fact in mixed)
+        for place, fact in enumerate(mixed):
+            yield fact, ChoiceQuestion(fact.say(rng.choice(frames)), options, place)
 
 
 def claims(groups: list[list[Fact]], rng: random.Random, frames: Sequence[str]) -> Iterator[tuple[Fact, str, str]]:

@@ -6,6 +6,7 @@ These are tasks of GeoSignal, whose supervision is what papers already say (Deng
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ TELLS = re.compile(r" (?:that|which|whose|where|of|in|with|from|between|formed|c
 POINTS = re.compile(r"(?i)\b(?:this|that is|these|those|it|its|here|there|we|our|us|above|below|he|she|they|such)\b")
 NO_TERM = re.compile(
     r"(?i)\b(?:what|which|one|another|each|aim|goal|purpose|problem|question|result|reason|example|approach|method|study|"
-    r"work|paper|section|figure|table|key|main|first|second|next|advantage|way|point|idea|and|the|for|not|that|who)\b"
+    r"work|paper|section|figure|table|key|main|first|second|next|advantage|way|point|idea|and|the|for|not|that|who|whether|"
+    r"following|typical|individual|since|when|where|while|because|although|if|as)\b"
 )
 JUDGES = re.compile(
     r"good|great|major|key|important|common|significant|well-known|useful|powerful|challenging|simple|bit|lot|number|"
-    r"matter|result|consequence|part|long|strong|better|more|very|highly|possible|new|further"
+    r"matter|result|consequence|part|long|strong|better|more|very|possible|new|further|special|optional|exception|synonym|"
+    r"\w+ly"
 )
 
 
@@ -54,9 +57,12 @@ def stated(document: dict[str, Any]) -> Iterator[Stated]:
         yield Stated("abstract", title, abstract, "abstract")
     if document.get("keywords") and (title or abstract):
         yield Stated("keywords", f"{title}\n\n{abstract}".strip(), "; ".join(document["keywords"]), "keywords")
-    for number, cited in enumerate(document.get("citations", [])):
-        if cited["sentence"] and cited["title"] and cited["title"] not in cited["sentence"]:
-            yield Stated("citation", cited["sentence"], cited["title"], f"citations.{number}.title")
+    citing = Counter(cited["sentence"] for cited in document.get("citations", []))
+    for number, (sentence, cited) in enumerate(
+        (one["sentence"], one["title"]) for one in document.get("citations", [])
+    ):
+        if sentence and cited and cited not in sentence and citing[sentence] == 1:  # of several, none is the answer
+            yield Stated("citation", sentence, cited, f"citations.{number}.title")
     yield from _definitions(text)
     sections = [*_sections(text, title)]
     for heading, start, end in sections:
