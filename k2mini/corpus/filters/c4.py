@@ -33,9 +33,10 @@ def c4(
     if "lorem ipsum" in document.text.casefold():
         return "there is 'lorem ipsum'"
     lines = document.text.split("\n")
-    kept = [line for line in lines if is_structure(line) or not _is_waste(line.split(), line, notice, longest_word)]
-    if len(kept) < len(lines):
-        document.text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+    if _NOTICE.search(document.text) or max(map(len, lines)) > longest_word:
+        kept = [line for line in lines if is_structure(line) or not _is_waste(line, notice, longest_word)]
+        if len(kept) < len(lines):
+            document.text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
     text = prose(document.text)
     bare = re.sub(r"\$[^$\n]*\$|`[^`\n]*`", "", text)
     if (share := (bare.count("{") + bare.count("}")) / max(1, len(bare.split()))) > curly:
@@ -45,6 +46,6 @@ def c4(
     return None
 
 
-def _is_waste(found: list[str], line: str, notice: int, longest_word: int) -> bool:
-    too_long = len(line) > longest_word and max(map(len, found), default=0) > longest_word
-    return too_long or (len(found) <= notice and _NOTICE.search(line) is not None)
+def _is_waste(line: str, notice: int, longest_word: int) -> bool:
+    found = line.split()
+    return max(map(len, found), default=0) > longest_word or (len(found) <= notice and _NOTICE.search(line) is not None)
