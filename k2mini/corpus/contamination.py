@@ -65,7 +65,8 @@ class Benchmarks:
         """The places of benchmarks that a document holds, each with the words found; none where it is clean.
 
         Args:
-            cut: take out the paragraphs, title, abstract, figures and citations that hold them; else nothing changes.
+            cut: take out the paragraphs, title, abstract, figures and citations that hold them; else nothing changes,
+                but where all that is found are terms of one to three words, which may be anybody's: they are cut.
         """
         paragraphs = PARAGRAPHS.split(document.text)
         beside = [document.title, document.abstract, *(figure["caption"] for figure in document.figures)]
@@ -74,7 +75,7 @@ class Benchmarks:
         for place, said, where in self._find([*paragraphs, *filter(None, beside)]):
             found.setdefault(place, said)
             gone.update(where)
-        if cut and found:
+        if found and (cut or all(said.count(" ") + 1 < _SENTENCE for said in found.values())):
             document.text = "\n\n".join(text for place, text in enumerate(paragraphs) if place not in gone)
             document.title, document.abstract = self._left(document.title), self._left(document.abstract)
             document.figures = [figure for figure in document.figures if self._left(figure["caption"])]

@@ -136,12 +136,14 @@ def _judge(
         if (reason := clean(document, settings.filters, changed)) is not None:
             name, _, why = reason.partition(": ")
             return name, why
+        before = document.text
         found = benchmarks.clean(document, cut=settings.contaminated == "cut") if benchmarks is not None else []
         json_line(document.record())
     except Exception as error:  # a document that nobody foresaw does not end a run over a million; it is listed
         return ERROR, _words(error)
     if found:
-        return CUT if settings.contaminated == "cut" and document.text.strip() else CONTAMINATION, "; ".join(found)
+        is_cut = settings.contaminated == "cut" or document.text != before
+        return CUT if is_cut and document.text.strip() else CONTAMINATION, "; ".join(found)
     return "", ""
 
 

@@ -64,7 +64,7 @@ def test_what_is_found(benchmarks, text, place):
     found = pickle.loads(pickle.dumps(benchmarks)).clean(document := Document(text), cut=False)
     assert len(found) == 1
     assert found[0].startswith(f"ozone.json, {place}")
-    assert document == Document(text)
+    assert (document == Document(text)) == ("'clark value'" not in found[0])  # a term is cut
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,16 @@ def test_what_is_cut(benchmarks):
         citations=[{"sentence": "Ozone is old.", "title": "B"}],
     )
     assert benchmarks.clean(document, cut=True) == []
+
+
+def test_a_term_alone_costs_no_document(benchmarks):
+    """It is cut, as `cut` would, unless something longer is found as well."""
+    document = Document(f"{BEFORE}\n\n{TERM}\n\n{AFTER}", title=TERM)
+    assert benchmarks.clean(document, cut=False) == ["ozone.json, 3/question: 'clark value'"]
+    assert (document.text, document.title) == (f"{BEFORE}\n\n{AFTER}", "")
+    document = Document(text := f"{BEFORE}\n\n{TERM}\n\n{SHORT}")
+    assert len(benchmarks.clean(document, cut=False)) == 2
+    assert document.text == text
 
 
 def test_a_document_is_searched_beside_its_text_too(benchmarks):

@@ -1,6 +1,7 @@
 """Each filter by cases worked out by hand and by references written another way; a paper goes through all of them."""
 
 import random
+import re
 import sys
 from collections import Counter
 
@@ -174,6 +175,10 @@ def test_headers_and_footers():
     document = Document(text.replace("it goes", "It goes"))
     boilerplate(document)
     assert "and then\n\nIt goes on." in document.text
+    _, text = pages(header="Journal of Old Rocks", count=2)
+    document = Document(f"Journal of Old Rocks\n\n{text}")
+    boilerplate(document)
+    assert document.text.count("Journal of Old Rocks") == 1, "the first line counts, and stays"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +262,13 @@ def test_language_of_papers():
 )
 def test_repetition(text, reason):
     assert repetition(Document(text)) == reason
+
+
+def test_an_address_and_a_dotted_name_are_one_word():
+    for name in ("https://rocks.org/of/the/old/world/", "`~rocks.old.world.of.the.Sample`"):
+        text = "\n\n".join(f"{text[:-1]} {name}" for text in sentences(40))
+        assert repetition(Document(text)) is None
+        assert "in repeated runs of 5 words" in repetition(Document(re.sub(r"[./]", " ", text)))
 
 
 def test_thresholds_of_repetition_are_those_of_gopher():

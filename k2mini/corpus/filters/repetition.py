@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import string
+
 import numpy as np
 
 from k2mini.corpus.document import Document
-from k2mini.corpus.ngrams import hash_ngrams, hash_words, words
+from k2mini.corpus.ngrams import hash_ngrams, hash_words
 from k2mini.corpus.prose import PARAGRAPHS, prose
 
 
@@ -26,8 +28,9 @@ def repetition(
         top: characters in the most frequent pair of words; of three words 0.02 less, of four 0.04.
         repeated: characters in runs of five words that stood before; 0.01 less for each word more, up to ten.
 
-    Other than in datatrove, n-grams are of words alone, spaces and punctuation counting nowhere, what lies in several
-    counts once, and headings, tables, formulas and references are not looked at.
+    Words stand between spaces, so that an address or a dotted name is one. Other than in datatrove, n-grams are of
+    words alone, spaces and punctuation around them counting nowhere, what lies in several counts once, and headings,
+    tables, formulas and references are not looked at.
     """
     text = prose(document.text)
     for kind, parts, most, most_characters in (
@@ -40,7 +43,7 @@ def repetition(
             return f"{share:.0%} of the {kind} are repeated (most: {most:.0%})"
         if (share := 1 - sum(map(len, once)) / all_characters) > most_characters:
             return f"{share:.0%} of the characters are in repeated {kind} (most: {most_characters:.0%})"
-    found = words(text)
+    found = [bare for word in text.casefold().split() if (bare := word.strip(string.punctuation))]
     hashed, lengths = hash_words(found), np.fromiter(map(len, found), np.int64, len(found))
     for n in range(2, 11):
         ngrams = hash_ngrams(hashed, n)
