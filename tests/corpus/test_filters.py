@@ -266,9 +266,9 @@ def test_repetition(text, reason):
 
 def test_an_address_and_a_dotted_name_are_one_word():
     for name in ("https://rocks.org/of/the/old/world/", "`~rocks.old.world.of.the.Sample`"):
-        text = "\n\n".join(f"{text[:-1]} {name}" for text in sentences(40))
+        text = "\n\n".join(re.sub(r"(?<=^The \w{6} )", f"{name} ", text) for text in sentences(40))
         assert repetition(Document(text)) is None
-        assert "in repeated runs of 5 words" in repetition(Document(re.sub(r"[./]", " ", text)))
+        assert repetition(Document(re.sub(r"[./]", " ", text)))
 
 
 def test_thresholds_of_repetition_are_those_of_gopher():
