@@ -356,7 +356,8 @@ def test_jats_as_markdown(tmp_path):
     (document,) = read(tmp_path, "a.nxml", jats(body, "On ice", "<abstract><p>Ice.</p></abstract>", back, meta))
     assert document.text == (
         "# On ice\n\n## Abstract\n\nIce.\n\n## Melt\n\nAt 10^-3 m the ice melts.1 It is H2O.\n\n"
-        "### Salt\n\nSee Fig. 1.\n\nFigure 1: A map. Of ice.\n\nTable 2\n\n| a | b |  |\n| - | - | - |\n|  | c | d\\|e |\n\n"
+        "### Salt\n\nSee Fig. 1.\n\nFigure 1: A map. Of ice.\n\nTable 2\n\n"
+        "| a | b |  |\n| - | - | - |\n|  | c | d\\|e |\n\n"
         "## References\n\n- Frey A. Ice and salt. J. Ice. 1999"
     )
     assert document.citations == [{"sentence": "At 10^-3 m the ice melts.1", "title": "Ice and salt"}]
