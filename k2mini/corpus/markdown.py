@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 _TAGS = {  # what is done with an element, in TEI, JATS and HTML; others stand in a line
-    "section": "div body back abstract sec ack app boxed-text glossary notes fn-group fig-group section article",
+    "section": "div body back abstract sec ack app boxed-text glossary notes fn-group fig-group table-wrap-foot article"
+    " section",
     "block": "p quote ab list disp-quote verse-line speech statement def-list def-item def term attrib media main dl dt"
-    " dd blockquote ul ol address details summary header center table-wrap-foot",
+    " dd blockquote ul ol address details summary header center",
     "heading": "head title h1 h2 h3 h4 h5 h6",
     "item": "item list-item li",
     "spaced": "s surname given-names suffix pub-id",
@@ -124,7 +125,7 @@ class Writer:
             case "section":
                 titled = any(_role(child) == "heading" and self.children(child).strip() for child in node)
                 return block(self.children(node, level and level + titled))
-            case "heading":
+            case "heading" if node.tag != "title" or (_ROLES.get(node.getparent().tag) and node.getparent().tag != "p"):
                 return self._heading(node, level)
             case "label":  # a section's number goes; that of a note or a list's item stays
                 text = self.children(node)

@@ -114,6 +114,9 @@ TEI = {
     "a namespace on every element": lambda w: tei(
         div(p(w())).replace("<p>", '<p xmlns="http://www.tei-c.org/ns/1.0">')
     ),
+    "titles in a sentence": lambda w: tei(
+        div(p(f"{w()} <title>{w(2)}</title> {w()} <bibl><title>{w(1)}</title></bibl>"))
+    ),
     "unknown elements, line and page breaks": lambda w: tei(
         div(p(f"{w(1)}<lb/>{w(1)}<pb/>{w(1)} <new>{w(1)} <hi rend='italic'>{w(1)}</hi></new> {w()}"))
     ),
@@ -237,6 +240,7 @@ def test_every_word_is_there(tmp_path, name, make, marks):
     assert document.source == str(tmp_path / name)
     assert "skipped" not in document.text
     assert not re.search(r"[\x00-\x08]| \n|\n\n\n", document.text)
+    assert make is not TEI["titles in a sentence"] or "#" not in document.text
 
 
 PAPER = (
@@ -502,6 +506,17 @@ def test_what_a_gz_becomes_is_bounded(tmp_path, monkeypatch):
         documents, ((_, reason),) = read_and_list(tmp_path / f"a.{suffix}.gz")
         assert not documents
         assert reason.endswith("more than 1,000,000 bytes")
+
+
+def test_a_small_file_stays_small(tmp_path):
+    cells = "<tr>" + "<td colspan=9999 rowspan=9999>x</td>" * 10 + "</tr>"
+    (document,) = read(tmp_path, "a.html", html(f"<table>{cells * 100}</table>"))
+    assert len(document.text) < 2_000_000
+    cited = '<ref type="bibr" target="#b{n}">x</ref> and '
+    works = "".join(work(f"b{n}", f"Work {n}") for n in range(500))
+    body = p("".join(cited.replace("{n}", str(n)) for n in range(500)))  # one sentence
+    (document,) = read(tmp_path, "a.tei.xml", tei(body, works=works))
+    assert len(json.dumps(document.record())) < 200_000
 
 
 def test_records(tmp_path):
