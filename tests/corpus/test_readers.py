@@ -420,6 +420,12 @@ def test_columns_are_read_one_after_the_other(tmp_path):
     assert {"1", "2"} <= set(paragraphs)
 
 
+def test_lines_of_one_page_are_no_headers(tmp_path):
+    lines = [(50, 800 - 20 * n, f"Sample {n} is a basalt of the ocean floor.") for n in range(9)]
+    (document,) = read(tmp_path, "a.pdf", pdf_lines([lines]))
+    assert document.text == " ".join(text for _, _, text in lines)
+
+
 def test_what_a_pdf_says_of_itself(tmp_path):
     lines = [[(50, 700, "Sea ice of the north"), (50, 650, "Received 2019. It melts, and much of it is gone already.")]]
     (document,) = read(tmp_path, "a.pdf", pdf_lines(lines, title="Sea Ice of the North", subject="doi:10.1029/2019GL8"))
