@@ -1,4 +1,4 @@
-"""The text layer of PDFs, by pypdfium2 (PDFium, BSD): pypdf orders columns alike, but marks no hyphen and is far slower.
+"""The text layer of PDFs, by pypdfium2 (PDFium, BSD): pypdf orders columns alike, but marks no hyphen and is slower.
 
 Text comes in the order of the file, which publishers' tools write column by column.
 """
