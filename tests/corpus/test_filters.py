@@ -198,6 +198,8 @@ def test_numbers_that_don_t_count_up_and_lines_close_together_stay():
         [f"{text}\n\nThe sample has {n} g\n\n" for n, text in zip((3, 1, 2, 4), page, strict=True)],
         [f"{text}\n\nThe sample has 1 g\n\n" for text in sentences(20)],
         [f"{text}\n\nThe sample has 1 g\n\n" for text in page[:2]],
+        [f"{text}\n\nThe sample has 1 g\n\n" for text in page] + list(sentences(60)),  # in a part of the text
+        [f"{text}\n\n{'1' * 5000}\n\n" for text in page],
     ):
         document = Document("".join(texts).strip())
         boilerplate(document)

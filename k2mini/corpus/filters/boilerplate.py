@@ -23,7 +23,7 @@ def boilerplate(document: Document, *, repeats: int = 3, most_words: int = 20, a
     alike: dict[str, list[tuple[int, int]]] = defaultdict(list)  # (line, words before it)
     for place, line in enumerate(lines):
         count = len(line.split())
-        if 0 < count <= most_words:
+        if 0 < count <= most_words and len(line) < 400:
             alike[re.sub(r"\d+", "0", line).strip().casefold()].append((place, before))
         before += count
     for pattern, found in alike.items():
@@ -38,6 +38,7 @@ def boilerplate(document: Document, *, repeats: int = 3, most_words: int = 20, a
         if counts_up or (not changing and pattern.count(" ") >= 2):
             for place, _ in found:
                 lines[place] = _GONE if place else lines[0]
-    if _GONE in lines:  # a sentence that went on over the page's end goes on
+    if _GONE in lines:
+        # a sentence that went on over the page's end goes on
         text = re.sub(rf"(?<=[\w,;-])\s*(?:{_GONE}\s*)+(?=[a-z])", "\n", "\n".join(lines))
-        document.text = re.sub(rf"\s*{_GONE}[\s{_GONE}]*", "\n\n", text).strip()
+        document.text = re.sub(r"\n{3,}", "\n\n", re.sub(rf"{_GONE}\n?", "", text)).strip()

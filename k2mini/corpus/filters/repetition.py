@@ -29,8 +29,8 @@ def repetition(
         repeated: characters in runs of five words that stood before; 0.01 less for each word more, up to ten.
 
     Words stand between spaces, so that an address or a dotted name is one. Other than in datatrove, n-grams are of
-    words alone, spaces and punctuation around them counting nowhere, what lies in several counts once, and headings,
-    tables, formulas and references are not looked at.
+    words alone, spaces and punctuation around them counting nowhere, and all that lies in a repeated run counts, once,
+    which is stricter; headings, tables, formulas and references are not looked at.
     """
     text = prose(document.text)
     for kind, parts, most, most_characters in (
