@@ -26,6 +26,7 @@ from k2mini.corpus.report import page
 from k2mini.corpus.shards import corpora_of, read_corpus, read_manifest
 from k2mini.data.prepare import prepare
 from k2mini.files import sha256
+from tests.conftest import ROOT
 from tests.helpers import one_step
 
 WORDS = (
@@ -285,6 +286,25 @@ def test_a_full_disk_is_named(tmp_path):
         read_group(Group([tmp_path / "a.md"], tmp_path / "part"), SETTINGS, None, lambda _: None)
     assert raised.value.filename == str(tmp_path)
     assert not (tmp_path / "part.json").exists()
+
+
+def test_the_slurm_script(tmp_path):
+    """Each job of the array makes the part of its number."""
+    (tmp_path / "k2mini").write_text('#!/bin/bash\nprintf "%s\\n" "$@"')
+    (tmp_path / "k2mini").chmod(0o755)
+    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "16", "SLURM_CPUS_PER_TASK": "8"}
+    command = [ROOT / "configs/slurm_corpus.sh", "a folder", "out", "--marks", "k2"]
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    expected = ["corpus", "a folder", "--out", "out.part2", "--part", "2/16", "--workers", "8", "--marks", "k2"]
+    assert done.stdout.splitlines() == expected
+
+
+def test_without_the_extra(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lxml", None)
+    with pytest.raises(ValueError, match="k2mini corpus needs the extra 'corpus'"):
+        build([inputs], tmp_path / "out", SETTINGS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
