@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,47 +32,54 @@ class Benchmarks:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Read JSON, JSONL, CSV or TSV. Raises ValueError where a file is none of them, or has no question."""
-        self.places: list[str] = []
-        self.short: dict[str, int] = {}  # the words of a short question -> its place
-        found: dict[int, list[tuple[np.ndarray, int]]] = {}
+        self._places: list[str] = []
+        self._short: dict[str, int] = {}  # the words of a short question -> its place
+        found: dict[int, list[np.ndarray]] = {}
         for path in paths:
             asked = 0
             for place, text, is_question in _texts(path):
                 parts = words(text)
                 n = min(len(parts), _LONGEST)
                 if n == _LONGEST or (is_question and n >= _SHORTEST):
-                    found.setdefault(n, []).append((np.unique(hash_ngrams(hash_words(parts), n)), len(self.places)))
+                    hashed = hash_words(parts)
+                    runs, first = np.unique(hash_ngrams(hashed, n), return_index=True)
+                    begun = hash_ngrams(hashed, _SHORTEST)[first]
+                    found.setdefault(n, []).append(np.stack([runs, begun, np.full_like(runs, len(self._places))]))
                 elif is_question and n:
-                    self.short.setdefault(" ".join(parts), len(self.places))
-                self.places.append(f"{path.name}, {place}")
+                    self._short.setdefault(" ".join(parts), len(self._places))
+                self._places.append(f"{path.name}, {place}")
                 asked += is_question
             if not asked:
                 raise ValueError(f"{path} has no question: no text in a field named {', '.join(QUESTIONS)}")
-        self.runs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # words in a run -> sorted hashes, their places
-        for n, pairs in sorted(found.items()):
-            hashes = np.concatenate([runs for runs, _ in pairs])
-            places = np.repeat([place for _, place in pairs], [len(runs) for runs, _ in pairs])
-            hashes, first, counts = np.unique(hashes, return_index=True, return_counts=True)
-            self.runs[n] = hashes[counts <= _COMMON], places[first[counts <= _COMMON]]
+        self._runs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # words in a run -> sorted hashes, their places
+        begins = [np.empty(0, np.uint64)]
+        for n, columns in sorted(found.items()):
+            runs, begun, places = np.concatenate(columns, axis=1)
+            runs, first, counts = np.unique(runs, return_index=True, return_counts=True)
+            rare = first[counts <= _COMMON]
+            self._runs[n] = runs[counts <= _COMMON], places[rare].astype(np.int64)
+            begins.append(begun[rare])
+        self._begins = np.unique(np.concatenate(begins))  # sorted hashes of the first six words of all runs
 
     def clean(self, document: Document, *, cut: bool) -> list[str]:
         """The places of benchmarks that a document holds, each with the words found; none where it is clean.
 
         Args:
-            cut: take out the paragraphs, abstract, captions and citations that hold them; else nothing is changed.
+            cut: take out the paragraphs, title, abstract, figures and citations that hold them; else nothing changes.
         """
         paragraphs = PARAGRAPHS.split(document.text)
-        hits = list(self._find(paragraphs))
-        found = {place: said for place, said, _ in hits}
-        for text in (document.title, document.abstract, *(figure["caption"] for figure in document.figures)):
-            found |= {place: said for place, said, _ in self._find([text])}
+        beside = [document.title, document.abstract, *(figure["caption"] for figure in document.figures)]
+        found: dict[int, str] = {}
+        gone: set[int] = set()
+        for place, said, where in self._find([*paragraphs, *filter(None, beside)]):
+            found.setdefault(place, said)
+            gone.update(where)
         if cut and found:
-            gone = {place for _, _, where in hits for place in where}
             document.text = "\n\n".join(text for place, text in enumerate(paragraphs) if place not in gone)
             document.title, document.abstract = self._left(document.title), self._left(document.abstract)
             document.figures = [figure for figure in document.figures if self._left(figure["caption"])]
             document.citations = [cited for cited in document.citations if self._left(cited["sentence"])]
-        return [f"{self.places[place]}: {said!r}" for place, said in sorted(found.items())]
+        return [f"{self._places[place]}: {said!r}" for place, said in sorted(found.items())]
 
     def _left(self, text: str) -> str:
         return "" if any(self._find([text])) else text
@@ -80,23 +88,32 @@ class Benchmarks:
         """(place in the benchmarks, words found, the paragraphs that they stand in)."""
         parts = [words(text) for text in paragraphs]
         flat = [word for part in parts for word in part]
-        owners, hashed = np.repeat(np.arange(len(parts)), [*map(len, parts)]), hash_words(flat)
-        for n, (known, places) in self.runs.items():
-            runs = hash_ngrams(hashed, n)
-            at = np.minimum(np.searchsorted(known, runs), len(known) - 1)
-            for start in np.flatnonzero(known[at] == runs) if len(known) else ():
-                where = range(owners[start], owners[start + n - 1] + 1)
-                yield int(places[at[start]]), " ".join(flat[start : start + n]), where
+        hashed = hash_words(flat)
+        if _among(self._begins, hash_ngrams(hashed, _SHORTEST))[0].size:
+            owners = np.repeat(np.arange(len(parts)), [*map(len, parts)])
+            for n, (known, places) in self._runs.items():
+                for start, at in zip(*_among(known, hash_ngrams(hashed, n)), strict=True):
+                    where = range(owners[start], owners[start + n - 1] + 1)
+                    yield int(places[at]), " ".join(flat[start : start + n]), where
         for number, text in enumerate(paragraphs):
             if text.lstrip().startswith(("#", "|", "- ", "* ")):
                 continue
-            least = {" ".join(parts[number]): 1}
+            least = {" ".join(parts[number]): 1} if len(parts[number]) < _SHORTEST else {}
             for said in re.split(r"(?<=[.?!])\s+", text):
                 if len(said) < 100:  # a short question's length, or near it
                     least.setdefault(" ".join(words(said)), _SENTENCE)
             for said, count in least.items():
-                if said in self.short and said.count(" ") + 1 >= count:
-                    yield self.short[said], said, range(number, number + 1)
+                if said in self._short and said.count(" ") + 1 >= count:
+                    yield self._short[said], said, range(number, number + 1)
+
+
+def _among(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of those hashes that are known, and where they stand in the sorted `known`."""
+    if not len(known):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    found = np.flatnonzero(known[at] == hashes)
+    return found, at[found]
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str, bool]]:
@@ -104,7 +121,9 @@ def _texts(path: Path) -> Iterator[tuple[str, str, bool]]:
     kind, content = path.suffix.lower(), read_text(path)
     if kind in (".csv", ".tsv"):
         try:
-            entries: Any = list(csv.DictReader(content.splitlines(True), delimiter="," if kind == ".csv" else "\t"))
+            entries: Any = [
+                *csv.DictReader(io.StringIO(content, newline=""), delimiter="," if kind == ".csv" else "\t")
+            ]
         except csv.Error as error:
             raise ValueError(f"{path}: {error}") from None
     elif kind == ".jsonl":
@@ -114,15 +133,13 @@ def _texts(path: Path) -> Iterator[tuple[str, str, bool]]:
         entries = parse_json(content, str(path))
     else:
         raise ValueError(f"{path}: benchmarks are read from .json, .jsonl, .csv and .tsv")
-    return _walk(entries, [], True)
+    return _walk(entries, "", True)
 
 
-def _walk(value: Any, keys: list[str], is_question: bool) -> Iterator[tuple[str, str, bool]]:
+def _walk(value: Any, place: str, is_question: bool) -> Iterator[tuple[str, str, bool]]:
     if isinstance(value, str):
-        yield "/".join(keys), value, is_question
-    elif isinstance(value, list):
-        for number, one in enumerate(value):
-            yield from _walk(one, [*keys, str(number)], is_question)
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            yield from _walk(one, [*keys, str(key)], key in QUESTIONS)
+        yield place, value, is_question
+    elif isinstance(value, (list, dict)):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            asked = key in QUESTIONS if isinstance(value, dict) else is_question
+            yield from _walk(one, f"{place}/{key}" if place else str(key), asked)

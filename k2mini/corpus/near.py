@@ -10,6 +10,8 @@ Documents are compared where one of 32 bands of 4 values is equal. That finds a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from k2mini.corpus.ngrams import hash_ngrams, hash_words, words
@@ -18,7 +20,7 @@ PERMUTATIONS = 128
 THRESHOLD = 0.5
 _WORDS = 5
 _ROWS = 4  # of a band
-_SLICE = 2**16  # pairs that are compared at a time
+_SLICE = 2**14  # pairs that are compared at a time
 
 # Multiply-shift hashing, h(x) = (a x + b mod 2^64) >> 32 with a odd. PCG64's raw values never change (NEP 19).
 _DRAWS = np.random.PCG64(20).random_raw(2 * PERMUTATIONS)
@@ -34,58 +36,67 @@ def signature(text: str) -> np.ndarray:
 
 
 def near_duplicates(signatures: np.ndarray, lengths: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
-    """Which copy of each document is kept: the longest of its cluster, the first of equals.
+    """Which copy of each document is kept: the longest, the first of equals.
 
-    In a band, documents that agree are compared with the longest of them; those that are unlike it with the longest of
-    the rest, and so on. What a chain of near duplicates connects is one cluster.
+    What a chain of near duplicates connects is a cluster. In it the longest is kept and what is like it goes, then the
+    longest of the rest, and so on: no document goes for one that it is not itself like.
 
     Args:
         signatures: (N, PERMUTATIONS) uint32; may be mapped from a file.
         lengths: (N,), of the documents.
         threshold: the least estimate of J of near duplicates, from 0 to 1.
 
-    Returns: (N,) int64, the kept document of each; itself where it is kept. Beside it, memory is 60 bytes a document.
+    Returns: (N,) int64, the kept document of each; itself where it is kept. Memory is some 80 bytes a document.
     """
     count = len(signatures)
-    order = np.lexsort((np.arange(count), -np.asarray(lengths, np.int64)))  # rank -> document, longest first
-    root = np.arange(count)  # rank -> the least rank of its cluster
-    for band in range(0, signatures.shape[1], _ROWS):
+    order = np.lexsort((np.arange(count), -np.asarray(lengths, np.int64)))  # rank -> document, the longest first
+    root, kept = np.arange(count), np.arange(count)  # rank -> the least rank of its cluster, and the kept one's
+
+    def alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        found = np.empty(len(first), bool)
+        for at in (slice(start, start + _SLICE) for start in range(0, len(first), _SLICE)):
+            found[at] = (signatures[order[first[at]]] == signatures[order[second[at]]]).mean(1) >= threshold
+        return found
+
+    def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        apart = np.flatnonzero(root[first] != root[second])
+        apart = apart[alike(first[apart], second[apart])]
+        for pair in zip(first[apart], second[apart], strict=True):
+            a, b = (_top(root, one) for one in pair)
+            root[max(a, b)] = min(a, b)
+        while np.any(root != (above := root[root])):
+            root[:] = above
+        return root[first] == root[second]
+
+    def drop(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        same = alike(first, second)
+        kept[second[same]] = first[same]
+        return same
+
+    for band in range(0, PERMUTATIONS, _ROWS):
         keys = np.zeros(count, np.uint64)
         for column in range(band, band + _ROWS):
             keys = keys * _FACTORS[0] + signatures[:, column]
-        members = np.argsort(keys[order], kind="stable")  # ranks; of equal keys the longest first
-        keys = keys[order[members]]
-        while len(members := members[shared := _shared(keys)]):
-            keys = keys[shared]
-            starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-            heads = members[np.repeat(starts, np.diff(np.append(starts, len(keys))))]
-            _join(signatures, order, root, heads, members, threshold)
-            rest = root[members] != root[heads]
-            members, keys = members[rest], keys[rest]
-    kept = np.empty(count, np.int64)
-    kept[order] = order[root]
-    return kept
+        _compare(keys[order], join)
+    _compare(root, drop)
+    found = np.empty(count, np.int64)
+    found[order] = order[kept]
+    return found
 
 
-def _shared(keys: np.ndarray) -> np.ndarray:
-    """Where a key of a sorted list stands more than once."""
-    equal = np.concatenate([[False], keys[1:] == keys[:-1], [False]])[: len(keys) + 1]
-    return equal[:-1] | equal[1:]
+def _top(root: np.ndarray, one: int) -> int:
+    while one != root[one]:
+        one = root[one]
+    return one
 
 
-def _join(
-    signatures: np.ndarray, order: np.ndarray, root: np.ndarray, first: np.ndarray, second: np.ndarray, threshold: float
-) -> None:
-    """Make one cluster of the clusters of each pair of ranks whose signatures are alike."""
-    apart = np.flatnonzero(root[first] != root[second])
-    for start in range(0, len(apart), _SLICE):
-        pairs = apart[start : start + _SLICE]
-        same = signatures[order[first[pairs]]] == signatures[order[second[pairs]]]
-        for a, b in zip(first[pairs[same.mean(1) >= threshold]], second[pairs[same.mean(1) >= threshold]], strict=True):
-            while a != root[a]:
-                a = root[a]
-            while b != root[b]:
-                b = root[b]
-            root[max(a, b)] = min(a, b)
-    while np.any(root != (above := root[root])):
-        root[:] = above
+def _compare(keys: np.ndarray, are_done: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """Compare the ranks of each key with the first of them, those that are not done with the first of these, …"""
+    members = np.argsort(keys, kind="stable")
+    while len(members):
+        sorted_keys = keys[members]
+        starts = np.flatnonzero(np.concatenate([[True], sorted_keys[1:] != sorted_keys[:-1]]))
+        sizes = np.diff(np.append(starts, len(members)))
+        firsts, several = members[np.repeat(starts, sizes)], np.repeat(sizes > 1, sizes)
+        members, firsts = members[several], firsts[several]
+        members = members[~are_done(firsts, members)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _NAMES = r"(?:\d+\.? *)?(?:list of references|references(?: cited)?|bibliography|(?:literature|works) cited)[ :]*$"
 _SECTION = re.compile(rf"^(#{{1,6}}) *{_NAMES}", re.MULTILINE | re.IGNORECASE)
@@ -33,6 +34,7 @@ def _cut(text: str, found: re.Match[str], level: int) -> str:
     return text[: found.start()] + (text[after.start() :] if after else "")
 
 
+@lru_cache(maxsize=1)  # five filters ask for that of the same text
 def prose(text: str) -> str:
     """Paragraphs and lists, without headings, tables, formulas, code and references."""
     return _STRUCTURE.sub("", without_references(text)).strip()

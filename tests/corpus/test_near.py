@@ -81,32 +81,31 @@ def test_the_longest_is_kept_and_the_first_of_equals():
     assert near_duplicates(np.empty((0, 128), np.uint32), np.empty(0), 0.5).tolist() == []
 
 
-def test_a_chain_is_one_cluster():
-    """Each is like the next, the first is not like the last."""
+def test_no_document_goes_for_one_that_it_is_unlike():
+    """Each is like the next, none like the one after that."""
     rng = random.Random(3)
     whole = text(rng, 1000)
     texts = [whole[start : start + 500] for start in (0, 125, 250, 375)]
-    assert jaccard(texts[0], texts[3]) < 0.2
-    assert kept(texts).tolist() == [0, 0, 0, 0]
+    assert jaccard(texts[0], texts[1]) > 0.55
+    assert jaccard(texts[0], texts[2]) < 0.35
+    assert kept(texts).tolist() == [0, 0, 2, 2]
 
 
 def naive(signatures, lengths, threshold):
-    """Every pair compared, clusters painted over until nothing changes."""
-    cluster = list(range(len(signatures)))
-    alike = [(a, b) for a in cluster for b in cluster if (signatures[a] == signatures[b]).mean() >= threshold]
-    for _ in cluster:
-        for a, b in alike:
-            cluster[a] = cluster[b] = min(cluster[a], cluster[b])
-    members = [[b for b in range(len(cluster)) if cluster[b] == cluster[a]] for a in range(len(cluster))]
-    return [max(group, key=lambda one: (lengths[one], -one)) for group in members]
+    """Longest first, every document goes for the first kept one that it is like."""
+    found = {}
+    for one in sorted(range(len(signatures)), key=lambda one: (-lengths[one], one)):
+        alike = [two for two in found if found[two] == two and (signatures[one] == signatures[two]).mean() >= threshold]
+        found[one] = alike[0] if alike else one
+    return [found[one] for one in range(len(signatures))]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_all_pairs_compared_find_the_same(seed):
-    """Of copies at 1 to 3 %, which the bands hardly ever miss, in any order; pairs that match in a band are compared."""
+    """Of copies at 0 to 6 % of edits; the order of the documents makes no difference to how many are kept."""
     rng = random.Random(seed)
     texts = [text(rng, 200) for _ in range(12)]
-    texts += [edited(found, rng.choice((0, 0.01, 0.03)), rng) for found in texts for _ in range(rng.randrange(3))]
+    texts += [edited(found, rng.choice((0, 0.01, 0.03, 0.06)), rng) for found in texts for _ in range(rng.randrange(3))]
     rng.shuffle(texts)
     signatures, lengths = np.stack([signature(" ".join(found)) for found in texts]), [rng.randrange(5) for _ in texts]
     found = near_duplicates(signatures, np.array(lengths), THRESHOLD)

@@ -33,7 +33,7 @@ def c4(
     if "lorem ipsum" in document.text.casefold():
         return "there is 'lorem ipsum'"
     lines = document.text.split("\n")
-    kept = [line for line in lines if is_structure(line) or not _is_waste(line.split(), line, notice, longest_word)]
+    kept = [line for line in lines if not _is_waste(line, notice, longest_word) or is_structure(line)]
     if len(kept) < len(lines):
         document.text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
     text = prose(document.text)
@@ -45,6 +45,7 @@ def c4(
     return None
 
 
-def _is_waste(found: list[str], line: str, notice: int, longest_word: int) -> bool:
-    too_long = len(line) > longest_word and max(map(len, found), default=0) > longest_word
+def _is_waste(line: str, notice: int, longest_word: int) -> bool:
+    found = line.split(None, notice)  # at most one part more
+    too_long = len(line) > longest_word and max(map(len, line.split()), default=0) > longest_word
     return too_long or (len(found) <= notice and _NOTICE.search(line) is not None)

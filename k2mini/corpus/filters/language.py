@@ -10,7 +10,7 @@ from k2mini.corpus.document import Document
 from k2mini.corpus.prose import prose
 from k2mini.errors import need_extra
 
-_MOST = 20_000  # characters that are looked at, from the middle
+_MOST = 10_000  # characters that are looked at, from the middle
 
 
 def language(document: Document, *, keep: str = "en", minimum: float = 0.5, letters: int = 200) -> str | None:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+import unicodedata
 
 from k2mini.corpus.document import Document
 from k2mini.errors import need_extra
 
 # Which fonts have for two or three letters. ftfy's own list would also take apart letters of Dutch and Croatian.
 _LIGATURES = str.maketrans(dict(zip("ﬀﬁﬂﬃﬄﬅﬆ", ["ff", "fi", "fl", "ffi", "ffl", "st", "st"], strict=True)))
-_OFF: dict[str, Any] = dict.fromkeys(
-    ("unescape_html", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes"), False
-)
 
 
 def mojibake(document: Document) -> None:
-    """Repair every text of a document, line by line; none is rejected.
+    """Repair every text of a document; none is rejected.
 
-    On: mixed-up encodings, control characters, surrogates, line ends, NFC, the ligatures ﬀ to ﬆ. Off, since they change
-    what is right: HTML entities, widths, quotation marks.
+    Of ftfy's repairs these are on: mixed-up encodings (line by line, in texts with a sequence that ftfy calls bad),
+    control characters, surrogates, line ends, NFC, and the ligatures ﬀ to ﬆ. Entities, widths and quotation marks stay.
     """
     try:
-        from ftfy import fix_text
+        from ftfy import fix_encoding, fixes
+        from ftfy.badness import is_bad
     except ImportError:
         raise need_extra("corpus") from None
 
     def repaired(text: str) -> str:
-        return fix_text(text, **_OFF).translate(_LIGATURES)
+        text = fixes.remove_control_chars(fixes.fix_line_breaks(text))
+        if text.isascii():
+            return text
+        if is_bad(text):
+            text = "\n".join(map(fix_encoding, text.split("\n")))
+        return unicodedata.normalize("NFC", fixes.fix_surrogates(fixes.fix_c1_controls(text)).translate(_LIGATURES))
 
     document.text, document.title = repaired(document.text), repaired(document.title)
     document.abstract, document.keywords = repaired(document.abstract), [*map(repaired, document.keywords)]
