@@ -5,22 +5,20 @@ from __future__ import annotations
 import http.client
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from k2mini.corpus.readers import name_of
-from k2mini.files import new_file, sha256, write_text
+from k2mini.files import sha256, write_text
 
 TIMEOUT = 180.0  # seconds without a byte, as GROBID's own client has it
 PAUSE = 5.0  # seconds before a request is tried again, doubled each time up to a minute
 TRIES = 8  # of a request where all of GROBID's threads are taken (503); of one without an answer, 3
 _FIELDS = {"consolidateHeader": "0", "consolidateCitations": "0", "includeRawCitations": "1"}  # no call to CrossRef
-
-
-class _Dead(Exception):
-    """No PDF will get an answer, and why."""
 
 
 def process(
@@ -29,7 +27,7 @@ def process(
     """PDF -> its TEI, a file in `folder` named by the PDF's SHA-256; what is there is not asked for again.
 
     Args:
-        concurrency: requests at a time; not more than the server's `concurrency` is best.
+        concurrency: requests at a time; as many as the server's own `concurrency` is best.
         on_error: called, in this thread, with the PDF and the reason where GROBID can't read it. The reason stays in
             `folder` as well (NAME.error); remove that file to have the PDF sent again.
 
@@ -38,60 +36,52 @@ def process(
     if not re.match(r"https?://[^\s/:@]+(:\d+)?(/\S*)?$", url):
         raise ValueError(f"GROBID's address must be like http://127.0.0.1:8070, not {url!r}")
     folder.mkdir(parents=True, exist_ok=True)
+    places: dict[Path, Path] = {}  # without the suffix
+    for pdf in pdfs:
+        try:
+            places[pdf] = folder / sha256(pdf)
+        except OSError as error:
+            on_error(name_of(pdf), error.strerror or str(error))
+    found = {pdf: place.with_suffix(".tei.xml") for pdf, place in places.items()}
+    unread = {pdf: place.with_suffix(".error") for pdf, place in places.items()}
+    todo = deque({places[pdf]: pdf for pdf in places if not (found[pdf].exists() or unread[pdf].exists())}.items())
     stop = threading.Event()
-    names: dict[Path, str] = {}
 
-    def unasked() -> Iterator[Path]:
-        sent: set[str] = set()
-        for pdf in pdfs:
-            try:
-                names[pdf] = name = sha256(pdf)
-            except OSError as error:
-                on_error(name_of(pdf), error.strerror or str(error))
-                continue
-            there = any((folder / f"{name}{suffix}").exists() for suffix in (".tei.xml", ".error"))
-            if name not in sent and not there:
-                sent.add(name)
-                yield pdf
-
-    def settle(futures: set[Future[None]]) -> set[Future[None]]:
-        done, left = wait(futures, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-        return left
+    def work() -> None:
+        try:
+            while todo and not stop.is_set():
+                with suppress(IndexError):  # another thread took the last
+                    place, pdf = todo.popleft()
+                    _one(pdf.read_bytes(), place, url, stop)
+        except BaseException:
+            stop.set()
+            raise
 
     with ThreadPoolExecutor(concurrency) as pool:
-        running: set[Future[None]] = set()
+        workers = [pool.submit(work) for _ in range(concurrency)]
         try:
-            for pdf in unasked():
-                running.add(pool.submit(_one, pdf, folder / names[pdf], url, stop))
-                if len(running) >= concurrency:
-                    running = settle(running)
-            while running:
-                running = settle(running)
-        except _Dead as error:
-            stop.set()
-            wait(running)
-            done = sum((folder / f"{name}.tei.xml").exists() for name in set(names.values()))
-            kept = f"; {done} of {len(pdfs)} PDFs are done and kept in {folder}, start again to go on"
-            raise ValueError(f"GROBID at {url} {error}{kept if done else ''}") from None
+            wait(workers)
         finally:
             stop.set()
-    found = {}
-    for pdf, name in names.items():
-        if (tei := folder / f"{name}.tei.xml").exists():
-            found[pdf] = tei
-        else:
-            on_error(name_of(pdf), (folder / f"{name}.error").read_text(encoding="utf-8"))
+    for failed in filter(None, (worker.exception() for worker in workers)):
+        done = sum(tei.exists() for tei in found.values())
+        if isinstance(failed, ValueError) and done:
+            raise ValueError(
+                f"{failed}; {done} of {len(pdfs)} PDFs are done and kept in {folder}, start again to go on"
+            )
+        raise failed
+    for pdf in [pdf for pdf in found if not found[pdf].exists()]:
+        on_error(name_of(pdf), unread[pdf].read_text(encoding="utf-8"))
+        del found[pdf]
     return found
 
 
-def _one(pdf: Path, place: Path, url: str, stop: threading.Event) -> None:
-    """Have a PDF's TEI, or the reason that there is none, in a file. Raises _Dead where nobody answers."""
-    content, silent = pdf.read_bytes(), 0
+def _one(content: bytes, place: Path, url: str, stop: threading.Event) -> None:
+    """Have a PDF's TEI, or the reason that there is none, in a file. Raises ValueError where nobody answers."""
+    silent = 0
     for attempt in range(TRIES):
         if attempt and stop.wait(min(PAUSE * 2 ** (attempt - 1), 60)):
-            raise _Dead("was left")
+            return
         try:
             status, answer = _request(url, place.name, content)
         except (OSError, http.client.HTTPException) as error:
@@ -101,41 +91,36 @@ def _one(pdf: Path, place: Path, url: str, stop: threading.Event) -> None:
             try:
                 _request(url)
             except (OSError, http.client.HTTPException):
-                raise _Dead(reason) from None
+                raise ValueError(f"GROBID at {url} {reason}") from None
             status, answer = 0, reason.encode()  # it answers, but not to this PDF
-        if status == 503:
-            continue
-        if 300 <= status < 400 or status in (401, 403, 404, 405):
-            raise _Dead(f"answers {status}; is the address right?")
         if status == 200 and b"<TEI" in answer[:4096]:
-            with new_file(place.with_name(f"{place.name}.tei.xml")) as beside:
-                beside.write_bytes(answer)
+            write_text(place.with_suffix(".tei.xml"), answer.decode(errors="replace"))
+        elif 300 <= status < 400 or status in (401, 403, 404, 405):
+            raise ValueError(f"GROBID at {url} answers {status}; is the address right?")
+        elif status == 503:
+            continue
         else:
             said = re.sub(r"<[^>]*>|\s+", " ", answer[:500].decode(errors="replace")).strip()
-            write_text(
-                place.with_name(f"{place.name}.error"),
-                f"GROBID: {status} {said or 'no text found'}".replace(" 0 ", " "),
-            )
+            write_text(place.with_suffix(".error"), f"GROBID: {status} {said or 'no text'}".replace(" 0 ", " "))
         return
-    raise _Dead(f"has no thread free (503, {TRIES} times)")
+    raise ValueError(f"GROBID at {url} has no thread free (503, {TRIES} times)")
 
 
 def _request(url: str, name: str = "", content: bytes | None = None) -> tuple[int, bytes]:
-    """Status and body of a request, whether it is alive or for the TEI of a PDF. No redirect is followed."""
+    """Status and body of an answer: a PDF's TEI or, without a PDF, whether GROBID is alive; no redirect is followed."""
     server = urlsplit(url)
     kind = http.client.HTTPSConnection if server.scheme == "https" else http.client.HTTPConnection
     connection = kind(server.hostname or "", server.port, timeout=TIMEOUT)
-    head = f'--{name}\r\nContent-Disposition: form-data; name="'
-    fields = "".join(f'{head}{field}"\r\n\r\n{value}\r\n' for field, value in _FIELDS.items())
-    fields += f'{head}input"; filename="{name}.pdf"\r\nContent-Type: application/pdf\r\n\r\n'
-    form = {"Content-Type": f"multipart/form-data; boundary={name}", "Accept": "application/xml"}
-    base = server.path.rstrip("/")
     try:
         if content is None:
-            connection.request("GET", f"{base}/api/isalive")
+            connection.request("GET", f"{server.path.rstrip('/')}/api/isalive")
         else:
-            body = fields.encode() + content + f"\r\n--{name}--\r\n".encode()
-            connection.request("POST", f"{base}/api/processFulltextDocument", body, form)
+            part = f'--{name}\r\nContent-Disposition: form-data; name="'
+            body = "".join(f'{part}{field}"\r\n\r\n{value}\r\n' for field, value in _FIELDS.items())
+            body += f'{part}input"; filename="{name}.pdf"\r\nContent-Type: application/pdf\r\n\r\n'
+            whole = body.encode() + content + f"\r\n--{name}--\r\n".encode()
+            form = {"Content-Type": f"multipart/form-data; boundary={name}", "Accept": "application/xml"}
+            connection.request("POST", f"{server.path.rstrip('/')}/api/processFulltextDocument", whole, form)
         response = connection.getresponse()
         return response.status, response.read(2**28)
     finally:

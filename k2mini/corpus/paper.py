@@ -11,11 +11,9 @@ from k2mini.corpus.markdown import Writer, block, one_line, tidy
 
 
 def parse_xml(content: bytes) -> Any:
-    """The root of an XML document, tags and `id` without namespaces.
+    """The root of an XML document, tags without namespaces; no DTD is read, no entity resolved, nothing fetched.
 
-    No DTD is read, no entity resolved, nothing fetched; libxml2 refuses what is nested more than 256 deep.
-
-    Raises ValueError saying why where it is not well-formed or declares an entity.
+    Raises ValueError saying why where it is not well-formed, nested more than 256 deep, or declares an entity.
     """
     from lxml import etree
 
@@ -34,8 +32,7 @@ def parse_xml(content: bytes) -> Any:
 
 def text_of(*nodes: Any) -> str:
     """What is written in the first element with text, on one line."""
-    texts = (one_line("".join(node.itertext())) for node in nodes if node is not None)
-    return next(filter(None, texts), "")
+    return next(filter(None, (one_line("".join(node.itertext())) for node in nodes)), "")
 
 
 def doi_of(*texts: str) -> str:
@@ -51,13 +48,12 @@ def year_of(*texts: str | None) -> int | None:
 
 def licence_of(*nodes: Any) -> str:
     """The licence that elements name: its address at Creative Commons, else another, else their text if it is on it."""
-    parts = [part for node in nodes if node is not None for part in node.iter()]
-    said = [value for part in parts for value in (*part.attrib.values(), part.text, part.tail)]
-    found = re.search(r"https?://creativecommons\.org/[\w./-]*\w/?", " ".join(filter(None, said)))
-    links = [value for value in said if value and re.match(r"https?://", value.strip())]
+    parts = [part for node in nodes for part in node.iter("*")]
+    said = " ".join(value for part in parts for value in (*part.attrib.values(), part.text, part.tail) if value)
+    found = re.search(r"https?://creativecommons\.org/[\w./-]*\w/?", said) or re.search(r"https?://\S+", said)
     text = text_of(*nodes)
     named = re.search(r"licen[cs]e|public domain|open.access|\bCC\b", text, re.IGNORECASE)
-    return found[0] if found else one_line(links[0]) if links else text if named else ""
+    return found[0].rstrip(".,;)") if found else text if named else ""
 
 
 def same_work(title: str, line: str, *links: str) -> str:
@@ -65,27 +61,10 @@ def same_work(title: str, line: str, *links: str) -> str:
     return doi_of(*links).lower() or re.sub(r"\W+", " ", (title or line).lower()).strip()
 
 
-def _place_figures(bodies: Sequence[Any]) -> None:
-    """Move what stands together at the end, as GROBID leaves figures, behind the first paragraph that refers to it."""
-    names = ("{http://www.w3.org/XML/1998/namespace}id", "id")
-    loose = [part for body in bodies for part in body if part.tag in ("figure", "fig", "table-wrap")]
-    figures = {part.get(name): part for part in loose for name in names if part.get(name)}
-    for reference in [part for body in bodies for part in body.iter("ref", "xref")]:
-        figure = figures.pop((reference.get("target") or reference.get("rid") or "").removeprefix("#"), None)
-        paragraph = next(reference.iterancestors("p"), None)
-        if figure is not None and paragraph is not None and figure not in reference.iterancestors():
-            figure.tail, tail = None, figure.tail or ""
-            before = figure.getprevious() if figure.getprevious() is not None else figure.getparent()
-            if tail.strip():
-                before.tail = (before.tail or "") + tail
-            paragraph.addnext(figure)
-
-
 def paper(
-    tags: dict[str, str],
     marks: str,
     title: str,
-    abstract: Any,
+    abstract: Sequence[Any],
     bodies: Sequence[Any],
     works: Sequence[tuple[str, str, str, str]],
     **known: Any,
@@ -94,25 +73,22 @@ def paper(
 
     Args:
         marks: 'k2' or 'none'.
-        abstract, bodies: elements; the first may be None.
+        abstract, bodies: elements; of the first, the first counts.
         works: id, title, the line of the bibliography, and what tells that two are the same, of each work cited.
         known: the document's other fields.
 
     Raises ValueError where there is neither abstract nor body.
     """
-    writer = Writer(tags, k2=marks == "k2", titles={name: title for name, title, *_ in works})
-    summary = "" if abstract is None else tidy(writer.children(abstract, 2))
-    summary = re.sub(r"^#+ (.+?)[.:]?\n+", r"\1: ", summary, flags=re.MULTILINE)  # of an abstract in sections
+    writer = Writer(k2=marks == "k2", titles={name: title for name, title, *_ in works})
+    summary = "".join(writer.children(part, 2) for part in abstract[:1])
+    summary = re.sub(r"^#+ (.+?)[.:]?\n+", r"\1: ", tidy(summary), flags=re.MULTILINE)  # of one in sections
     summary = re.sub(r"^(?:abstract|summary)\s*[:.]\s*", "", summary, flags=re.IGNORECASE)
-    _place_figures(bodies)
     main = "".join(block(writer.children(body)) for body in bodies)
     if not (summary + main).strip():
         raise ValueError("no text")
-    lines: dict[str, str] = {}
-    for _, _, line, same in works:
-        lines.setdefault(same, f"- {line}")
-    parts = [f"# {title}" * bool(title), f"## Abstract\n\n{summary}" * bool(summary), main]
-    parts += ["## References\n\n" + "\n".join(lines.values())] * bool(lines)
-    text, citations = writer.finish("\n\n".join(parts))
-    shown = writer.finish(summary)[0]
+    lines = {same: line for _, _, line, same in reversed(works) if line}  # the first of equals
+    listed = dict.fromkeys(f"- {lines[same]}" for *_, same in works if same in lines)
+    text = f"# {title}" * bool(title) + block(f"## Abstract\n\n{summary}" if summary else "") + main
+    text, citations = writer.finish(text + block("## References\n\n" + "\n".join(listed) if listed else ""))
+    shown, _ = writer.finish(summary)
     return Document(text, title, abstract=shown, figures=writer.figures, citations=citations, **known)

@@ -1,4 +1,4 @@
-"""The text layer of PDFs, by pypdfium2 (PDFium, BSD): pypdf gave two columns in the same order, at ten times the time.
+"""The text layer of PDFs, by pypdfium2 (PDFium, BSD): pypdf orders columns alike, but marks no hyphen and is slower.
 
 Text comes in the order of the file, which publishers' tools write column by column.
 """
@@ -65,22 +65,20 @@ def _paragraphs(pages: list[list[str]]) -> str:
 
     A line that recurs at the edges of pages, numbers apart, is a paragraph of its own, and interrupts none.
     """
-    edges = Counter(re.sub(r"\d+", "#", line) for page in pages for line in {*page[:2], *page[-2:]})
+    edges = Counter(edge for page in pages for edge in {re.sub(r"\d+", "#", line) for line in page[:2] + page[-2:]})
     usual = sorted(len(line) for page in pages for line in page)
     enough, usual_length = max(2, len(pages) // 3), usual[len(usual) // 2] if usual else 0
-    done: list[str] = []
-    parts: list[str] = []
+    paragraphs: list[list[str]] = []
+    current: list[str] = []
     for page in pages:
         for n, line in enumerate(page):
             if (n < 2 or n >= len(page) - 2) and edges[re.sub(r"\d+", "#", line)] >= enough:
-                done.append(line)
+                paragraphs.append([line])
                 continue
-            if parts and re.match(r"[•▪◦‣∙]", line):
-                done.append("\n".join(parts))
-                parts = []
-            parts.append(line)
+            if not current or re.match(r"[•▪◦‣∙]", line):
+                paragraphs.append(current := [])
+            current.append(line)
             if len(line) < 0.75 * usual_length and not line.endswith("-"):
-                done.append("\n".join(parts))
-                parts = []
-    text = "\n\n".join([*done, "\n".join(parts)] if parts else done)
+                current = []
+    text = "\n\n".join("\n".join(lines) for lines in paragraphs)
     return re.sub(r"(?<!\n)\n(?!\n)", " ", join_lines(text, "\n(?!\n)"))

@@ -21,10 +21,9 @@ from k2mini.corpus.tei import read_tei
 from k2mini.errors import need_extra
 from k2mini.files import parse_json
 
+SUFFIXES = (".xml", ".nxml", ".pdf", ".html", ".htm", ".xhtml", ".md", ".txt", ".jsonl", ".csv", ".tsv")
 MOST = 2**29  # bytes of a file, or of a line of JSONL, once decompressed: a small .gz may hold any number of them
 MOST_OF_A_TREE = 2**27  # of XML and HTML, which take some ten times as much memory
-
-_Found = Iterator[tuple[str, Document | str]]  # place in the file ('' for all of it), and a document or why it is none
 
 
 def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) -> list[Path]:
@@ -36,14 +35,10 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
     Raises ValueError where an input is missing or of another kind, where a file comes twice, or where there is none;
     OSError where a folder can't be read.
     """
-
-    def fails(error: OSError) -> None:
-        raise error
-
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=fails) for name in names]
+            found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names]
             taken = sorted(file for file in found if _suffix(file) and file.is_file())
             files += taken
             if passed_over is not None:
@@ -61,15 +56,19 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
     return files
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def name_of(path: Path) -> str:
     """A path as UTF-8 can write it, for file names are bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _suffix(path: Path) -> str | None:
-    """What a file's name ends in, of those in `_READERS`, before `.gz`; None for any other file, and a hidden one."""
+    """The one of `SUFFIXES` that a file's name ends in, before `.gz`; None for any other file, and a hidden one."""
     name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in _READERS if name.endswith(suffix) and not name.startswith(".")), None)
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix) and not name.startswith(".")), None)
 
 
 def read_file(
@@ -84,132 +83,98 @@ def read_file(
 
     Raises ValueError where the extra `corpus` is needed and not installed.
     """
-    source = name_of(path)
-    for place, found in _found(path, marks, text_field):
-        where = f"{source}, {place}" if place else source
+    for line, found in _read(path, marks, text_field):
+        place = f"{name_of(path)}, line {line}" if line else name_of(path)
         if isinstance(found, Document):
-            found.source = where
+            found.source = place
             yield found
         else:
-            on_error(where, found)
+            on_error(place, found)
 
 
-def _found(path: Path, marks: str, text_field: str) -> _Found:
+def _read(path: Path, marks: str, text_field: str) -> Iterator[tuple[int, Document | str]]:
+    """The line, or 0 for a whole file, and a document or the reason why it is none."""
     try:
-        with path.open("rb") as stored, gzip.open(stored) if path.suffix.lower() == ".gz" else stored as file:
-            yield from _READERS[_suffix(path) or ".txt"](file, marks, text_field)  # type: ignore[arg-type]
+        with path.open("rb") as stored:
+            file: Any = gzip.GzipFile(fileobj=stored) if path.suffix.lower() == ".gz" else stored
+            match _suffix(path):
+                case ".jsonl" | ".csv" | ".tsv" as kind:
+                    for line, row in _jsonl(file) if kind == ".jsonl" else _table(file, "\t" if "t" in kind else ","):
+                        yield line, row if isinstance(row, str) else _document(row, text_field)
+                case ".xml" | ".nxml":
+                    yield 0, _paper(parse_xml(_whole(file, MOST_OF_A_TREE)), marks)
+                case ".html" | ".htm" | ".xhtml":
+                    yield 0, read_html(_whole(file, MOST_OF_A_TREE))
+                case ".pdf":
+                    yield 0, read_pdf(_whole(file, MOST))
+                case _:
+                    yield 0, _text(_utf8(_whole(file, MOST)))
     except ImportError:
         raise need_extra("corpus") from None
-    except RecursionError:
-        yield "", "nested too deeply"
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        yield "", f"damaged: {error}"
+        yield 0, f"damaged: {error}"
     except OSError as error:
-        yield "", error.strerror or str(error)
-    except ValueError as error:
-        yield "", str(error)
+        yield 0, error.strerror or str(error)
+    except (ValueError, csv.Error) as error:
+        yield 0, str(error)
 
 
 def _whole(file: IO[bytes], most: int) -> bytes:
-    content = file.read(most + 1)
-    if len(content) > most:
+    if len(content := file.read(most + 1)) > most:
         raise ValueError(f"more than {most:,} bytes")
     return content
 
 
-def _decoded(content: bytes) -> str:
+def _utf8(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
 
 
-def _text(file: IO[bytes], _marks: str, _field: str) -> _Found:
-    text = _decoded(_whole(file, MOST)).replace("\r\n", "\n").strip("\n")
+def _text(text: str) -> Document:
+    text = text.replace("\r\n", "\n").strip("\n")
     if not text.strip():
         raise ValueError("no text")
     first = text.lstrip().split("\n", 1)[0]
-    yield "", Document(text, first[2:].strip() if first.startswith("# ") else "")
+    return Document(text, first[2:].strip() if first.startswith("# ") else "")
 
 
-def _xml(file: IO[bytes], marks: str, _field: str) -> _Found:
-    content = _whole(file, MOST_OF_A_TREE)
-    root = parse_xml(content)
-    articles = root.xpath("descendant-or-self::article[front or body]")
-    if root.tag == "html":
-        yield "", read_html(content)
-    elif root.tag == "TEI":
-        yield "", read_tei(root, marks)
-    elif not articles:
+def _paper(root: Any, marks: str) -> Document:
+    if root.tag not in ("TEI", "article"):
         raise ValueError(f"neither TEI nor JATS: its root is <{root.tag[:40]}>")
-    for n, article in enumerate(articles, start=1):
-        place = f"article {n}" if len(articles) > 1 else ""
-        try:
-            yield place, read_jats(article, marks)
-        except ValueError as error:
-            yield place, str(error)
+    return read_tei(root, marks) if root.tag == "TEI" else read_jats(root, marks)
 
 
-def _record(record: dict[str, Any], text_field: str) -> Document | str:
+def _document(record: dict[str, Any], text_field: str) -> Document | str:
     text = record.get(text_field)
     if not isinstance(text, str) or not text.strip():
         return f"`{text_field}` must be text that is not empty; --text-field names another"
     title, doi, abstract = (str(record.get(name) or "") for name in ("title", "doi", "abstract"))
     licence = str(record.get("licence") or record.get("license") or "")
-    return Document(text, title, doi, year_of(str(record.get("year") or "")), licence=licence, abstract=abstract)
+    return Document(text, title, doi, year_of(str(record.get("year"))), licence=licence, abstract=abstract)
 
 
-def _jsonl(file: IO[bytes], _marks: str, text_field: str) -> _Found:
+def _jsonl(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     for number, line in enumerate(iter(lambda: file.readline(MOST + 1), b""), start=1):
         if len(line) > MOST:
             raise ValueError(f"line {number} has more than {MOST:,} bytes")
-        try:
-            record = parse_json(line, "it") if line.strip() else None
-        except ValueError as error:
-            yield f"line {number}", str(error)
-            continue
-        if isinstance(record, dict):
-            yield f"line {number}", _record(record, text_field)
-        elif line.strip():
-            yield f"line {number}", "it must be a JSON object"
+        if line.strip():
+            try:
+                record = parse_json(line, "it")
+                yield number, record if isinstance(record, dict) else "it must be a JSON object"
+            except ValueError as error:
+                yield number, str(error)
 
 
-def _table(delimiter: str) -> Callable[[IO[bytes], str, str], _Found]:
-    def read(file: IO[bytes], _marks: str, text_field: str) -> _Found:
-        csv.field_size_limit(MOST)  # 128 KiB otherwise
-        rows = csv.reader(io.StringIO(_decoded(_whole(file, MOST)), newline=""), delimiter=delimiter, strict=True)
-        try:
-            columns = [name.strip() for name in next(rows, [])]
-            if text_field not in columns:
-                raise ValueError(f"it has no column `{text_field}`; --text-field names another")
-            line = rows.line_num + 1
-            for row in rows:
-                if len(row) == len(columns):
-                    yield f"line {line}", _record(dict(zip(columns, row, strict=True)), text_field)
-                elif row:
-                    yield f"line {line}", f"{len(row)} cells, the header has {len(columns)}"
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise ValueError(f"line {rows.line_num}: not valid CSV: {error}") from None
-
-    return read
-
-
-def _page(file: IO[bytes], _marks: str, _field: str) -> _Found:
-    yield "", read_html(_whole(file, MOST_OF_A_TREE))
-
-
-def _pdf(file: IO[bytes], _marks: str, _field: str) -> _Found:
-    yield "", read_pdf(_whole(file, MOST))
-
-
-_READERS: dict[str, Callable[[IO[bytes], str, str], _Found]] = {
-    **dict.fromkeys((".xml", ".nxml"), _xml),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), _page),
-    **dict.fromkeys((".md", ".txt"), _text),
-    ".pdf": _pdf,
-    ".jsonl": _jsonl,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
-}
-SUFFIXES = tuple(_READERS)
+def _table(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    csv.field_size_limit(MOST)  # 128 KiB otherwise
+    rows = csv.reader(io.StringIO(_utf8(_whole(file, MOST)), newline=""), delimiter=delimiter, strict=True)
+    columns = [name.strip() for name in next(rows, [])]
+    line = rows.line_num + 1
+    for row in rows:
+        if len(row) == len(columns):
+            yield line, dict(zip(columns, row, strict=True))
+        elif row:
+            yield line, f"{len(row)} cells, the header has {len(columns)}"
+        line = rows.line_num + 1

@@ -9,25 +9,6 @@ from k2mini.corpus.document import Document
 from k2mini.corpus.markdown import join_lines
 from k2mini.corpus.paper import doi_of, licence_of, paper, same_work, text_of, year_of
 
-_TAGS = {
-    "section": "div body back abstract",
-    "block": "p quote ab list",
-    "heading": "head",
-    "item": "item",
-    "spaced": "s",
-    "label": "label",
-    "space": "lb pb cb",
-    "formula": "formula",
-    "figure": "figure",
-    "caption": "figDesc",
-    "table": "table",
-    "row": "row",
-    "cell": "cell",
-    "note": "note",
-    "reference": "ref",
-    "skip": "listBibl listOrg graphic",
-}
-
 
 def read_tei(root: Any, marks: str) -> Document:
     """The document of a TEI element. Raises ValueError where it has no text."""
@@ -36,22 +17,20 @@ def read_tei(root: Any, marks: str) -> Document:
     words = [text_of(word) for word in root.iterfind("teiHeader//keywords//term")]
     dates = root.xpath("teiHeader//publicationStmt//date|teiHeader//sourceDesc//imprint/date")
     return paper(
-        _TAGS,
         marks,
         text_of(*root.xpath("teiHeader//titleStmt/title|teiHeader//sourceDesc//analytic/title")),
-        root.find("teiHeader//abstract"),
+        root.xpath("teiHeader//abstract"),
         root.xpath("text/body|text/back"),
         [_work(entry) for entry in root.xpath("text//listBibl/biblStruct")],
         doi=doi_of(*root.xpath("teiHeader//sourceDesc//idno[@type='DOI']/text()")),
         year=year_of(*(date.get("when") or date.text for date in dates)),
-        licence=licence_of(root.find("teiHeader//availability")),
-        keywords=words or re.findall(r"[^\s,;·•][^,;·•]*", text_of(root.find("teiHeader//keywords"))),
+        licence=licence_of(*root.xpath("teiHeader//availability")),
+        keywords=words or re.findall(r"[^\s,;·•][^,;·•]*", text_of(*root.xpath("teiHeader//keywords"))),
     )
 
 
 def _work(entry: Any) -> tuple[str, str, str, str]:
-    """Id, title, line and identity of a work cited."""
-    title = text_of(*entry.xpath(".//title[@level='a']|.//title[@level='m']"), *entry.xpath(".//title[@type='main']"))
+    title = text_of(*entry.xpath(".//title[@level='a']"), *entry.xpath(".//title[@level='m' or @type='main']"))
     people = [" ".join(map(text_of, name)) or text_of(name) for name in entry.iterfind(".//author/persName")]
     scopes = [text_of(part) or "–".join(part.xpath("@from|@to")) for part in entry.iterfind(".//biblScope")]
     dates = [text_of(part) or part.get("when", "") for part in entry.iterfind(".//imprint/date")]

@@ -39,7 +39,8 @@ def work(name, title, author="", year="1999", extra=""):
     )
     return (
         f'<biblStruct xml:id="{name}"><analytic><title level="a" type="main">{title}</title>{people}</analytic>'
-        f'<monogr><title level="j"/><imprint><date type="published" when="{year}"/></imprint></monogr>{extra}</biblStruct>'
+        f'<monogr><title level="j"/><imprint><date type="published" when="{year}"/></imprint>'
+        f"</monogr>{extra}</biblStruct>"
     )
 
 
@@ -47,7 +48,8 @@ def jats(body, title="", abstract="", back="", meta="", doctype=""):
     return (
         f'<?xml version="1.0"?>{doctype}<article xmlns:xlink="http://www.w3.org/1999/xlink" '
         'xmlns:mml="http://www.w3.org/1998/Math/MathML"><front><journal-meta><journal-title>J</journal-title>'
-        f"</journal-meta><article-meta><title-group><article-title>{title}</article-title></title-group>{meta}{abstract}"
+        f"</journal-meta><article-meta><title-group><article-title>{title}</article-title>"
+        f"</title-group>{meta}{abstract}"
         f"</article-meta></front><body>{body}</body>{back}</article>"
     ).encode()
 

@@ -267,12 +267,13 @@ def test_pdfs_go_to_a_grobid(inputs, here, tmp_path, monkeypatch):
 
     def process(pdfs, url, folder, *, on_error):
         assert (url, [pdf.name for pdf in pdfs]) == ("http://127.0.0.1:1", ["a.pdf", "b.pdf"])
+        folder.mkdir()
         (folder / "tei.md").write_text(prose("made"))
         on_error(str(pdfs[1]), "it has no text")
         return {pdfs[0]: folder / "tei.md"}
 
     monkeypatch.setattr("k2mini.corpus.grobid.process", process)
-    build([tmp_path / "in"], tmp_path / "out", Settings(SETTINGS.filters, grobid=True), grobid="http://127.0.0.1:1")
+    build([tmp_path / "in"], tmp_path / "out", Settings(SETTINGS.filters, grobid="http://127.0.0.1:1"))
     records = {record["source"]: record["text"] for record in read_corpus(tmp_path / "out")}
     assert records == {f"{tmp_path}/in/a.pdf": prose("made"), f"{tmp_path}/in/c.md": prose("c.md")}
     (listed,) = rejected(tmp_path / "out")
@@ -293,7 +294,7 @@ def test_the_slurm_script(tmp_path):
     (tmp_path / "k2mini").write_text('#!/bin/bash\nprintf "%s\\n" "$@"')
     (tmp_path / "k2mini").chmod(0o755)
     slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "16", "SLURM_CPUS_PER_TASK": "8"}
-    command = [ROOT / "configs/slurm_corpus.sh", "a folder", "out", "--marks", "k2"]
+    command = ["bash", ROOT / "configs/slurm_corpus.sh", "a folder", "out", "--marks", "k2"]
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     expected = ["corpus", "a folder", "--out", "out.part2", "--part", "2/16", "--workers", "8", "--marks", "k2"]

@@ -137,7 +137,7 @@ def test_what_grobid_cant_read_is_listed(stub, pdfs, tmp_path):
     assert reasons.pop("missing.pdf") == "No such file or directory"
     assert reasons == {
         "0.pdf": "GROBID: 500 [NO_BLOCKS] PDF parsing resulted in empty content",
-        "1.pdf": "GROBID: 204 no text found",
+        "1.pdf": "GROBID: 204 no text",
         "2.pdf": "GROBID: 200 [TIMEOUT] PDF to XML conversion timed out",
     }
     before = stub.sent.copy()
