@@ -3,9 +3,9 @@
     python tools/bench_corpus.py
 
 The papers are made for it: 5,000 random English words in 40 paragraphs, 120 citations of 40 works, a quarter of them
-copies with 3 % of the words replaced. TEI is as GROBID writes it, PDF as reportlab does, in two columns; a real PDF takes
-longer than these, for its drawings and fonts. A million papers are extrapolated from these rates; the merge, which is
-one process, from its own. Peak memory is the sum over the process and its workers of what each held at most.
+copies with 3 % of the words replaced. TEI is as GROBID writes it, PDF as reportlab does, in two columns; a real PDF
+takes longer, for its drawings and fonts. A million papers are extrapolated from these rates; the merge, which
+is one process, from its own. Peak memory is the sum over the process and its workers of what each held at most.
 """
 
 import argparse

@@ -53,8 +53,8 @@ def run_corpus(options: argparse.Namespace) -> None:
             raise ValueError("merge needs parts: k2mini corpus merge PART … --out DIR")
         manifest = merge(inputs[1:], options.out, force=options.force)
     elif inputs:
-        more = {"grobid": options.grobid, "workers": options.workers, "force": options.force}
-        manifest = build(inputs, options.out, _settings(options), part=_part(options.part), **more)
+        part, more = _part(options.part), {"workers": options.workers, "force": options.force}
+        manifest = build(inputs, options.out, _settings(options), part=part, **more)
     else:
         raise ValueError("name files or folders to read: k2mini corpus IN … --out DIR")
     print(json.dumps(manifest, ensure_ascii=False) if options.json else describe(manifest))
@@ -73,7 +73,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         options.near_duplicates,
         options.decontaminate,
         options.contaminated,
-        bool(options.grobid),
+        options.grobid,
     )
 
 

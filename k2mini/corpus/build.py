@@ -19,7 +19,7 @@ from typing import Any
 from k2mini.corpus.contamination import Benchmarks
 from k2mini.corpus.group import Group, Settings
 from k2mini.corpus.merge import NOTE, PART, is_complete, merge
-from k2mini.corpus.readers import list_files
+from k2mini.corpus.readers import list_files, name_of
 from k2mini.corpus.shards import is_corpus
 from k2mini.corpus.workers import read_groups
 from k2mini.errors import need_extra
@@ -36,15 +36,10 @@ def build(
     settings: Settings,
     *,
     part: tuple[int, int] | None = None,
-    grobid: str = "",
     workers: int = 1,
     force: bool = False,
 ) -> dict[str, Any]:
     """Make the corpus `out`, or the K-th of N parts of it, going on from where a killed run was. Returns the manifest.
-
-    Args:
-        grobid: the address of the GROBID that reads PDFs, where `settings.grobid` is set.
-        workers: files read at a time.
 
     Raises ValueError where an input is missing, nothing is left, or `output` refuses `out`.
     """
@@ -71,7 +66,7 @@ def build(
         groups = every[k - 1 :: n]
         left = _left(groups, folder)
         if settings.grobid:
-            _ask_grobid(left, grobid, out)
+            _ask_grobid(left, settings.grobid, out)
         read_groups(left, workers, settings, benchmarks)
         note = {"format": PART, "part": [k, n], "inputs": digest, "settings": described}
         note["groups"] = [group.part.name for group in groups]
@@ -128,11 +123,9 @@ def _ask_grobid(groups: list[Group], url: str, out: Path) -> None:
     from k2mini.corpus.grobid import process
 
     folder, wrong = out.absolute().with_name(f"{out.absolute().name}.tei"), dict[str, str]()
-    folder.mkdir(exist_ok=True)
-    pdfs = [file for group in groups for file in group.files if file.suffix.lower() == ".pdf"]
-    made = process(pdfs, url, folder, on_error=wrong.__setitem__)
+    pdfs = {group.part: [file for file in group.files if file.suffix.lower() == ".pdf"] for group in groups}
+    made = process([file for files in pdfs.values() for file in files], url, folder, on_error=wrong.__setitem__)
     log.info("GROBID's TEI is in %s, where a later start finds it", folder)
     for group in groups:
-        ours = [file for file in group.files if file.suffix.lower() == ".pdf"]
-        group.instead = {file: made[file] for file in ours if file in made}
-        group.skip = {file: wrong.get(str(file), "GROBID made nothing of it") for file in ours if file not in made}
+        group.instead = {file: made[file] for file in pdfs[group.part] if file in made}
+        group.skip = {file: wrong[name_of(file)] for file in pdfs[group.part] if file not in made}

@@ -25,7 +25,7 @@ from k2mini.corpus.readers import name_of, read_file
 from k2mini.errors import need_extra, sentence
 from k2mini.files import sha256
 
-PACKAGES = ("k2mini", "numpy", "lxml", "pypdfium2", "trafilatura", "ftfy", "py3langid")
+PACKAGES = ("k2mini", "numpy", "lxml", "pypdfium2", "ftfy", "py3langid")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Settings:
         near_duplicates: the similarity (Jaccard, of word 5-grams) from which on two documents are one.
         decontaminate: files of benchmarks. A document that holds a question of theirs is dropped, or, where
             `contaminated` is 'cut', the paragraph is.
-        grobid: PDFs are read by a GROBID, not by their layer of text.
+        grobid: the address of a GROBID, by which PDFs are read then, and not by their layer of text.
     """
 
     filters: dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ class Settings:
     near_duplicates: float = THRESHOLD
     decontaminate: Sequence[Path] = ()
     contaminated: str = "drop"
-    grobid: bool = False
+    grobid: str = ""
 
     def described(self) -> dict[str, Any]:
         """As they stand in the manifest: benchmarks by name and hash, and the versions of what reads and cleans."""
@@ -54,7 +54,7 @@ class Settings:
 
         files = [{"file": file.name, "sha256": sha256(file)} for file in self.decontaminate]
         versions = {name: version(name) for name in PACKAGES}
-        return {**vars(self), "decontaminate": files, "versions": versions}
+        return {**vars(self), "decontaminate": files, "grobid": bool(self.grobid), "versions": versions}
 
 
 @dataclass
@@ -93,13 +93,8 @@ def read_group(group: Group, settings: Settings, benchmarks: Benchmarks | None, 
                         known = (bytes.fromhex(line["sha256"])[:16], lines.tell(), len(document.text.split()))
                         records.write(np.array([(*known, signature(document.text))], RECORD).tobytes())
                         lines.write(json_line(line))
-        note = {
-            "files": len(group.files),
-            "bytes": size,
-            "documents": documents,
-            "changed": changed,
-            "dropped": dropped,
-        }
+        note = {"files": len(group.files), "bytes": size, "documents": documents}
+        note |= {"changed": changed, "dropped": dropped}
         note["sha256"] = [sha256(own.with_suffix(suffix)) for suffix in (".jsonl", ".records")]
         own.with_suffix(".json").write_text(json.dumps(note) + "\n", encoding="utf-8")
         for suffix in (".jsonl", ".records", ".json"):

@@ -214,9 +214,10 @@ def _steps(
 ) -> list[tuple[str, int, int, int]]:
     """(filter, documents that came in, dropped, changed) in the order in which filters are run."""
     changed[f"{CONTAMINATION}: changed"] = dropped.pop(CUT, 0)
-    asked = [CONTAMINATION] if settings["decontaminate"] else []
+    names = [READING, ERROR, *settings["filters"], CONTAMINATION, EXACT, NEAR, *dropped]
+    unseen = {ERROR} - dropped.keys() | ({CONTAMINATION} if not settings["decontaminate"] else set())
     coming, steps = kept + dropped.total(), []
-    for name in dict.fromkeys([READING, ERROR, *settings["filters"], *asked, EXACT, NEAR, *dropped]):
+    for name in [name for name in dict.fromkeys(names) if name not in unseen]:
         steps.append((name, coming, dropped[name], changed[f"{name}: changed"]))
         coming -= dropped[name]
     return steps

@@ -51,7 +51,8 @@ def read_groups(groups: list[Group], workers: int, *arguments: Any) -> None:
         try:
             while waiting or busy:
                 while waiting and len(busy) < workers:
-                    worker = idle.pop() if idle else _start(waiting[0], arguments)
+                    alive = idle and idle[-1].process.is_alive()
+                    worker = idle.pop() if alive else _start(waiting[0], arguments)
                     worker.group, worker.file, worker.since = waiting.popleft(), None, time.monotonic()
                     worker.pipe.send(worker.group)
                     busy.append(worker)

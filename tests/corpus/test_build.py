@@ -26,6 +26,7 @@ from k2mini.corpus.report import page
 from k2mini.corpus.shards import corpora_of, read_corpus, read_manifest
 from k2mini.data.prepare import prepare
 from k2mini.files import sha256
+from tests.conftest import ROOT
 from tests.helpers import one_step
 
 WORDS = (
@@ -134,7 +135,7 @@ def test_everything_is_kept_or_listed(inputs, corpus):
 def test_the_funnel_adds_up(corpus):
     manifest, steps = read_manifest(corpus), read_manifest(corpus)["counts"]
     assert [step["filter"] for step in steps] == [
-        "reading", "error", *SETTINGS.filters, "exact duplicates", "near duplicates"
+        "reading", *SETTINGS.filters, "exact duplicates", "near duplicates"
     ]  # fmt: skip
     after = [step["in"] for step in steps[1:]] + [manifest["documents"]]
     assert [step["in"] - step["dropped"] for step in steps] == after
@@ -266,12 +267,13 @@ def test_pdfs_go_to_a_grobid(inputs, here, tmp_path, monkeypatch):
 
     def process(pdfs, url, folder, *, on_error):
         assert (url, [pdf.name for pdf in pdfs]) == ("http://127.0.0.1:1", ["a.pdf", "b.pdf"])
+        folder.mkdir()
         (folder / "tei.md").write_text(prose("made"))
         on_error(str(pdfs[1]), "it has no text")
         return {pdfs[0]: folder / "tei.md"}
 
     monkeypatch.setattr("k2mini.corpus.grobid.process", process)
-    build([tmp_path / "in"], tmp_path / "out", Settings(SETTINGS.filters, grobid=True), grobid="http://127.0.0.1:1")
+    build([tmp_path / "in"], tmp_path / "out", Settings(SETTINGS.filters, grobid="http://127.0.0.1:1"))
     records = {record["source"]: record["text"] for record in read_corpus(tmp_path / "out")}
     assert records == {f"{tmp_path}/in/a.pdf": prose("made"), f"{tmp_path}/in/c.md": prose("c.md")}
     (listed,) = rejected(tmp_path / "out")
@@ -285,6 +287,25 @@ def test_a_full_disk_is_named(tmp_path):
         read_group(Group([tmp_path / "a.md"], tmp_path / "part"), SETTINGS, None, lambda _: None)
     assert raised.value.filename == str(tmp_path)
     assert not (tmp_path / "part.json").exists()
+
+
+def test_the_slurm_script(tmp_path):
+    """Each job of the array makes the part of its number."""
+    (tmp_path / "k2mini").write_text('#!/bin/bash\nprintf "%s\\n" "$@"')
+    (tmp_path / "k2mini").chmod(0o755)
+    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "16", "SLURM_CPUS_PER_TASK": "8"}
+    command = ["bash", ROOT / "configs/slurm_corpus.sh", "a folder", "out", "--marks", "k2"]
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    expected = ["corpus", "a folder", "--out", "out.part2", "--part", "2/16", "--workers", "8", "--marks", "k2"]
+    assert done.stdout.splitlines() == expected
+
+
+def test_without_the_extra(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lxml", None)
+    with pytest.raises(ValueError, match="k2mini corpus needs the extra 'corpus'"):
+        build([inputs], tmp_path / "out", SETTINGS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
