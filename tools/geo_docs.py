@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import re
+import resource
 import subprocess
 import sys
 import tarfile
@@ -35,7 +36,13 @@ pyrocko==2026.6.2 pyrolite==0.3.8.post1 rioxarray==0.19.0 satpy==0.60.0 scitools
 verde==1.5.0 wradlib==2.9.6 xclim==0.62.0 xesmf==0.3.0
 """
 SUFFIXES = (".html", ".htm", ".xhtml", ".md", ".txt", ".pdf", ".rst")
-OTHER_LICENCES = {"geotranz-doc": "NGA's terms of use", "udunits-bin": "UCAR's licence", "argopy": "EUPL-1.2"}
+OTHER_LICENCES = {
+    "geotranz-doc": "NGA's terms of use",
+    "udunits-bin": "UCAR's licence",
+    "argopy": "EUPL-1.2",
+    "survex": "GPL-2+",
+    "liboasis3-doc": "LGPL",
+}
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -137,11 +144,13 @@ def main() -> None:
         print(f"{name} {version}; {named}; {files:,}; {size:,}")
     command = [sys.executable, "-m", "k2mini", "corpus", "in", "--out", "corpus", "--workers", options.workers]
     benchmarks = [str(Path(file).absolute()) for file in options.decontaminate]
-    start = time.perf_counter()
+    start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = used.ru_utime + used.ru_stime
     subprocess.run([*command, *["--decontaminate"] * bool(benchmarks), *benchmarks], cwd=options.folder, check=True)
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu, megabytes = used.ru_utime + used.ru_stime - before, sum(row[4] for row in rows) / 1e6
     manifest = read_manifest(corpus)
-    print(f"\n{sum(row[3] for row in rows):,} files, {sum(row[4] for row in rows) / 1e6:.1f} MB, {seconds:.0f} s")
+    print(f"\n{sum(row[3] for row in rows):,} files, {megabytes:.1f} MB, {seconds:.0f} s, of CPU {cpu:.0f} s")
     entries = [json.loads(line) for line in (corpus / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     packages = defaultdict[str, Counter[str]](Counter)
     for entry in entries:

@@ -16,14 +16,14 @@ from tests.conftest import ROOT
 for package in ("lxml", "pypdfium2", "ftfy", "py3langid", "reportlab"):
     pytest.importorskip(package)
 
-# The README's, in a folder with world/ and configs/, where `runs/demo/base` is the demo's base.
+# The README's, in a folder with mini/ and configs/, where `runs/demo/base` is the demo's base.
 COMMANDS = """
-k2mini corpus world/papers --out world/corpus --workers 2
-k2mini prepare world/corpus --tokenizer runs/demo/base --out world/tokens
-k2mini pretrain configs/tiny_pretrain.yaml data.path=world/tokens data.val_path=null train.max_steps=500 run.dir=runs/read
-k2mini signals world/corpus world/tables --out world/signals.json --questions world/asked.json --held-out 50 --phrasings 6 --answer-prefix "Answer: "
-k2mini finetune configs/tiny_stage2.yaml model.path=runs/read/model data.path=world/signals.json eval.benchmark=[world/asked_unseen.json] run.dir=runs/tuned
-k2mini eval --model runs/read/model --adapter runs/tuned/adapter --benchmark world/asked_unseen.json --tasks npee/choice --scoring text --answer-prefix "Answer: " --json
+k2mini corpus mini/papers --out mini/corpus --workers 2 --set references.keep=false
+k2mini prepare mini/corpus --tokenizer runs/demo/base --out mini/tokens
+k2mini pretrain configs/tiny_pretrain.yaml data.path=mini/tokens data.val_path=null train.max_steps=800 run.dir=runs/read
+k2mini signals mini/corpus mini/tables --out mini/signals.json --questions mini/asked.json --held-out 50 --tasks fact caption citation keywords --phrasings 6 --answer-prefix "Answer: "
+k2mini finetune configs/tiny_stage2.yaml model.path=runs/read/model data.path=mini/signals.json eval.benchmark=[mini/asked_unseen.json] run.dir=runs/tuned
+k2mini eval --model runs/read/model --adapter runs/tuned/adapter --benchmark mini/asked_unseen.json --tasks npee/choice --scoring text --answer-prefix "Answer: " --json
 """.strip().splitlines()  # noqa: E501
 # The same tuning over a base that has not read the papers.
 CONTROL = [
@@ -42,7 +42,7 @@ def tool():
 
 
 def make_world(tool, folder, papers, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["make_papers.py", str(folder / "world"), "--papers", str(papers)])
+    monkeypatch.setattr("sys.argv", ["make_papers.py", str(folder / "mini"), "--papers", str(papers)])
     tool.main()
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "runs/demo").mkdir(parents=True)
@@ -65,7 +65,7 @@ def words(text):
 def test_from_papers_to_answers(tool, tmp_path, monkeypatch, run):
     """30 papers in seven formats: what is kept and why the others are not; each step takes what was before it."""
     make_world(tool, tmp_path, 30, monkeypatch)
-    short = [command.replace("train.max_steps=500", "train.max_steps=2") for command in COMMANDS]
+    short = [command.replace("train.max_steps=800", "train.max_steps=2") for command in COMMANDS]
     short[4] += f" {QUICK}"
     short[5] += " --limit 4"
     report = run_all(run, short)
@@ -73,8 +73,8 @@ def test_from_papers_to_answers(tool, tmp_path, monkeypatch, run):
 
     # Of 30 papers one is a near copy, one in German, one junk; the tool's own papers are written again to compare.
     papers = tool.write_papers(27, random.Random(0))
-    kept = list(read_corpus(tmp_path / "world/corpus"))
-    rejected = [json.loads(line) for line in (tmp_path / "world/corpus/rejected.jsonl").read_text().splitlines()]
+    kept = list(read_corpus(tmp_path / "mini/corpus"))
+    rejected = [json.loads(line) for line in (tmp_path / "mini/corpus/rejected.jsonl").read_text().splitlines()]
     assert len(kept) == len(papers)
     assert sorted(entry["filter"] for entry in rejected) == ["language", "near duplicates", "quality"]
     known = {" ".join(words(paper.title)): paper for paper in papers}
@@ -87,13 +87,13 @@ def test_from_papers_to_answers(tool, tmp_path, monkeypatch, run):
         if not record["source"].endswith((".pdf", ".txt", ".txt.gz")):
             assert record["title"] == paper.title
     assert not known
-    assert read_manifest(tmp_path / "world/corpus")["licences"]
+    assert read_manifest(tmp_path / "mini/corpus")["licences"]
 
     # What is asked of held-out entities stands in the papers, but in no instruction.
     names = by_entity(read_facts("geoscience"))
-    asked = json.loads((tmp_path / "world/asked_unseen.json").read_text())["choice"]["question"]
+    asked = json.loads((tmp_path / "mini/asked_unseen.json").read_text())["choice"]["question"]
     held = {name for name in names if any(re.search(rf"\b{name}[ ?.,]", text.split("\n")[0]) for text in asked)}
-    told = (tmp_path / "world/signals.json").read_text()
+    told = (tmp_path / "mini/signals.json").read_text()
     assert len(held) > len(names) / 3
     corpus = " ".join(record["text"] for record in kept).casefold()
     for name in held:
