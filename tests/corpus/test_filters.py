@@ -352,6 +352,7 @@ def test_c4():
     assert c4(Document(code * 3 + ENGLISH * 3)) == "0.14 curly brackets a word (most: 0.1)"
     assert c4(Document(f"```\n{code * 9}```\n" + ENGLISH * 3)) is None
     assert c4(Document(ENGLISH * 3 + "$x_{1}^{2}$ `{}` " * 20)) is None
+    assert c4(Document(ENGLISH * 3 + r"\[ \frac{1}{2}n^{2}\sin \textstyle{} x_{1} \] see {ref}`a {b}` " * 20)) is None
     assert c4(Document(PAPER)) is None
 
 

@@ -12,6 +12,8 @@ _NOTICE = re.compile(
     rf"javascript.*{_BROWSER}|{_BROWSER}.*javascript|terms of use|(?:privacy|cookie) policy|uses? (?:of )?cookies",
     re.IGNORECASE,
 )
+# `code`, {role}`code`, $formula$, and words of LaTeX that stand outside of $: \frac{1}{2}, n^{2}.
+_FORMULA_OR_CODE = re.compile(r"\$[^$\n]*\$|(?:\{[\w:-]+\})?`[^`\n]*`|\S*(?:\\|[_^]\{)\S*")
 _SENTENCE = re.compile(r"\w[^\w\s]*[.?!][\"'”’)\]]*(?=\s|$)")
 
 
@@ -37,8 +39,8 @@ def c4(
     if len(kept) < len(lines):
         document.text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
     text = prose(document.text)
-    bare = re.sub(r"\$[^$\n]*\$|`[^`\n]*`", "", text)
-    if (share := (bare.count("{") + bare.count("}")) / max(1, len(bare.split()))) > curly:
+    bare = _FORMULA_OR_CODE.sub("", text)
+    if (share := (bare.count("{") + bare.count("}")) / max(1, len(text.split()))) > curly:
         return f"{share:.2g} curly brackets a word (most: {curly:g})"
     if (count := len(_SENTENCE.findall(text))) < sentences:
         return f"sentences: {count} (least: {sentences})"
