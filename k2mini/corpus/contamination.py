@@ -70,7 +70,7 @@ class Benchmarks:
             cut: take out the paragraphs, title, abstract, figures and citations that hold them; else nothing changes.
         """
         paragraphs = PARAGRAPHS.split(document.text)
-        beside = [document.title, document.abstract, *(figure["caption"] for figure in document.figures)]
+        beside = [document.title, document.abstract, *(one.get("caption", "") for one in document.figures)]
         found: dict[int, str] = {}
         gone: set[int] = set()
         for place, said, where in [*self._runs_in([*paragraphs, *filter(None, beside)]), *self._short_in(paragraphs)]:
@@ -78,13 +78,13 @@ class Benchmarks:
             gone.update(where)
         if cut and found:
             document.text = "\n\n".join(text for place, text in enumerate(paragraphs) if place not in gone)
-            document.title, document.abstract = self._left(document.title), self._left(document.abstract)
-            document.figures = [figure for figure in document.figures if self._left(figure["caption"])]
-            document.citations = [cited for cited in document.citations if self._left(cited["sentence"])]
+            document.title, document.abstract = ("" if self._in(text) else text for text in beside[:2])
+            document.figures = [one for one in document.figures if not self._in(one.get("caption", ""))]
+            document.citations = [one for one in document.citations if not self._in(one.get("sentence", ""))]
         return [f"{self._places[place]}: {said!r}" for place, said in sorted(found.items())]
 
-    def _left(self, text: str) -> str:
-        return "" if any(self._runs_in([text])) else text
+    def _in(self, text: str) -> bool:
+        return any(self._runs_in([text]))
 
     def _runs_in(self, paragraphs: Sequence[str]) -> Iterator[tuple[int, str, range]]:
         """(place in the benchmarks, words found, the paragraphs that they stand in)."""
@@ -131,9 +131,8 @@ def _texts(path: Path) -> Iterator[tuple[str, str, bool]]:
     kind, content = path.suffix.lower(), read_text(path)
     if kind in (".csv", ".tsv"):
         try:
-            entries: Any = [
-                *csv.DictReader(io.StringIO(content, newline=""), delimiter="," if kind == ".csv" else "\t")
-            ]
+            delimiter = "," if kind == ".csv" else "\t"
+            entries: Any = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter))
         except csv.Error as error:
             raise ValueError(f"{path}: {error}") from None
     elif kind == ".jsonl":
