@@ -182,7 +182,10 @@ def _write(groups: list[Path], documents: _Documents, settings: dict[str, Any], 
     kept = sum(shard["documents"] for shard in shards)
     steps = _steps(kept, settings, dropped, changed)
     if not kept:
-        raise ValueError(f"no document is left: {some([f'{s[0]} dropped {s[2]:,}' for s in steps if s[2]], 9)}")
+        said = some([f"{name} dropped {number:,}" for name, _, number, _ in steps if number], 9)
+        with (folder / REJECTED).open("rb") as file:
+            first = json.loads(file.readline())
+        raise ValueError(f"no document is left: {said}; of {first['source']} it is said: {first['reason']}")
     for shard in shards:
         shard["sha256"] = sha256(folder / shard["name"])
     hashes = "".join(shard["sha256"] for shard in shards)
