@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,10 @@ def _write(groups: list[Path], documents: _Documents, settings: dict[str, Any], 
     kept = sum(shard["documents"] for shard in shards)
     steps = _steps(kept, settings, dropped, changed)
     if not kept:
-        said = some([f"{name} dropped {number:,}" for name, _, number, _ in steps if number], 9)
+        said = [f"{name} dropped {number:,}" for name, _, number, _ in steps if number] or ["the files have none"]
         with (folder / REJECTED).open("rb") as file:
-            first = json.loads(file.readline())
-        raise ValueError(f"no document is left: {said}; of {first['source']} it is said: {first['reason']}")
+            said += [f"the first, {r['source']}, since: {r['reason']}" for r in map(json.loads, islice(file, 1))]
+        raise ValueError(f"no document is left: {some(said, 20)}")
     for shard in shards:
         shard["sha256"] = sha256(folder / shard["name"])
     hashes = "".join(shard["sha256"] for shard in shards)

@@ -329,7 +329,10 @@ def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
     fails("--near-duplicates must be above 0", inputs, *out, "--near-duplicates", 0)
     fails("--workers must be at least 1", inputs, *out, "--workers", 0)
     fails("--part must be K/N with K from 1 to N, such as 2/16, not '4/3'", inputs, *out, "--part", "4/3")
-    fails("no document is left: reading dropped 1; of ", inputs / "below/junk.pdf", *out)
+    said = f"no document is left: reading dropped 1, the first, {inputs}/below/junk.pdf, since: not a PDF"
+    fails(said, inputs / "below/junk.pdf", *out)
+    (tmp_path / "empty.jsonl").write_text("")
+    fails("no document is left: the files have none", tmp_path / "empty.jsonl", *out)
     fails("is no corpus: it has no corpus.json", "--report", inputs, "--out", tmp_path / "page.html")
     fails("a page's name ends in .html", "--report", corpus, "--out", tmp_path / "page")
     assert not (tmp_path / "out").exists()
