@@ -348,7 +348,8 @@ def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
     fails("other was made with other filters than", "merge", one, tmp_path / "other", *out)
     fails(f"{tmp_path}/2of4 is one of 4 parts, {one} is one of 3", "merge", one, tmp_path / "2of4", *out)
     fails(f"{corpus} is no part of a corpus", "merge", one, corpus, *out)
-    fails("merge takes --set from the parts", "merge", one, two, *out, "--set", "words.minimum=3")
+    for option in (("--set", "words.minimum=3"), ("--near-duplicates", 0.9)):
+        fails(f"{option[0]} is for making a corpus or its parts", "merge", one, two, *out, *option)
     assert run("corpus", few, "--out", tmp_path / "3", *less, "--part", "3/3")[0] == 0
     status, said, _ = run("corpus", "merge", one, two, tmp_path / "3", *out, "--json")
     assert status == 0
