@@ -174,7 +174,8 @@ def contamination(folder: Path, questions: list[str], arc: list[str], texts: lis
                 f"missed: {few} of fewer than six words, {len(missed) - few} others",
                 flush=True,
             )
-    for name, checked in (("clean paragraphs of documentation", clean), ("records of K2's instruction data", arc)):
+    checks = {"clean paragraphs of documentation": clean, "records of K2's instruction data": arc}
+    for name, checked in (checks | {"pages of documentation": texts}).items():
         found = [(said, text) for text in checked for said in benchmarks.clean(Document(text), cut=False)[:1]]
         print(f"{name}: {len(found)} of {len(checked):,} ({len(found) / len(checked):.3%})")
         for said, _ in found[:20]:

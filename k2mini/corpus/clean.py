@@ -10,7 +10,7 @@ from typing import Any
 from k2mini.corpus.document import Document
 from k2mini.corpus.filters.boilerplate import boilerplate
 from k2mini.corpus.filters.c4 import c4
-from k2mini.corpus.filters.language import language
+from k2mini.corpus.filters.language import check_languages, language
 from k2mini.corpus.filters.mojibake import mojibake
 from k2mini.corpus.filters.quality import quality
 from k2mini.corpus.filters.references import references
@@ -46,6 +46,8 @@ def choose(overrides: Sequence[str], without: Sequence[str]) -> dict[str, dict[s
             known = ", ".join(f"{one}.{key}" for one, thresholds in chosen.items() for key in thresholds)
             raise ValueError(f"{override!r} sets no threshold of a filter that is run; there are {known}")
         chosen[name][threshold] = _value(value, chosen[name][threshold], where)
+        if where == "language.keep":
+            check_languages(value)
     return chosen
 
 

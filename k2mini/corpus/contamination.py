@@ -18,6 +18,7 @@ from k2mini.files import parse_json, read_text
 
 QUESTIONS = ("question", "questions", "stem", "query", "prompt", "problem")
 _LONGEST, _SHORTEST, _SENTENCE = 13, 6, 4  # words
+_FEW, _CELL = 100, 60  # characters: more than a short question has, and than a cell of a table
 _COMMON = 10  # what stands in more texts than this belongs to none of them (Brown et al. 2020)
 
 
@@ -26,8 +27,9 @@ class Benchmarks:
 
     - Of every text in the files, be it question, option or answer: each run of 13 words.
     - A question (what a field of `QUESTIONS` has, or a bare list) of 6 to 12 words: all of it, wherever it stands.
-    - A shorter one, often a term: where it is a whole paragraph or, of 4 or 5 words, a whole sentence; headings, lists
-      and tables may have it.
+    - A shorter one: where it is a whole paragraph of the text or, of 4 or 5 words, a whole sentence. Headings, lists
+      and tables may have it, and so may paragraphs among short ones (what is left of a menu or table), one or two of
+      them: many are terms, such as "rank".
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -68,23 +70,23 @@ class Benchmarks:
             cut: take out the paragraphs, title, abstract, figures and citations that hold them; else nothing changes.
         """
         paragraphs = PARAGRAPHS.split(document.text)
-        beside = [document.title, document.abstract, *(figure["caption"] for figure in document.figures)]
+        beside = [document.title, document.abstract, *(one.get("caption", "") for one in document.figures)]
         found: dict[int, str] = {}
         gone: set[int] = set()
-        for place, said, where in self._find([*paragraphs, *filter(None, beside)]):
+        for place, said, where in [*self._runs_in([*paragraphs, *filter(None, beside)]), *self._short_in(paragraphs)]:
             found.setdefault(place, said)
             gone.update(where)
         if cut and found:
             document.text = "\n\n".join(text for place, text in enumerate(paragraphs) if place not in gone)
-            document.title, document.abstract = self._left(document.title), self._left(document.abstract)
-            document.figures = [figure for figure in document.figures if self._left(figure["caption"])]
-            document.citations = [cited for cited in document.citations if self._left(cited["sentence"])]
+            document.title, document.abstract = ("" if self._in(text) else text for text in beside[:2])
+            document.figures = [one for one in document.figures if not self._in(one.get("caption", ""))]
+            document.citations = [one for one in document.citations if not self._in(one.get("sentence", ""))]
         return [f"{self._places[place]}: {said!r}" for place, said in sorted(found.items())]
 
-    def _left(self, text: str) -> str:
-        return "" if any(self._find([text])) else text
+    def _in(self, text: str) -> bool:
+        return any(self._runs_in([text]))
 
-    def _find(self, paragraphs: Sequence[str]) -> Iterator[tuple[int, str, range]]:
+    def _runs_in(self, paragraphs: Sequence[str]) -> Iterator[tuple[int, str, range]]:
         """(place in the benchmarks, words found, the paragraphs that they stand in)."""
         parts = [words(text) for text in paragraphs]
         flat = [word for part in parts for word in part]
@@ -95,16 +97,24 @@ class Benchmarks:
                 for start, at in zip(*_among(known, hash_ngrams(hashed, n)), strict=True):
                     where = range(owners[start], owners[start + n - 1] + 1)
                     yield int(places[at]), " ".join(flat[start : start + n]), where
+
+    def _short_in(self, paragraphs: Sequence[str]) -> Iterator[tuple[int, str, range]]:
+        """The same of the questions that are too short to be looked for everywhere."""
+        alone: dict[int, str] = {}  # paragraph -> the short question that it is
         for number, text in enumerate(paragraphs):
             if text.lstrip().startswith(("#", "|", "- ", "* ")):
                 continue
-            least = {" ".join(parts[number]): 1} if len(parts[number]) < _SHORTEST else {}
-            for said in re.split(r"(?<=[.?!])\s+", text):
-                if len(said) < 100:  # a short question's length, or near it
-                    least.setdefault(" ".join(words(said)), _SENTENCE)
-            for said, count in least.items():
-                if said in self._short and said.count(" ") + 1 >= count:
+            if len(text) < _FEW and (said := " ".join(words(text))) in self._short:
+                alone[number] = said
+                continue
+            for sentence in re.split(r"(?<=[.?!])\s+", text):
+                said = " ".join(words(sentence)) if len(sentence) < _FEW else ""
+                if said in self._short and said.count(" ") + 1 >= _SENTENCE:
                     yield self._short[said], said, range(number, number + 1)
+        for number, said in alone.items():
+            beside = [*paragraphs[max(0, number - 1) : number], *paragraphs[number + 1 : number + 2]]
+            if not beside or max(map(len, beside)) >= _CELL or len({*alone.values()}) > 2:
+                yield self._short[said], said, range(number, number + 1)
 
 
 def _among(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,9 +131,8 @@ def _texts(path: Path) -> Iterator[tuple[str, str, bool]]:
     kind, content = path.suffix.lower(), read_text(path)
     if kind in (".csv", ".tsv"):
         try:
-            entries: Any = [
-                *csv.DictReader(io.StringIO(content, newline=""), delimiter="," if kind == ".csv" else "\t")
-            ]
+            delimiter = "," if kind == ".csv" else "\t"
+            entries: Any = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter))
         except csv.Error as error:
             raise ValueError(f"{path}: {error}") from None
     elif kind == ".jsonl":

@@ -18,22 +18,25 @@ def language(document: Document, *, keep: str = "en", minimum: float = 0.5, lett
 
     py3langid (Lui and Baldwin 2012) judges the running text; its probabilities sum to one over its languages. Text with
     fewer than `letters` letters, or in which less than half is letters, is not judged.
-
-    Raises ValueError where py3langid doesn't know a language.
     """
-    model, kept, text = _model(), {*keep.split(",")}, prose(document.text)
-    if unknown := kept.difference(model.labels):
-        raise ValueError(f"language.keep: {', '.join(sorted(unknown))} is none of {', '.join(sorted(model.labels))}")
+    text = prose(document.text)
     running = re.sub(r"[\W\d_]+", " ", text).strip()
     count = len(running) - running.count(" ")
     if count < letters or 2 * count < len("".join(text.split())):
         return None
     start = max(0, (len(running) - _MOST) // 2)
-    ranks = model.rank(running[start : start + _MOST])  # (language, probability), the likeliest first
-    share = sum(probability for name, probability in ranks if name in kept)
+    ranks = _model().rank(running[start : start + _MOST])  # (language, probability), the likeliest first
+    share = sum(probability for name, probability in ranks if name in keep.split(","))
     if share >= minimum:
         return None
     return f"{keep} with a probability of {share:.2f} (least: {minimum}), {ranks[0][0]} of {ranks[0][1]:.2f}"
+
+
+def check_languages(keep: str) -> None:
+    """Raise ValueError where py3langid doesn't know one of the languages."""
+    known = sorted(_model().labels)
+    if unknown := [name for name in keep.split(",") if name not in known]:
+        raise ValueError(f"language.keep: {unknown[0]!r} is none of {', '.join(known)}")
 
 
 @cache

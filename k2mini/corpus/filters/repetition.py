@@ -26,8 +26,8 @@ def repetition(
         top: characters in the most frequent pair of words; of three words 0.02 less, of four 0.04.
         repeated: characters in runs of five words that stood before; 0.01 less for each word more, up to ten.
 
-    Other than in datatrove, n-grams are of words alone, spaces and punctuation counting nowhere, what lies in several
-    counts once, and headings, tables, formulas and references are not looked at.
+    Other than in datatrove, n-grams are of words alone, spaces and punctuation counting nowhere, and all that lies in a
+    repeated run counts, once, which is stricter; headings, tables, formulas and references are not looked at.
     """
     text = prose(document.text)
     for kind, parts, most, most_characters in (
