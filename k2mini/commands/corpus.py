@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from k2mini.corpus.group import Settings
 
+# What a corpus is made with; merge and --report take none of it.
+MAKING = ("workers", "marks", "text_field", "set", "without", "near_duplicates", "decontaminate", "contaminated")
+MAKING += ("grobid", "part")
+
 
 def corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `corpus`."""
@@ -35,7 +39,7 @@ def corpus_arguments(parser: argparse.ArgumentParser) -> None:
     add("--part", metavar="K/N", help="make the K-th of N parts, such as 1/3; `merge` makes a corpus of all of them")
     add("--report", type=Path, metavar="DIR", help="draw the corpus DIR as one page: --out FILE.html")
     add("--json", action="store_true", help="print the manifest")
-    parser.set_defaults(run=run_corpus)
+    parser.set_defaults(run=run_corpus, default={name: parser.get_default(name) for name in MAKING})
 
 
 def run_corpus(options: argparse.Namespace) -> None:
@@ -43,12 +47,13 @@ def run_corpus(options: argparse.Namespace) -> None:
     from k2mini.corpus.build import build
     from k2mini.corpus.merge import merge
 
-    inputs = [Path(name) for name in options.inputs]
+    inputs, is_merge = [Path(name) for name in options.inputs], options.inputs[:1] == ["merge"]
+    given = [name.replace("_", "-") for name in MAKING if getattr(options, name) != options.default[name]]
+    if given and (is_merge or options.report is not None):
+        raise ValueError(f"--{given[0]} is for making a corpus or its parts, not for merge and --report")
     if options.report is not None:
         return _report(options)
-    if options.inputs[:1] == ["merge"]:
-        if given := [key for key in ("set", "without", "decontaminate", "grobid", "part") if getattr(options, key)]:
-            raise ValueError(f"merge takes --{given[0]} from the parts, which were made with it")
+    if is_merge:
         if len(inputs) < 2:
             raise ValueError("merge needs parts: k2mini corpus merge PART … --out DIR")
         manifest = merge(inputs[1:], options.out, force=options.force)

@@ -1,6 +1,6 @@
 """The second half of `k2mini corpus`: groups, those of all parts, become shards that have no document twice.
 
-Of all documents at a time, a hash and three numbers each are held; signatures lie in a file that is mapped.
+Of all documents at a time, two numbers each are held; signatures lie in a file that is mapped.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CHUNK = 4096  # records held at a time
 READING, ERROR, CONTAMINATION, CUT = "reading", "error", "contamination", "contamination, cut"
 EXACT, NEAR = "exact duplicates", "near duplicates"
 # Of a document that is kept so far: a hash of its text, where its line begins, its length, its signature.
-RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("words", "<u4"), ("signature", "<u4", (PERMUTATIONS,))])
+RECORD = np.dtype([("digest", "V16"), ("start", "<u8"), ("words", "<u4"), ("signature", "<u4", (PERMUTATIONS,))])
 
 
 def printable(text: str) -> str:
@@ -60,55 +61,46 @@ class _Documents:
 
     Attributes:
         words: of each document, its length.
-        same: of each document, the place of the first with the same text.
-        kept: of each document, the place of the copy that is kept; its own where it is that.
+        kept: of each document, the place of the copy that is kept, the longest; its own where it is that.
     """
 
     def __init__(self, groups: list[Path], threshold: float, folder: Path) -> None:
         numbers = [read_json(group.with_suffix(".json"))["documents"] for group in groups]
         self._groups, self._firsts = groups, np.cumsum([0, *numbers])
-        number = int(self._firsts[-1])
-        digests, self.words = np.empty(number, "S16"), np.empty(number, np.int64)
-        for start, chunk in self._chunks():
-            digests[start : start + len(chunk)] = chunk["digest"]
-            self.words[start : start + len(chunk)] = chunk["words"]
-        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-        self.same = first[inverse]
-        self.kept, is_first = np.arange(number), self.same == np.arange(number)
+        self.words = self.kept = np.empty(self._firsts[-1], np.int64)
         with (file := folder / "signatures").open("wb") as out:
-            for start, chunk in self._chunks():
-                out.write(chunk["signature"][is_first[start : start + len(chunk)]].tobytes())
-        if number:
-            signatures, firsts = np.memmap(file, "<u4", "r").reshape(-1, PERMUTATIONS), np.flatnonzero(is_first)
-            self.kept[firsts] = firsts[near_duplicates(signatures, self.words[is_first], threshold)]
+            for group, first, after in zip(groups, self._firsts, self._firsts[1:], strict=False):
+                for start in range(first, after, CHUNK):
+                    chunk = _records(group, start - first, min(CHUNK, after - start))
+                    self.words[start : start + len(chunk)] = chunk["words"]
+                    out.write(chunk["signature"].tobytes())
+        if len(self.words):
+            signatures = np.memmap(file, "<u4", "r").reshape(-1, PERMUTATIONS)
+            self.kept = near_duplicates(signatures, self.words, threshold)
         file.unlink()
-        self.kept = self.kept[self.same]
-
-    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for group, first, after in zip(self._groups, self._firsts, self._firsts[1:], strict=False):
-            for start in range(first, after, CHUNK):
-                yield start, self._records(group, start - first, min(CHUNK, after - start))
-
-    def _records(self, group: Path, start: int, count: int) -> np.ndarray:
-        return np.fromfile(group.with_suffix(".records"), RECORD, count, offset=start * RECORD.itemsize)
 
     def _find(self, place: int) -> tuple[Path, np.void]:
         number = int(np.searchsorted(self._firsts, place, side="right")) - 1
-        return self._groups[number], self._records(self._groups[number], place - int(self._firsts[number]), 1)[0]
+        return self._groups[number], _records(self._groups[number], place - int(self._firsts[number]), 1)[0]
 
     def rejection(self, place: int, record: dict[str, Any]) -> tuple[str, bytes] | None:
         """What rejects a document that is a copy, and its line of `rejected.jsonl`. None for one that is kept."""
         if (kept := int(self.kept[place])) == place:
             return None
-        group, other = self._find(kept)
+        (_, own), (group, other) = self._find(place), self._find(kept)
         with group.with_suffix(".jsonl").open("rb") as file:
             file.seek(int(other["start"]))
             of = json.loads(file.readline())["source"]
-        name, reason = EXACT, "the text is the same"
-        if self.same[place] == place:
-            alike = float(np.mean(other["signature"] == self._find(place)[1]["signature"]))
+        if own["digest"] == other["digest"]:
+            name, reason = EXACT, "the text is the same"
+        else:
+            alike = float(np.mean(own["signature"] == other["signature"]))
             name, reason = NEAR, f"about {alike:.0%} of the word 5-grams are the same"
         return name, rejected(record["source"], name, reason, record["text"], of)
+
+
+def _records(group: Path, start: int, count: int) -> np.ndarray:
+    return np.fromfile(group.with_suffix(".records"), RECORD, count, offset=start * RECORD.itemsize)
 
 
 def merge(parts: Sequence[Path], out: Path, *, force: bool = False) -> dict[str, Any]:
@@ -182,7 +174,10 @@ def _write(groups: list[Path], documents: _Documents, settings: dict[str, Any], 
     kept = sum(shard["documents"] for shard in shards)
     steps = _steps(kept, settings, dropped, changed)
     if not kept:
-        raise ValueError(f"no document is left: {some([f'{s[0]} dropped {s[2]:,}' for s in steps if s[2]], 9)}")
+        said = [f"{name} dropped {number:,}" for name, _, number, _ in steps if number] or ["the files have none"]
+        with (folder / REJECTED).open("rb") as file:
+            said += [f"the first, {r['source']}, since: {r['reason']}" for r in map(json.loads, islice(file, 1))]
+        raise ValueError(f"no document is left: {some(said, 20)}")
     for shard in shards:
         shard["sha256"] = sha256(folder / shard["name"])
     hashes = "".join(shard["sha256"] for shard in shards)

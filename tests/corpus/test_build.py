@@ -148,14 +148,18 @@ def test_the_funnel_adds_up(corpus):
     assert manifest["filters"]["words"]["minimum"] == 50
 
 
-def test_the_same_bytes_for_parts_and_workers(inputs, corpus, here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_same_bytes_for_any_number_of_workers(inputs, corpus, tmp_path, number):
+    build([inputs], tmp_path / "out", SETTINGS, workers=number)
+    assert digests(tmp_path / "out") == digests(corpus)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_bytes_for_parts(inputs, corpus, here, tmp_path):
     for k in (1, 2, 3):
         build([inputs], tmp_path / f"part{k}", SETTINGS, part=(k, 3))
     merge([tmp_path / f"part{k}" for k in (3, 1, 2)], tmp_path / "merged")
     assert digests(tmp_path / "merged") == digests(corpus)
-    monkeypatch.setattr(building, "read_groups", workers.read_groups)
-    build([inputs], tmp_path / "two", SETTINGS, workers=2)
-    assert digests(tmp_path / "two") == digests(corpus)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -325,7 +329,10 @@ def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
     fails("--near-duplicates must be above 0", inputs, *out, "--near-duplicates", 0)
     fails("--workers must be at least 1", inputs, *out, "--workers", 0)
     fails("--part must be K/N with K from 1 to N, such as 2/16, not '4/3'", inputs, *out, "--part", "4/3")
-    fails("no document is left: reading dropped 1", inputs / "below/junk.pdf", *out)
+    said = f"no document is left: reading dropped 1, the first, {inputs}/below/junk.pdf, since: not a PDF"
+    fails(said, inputs / "below/junk.pdf", *out)
+    (tmp_path / "empty.jsonl").write_text("")
+    fails("no document is left: the files have none", tmp_path / "empty.jsonl", *out)
     fails("is no corpus: it has no corpus.json", "--report", inputs, "--out", tmp_path / "page.html")
     fails("a page's name ends in .html", "--report", corpus, "--out", tmp_path / "page")
     assert not (tmp_path / "out").exists()
@@ -341,7 +348,8 @@ def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
     fails("other was made with other filters than", "merge", one, tmp_path / "other", *out)
     fails(f"{tmp_path}/2of4 is one of 4 parts, {one} is one of 3", "merge", one, tmp_path / "2of4", *out)
     fails(f"{corpus} is no part of a corpus", "merge", one, corpus, *out)
-    fails("merge takes --set from the parts", "merge", one, two, *out, "--set", "words.minimum=3")
+    for option in (("--set", "words.minimum=3"), ("--near-duplicates", 0.9)):
+        fails(f"{option[0]} is for making a corpus or its parts", "merge", one, two, *out, *option)
     assert run("corpus", few, "--out", tmp_path / "3", *less, "--part", "3/3")[0] == 0
     status, said, _ = run("corpus", "merge", one, two, tmp_path / "3", *out, "--json")
     assert status == 0
