@@ -162,8 +162,8 @@ def main() -> None:
     print(f"kept: {manifest['documents']:,} documents, {manifest['words']:,} words")
     print("kept, by package: " + ", ".join(f"{name} {count}" for name, count in kept.most_common()))
     for entry in entries:
-        if entry["filter"] == "contamination":
-            print(f"contamination: {entry['source']}: {entry['reason']}")
+        if entry["filter"].startswith("contamination"):
+            print(f"{entry['filter']}: {entry['source']}: {entry['reason']}")
 
 
 if __name__ == "__main__":

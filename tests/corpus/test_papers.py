@@ -22,7 +22,7 @@ k2mini corpus mini/papers --out mini/corpus --workers 2 --set references.keep=fa
 k2mini prepare mini/corpus --tokenizer runs/demo/base --out mini/tokens
 k2mini pretrain configs/tiny_pretrain.yaml data.path=mini/tokens data.val_path=null train.max_steps=800 run.dir=runs/read
 k2mini signals mini/corpus mini/tables --out mini/signals.json --questions mini/asked.json --held-out 50 --tasks fact caption citation keywords --phrasings 6 --answer-prefix "Answer: "
-k2mini finetune configs/tiny_stage2.yaml model.path=runs/read/model data.path=mini/signals.json eval.benchmark=[mini/asked_unseen.json] run.dir=runs/tuned
+k2mini finetune configs/tiny_stage2.yaml model.path=runs/read/model data.path=mini/signals.json 'eval.benchmark=[mini/asked_unseen.json]' run.dir=runs/tuned
 k2mini eval --model runs/read/model --adapter runs/tuned/adapter --benchmark mini/asked_unseen.json --tasks npee/choice --scoring text --answer-prefix "Answer: " --json
 """.strip().splitlines()  # noqa: E501
 # The same tuning over a base that has not read the papers.
@@ -103,12 +103,14 @@ def test_from_papers_to_answers(tool, tmp_path, monkeypatch, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
-def test_what_papers_say_is_learned(tool, tmp_path, monkeypatch, run, seed):
+def test_what_papers_say_is_learned(tool, tmp_path, monkeypatch, run, capfd, seed):
     """The whole example: unseen entities are answered for, and not without having read the papers."""
     make_world(tool, tmp_path, 300, monkeypatch)
     (read,) = run_all(run, COMMANDS)["tasks"]
     (control,) = run_all(run, CONTROL)["tasks"]
-    print(read, control)
+    with capfd.disabled():
+        for name, task in (("read", read), ("control", control)):
+            print(f"{name}: {task['accuracy']:.1%} of {task['n']} ({task['low']:.1%} – {task['high']:.1%})")
     assert read["n"] == control["n"] > 300
     assert read["accuracy"] >= 0.6
     assert control["low"] <= 0.25 <= control["high"]
