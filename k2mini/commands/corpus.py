@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from k2mini.corpus.group import Settings
 
 # What a corpus is made with; merge and --report take none of it.
-MAKING = ("workers", "marks", "text_field", "set", "without", "near_duplicates", "decontaminate", "contaminated")
-MAKING += ("grobid", "part")
+MAKING = ["workers", "marks", "text_field", "set", "without", "near_duplicates", "decontaminate", "contaminated"]
+MAKING += ["grobid", "part"]
 
 
 def corpus_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def corpora_of(files: Iterable[Path]) -> list[dict[str, Any]]:
     Raises ValueError where a shard is not as its manifest says.
     """
     files, found = set(files), []
-    for folder in sorted({file.parent for file in files if is_corpus(file.parent)}):
+    for folder in filter(is_corpus, sorted({file.parent for file in files})):
         manifest = read_manifest(folder)
         for shard in manifest["shards"]:
             if (file := folder / shard["name"]) in files and sha256(file) != shard["sha256"]:
