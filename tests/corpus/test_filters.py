@@ -272,6 +272,12 @@ def test_an_address_and_a_dotted_name_are_one_word():
         assert repetition(Document(re.sub(r"[./]", " ", text)))
 
 
+def test_nothing_but_code_is_not_repeated():
+    document = Document("# Source\n\n```\nx = 1\n```")
+    assert repetition(document) is None
+    assert clean(document, choose([], []), Counter()) == "quality: there is no running text"
+
+
 def test_thresholds_of_repetition_are_those_of_gopher():
     text = " ".join(sentences(20))
     assert repetition(Document(text)) is None

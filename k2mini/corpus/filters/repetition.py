@@ -33,6 +33,8 @@ def repetition(
     which is stricter; headings, tables, formulas and references are not looked at.
     """
     text = prose(document.text)
+    if not text:
+        return None  # `quality` says so
     for kind, parts, most, most_characters in (
         ("lines", text.split("\n"), lines, line_characters),
         ("paragraphs", PARAGRAPHS.split(text), paragraphs, paragraph_characters),
