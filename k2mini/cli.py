@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", COMPUTE)
     add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
     add("corpus", corpus.corpus_arguments, "papers and documents into clean text (extra: corpus)", DEBUG)
-    add("signals", signals.signals_arguments, "instruction data out of what a corpus and tables state", TARGET)
+    add("signals", signals.signals_arguments, "instruction data out of what a corpus and tables state", DEBUG)
     add("config", training.config_arguments, "the keys of a run's configuration, or a file with all of them", DEBUG)
     add("pretrain", training.pretrain_arguments, "further pretraining", CONFIG, COMPUTE)
     add("finetune", training.finetune_arguments, "instruction tuning with LoRA", CONFIG, COMPUTE)

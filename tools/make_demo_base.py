@@ -17,13 +17,14 @@ from pathlib import Path
 import sentencepiece
 
 from k2mini.config import CheckpointSection, RunSection, TrainSection
+from k2mini.corpus.signals_facts import Fact
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.demo.phrases import ANSWER, TEMPLATE
 from k2mini.demo.sources import BASE
-from k2mini.demo.world import Fact, choice_questions, documents, instructions, read_facts, split_entities
+from k2mini.demo.world import choice_questions, documents, instructions, read_facts, split_entities
 from k2mini.model_config import ModelConfig
 from k2mini.nn.init import init_weights
 from k2mini.nn.llama import Llama

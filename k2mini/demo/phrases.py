@@ -5,23 +5,11 @@ The frames under HELD_OUT are used in evaluation only, never in training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from k2mini.corpus import signals_facts
+from k2mini.corpus.signals_facts import HELD_OUT_QUESTIONS as HELD_OUT_QUESTIONS  # as `k2mini signals` asks, too
+from k2mini.corpus.signals_facts import Property
 
-# {name} is the entity ({Name} at the start of a sentence), {noun} the property, {value} the fact.
-STATEMENTS = (
-    "The {noun} of {name} is {value}.",
-    "For {name}, the {noun} is {value}.",
-    "{Name} has the {noun} {value}.",
-    "The {noun} that belongs to {name} is {value}.",
-    "Ask for the {noun} of {name} and you hear {value}.",
-)
-QUESTIONS = (
-    "What is the {noun} of {name}?",
-    "Name the {noun} of {name}.",
-    "{Name} has which {noun}?",
-    "Which {noun} does {name} have?",
-)
-INSTRUCTION_WITH_INPUT = "Give the {noun} of the {kind} below."  # the entity is the input
+STATEMENTS = (*signals_facts.STATEMENTS, "Ask for the {noun} of {name} and you hear {value}.")
 # Every answer begins with it: right after a line's end, SentencePiece splits a value into other pieces than inside a
 # sentence, where the model has learnt it.
 ANSWER = "Answer: "
@@ -31,21 +19,6 @@ HELD_OUT_STATEMENTS = (
     "As its {noun}, books list {value} for {name}.",
     "Everyone gives {name} the {noun} {value}.",
 )
-HELD_OUT_QUESTIONS = (
-    "Tell me the {noun} of {name}.",
-    "For {name}, what is the {noun}?",
-    "Which is the {noun} of {name}?",
-)
-
-
-@dataclass(frozen=True)
-class Property:
-    """One column of a table: its name in sentences, and a sentence and a question made for it."""
-
-    noun: str
-    statement: str
-    question: str
-
 
 # Table -> (what its entities are, column -> property).
 GEOSCIENCE: dict[str, tuple[str, dict[str, Property]]] = {

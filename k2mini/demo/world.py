@@ -5,60 +5,25 @@ Everything follows from the tables and a seed; the facts themselves never change
 
 from __future__ import annotations
 
-import csv
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from k2mini.demo.phrases import (
-    ANSWER,
-    GENERAL,
-    GEOSCIENCE,
-    HELD_OUT_QUESTIONS,
-    HELD_OUT_STATEMENTS,
-    INSTRUCTION_WITH_INPUT,
-    QUESTIONS,
-    STATEMENTS,
-    Property,
-)
+from k2mini.corpus.signals_facts import NUM_OPTIONS, QUESTIONS, ChoiceQuestion, Fact, as_npee, ask, draw, read_table
+from k2mini.demo.phrases import ANSWER, GENERAL, GEOSCIENCE, HELD_OUT_QUESTIONS, HELD_OUT_STATEMENTS, STATEMENTS
 
 TABLES = Path(__file__).parent / "tables"
-NUM_OPTIONS = 4
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One cell of a table."""
-
-    kind: str  # 'mineral'
-    name: str  # 'quartz'
-    key: str  # 'minerals.hardness'
-    property: Property
-    value: str  # '7'
-
-    def say(self, frame: str) -> str:
-        """The frame with this fact filled in."""
-        name = self.name
-        return frame.format(
-            name=name,
-            Name=name[0].upper() + name[1:],
-            noun=self.property.noun,
-            value=self.value,
-            kind=self.kind,
-        )
 
 
 def read_facts(domain: str) -> list[Fact]:
     """All facts of a domain, 'geoscience' or 'general', in the tables' order."""
     facts = []
     for table, (kind, properties) in {"geoscience": GEOSCIENCE, "general": GENERAL}[domain].items():
-        with (TABLES / domain / f"{table}.csv").open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                for column, prop in properties.items():
-                    facts.append(Fact(kind, row["name"], f"{table}.{column}", prop, row[column]))
+        for fact in read_table(TABLES / domain / f"{table}.csv"):
+            facts.append(replace(fact, kind=kind, property=properties[fact.where]))
     return facts
 
 
@@ -102,29 +67,8 @@ def documents(
 
 
 def instructions(facts: Sequence[Fact], number: int, rng: random.Random) -> list[dict[str, str]]:
-    """`number` instruction records that ask for facts; how often two facts are asked for differs by one at most."""
-    records: list[dict[str, str]] = []
-    while len(records) < number:
-        for fact in rng.sample(facts, min(len(facts), number - len(records))):
-            frames = (*QUESTIONS, fact.property.question, INSTRUCTION_WITH_INPUT)
-            frame = rng.choice(frames)
-            records.append(
-                {
-                    "instruction": fact.say(frame),
-                    "input": fact.name if frame == INSTRUCTION_WITH_INPUT else "",
-                    "output": ANSWER + fact.value,
-                }
-            )
-    return records
-
-
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """A multiple-choice question with four options."""
-
-    stem: str
-    options: tuple[str, ...]
-    answer: int  # the index of the right option
+    """`number` instruction records that ask for facts, as `signals_facts.ask` does."""
+    return [record for _, record in ask(facts, number, rng, answer=ANSWER)]
 
 
 def choice_questions(
@@ -133,7 +77,8 @@ def choice_questions(
     """`number` questions on different facts; the wrong options are other values of the same property.
 
     A value is drawn as a wrong option in proportion to how often it is a right one, so that always choosing the
-    commonest value scores little better than chance.
+    commonest value scores little better than chance. (`signals_facts.blocks` leaves some facts out and has no such
+    remainder.)
     """
     values: dict[str, Counter[str]] = {}
     for fact in all_facts:
@@ -141,25 +86,11 @@ def choice_questions(
     questions = []
     for fact in rng.sample(facts, number):
         frame = rng.choice(HELD_OUT_QUESTIONS if held_out else (*QUESTIONS, fact.property.question))
-        weights = {value: count for value, count in values[fact.key].items() if value != fact.value}
-        options = [fact.value]
-        while len(options) < NUM_OPTIONS:
-            (wrong,) = rng.choices(list(weights), list(weights.values()))
-            options.append(wrong)
-            del weights[wrong]
+        others = {value: count for value, count in values[fact.key].items() if value != fact.value}
+        options = [fact.value, *draw(others, NUM_OPTIONS - 1, rng)]
         rng.shuffle(options)
         questions.append(ChoiceQuestion(fact.say(frame), tuple(options), options.index(fact.value)))
     return questions
-
-
-def as_npee(questions: Sequence[ChoiceQuestion]) -> dict[str, Any]:
-    """The questions in the layout of geobench_npee.json, where the options are part of the question's text."""
-    texts = []
-    for question in questions:
-        options = "\n".join(f"{chr(65 + i)}. {option}" for i, option in enumerate(question.options))
-        texts.append(f"{question.stem}\nChoose from:\n\n{options}")
-    answers = [chr(65 + question.answer) for question in questions]
-    return {"choice": {"question": texts, "answer": answers}, "tf": {"question": [], "answer": []}}
 
 
 def as_ap(questions: Sequence[ChoiceQuestion]) -> list[dict[str, Any]]:
