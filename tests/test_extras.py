@@ -33,7 +33,7 @@ PACKAGES = {
     "serve": ["uvicorn"],
     "tokenizers": ["tokenizers"],
     "chat": ["jinja2"],
-    "corpus": ["lxml", "pypdfium2", "trafilatura", "ftfy", "py3langid", "rensa"],
+    "corpus": ["lxml", "pypdfium2", "ftfy", "py3langid", "rensa"],
     "hub": ["huggingface_hub"],
 }
 
