@@ -121,7 +121,7 @@ def _run(
                 if lora is None:
                     export(kept, out, config.model.dtype, checked=kept == last)
                 else:
-                    export_adapter(kept, out, lora, config.model.path)
+                    export_adapter(kept, out, lora, config.model.path, (base.manifest or {}).get("quantized_from"))
             world.barrier()
     return out
 

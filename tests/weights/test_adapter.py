@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from k2mini.build import load_model
-from k2mini.config import LoraSection
+from k2mini.config import CorpusSection, LoraSection, ModelSection, PretrainConfig, RunSection, TrainSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
+from k2mini.training.run import pretrain
 from k2mini.weights.adapter import read_adapter, read_adapter_config, save_adapter
+from k2mini.weights.convert import convert
 from k2mini.weights.merge import merge_adapters
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.weights.model_directory import ModelDirectory, read_manifest
 from k2mini.weights.model_files import save_model
 from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import ALL, TOKENS, adapted, fill_adapters
@@ -283,6 +285,45 @@ def test_another_base_is_refused(written, tmp_path):
     save_model(half.half().state_dict(), half.config, tmp_path / "narrow")
     prints = {ModelDirectory(tmp_path / name).fingerprint() for name in ("wide", "narrow")}
     assert len(prints) == 1  # the same values in another dtype are the same base
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_an_adapter_over_quantised_weights_is_one_of_the_full_ones(tmp_path, tiny_tokenizer, run, how):
+    """Whichever of the two it was trained over, it is merged into the full ones and put beside either."""
+    text = tmp_path / "documents.jsonl"
+    text.write_text(json.dumps({"text": "granite is a rock, basalt is a rock of the mantle. " * 20}))
+    names = ("base", "other")
+    for seed, name in enumerate(names):
+        model = tiny_llama(tiny_config(intermediate_dim=128, vocab_size=tiny_tokenizer.vocab_size), seed)
+        save_model(model.state_dict(), model.config, tmp_path / name, tokenizer=tiny_tokenizer)
+        convert(tmp_path / name, "hf", tmp_path / f"{name}_{how}", quantize=how)
+    (base, other), (stored, strange) = ([tmp_path / f"{n}{end}" for n in names] for end in ("", f"_{how}"))
+    train, lora = TrainSection(lr=1e-2, max_steps=2, global_batch_size=2, micro_batch_size=2), LoraSection(rank=2)
+    for folder in (base, stored):
+        told = (ModelSection(str(folder), quantize=how), CorpusSection(str(text), seq_len=16), train)
+        pretrain(PretrainConfig(RunSection(str(tmp_path / f"{folder.name}_run")), *told, lora=lora))
+    adapters = [tmp_path / f"{folder.name}_run/adapter" for folder in (base, stored)]
+    assert len({(adapter / "adapter_model.safetensors").read_bytes() for adapter in adapters}) == 1
+    for adapter in adapters:
+        manifest = read_manifest(adapter)
+        assert (manifest["base"], manifest["quantize"]) == (ModelDirectory(base).fingerprint(), how)
+        over = [
+            load_model(base, adapter=adapter, quantize=how)[0](TOKENS),
+            load_model(stored, adapter=adapter)[0](TOKENS),
+        ]
+        assert torch.equal(*over)
+        out = tmp_path / f"{adapter.parent.name}_merged"
+        status, _, err = run("merge", "--base", base, "--adapter", adapter, "--out", out)
+        assert (status, err.count(f"was trained over {how} weights; merged, its answers differ")) == (0, 1)
+        torch.testing.assert_close(load_model(out)[0](TOKENS), load_model(base, adapter=adapter)[0](TOKENS))
+        for stranger in (other, strange):
+            with pytest.raises(ValueError, match=f"was trained on another base than {stranger}"):
+                load_model(stranger, adapter=adapter)
+        with pytest.raises(ValueError, match="was trained on another base than"):
+            merge_adapters(other, [adapter], tmp_path / "no")
+    convert(base, "meta", tmp_path / "meta")
+    convert(tmp_path / "meta", "hf", tmp_path / "by_meta", quantize=how)
+    assert read_manifest(tmp_path / "by_meta")["quantized_from"] == ModelDirectory(base).fingerprint()
 
 
 def test_rank_stabilised_scaling_equals_pefts(written, tmp_path):
