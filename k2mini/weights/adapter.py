@@ -265,6 +265,6 @@ def load_adapters(model: Llama, base: ModelDirectory, directories: Mapping[str, 
         for module, (lora_a, lora_b, _) in adapter.items():
             if module not in modules:
                 raise ValueError(f"{directory}: {module} is not in the model; they do not belong together")
-            if modules[module].weight.shape != (lora_b.shape[0], lora_a.shape[1]):
+            if (modules[module].out_features, modules[module].in_features) != (lora_b.shape[0], lora_a.shape[1]):
                 raise ValueError(f"{directory}: {module} has another shape than the model's")
     return loaded

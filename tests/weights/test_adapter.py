@@ -10,13 +10,13 @@ from k2mini.build import load_model
 from k2mini.config import CorpusSection, LoraSection, ModelSection, PretrainConfig, RunSection, TrainSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
 from k2mini.training.run import pretrain
-from k2mini.weights.adapter import read_adapter, read_adapter_config, save_adapter
+from k2mini.weights.adapter import load_adapters, read_adapter, read_adapter_config, save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import ModelDirectory, read_manifest
 from k2mini.weights.model_files import save_model
 from tests.conftest import SHAPES, tiny_config, tiny_llama
-from tests.helpers import ALL, TOKENS, adapted, fill_adapters
+from tests.helpers import ALL, TOKENS, adapted, fill_adapters, quantised
 
 SECTION = LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
 
@@ -312,6 +312,7 @@ def test_an_adapter_over_quantised_weights_is_one_of_the_full_ones(tmp_path, tin
             load_model(stored, adapter=adapter)[0](TOKENS),
         ]
         assert torch.equal(*over)
+        assert load_adapters(load_model(stored)[0], ModelDirectory(stored), {"one": adapter})["one"]
         out = tmp_path / f"{adapter.parent.name}_merged"
         status, _, err = run("merge", "--base", base, "--adapter", adapter, "--out", out)
         assert (status, err.count(f"was trained over {how} weights; merged, its answers differ")) == (0, 1)
@@ -417,18 +418,11 @@ def test_k2mini_loads_embedding_and_head_as_peft_writes_them(tmp_path, names):
 
 def test_embedding_and_head_stay_in_float32_over_bf16_int8_and_nf4(tmp_path):
     """They, and their gradients; what comes out is the model's dtype, and at first what the base gives."""
-    from k2mini.nn.quant import QuantizedLinear, fill, quantize_blocks
-
     section, labels = both("embed_tokens", "lm_head"), TOKENS[:, 1:]
     for dtype, how in ((torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.float32, "nf4"), (torch.float64, None)):
         model, plain = (tiny_llama(tiny_config(intermediate_dim=128), dtype=dtype) for _ in range(2))
         for each in (model, plain) if how else ():
-            values = {name: m.weight for name, m in each.model.layers.named_modules() if hasattr(m, "in_features")}
-            quantize_blocks(each.model.layers, how)
-            for name, module in each.model.layers.named_modules():
-                if isinstance(module, QuantizedLinear):
-                    whole = values[name].detach()
-                    fill(module, "weight", lambda _, i, j, whole=whole: whole[i:j], each.device, stored=False)
+            quantised(each, how)
         attach(model, section, whole=True)
         init_adapters(model, seed=0)
         logits = model(TOKENS)
@@ -449,8 +443,6 @@ def test_embedding_and_head_that_can_not_be_are_refused(tmp_path, run):
     _, trained = wholly_adapted(section)
     save_adapter(trained, section, adapter, base=str(base))
     save_adapter({**adapter_tensors(wholly_adapted(both())[0])}, both(), tmp_path / "other", base=str(base))
-    from k2mini.weights.adapter import load_adapters
-
     with pytest.raises(ValueError, match=r"adapter has its own embed_tokens and lm_head, where adapters share"):
         load_adapters(load_model(base)[0], ModelDirectory(base), {"one": adapter})
     for more in (["--adapter", adapter, tmp_path / "other"], ["--adapter", adapter, "--weights", 0.5]):
