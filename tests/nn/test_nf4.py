@@ -15,7 +15,8 @@ from k2mini.nn.lora import lora_modules
 from k2mini.nn.quant import int8_matrices
 from k2mini.weights.convert import convert
 from k2mini.weights.model_directory import CheckpointReader
-from tests.conftest import ROOT
+from k2mini.weights.model_files import save_model
+from tests.conftest import ROOT, tiny_config, tiny_llama
 from tests.helpers import TOKENS
 
 theirs = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
@@ -33,11 +34,12 @@ def equals_bitsandbytes(values):
     assert torch.equal(scale, torch.cat([state.code, state.state2.code, state.offset[None], state.state2.absmax]))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = dtype
-        assert torch.equal(nf4.dequantize(weight, absmax, scale, dtype), theirs.dequantize_4bit(codes, state))
+        ours = nf4.dequantize(weight, absmax, scale, dtype).view(values.shape)
+        assert torch.equal(ours, theirs.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 64), (6, 128), (33, 320), (1000, 576), (256, 64)])
+@pytest.mark.parametrize("shape", [(1, 64), (6, 128), (33, 320), (1000, 576), (256, 64), (128, 344), (64, 7)])
 def test_codes_scales_and_values_are_those_of_bitsandbytes(dtype, shape):
     for seed, spread in enumerate((1e-3, 1.0, 30.0)):
         equals_bitsandbytes((matrix(*shape, seed) * spread).to(dtype))
@@ -60,13 +62,15 @@ def test_a_real_models_matrices(real_model):
         equals_bitsandbytes(reader.tensor(name))
 
 
-def test_sizes_that_do_not_divide_and_values_that_are_not_finite(tiny_directory, tmp_path, run):
-    said = "model.layers.0.mlp.down_proj.weight has rows of 112 values, and NF4 takes multiples of 64"
+def test_sizes_that_do_not_divide_and_values_that_are_not_finite(tmp_path, run):
+    config = tiny_config(dim=48, num_heads=3, num_kv_heads=3, intermediate_dim=30)
+    save_model(tiny_llama(config).state_dict(), config, tmp_path / "odd")
+    said = "model.layers.0.mlp.gate_proj.weight is 30 x 48, and NF4 takes whole blocks of 64 values; quantise to int8"
     with pytest.raises(ValueError, match=said):
-        load_model(tiny_directory, quantize="nf4")
-    status, _, err = run("convert", tiny_directory, "--to", "hf", "--quantize", "nf4", "--out", tmp_path / "out")
+        load_model(tmp_path / "odd", quantize="nf4")
+    status, _, err = run("convert", tmp_path / "odd", "--to", "hf", "--quantize", "nf4", "--out", tmp_path / "out")
     assert status == 2
-    assert said in err.splitlines()[-1]
+    assert said.partition(" is ")[2][8:] in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="W is not finite"):
         nf4.quantize(torch.full((1, 64), torch.inf), "W")
