@@ -21,10 +21,8 @@ from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.layers import Linear, product
 
-PARTS = {
-    torch.int8: ("weight", "scale"),
-    torch.uint8: ("weight", "absmax", "scale"),
-}  # by the weight's dtype: int8, NF4
+# By the weight's dtype: int8, NF4.
+PARTS = {torch.int8: ("weight", "scale"), torch.uint8: ("weight", "absmax", "scale")}
 
 
 def quantize_rows(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,26 +70,19 @@ def _wandb(run_dir: Path, step: int) -> Board:
     if step == 0 or not known_by.exists():
         known_by.parent.mkdir(exist_ok=True)
         write_text(known_by, secrets.token_hex(4))
-    begin = partial(
-        wandb.init,
-        dir=run_dir,
-        project=os.environ.get("WANDB_PROJECT", "k2mini"),
-        name=run_dir.absolute().name,
-        id=known_by.read_text(),
-        resume="allow",
-        config=read_json(config) if config.exists() else None,
-        settings=wandb.Settings(console="off", finish_timeout=60),
-    )
+    what: dict[str, Any] = {"name": run_dir.absolute().name, "config": read_json(config) if config.exists() else None}
+    what |= {"project": os.environ.get("WANDB_PROJECT", "k2mini"), "id": known_by.read_text(), "resume": "allow"}
+    what["settings"] = wandb.Settings(console="off", finish_timeout=60)
     run: Any
     try:
-        run = begin()
+        run = wandb.init(dir=run_dir, **what)
     except wandb.errors.UsageError as error:
         raise ValueError(f"run.wandb: {error}") from None
     except wandb.errors.CommError as error:
         why = str(error).partition("\n")[0]
         log.warning("wandb can't be reached (%s); `wandb sync` sends later what %s/wandb gets", why, run_dir)
         wandb.teardown()  # or the id would still be in use
-        run = begin(mode="offline")
+        run = wandb.init(dir=run_dir, **what, mode="offline")
 
     def write(step: int, values: Mapping[str, float]) -> None:
         nonlocal run

@@ -195,10 +195,8 @@ def _answers(runs: Sequence[RunReport]) -> str:
     found: list[str] = []
     for prompt in dict.fromkeys(sample["prompt"] for _, run in asking for sample in run.samples):
         answers = [{s["step"]: s["answer"] for s in run.samples if s["prompt"] == prompt} for _, run in asking]
-        places = {
-            (each, round(k * (len(each) - 1) / (ROWS - 1))) for each in map(tuple, answers) if each for k in range(ROWS)
-        }
-        steps = sorted({each[place] for each, place in places})
+        last = [(list(each), len(each) - 1) for each in answers if each]
+        steps = sorted({each[round(k * end / (ROWS - 1))] for each, end in last for k in range(ROWS)})
         rows = "".join(_row(steps[: place + 1], answers) for place in range(len(steps)))
         head = "".join(f"<th>{_chip(place, run.name)}</th>" for place, run in asking)
         whole = f'<table class="table answers"><tr><th>step</th>{head}</tr>{rows}</table>'
