@@ -33,7 +33,7 @@ PACKAGES = {
     "serve": ["uvicorn"],
     "tokenizers": ["tokenizers"],
     "chat": ["jinja2"],
-    "corpus": ["lxml", "pypdfium2", "ftfy", "py3langid", "rensa"],
+    "corpus": ["lxml", "pypdfium2", "ftfy", "py3langid"],
     "hub": ["huggingface_hub"],
 }
 
