@@ -90,10 +90,8 @@ def _pace(
     if not (0 < share <= 1 and (options.price or 0) >= 0):
         raise ValueError(f"--utilisation ({share}) must be above 0 and at most 1, --price not negative")
     if options.measured is not None:
-        rate, source = (
-            pace.measured(options.measured),
-            f"measured in {options.measured}, taken for these ranks and GPUs",
-        )
+        rate = pace.measured(options.measured)
+        source = f"measured in {options.measured}, taken for these ranks and GPUs"
     elif tflops is not None:
         rate = pace.tokens_per_second(config, found, ranks, tflops * 1e12, share)
         source = f"a guess: {100 * share:.0f} % of {tflops} TFLOP/s a GPU; --measured RUN replaces it"
