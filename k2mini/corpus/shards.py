@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from k2mini.files import read_json
+from k2mini.files import read_json, sha256
 
-MANIFEST = "corpus.json"
+MANIFEST, REJECTED = "corpus.json", "rejected.jsonl"
 FORMAT = "k2mini corpus 1"
 
 
@@ -20,6 +20,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{directory / MANIFEST}: the format is not {FORMAT!r}")
+    try:
+        names = [(shard["name"], shard["sha256"]) for shard in manifest["shards"]]
+    except (LookupError, TypeError):
+        names = [("", "")]
+    for name, digest in names:
+        if Path(str(name)).name != name or not isinstance(digest, str) or not manifest.get("fingerprint"):
+            raise ValueError(f"{directory / MANIFEST} is damaged: its shards or its fingerprint are missing")
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} lacks {name}, which {MANIFEST} names; make the corpus again")
     return manifest
 
 
@@ -29,3 +38,27 @@ def read_corpus(directory: Path) -> Iterator[dict[str, Any]]:
         with (directory / shard["name"]).open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
+
+
+def is_corpus(directory: Path) -> bool:
+    """Whether a folder has a corpus's manifest, and not somebody else's file of that name."""
+    try:
+        return bool(read_json(directory / MANIFEST)["format"] == FORMAT)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def corpora_of(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Of the corpora whose shards are among the files: their fingerprints, and what they were decontaminated of.
+
+    Raises ValueError where a shard is not as its manifest says.
+    """
+    files, found = set(files), []
+    for folder in filter(is_corpus, sorted({file.parent for file in files})):
+        manifest = read_manifest(folder)
+        for shard in manifest["shards"]:
+            if (file := folder / shard["name"]) in files and sha256(file) != shard["sha256"]:
+                raise ValueError(f"{file} is not as {folder / MANIFEST} says; make the corpus again")
+        kept = ("fingerprint", "decontaminate", "contaminated")
+        found.append({key: manifest.get(key) for key in kept})
+    return found

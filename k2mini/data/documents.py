@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from k2mini.corpus.shards import MANIFEST, is_corpus, read_manifest
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import parse_json, read_text
 from k2mini.hub import fetch
@@ -57,7 +58,8 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
     files: list[Path] = []
     for path in map(data_path, inputs):
         if path.is_dir():
-            found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names]
+            walked = os.walk(path, onerror=_raise)
+            found = [Path(folder, name) for folder, _, names in walked for name in _documents_in(Path(folder), names)]
             taken = [file for file in found if _suffix(file) not in (None, ".json") and file.is_file()]
             files += sorted(taken)
             if passed_over is not None:
@@ -79,6 +81,12 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
             raise ValueError(f"{file} is named twice")
         seen.add(real)
     return files
+
+
+def _documents_in(folder: Path, names: list[str]) -> list[str]:
+    """The names of a folder's files; of a corpus's, which `k2mini corpus` wrote, the shards alone."""
+    corpus = MANIFEST in names and is_corpus(folder)
+    return [shard["name"] for shard in read_manifest(folder)["shards"]] if corpus else names
 
 
 def _raise(error: OSError) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from k2mini.config import RunConfig
+from k2mini.corpus.shards import corpora_of
 from k2mini.data.corpus import FORMAT, MANIFEST, is_prepared
 from k2mini.data.documents import list_files
 from k2mini.data.parts import RECORD, Settings, encode_all, keep_parts, part_of, printable
@@ -46,7 +47,7 @@ def prepare(
     """Tokenise documents into the directory `out`, going on from where a killed run was. Returns the manifest.
 
     Args:
-        inputs: files or folders (see documents.py).
+        inputs: files or folders (see documents.py), or corpora that `k2mini corpus` wrote.
         tokenizer: a tokenizer.model or tokenizer.json.
         eos: EOS after each document. BOS, where there is one, stands before it in any case, K2's scheme.
         val_percent: about so many documents in a hundred go into the split `val`. A document's split follows from its
@@ -75,8 +76,9 @@ def prepare(
     with output(out, force=force, inputs=[*files, tokenizer]):
         parts = {file: part_of(folder, file, settings) for file in files}
         try:
+            corpora = corpora_of(files)
             encode_all(parts, keep_parts(folder, set(parts.values())), tokenizer, settings, workers)
-            manifest = _write(parts, settings, out, force=force)
+            manifest = _write(parts, settings, out, corpora, force=force)
             shutil.rmtree(folder)
         finally:
             with suppress(OSError):  # after an error it holds the parts that are complete, if there are any
@@ -154,7 +156,9 @@ class _Split:
         return {**totals, "shards": self.shards}
 
 
-def _write(parts: dict[Path, Path], settings: Settings, out: Path, *, force: bool) -> dict[str, Any]:
+def _write(
+    parts: dict[Path, Path], settings: Settings, out: Path, corpora: list[dict[str, Any]], *, force: bool
+) -> dict[str, Any]:
     seen: set[bytes] = set()
     duplicates, skipped, sources = 0, 0, []
     with new_directory(out, force=force) as beside, progress_bar(len(parts), "writing", "files") as progress:
@@ -189,6 +193,7 @@ def _write(parts: dict[Path, Path], settings: Settings, out: Path, *, force: boo
             "skipped": skipped,
             "splits": {split.name: split.summary() for split in (train, val) if split.shards},
             "sources": sources,
+            **({"corpora": corpora} if corpora else {}),  # of k2mini corpus, for a run to carry on
         }
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest

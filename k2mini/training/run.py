@@ -230,7 +230,7 @@ def _check_room(config: RunConfig, base: ModelDirectory, task: Task | None = Non
     check_room(Path(config.run.dir) / "checkpoints", number, 3 * trained * itemsize, trained * result)
 
 
-def _identity(config: RunConfig, known_by: dict[str, str], base: ModelDirectory, world: World) -> dict[str, Any]:
+def _identity(config: RunConfig, known_by: dict[str, Any], base: ModelDirectory, world: World) -> dict[str, Any]:
     """What a checkpoint must agree on to be resumed; `known_by` is what `Read` has.
 
     Raises ValueError on all ranks where they have other files than one another.

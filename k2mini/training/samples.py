@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from k2mini.config import CorpusSection, FinetuneConfig, InstructionSection, PretrainConfig, SourceSection
 from k2mini.data.batches import Blocks, Samples
@@ -21,9 +22,9 @@ from k2mini.training.checkpoint import check_files
 from k2mini.weights.model_directory import ModelDirectory
 
 COUNTS = "data.json"  # in run.dir: of each file of instructions how many records were read, cut and left out
-# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest;
-# and what COUNTS gets.
-Read = tuple[Samples, Samples | None, dict[str, str], dict[str, dict[str, int]]]
+# What is trained on, what validates; by what the first is known beside `data`: a hash, a template's name and digest,
+# what `k2mini corpus` made it; and what COUNTS gets.
+Read = tuple[Samples, Samples | None, dict[str, Any], dict[str, dict[str, int]]]
 
 
 def sources_of(data: CorpusSection | InstructionSection) -> list[SourceSection]:
@@ -55,7 +56,10 @@ def documents(config: PretrainConfig, base: ModelDirectory, world: World) -> Rea
         val = Blocks(corpus, data.seq_len, document_mask=data.document_mask, seed=None)
     elif with_val := [directory for directory in parts if "val" in read_corpus_manifest(directory)["splits"]]:
         val = blocks({directory: replace(parts[directory], weight=1.0) for directory in with_val}, "val", None)
-    return blocks(parts, "train", seed), val, {"content": " ".join(map(fingerprint, parts))}, {}
+    known_by: dict[str, Any] = {"content": " ".join(map(fingerprint, parts))}
+    if corpora := [corpus for directory in parts for corpus in read_corpus_manifest(directory).get("corpora", [])]:
+        known_by["corpora"] = corpora
+    return blocks(parts, "train", seed), val, known_by, {}
 
 
 def instructions(config: FinetuneConfig, base: ModelDirectory, _world: World) -> Read:
