@@ -194,10 +194,7 @@ def training_model(
     """
     directory = _open(section.path)
     model = empty_model(directory)
-    if directory.quantized not in (None, section.quantize):
-        raise ValueError(
-            f"{directory.path} is quantised; train adapters over it with model.quantize={directory.quantized}"
-        )
+    check_stored(directory.path, directory.quantized, section.quantize)
     directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
         check_base(model_directory(lora.init_adapter), directory)
@@ -213,6 +210,12 @@ def training_model(
     if lora is not None:
         init_adapters(model, seed)
     return model, directory
+
+
+def check_stored(path: Path, stored: str | None, quantize: str | None) -> None:
+    """Raise ValueError where the base's matrices are stored quantised, and not as `model.quantize` says."""
+    if stored not in (None, quantize):
+        raise ValueError(f"{path} is quantised; train adapters over it with model.quantize={stored}")
 
 
 def _open(directory: str | Path | ModelDirectory) -> ModelDirectory:

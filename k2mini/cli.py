@@ -28,7 +28,7 @@ from k2mini.commands import (
     weights,
 )
 from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
-from k2mini.errors import STOPPED, end, open_streams
+from k2mini.errors import ESCAPE, STOPPED, end
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0; 2 for what the user can mend; 128 + the number of a signal, SIGPIPE too."""
-    open_streams()
+    _open_streams()
     options = argparse.Namespace(debug=False)
     try:
         options = build_parser().parse_args(arguments)
@@ -108,6 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if (status := end(error)) is None:
             raise
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Make a standard stream that is closed the null device, and let none fail on a character."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would take its number, and get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors=ESCAPE if number else "surrogateescape")
 
 
 def _is_main() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import re
 import reprlib
 import signal
@@ -123,16 +122,3 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|(calculation|multiplicat
 # How standard output writes what its encoding lacks: as JSON does, so that JSON stays JSON.
 ESCAPE = "k2mini.escape"
 codecs.register_error(ESCAPE, lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))  # type: ignore[attr-defined]
-
-
-def open_streams() -> None:
-    """Make a standard stream that is closed the null device, and let none fail on a character."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # the next file that is opened would take its number, and get what is printed
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
-        if hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors=ESCAPE if number else "surrogateescape")

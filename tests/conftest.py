@@ -148,6 +148,17 @@ def tiny_directory(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_directory(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Another, whose matrices have rows of whole blocks of NF4."""
+    from k2mini.weights.model_files import save_model
+
+    directory = tmp_path_factory.mktemp("wide") / "wide"
+    config = tiny_config(intermediate_dim=320, num_kv_heads=2, vocab_size=tiny_tokenizer.vocab_size)
+    save_model(tiny_llama(config).state_dict(), config, directory, tokenizer=tiny_tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def chat_directory(tmp_path_factory) -> Path:
     """A tiny random model with a byte-level tokenizer.json and a ChatML template of its own."""
     from tests.helpers import make_chat_model

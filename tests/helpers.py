@@ -10,6 +10,7 @@ from k2mini.config import LoraSection, TrainSection
 from k2mini.data.packing import Example
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
+from k2mini.nn.quant import fill, int8_matrices, quantize_blocks
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
 
@@ -82,6 +83,16 @@ def adapted(config=None, targets=("q_proj", "k_proj", "v_proj"), dropout=0.0, fi
     init_adapters(model, seed=1)
     if fill:
         fill_adapters(model)
+    return model
+
+
+def quantised(model, how="int8"):
+    """The same model with its blocks' matrices quantised."""
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_blocks(model.model.layers, how)
+    for name in int8_matrices({name: tuple(tensor.shape) for name, tensor in values.items()}):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        fill(module, name, lambda name, start, stop: values[name][start:stop], model.device, stored=False)
     return model
 
 

@@ -190,6 +190,14 @@ def test_what_wandb_loses_is_said_once(tmp_path, monkeypatch, caplog):
     assert said == "wandb gets nothing from step 3 on (its service has ended); metrics.jsonl has it"
 
 
+def test_a_run_begun_anew_is_another_one_for_wandb(tmp_path, monkeypatch):
+    wandb, begun = SimpleNamespace(Settings=dict, init=lambda **how: begun.append(how["id"])), []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (0, 4, 0):
+        open_boards(RunSection(str(tmp_path), wandb=True), step)
+    assert begun[0] == begun[1] != begun[2]
+
+
 def followed(pretraining, tmp_path, *overrides, **environment):
     """A run with `run.wandb` in a process of its own, whose service begins without our settings or accounts."""
     pytest.importorskip("wandb")
@@ -286,12 +294,15 @@ def shown(command, *awaited):
 
 
 def test_wandb_without_an_account(pretraining, tmp_path):
-    done = followed(pretraining, tmp_path)
+    """Said before documents are prepared."""
+    done = followed(pretraining, tmp_path, f"data.path={tmp_path}/corpus.txt")
     assert (done.returncode, done.stdout) == (2, "")
     (said,) = [line for line in done.stderr.splitlines() if "run.wandb" in line]
     assert said.startswith("k2mini: run.wandb: No API key configured.")
     assert said.endswith("WANDB_MODE=offline needs no account")
     assert "Traceback" not in done.stderr
+    assert "corpus.txt" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_wandb_without_a_network(pretraining, tmp_path):

@@ -30,13 +30,13 @@ from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.lora import attach, init_adapters
 from k2mini.nn.nf4_kernel import nf4_rows
-from k2mini.nn.quant import quantize_blocks, quantize_rows, quantized_product
+from k2mini.nn.quant import quantize_rows, quantized_product
 from k2mini.training.loop import read_metrics
 from k2mini.training.plan import plan_run
 from k2mini.training.step import accumulate, build_optimizer, loss_sum, train_step
 from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT, tiny_config, tiny_llama
-from tests.helpers import adapted, examples
+from tests.helpers import adapted, examples, quantised
 from tests.training.test_plan import pretraining
 
 pytestmark = [
@@ -64,17 +64,6 @@ def close(found, expected, bound):
     off = found.detach().double().cpu() - expected
     assert off.norm() <= bound * expected.norm()
     assert off.abs().max() <= 2 * bound * expected.abs().max()
-
-
-def in_int8(model):
-    """The same model with its blocks' matrices in int8."""
-    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    quantize_blocks(model.model.layers)
-    for name, tensor in values.items():
-        if ".layers." in name and tensor.ndim == 2:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            module.weight.data, module.scale.data = quantize_rows(tensor)
-    return model
 
 
 @pytest.fixture
@@ -141,7 +130,7 @@ def test_graphs_decode_what_the_full_forward_pass_does(kind, request):
     features = {"sliding_window": 60 if "window" in kind else None, "attention_bias": "bias" in kind}
     shape = tiny_config(max_seq_len=640, num_kv_heads=2 if "grouped" in kind else 4, **features)
     model = tiny_llama(shape, dtype=dtype)
-    model = on_gpu(in_int8(model) if "int8" in kind else model)
+    model = on_gpu(quantised(model) if "int8" in kind else model)
     if "compiled" in kind:
         found = request.getfixturevalue("compiler")
         compile_decoding(model)
@@ -251,7 +240,7 @@ def test_a_micro_batch_waits_for_nothing_and_a_step_once(dtype):
 def test_compiled_blocks_are_one_graph(compiler, lora):
     model = tiny_llama(tiny_config(num_layers=6), dtype=torch.bfloat16)
     if lora:
-        attach(in_int8(model), LoraSection())
+        attach(quantised(model), LoraSection())
         init_adapters(model, 0)
     model = on_gpu(model.train())
     launches = [calls_of(micro_batch(model)[0])[1]]

@@ -69,8 +69,8 @@ def show(label: str, found: dict[str, int], number: int = 1, memory: str = "") -
 
 @torch.inference_mode()
 def token(layers: int, rows: int, how: str) -> None:
-    """A step of decoding."""
-    model = answering(layers, int8="int8" in how, compiled="compiled" in how)
+    """A step of decoding, and before it the launches that are captured for it."""
+    model = answering(layers, int8="int8" in how, nf4="nf4" in how, compiled="compiled" in how)
     prompts, sampling = tokens(rows, PROMPT).tolist(), PENALISED if "penalty" in how else Sampling()
     engine = begun(model, prompts, Decoding(4 * STEPS, sampling))
 
@@ -78,8 +78,11 @@ def token(layers: int, rows: int, how: str) -> None:
         for _ in range(STEPS):
             engine.step()
 
-    some()  # as it stands, captured, replayed
-    show(f"a token, {how}, {rows} row{'s' * (rows > 1)}", counted(some), STEPS)
+    label = f"a token, {how}, {rows} row{'s' * (rows > 1)}"
+    engine.step()  # as it stands
+    show(f"{label}, captured", counted(engine.step))
+    some()
+    show(label, counted(some), STEPS)
 
 
 def micro_batch(layers: int, world: World, config: RunConfig, length: int, label: str) -> None:
@@ -127,7 +130,8 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} blocks; a step:")
         print(f"{'':40} launches   graphs    waits    cuDNN reserved  planned (GiB)")
         work: dict[str, Callable[[], None]] = {}
-        for how, rows in (("bf16", 1), ("bf16", 64), ("penalty", 64), ("bf16 compiled", 1), ("int8 compiled", 1)):
+        plain, compiled = ("bf16", "int8", "nf4"), ("bf16 compiled", "int8 compiled", "nf4 compiled")
+        for how, rows in (*((how, 1) for how in (*plain, *compiled)), ("bf16", 64), ("penalty", 64), ("nf4", 64)):
             work[f"a token, {how}, {rows}"] = partial(token, options.layers, rows, how)
         for label, (config, length) in configurations().items():
             layers = options.layers if "LoRA" in label else min(8, options.layers)

@@ -28,6 +28,8 @@ def draw(model: Llama) -> Llama:
         values = local_part(parameter)
         if values.dtype == torch.int8:
             values.random_(-127, 128)
+        elif values.dtype == torch.uint8:
+            values.random_()
         elif values.ndim == 1:
             values.fill_(0.02 / 73 if name.endswith(".scale") else 1.0)
         else:
@@ -41,11 +43,11 @@ def empty(layers: int, dtype: torch.dtype = torch.bfloat16) -> Llama:
         return Llama(replace(SHAPE, num_layers=layers)).to(dtype)
 
 
-def answering(layers: int, *, int8: bool = False, compiled: bool = True) -> Llama:
+def answering(layers: int, *, int8: bool = False, nf4: bool = False, compiled: bool = True) -> Llama:
     """A model that decodes; with `int8` its head is quantised too."""
     model = empty(layers)
-    if int8:
-        quantize_blocks(model.model.layers)
+    if int8 or nf4:
+        quantize_blocks(model.model.layers, "int8" if int8 else "nf4")
     draw(model).eval().requires_grad_(False)
     if int8:
         model.quantized_head = quantized_head(model.head_weight)

@@ -25,7 +25,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--gpu", metavar="GPU", help="such as a100-80g, rtx-4090 or l4, or its memory: 24GiB")
     card.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 40GiB")
     parser.add_argument(
-        "--utilisation", type=float, metavar="SHARE", help="of the card's peak that the arithmetic gets (default: 0.35)"
+        "--utilisation", type=float, metavar="SHARE", help="of the card's peak that the arithmetic gets (default: 0.30)"
     )
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="take the tokens a second that a run noted instead"
@@ -90,10 +90,8 @@ def _pace(
     if not (0 < share <= 1 and (options.price or 0) >= 0):
         raise ValueError(f"--utilisation ({share}) must be above 0 and at most 1, --price not negative")
     if options.measured is not None:
-        rate, source = (
-            pace.measured(options.measured),
-            f"measured in {options.measured}, taken for these ranks and GPUs",
-        )
+        rate = pace.measured(options.measured)
+        source = f"measured in {options.measured}, taken for these ranks and GPUs"
     elif tflops is not None:
         rate = pace.tokens_per_second(config, found, ranks, tflops * 1e12, share)
         source = f"a guess: {100 * share:.0f} % of {tflops} TFLOP/s a GPU; --measured RUN replaces it"
@@ -125,22 +123,24 @@ def _plan_inference(options: argparse.Namespace, model: ModelSection, room: floa
     """Print what a model's weights leave for keys and values, in tokens."""
     from math import prod
 
+    from k2mini.build import check_stored
     from k2mini.dtypes import DTYPES
     from k2mini.model_config import tensor_shapes
     from k2mini.nn.quant import quantized_tensors
     from k2mini.nn.slots import token_bytes
-    from k2mini.training.plan import planned_shape
+    from k2mini.training.plan import planned_base
 
     if options.fit:
         raise ValueError("--fit is of training's micro-batches; --inference says how many tokens fit")
-    config, dtype = planned_shape(model.path), DTYPES[model.dtype]
-    shapes = tensor_shapes(config)
-    kept = {name: (shape, dtype) for name, shape in shapes.items()} | quantized_tensors(shapes, model.quantize)
+    (config, stored), dtype = planned_base(model.path), DTYPES[model.dtype]
+    how, shapes = model.quantize or stored, tensor_shapes(config)
+    check_stored(Path(model.path), stored, how)
+    kept = {name: (shape, dtype) for name, shape in shapes.items()} | quantized_tensors(shapes, how)
     weights = sum(prod(shape) * kind.itemsize for shape, kind in kept.values())
     each = token_bytes(config, dtype)
     tokens = max(0, int((room - weights) // each))
     fits = tokens > 0
-    blocks = f" (blocks in {model.quantize})" if model.quantize else ""
+    blocks = f" (blocks in {how})" if how else ""
     said = [
         f"weights         {readable(weights)}{blocks}, {model.dtype}",
         f"a token         {readable(each)} of keys and values",

@@ -21,6 +21,9 @@ THRESHOLD = 0.5
 _WORDS = 5
 _ROWS = 4  # of a band
 _SLICE = 2**14  # pairs that are compared at a time
+# Documents of a band, or of a cluster, with which others of it are compared: where a template gives a hundred thousand
+# documents the same band and little else, all pairs would take days.
+_MOST_OF_BAND, _MOST_OF_CLUSTER = 64, 1024
 
 # Multiply-shift hashing, h(x) = (a x + b mod 2^64) >> 32 with a odd. PCG64's raw values never change (NEP 19).
 _DRAWS = np.random.PCG64(20).random_raw(2 * PERMUTATIONS)
@@ -77,8 +80,8 @@ def near_duplicates(signatures: np.ndarray, lengths: np.ndarray, threshold: floa
         keys = np.zeros(count, np.uint64)
         for column in range(band, band + _ROWS):
             keys = keys * _FACTORS[0] + signatures[:, column]
-        _compare(keys[order], join)
-    _compare(root, drop)
+        _compare(keys[order], join, _MOST_OF_BAND)
+    _compare(root, drop, _MOST_OF_CLUSTER)
     found = np.empty(count, np.int64)
     found[order] = order[kept]
     return found
@@ -90,10 +93,10 @@ def _top(root: np.ndarray, one: int) -> int:
     return one
 
 
-def _compare(keys: np.ndarray, are_done: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+def _compare(keys: np.ndarray, are_done: Callable[[np.ndarray, np.ndarray], np.ndarray], most: int) -> None:
     """Compare the ranks of each key with the first of them, those that are not done with the first of these, …"""
     members = np.argsort(keys, kind="stable")
-    while len(members):
+    for _ in range(most):
         sorted_keys = keys[members]
         starts = np.flatnonzero(np.concatenate([[True], sorted_keys[1:] != sorted_keys[:-1]]))
         sizes = np.diff(np.append(starts, len(members)))

@@ -74,13 +74,12 @@ def _run(out: Path, seed: int, *, quick: bool, control: bool, lora: bool) -> dic
     _delta(base, tuned, out)
 
     steps.begin("instruction tuning, stage one: general instructions, LoRA", 10)
-    first = _train(out, "stage1", _finetune_config(out, "stage1", tuned, "general", seed, scale.stage1_steps))
+    first = _tune(out, "stage1", tuned, "general", seed, scale.stage1_steps)
     stages.append(Stage("stage1", tuned, first))
     judge(out, stages[-1])
 
     steps.begin("instruction tuning, stage two: expert instructions, from stage one's adapter", 20)
-    config = _finetune_config(out, "stage2", tuned, "expert", seed, scale.stage2_steps, init=first)
-    second = _train(out, "stage2", config)
+    second = _tune(out, "stage2", tuned, "expert", seed, scale.stage2_steps, init=first)
     stages.append(Stage("stage2", tuned, second))
     judge(out, stages[-1])
 
@@ -104,11 +103,9 @@ def _control(out: Path, seed: int, scale: Scale, steps: _Steps) -> Stage:
     """Both stages of instruction tuning over the base itself, and their judgement."""
     base = out / "base"
     steps.begin("control, stage one: the same, without further pretraining", 10)
-    config = _finetune_config(out, "control_stage1", base, "general", seed, scale.stage1_steps)
-    first = _train(out, "control_stage1", config)
+    first = _tune(out, "control_stage1", base, "general", seed, scale.stage1_steps)
     steps.begin("control, stage two", 15)
-    config = _finetune_config(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
-    second = _train(out, "control", config)
+    second = _tune(out, "control", base, "expert", seed, scale.stage2_steps, init=first)
     steps.begin("control: judged", 5)
     stage = Stage("control", base, second)
     judge(out, stage)
@@ -130,11 +127,11 @@ def _lora(out: Path, seed: int, scale: Scale, steps: _Steps) -> list[Stage]:
         merge_adapters(out / "base", [adapter], model)
     stages = [Stage("lora_documents", model)]
     steps.begin("LoRA on documents, stage one", 10)
-    first = _train(out, "lora_stage1", _finetune_config(out, "lora_stage1", model, "general", seed, scale.stage1_steps))
+    first = _tune(out, "lora_stage1", model, "general", seed, scale.stage1_steps)
     stages.append(Stage("lora_stage1", model, first))
     steps.begin("LoRA on documents, stage two", 20)
-    config2 = _finetune_config(out, "lora_stage2", model, "expert", seed, scale.stage2_steps, init=first)
-    stages.append(Stage("lora_stage2", model, _train(out, "lora_stage2", config2)))
+    second = _tune(out, "lora_stage2", model, "expert", seed, scale.stage2_steps, init=first)
+    stages.append(Stage("lora_stage2", model, second))
     for stage in stages:
         judge(out, stage)
     return stages
@@ -196,10 +193,9 @@ def _pretrain_config(out: Path, seed: int, scale: Scale) -> PretrainConfig:
     )
 
 
-def _finetune_config(
-    out: Path, name: str, model: Path, data: str, seed: int, steps: int, init: Path | None = None
-) -> FinetuneConfig:
-    return FinetuneConfig(
+def _tune(out: Path, name: str, model: Path, data: str, seed: int, steps: int, init: Path | None = None) -> Path:
+    """A stage of instruction tuning. Returns its adapter."""
+    config = FinetuneConfig(
         run=RunSection(str(out / name), seed),
         model=ModelSection(str(model)),
         data=InstructionSection(str(out / f"data/{data}.json"), template=TEMPLATE, max_seq_len=128),
@@ -209,6 +205,7 @@ def _finetune_config(
         ),
         checkpoint=CheckpointSection(every=20),
     )
+    return _train(out, name, config)
 
 
 def _train(out: Path, name: str, config: RunConfig) -> Path:

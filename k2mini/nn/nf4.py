@@ -1,11 +1,16 @@
 """NF4: four bits a weight (Dettmers et al. 2023, arXiv 2305.14314, section 3), with the values that bitsandbytes has.
 
-A matrix is cut into blocks of 64 along its rows. Each is divided by its largest absolute value, its absmax, and each of
+A matrix is cut into blocks of 64, row after row. Each is divided by its largest absolute value, its absmax, and each of
 its values becomes the nearest of 16, the quantiles of a normal distribution. Double quantisation: the absmaxes, less
 their mean, are kept in 8 bits, in blocks of 256 with a float32 scale each. That is 4.13 bits a weight in all.
+
+Of rows that are not whole blocks, as few as are it together, G, are kept as one row, so that ranks share whole blocks:
+8 of 344 values are 43 blocks. G is 1 for multiples of 64, and left out of the shapes below.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +28,22 @@ TABLES = (16, 256, 1)  # the codebook, the map of the absmaxes' codes, the absma
 
 
 def part_shapes(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a matrix's codes, absmaxes and `scale`. Raises ValueError where rows are not of whole blocks."""
+    """The shapes of a matrix's codes, absmaxes and `scale`. Raises ValueError where it is not of whole blocks."""
     rows, columns = shape
-    if columns % BLOCK:
-        raise ValueError(f"{name} has rows of {columns} values, and NF4 takes multiples of {BLOCK}; quantise to int8")
-    blocks = columns // BLOCK
-    return (rows, columns // 2), (rows, blocks), (sum(TABLES) - (-rows * blocks // GROUP),)
+    together = BLOCK // math.gcd(BLOCK, columns)
+    if rows % together:
+        raise ValueError(
+            f"{name} is {rows} x {columns}, and NF4 takes whole blocks of {BLOCK} values; quantise to int8"
+        )
+    rows, blocks = rows // together, together * columns // BLOCK
+    return (rows, blocks * BLOCK // 2), (rows, blocks), (sum(TABLES) - (-rows * blocks // GROUP),)
 
 
 def quantize(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor, Tensor]:
     """(out, in) floating -> two codes a byte, the first in the high bits, (out, in/2) uint8; the absmaxes' codes
     (out, in/64) uint8; and `scale`, float32: the tables, and a scale for each 256 absmaxes of the whole matrix.
 
-    Raises ValueError, with the tensor's `name`, where `in` is no multiple of 64, or a value is not finite.
+    Raises ValueError, with the tensor's `name`, where it is not of whole blocks, or a value is not finite.
     """
     packed, blocks, _ = part_shapes(name, tuple(weight.shape))
     precise = weight.to(torch.float32).reshape(-1, BLOCK)
@@ -56,7 +64,7 @@ def quantize(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor, Te
 
 
 def dequantize(weight: Tensor, absmax: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize` gives -> (out, in) in a floating dtype, computed in float32."""
+    """What `quantize` gives -> (out, in), or (out/G, G*in), in a floating dtype, computed in float32."""
     codebook, table, offset, largest = scale.split([*TABLES, len(scale) - sum(TABLES)])
     steps = largest.repeat_interleave(GROUP, output_size=len(largest) * GROUP)[: absmax.numel()]
     blocks = table[absmax.flatten().long()] * steps + offset  # (out * in/64,)

@@ -21,10 +21,8 @@ from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.layers import Linear, product
 
-PARTS = {
-    torch.int8: ("weight", "scale"),
-    torch.uint8: ("weight", "absmax", "scale"),
-}  # by the weight's dtype: int8, NF4
+# By the weight's dtype: int8, NF4.
+PARTS = {torch.int8: ("weight", "scale"), torch.uint8: ("weight", "absmax", "scale")}
 
 
 def quantize_rows(weight: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
@@ -90,21 +88,21 @@ def quantized_product(x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
     is_int8 = weight.dtype == torch.int8
     if is_int8 and torch.compiler.is_dynamo_compiling() and writes_out(x, weight):
         return (written_out(x, weight) * scales[0]).to(x.dtype).view(*x.shape[:-1], -1)
-    if takes_kernel(x, fuses=is_int8):
+    if (is_int8 or x.shape[-1] % nf4.BLOCK == 0) and takes_kernel(x, fuses=is_int8):
         if is_int8:
             return int8_rows(x, weight, *scales)
         from k2mini.nn.nf4_kernel import nf4_rows
 
         return nf4_rows(x, weight, *scales)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return product(x, dequantized(x.dtype, weight, *scales))
+        return product(x, dequantized(x.dtype, weight, *scales).view(-1, x.shape[-1]))
     out = _Product.apply(x, weight, *scales)
     assert isinstance(out, Tensor)
     return out
 
 
 def dequantized(dtype: torch.dtype, weight: Tensor, *scales: Tensor) -> Tensor:
-    """`parts_of` a quantised layer -> (out, in) in a floating dtype."""
+    """`parts_of` a quantised layer -> its values, row after row, in a floating dtype."""
     if weight.dtype == torch.int8:
         return dequantize(weight, scales[0], dtype)
     return nf4.dequantize(weight, scales[0], scales[1], dtype)
@@ -116,13 +114,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
         ctx.save_for_backward(weight, *scales)
-        return product(x, dequantized(x.dtype, weight, *scales))
+        return product(x, dequantized(x.dtype, weight, *scales).view(-1, x.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, *scales = ctx.saved_tensors
-        return product(grad, dequantized(grad.dtype, weight, *scales).T), *[None] * (1 + len(scales))
+        whole = dequantized(grad.dtype, weight, *scales).view(grad.shape[-1], -1)
+        return product(grad, whole.T), *[None] * (1 + len(scales))
 
 
 class DynamicLinear(Int8Linear):
@@ -189,7 +188,7 @@ def fill(
     elif module.weight.dtype == torch.int8:
         parts = [*quantize_rows(rows(name, *kept["weight"]).to(device), name)]
     else:
-        whole = nf4.quantize(rows(name, 0, module.weight.shape[0]).to(device), name)
+        whole = nf4.quantize(rows(name, 0, module.out_features).to(device), name)
         parts = [values[slice(*bounds)] for values, bounds in zip(whole, kept.values(), strict=True)]
     for part, values in zip(kept, parts, strict=True):
         parameter = getattr(module, part)

@@ -27,27 +27,32 @@ class Board:
     close: Callable[[], None]
 
 
-def open_boards(run: RunSection, step: int) -> list[Board]:
-    """What `run.tensorboard` and `run.wandb` ask for, going on after `step`, in folders of these names in `run.dir`.
-
-    Raises ValueError where an extra is missing, or Weights & Biases has no key and is not told to be offline.
+def check_boards(run: RunSection, *, is_main: bool = True) -> None:
+    """Raise ValueError where an extra that `run` asks for is missing, or Weights & Biases has no key and is not told to
+    be offline: before data are read, which may take hours.
     """
-    boards = [_tensorboard(Path(run.dir) / "tensorboard", step)] if run.tensorboard else []
-    return boards + ([_wandb(Path(run.dir))] if run.wandb else [])
-
-
-def check_boards(run: RunSection) -> None:
-    """Raise ValueError where an extra that `run` asks for is missing: before data are read, which may take hours."""
     for name in ("tensorboard", "wandb"):
         if getattr(run, name) and find_spec(name) is None:
             raise need_extra(name)
+    if run.wandb and is_main:
+        os.environ.setdefault("WANDB_SILENT", "true")  # as a setting of the run it comes too late for the login
+        import wandb
+
+        try:
+            wandb.login(verify=False)
+        except wandb.errors.Error as error:  # no key, or one that can be none
+            raise ValueError(f"run.wandb: {error} WANDB_MODE=offline needs no account") from None
+
+
+def open_boards(run: RunSection, step: int) -> list[Board]:
+    """What `run.tensorboard` and `run.wandb` ask for, going on after `step`, in folders of these names in `run.dir`."""
+    boards = [_tensorboard(Path(run.dir) / "tensorboard", step)] if run.tensorboard else []
+    return boards + ([_wandb(Path(run.dir), step)] if run.wandb else [])
 
 
 def _tensorboard(folder: Path, step: int) -> Board:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise need_extra("tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(step: int, values: Mapping[str, float]) -> None:
@@ -57,44 +62,35 @@ def _tensorboard(folder: Path, step: int) -> Board:
     return Board(write, writer.close)
 
 
-def _wandb(run_dir: Path) -> Board:
-    """A run that goes on under its id after a kill. What fails on the way to the service ends no training."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # as a setting of the run it comes too late for the login
-    try:
-        import wandb
-    except ImportError:
-        raise need_extra("wandb") from None
+def _wandb(run_dir: Path, step: int) -> Board:
+    """A run that goes on under its id, or begins under a new one. What fails on the way to the service ends nothing."""
+    import wandb
+
     known_by, config = run_dir / "wandb" / "id", run_dir / "config.yaml"  # which `run.py` writes, as JSON
-    if not known_by.exists():
+    if step == 0 or not known_by.exists():
         known_by.parent.mkdir(exist_ok=True)
         write_text(known_by, secrets.token_hex(4))
-    what: dict[str, Any] = {
-        "dir": run_dir,
-        "project": os.environ.get("WANDB_PROJECT", "k2mini"),
-        "name": run_dir.absolute().name,
-        "id": known_by.read_text().strip(),
-        "resume": "allow",
-        "config": read_json(config) if config.exists() else None,
-        "settings": wandb.Settings(console="off", finish_timeout=60),
-    }
+    what: dict[str, Any] = {"name": run_dir.absolute().name, "config": read_json(config) if config.exists() else None}
+    what |= {"project": os.environ.get("WANDB_PROJECT", "k2mini"), "id": known_by.read_text(), "resume": "allow"}
+    what["settings"] = wandb.Settings(console="off", finish_timeout=60)
+    run: Any
     try:
-        run = wandb.init(**what)
+        run = wandb.init(dir=run_dir, **what)
     except wandb.errors.UsageError as error:
-        raise ValueError(f"run.wandb: {error} WANDB_MODE=offline needs no account") from None
+        raise ValueError(f"run.wandb: {error}") from None
     except wandb.errors.CommError as error:
         why = str(error).partition("\n")[0]
         log.warning("wandb can't be reached (%s); `wandb sync` sends later what %s/wandb gets", why, run_dir)
         wandb.teardown()  # or the id would still be in use
-        run = wandb.init(**what, mode="offline")
-
-    lost: list[Exception] = []
+        run = wandb.init(dir=run_dir, **what, mode="offline")
 
     def write(step: int, values: Mapping[str, float]) -> None:
+        nonlocal run
         try:
-            if not lost:
+            if run is not None:
                 run.log(dict(values), step=step)
         except Exception as error:  # whatever its service ends with
-            lost.append(error)
+            run = None
             log.warning("wandb gets nothing from step %d on (%s); metrics.jsonl has it", step, error)
 
     def close() -> None:

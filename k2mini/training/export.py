@@ -47,10 +47,16 @@ def export(
         save_model(tensors, base.config, out, tokenizer=tokenizer, force=force, inputs=(checkpoint, base.path))
 
 
-def export_adapter(kept: Path, out: Path, section: LoraSection, base: str) -> None:
-    """Write the adapter that a checkpoint holds. Raises ValueError where the checkpoint is damaged."""
+def export_adapter(kept: Path, out: Path, section: LoraSection, base: str, quantized_from: str | None = None) -> None:
+    """Write the adapter that a checkpoint holds; its base counts as the model that it was quantised from, if it was.
+
+    Raises ValueError where the checkpoint is damaged.
+    """
     state = read_state(kept)
     check_files(kept, state["files"], ALONE, f"remove {kept} to train on from an earlier checkpoint")
     stored = StoredModel(kept)
     adapters = {name: stored.tensor(name) for name in stored.names()}
-    save_adapter(adapters, section, out, base=base, note=state["identity"].get("base", ""))
+    note = {key: value for key in ("base", "quantize") if (value := state["identity"].get(key))}
+    if quantized_from is not None:
+        note["base"] = quantized_from
+    save_adapter(adapters, section, out, base=base, note=note if "base" in note else None)

@@ -10,7 +10,7 @@ from typing import Any
 from k2mini.build import is_sharded
 from k2mini.config import PretrainConfig, RunConfig
 from k2mini.sizes import readable
-from k2mini.training.plan import plan_run
+from k2mini.training.plan import plan_run, planned_base
 
 
 def smallest_change(config: RunConfig, world_size: int, room: float) -> str | None:
@@ -27,18 +27,19 @@ def smallest_change(config: RunConfig, world_size: int, room: float) -> str | No
     return None
 
 
-def largest_micro_batch(config: RunConfig, world_size: int, room: float) -> int | None:
-    """The largest `train.micro_batch_size` that fits into `room` bytes a rank; None where one sample does not."""
-    sizes = _sizes(config, world_size)
+def largest_micro_batch(config: RunConfig, world_size: int, room: float, least: int = 1) -> int | None:
+    """The largest `train.micro_batch_size` that fits into `room` bytes a rank; None: none of at least `least` does."""
+    sizes = [rows for rows in micro_batch_sizes(config, world_size) if rows >= least]
 
     def too_large(rows: int) -> bool:
         return plan_run(changed(config, {"micro_batch_size": rows}), world_size, exact=False).peak > room
 
-    fitting = bisect_left(sizes, True, key=too_large)
-    return sizes[fitting - 1] if fitting else None
+    if not sizes or too_large(sizes[0]):  # settings with which nothing fits are found by one plan
+        return None
+    return sizes[bisect_left(sizes, True, lo=1, key=too_large) - 1]
 
 
-def _sizes(config: RunConfig, world_size: int) -> list[int]:
+def micro_batch_sizes(config: RunConfig, world_size: int) -> list[int]:
     """The sizes that a micro-batch may have: a rank's share is a multiple of them."""
     share = config.train.global_batch_size // world_size
     return [rows for rows in range(1, share + 1) if share % rows == 0]
@@ -54,7 +55,7 @@ def what_takes_less(config: RunConfig, world_size: int) -> str:
 def _cheaper(config: RunConfig, world_size: int) -> dict[str, list[Any]]:
     """Keys not set yet and the values to try, those first that cost the least time and exactness: none before int8."""
     train, parallel, lora = config.train, config.parallel, config.lora
-    fewer = [rows for rows in _sizes(config, world_size)[::-1] if rows < train.micro_batch_size]
+    fewer = [rows for rows in micro_batch_sizes(config, world_size)[::-1] if rows < train.micro_batch_size]
     shared = is_sharded(config.model, parallel, lora, world_size)
     tried: dict[str, tuple[bool, list[Any]]] = {
         "micro_batch_size": (bool(fewer), fewer),
@@ -68,12 +69,20 @@ def _cheaper(config: RunConfig, world_size: int) -> dict[str, list[Any]]:
 
 
 def _changes(config: RunConfig, world_size: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """(overrides, ranks) to try, the cheapest first: each alone, each with those before it, then more ranks, too."""
-    cheaper, together = _cheaper(config, world_size), {}
+    """(overrides, ranks) to try, the cheapest first: each alone, each with those before it, then more ranks, too.
+
+    Offload, the slowest, is tried alone and with all others, before more ranks.
+    """
+    cheaper, together = _cheaper(config, world_size), dict[str, Any]()
+    if config.model.quantize == "int8" and planned_base(config.model.path)[1] is None:
+        cheaper["quantize"] = ["nf4"]
+    offload = [{"offload": "cpu"}] * (config.parallel.offload is None)
     yield from (({key: value}, world_size) for key, values in cheaper.items() for value in values)
+    yield from ((each, world_size) for each in offload)
     for key, values in cheaper.items():
         together[key] = values[-1]
         yield dict(together), world_size
+    yield from ((together | each, world_size) for each in offload)
     for factor in (2, 4, 8, 16):
         yield {}, world_size * factor
         yield together, world_size * factor

@@ -16,10 +16,9 @@ from statistics import median
 from typing import Any
 
 from k2mini.config import RunConfig
-from k2mini.training.fit import changed, largest_micro_batch, override, row_length
+from k2mini.training.fit import changed, largest_micro_batch, micro_batch_sizes, override, row_length
 from k2mini.training.loop import FILE, read_metrics
-from k2mini.training.plan import Plan
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.training.plan import Plan, planned_base
 
 SHARE = 0.30  # of a card's peak: what full training of a 7B model got on an H100 (tools/results/bench_gpu_h100.txt)
 PEAK = 150e12  # FLOP/s of a card of which only the memory is known: it orders settings, and is not printed
@@ -62,9 +61,7 @@ def fastest(
     Tried are micro-batch, recomputation, how LoRA's base is kept, ZeRO-2 or ZeRO-3, and offload. The dtype stays. None,
     where nothing fits. What a try can't be planned with, such as sizes that NF4 does not take, is passed over.
     """
-    stored = None
-    with suppress(ValueError):  # a preset, or a directory without weights
-        stored = ModelDirectory(config.model.path).quantized
+    stored, sizes = planned_base(config.model.path)[1], micro_batch_sizes(config, world_size)
     kept = (stored,) if stored or config.lora is None else (None, "int8", "nf4")
     reshard = (True, False) if world_size > 1 and config.lora is None else (config.parallel.reshard_after_forward,)
     keys = ("quantize", "activation_checkpointing", "reshard_after_forward", "offload")
@@ -72,18 +69,18 @@ def fastest(
         dict(zip(keys, each, strict=True)) for each in product(kept, (0, 1), reshard, (None, "cpu"))
     ]
 
-    def rate(settings: dict[str, Any]) -> float:
-        return tokens_per_second(changed(config, settings), found, world_size, peak, share)
+    def rate(settings: dict[str, Any], rows: int) -> float:
+        tried = changed(config, settings | {"micro_batch_size": rows})
+        return tokens_per_second(tried, found, world_size, peak, share)
 
-    whole = {"micro_batch_size": config.train.global_batch_size // world_size}
     best, most = dict[str, Any](), 0.0
-    for settings in sorted(tries, key=lambda settings: -rate(settings | whole)):
-        if rate(settings | whole) <= most:
+    for settings in sorted(tries, key=lambda settings: -rate(settings, sizes[-1])):
+        if rate(settings, sizes[-1]) <= most:
             break  # neither this nor any after it can be faster
-        rows = None
+        least, rows = next(rows for rows in sizes if rate(settings, rows) > most), None  # fewer are no faster
         with suppress(ValueError):
-            rows = largest_micro_batch(changed(config, settings), world_size, room)
-        if rows is not None and (now := rate(settings | {"micro_batch_size": rows})) > most:
+            rows = largest_micro_batch(changed(config, settings), world_size, room, least)
+        if rows is not None and (now := rate(settings, rows)) > most:
             best, most = settings | {"micro_batch_size": rows}, now
     return " ".join(override(config, key, value) for key, value in best.items()) or None, most
 

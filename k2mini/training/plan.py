@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from k2mini.build import is_sharded, kept_dtype, make_trainable
+from k2mini import architectures
+from k2mini.build import check_stored, is_sharded, kept_dtype, make_trainable
 from k2mini.config import FinetuneConfig, PretrainConfig, RunConfig
 from k2mini.config_file import check_context
 from k2mini.data.corpus import is_prepared, read_corpus_manifest
 from k2mini.distributed import World, device_mesh, local_part
 from k2mini.dtypes import DTYPES
-from k2mini.model_config import PRESETS, ModelConfig, read_model_config
+from k2mini.model_config import PRESETS, ModelConfig, parse_config, read_config_json
 from k2mini.nn.layers import Mask
 from k2mini.nn.llama import Llama
 from k2mini.nn.loss import projected_loss
@@ -89,8 +90,8 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     Args:
         exact: False: run models of 4 and of 8 blocks and extrapolate linearly, which takes seconds; `kinds` is empty.
 
-    Raises ValueError where the configuration does not fit the number of ranks or the model's context, or there is no
-    model at `model.path`.
+    Raises ValueError where the configuration does not fit the number of ranks or the model's context, there is no model
+    at `model.path`, or it is stored quantised in another way than `model.quantize` says.
     """
     if world_size < 1:
         raise ValueError(f"--world-size must be at least 1, not {world_size}")
@@ -100,7 +101,8 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     else:
         micro_steps = rank_share(train, world_size) // train.micro_batch_size
     tracked = min(2, micro_steps)  # from the second on there are gradients already; all others are like it
-    shape = planned_shape(config.model.path)
+    shape, stored = planned_base(config.model.path)
+    check_stored(Path(config.model.path), stored, config.model.quantize)
     check_context(config, shape.max_seq_len)
     with _ranks(config, world_size) as mesh:
         if exact or shape.num_layers <= 8:
@@ -137,14 +139,16 @@ def plan_run(config: RunConfig, world_size: int, *, exact: bool = True) -> Plan:
     )
 
 
-def planned_shape(path: str) -> ModelConfig:
+def planned_base(path: str) -> tuple[ModelConfig, str | None]:
     """The shape of the model at a path or, where there is none, of the preset of its name (`llama-7b`).
+
+    With it, how its matrices are stored quantised, by its config.json: 'int8', 'nf4' or None.
 
     Raises ValueError where there is neither, saying how to plan a run whose base does not exist yet.
     """
     name = Path(path).name
     if not Path(path).exists() and name in PRESETS:
-        return PRESETS[name]
+        return PRESETS[name], None
     try:
         directory = model_directory(path, weights=False)
     except ValueError as error:
@@ -152,7 +156,9 @@ def planned_shape(path: str) -> ModelConfig:
             f"model.path: {error}; if another run has yet to make it, plan from a preset of its shape, such as "
             f"model.path=llama-7b (there are {', '.join(PRESETS)}), or from a directory with its config.json"
         ) from None
-    return read_model_config(directory)
+    raw = read_config_json(directory)
+    said = raw.get("quantization_config")
+    return parse_config(raw, directory), architectures.quantization(said) if said else None
 
 
 @contextmanager
@@ -203,7 +209,10 @@ def _track(
             optimizer.zero_grad(set_to_none=True)
 
         model.train()
-        step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes AdamW's moments, so that the tracker counts them as what a step begins with
+        optimizer.zero_grad(set_to_none=True)
         offloaded, host = config.parallel.offload is not None, 0
         with MemoryTracker(model, optimizer, config.parallel.replicate or 1, offloaded=offloaded) as tracker:
             step()
@@ -242,11 +251,12 @@ def describe(plan: Plan, config: RunConfig, world_size: int) -> str:
     most = "at most " if isinstance(config, FinetuneConfig) else ""  # examples may be shorter than a row, or packed
     received = f"{most}{readable(plan.received)} received a rank and step" if plan.received else "none"
     copied = ", and as much of the hosts' memory (checkpoint.async_save)" if config.checkpoint.async_save else ""
+    node = f", {readable(world_size * plan.host)} on a node that has all {world_size}" if world_size > 1 else ""
     ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     lines = [
         f"{plan.parameters:,} parameters, {plan.trained:,} of them trained, on {ranks}",
         f"peak memory     {readable(plan.peak)} a rank ({kinds})",
-        *[f"host's memory   {readable(plan.host)} a rank (parallel.offload)"] * bool(plan.host),
+        *[f"host's memory   {readable(plan.host)} a rank{node} (parallel.offload)"] * bool(plan.host),
         f"communication   {received}",
         f"checkpoint      {readable(plan.checkpoint)} on disk{copied}",
         f"a step          {most}{plan.step_tokens:,} tokens",

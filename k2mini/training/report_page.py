@@ -18,6 +18,7 @@ POINTS = 240  # of a curve: more steps are averaged, neighbours with neighbours
 ROWS = 6  # of a run's answers to a prompt: the first, the last, and between them in equal distances
 LATE = 30  # steps from which on the second half of a run is drawn once more
 OPEN = 5  # prompts whose answers are not folded
+WIDE = ' class="wide"'
 SMALL = [("norm of the gradient", "grad_norm", 1.0), ("learning rate", "lr", 1.0)]
 SMALL.append(("tokens a second", "tokens_per_second", 1.0))
 # Curves are stretched to their place, text is not: it stands around them as HTML. A dot is a line of no length.
@@ -59,11 +60,18 @@ def page(runs: Sequence[RunReport]) -> str:
     """The whole page of some runs."""
     tasks = sorted({key for run in runs for entry in run.metrics for key in entry if key.startswith(ACCURACY)})
     small = [(f"accuracy of {key.removeprefix(ACCURACY)}, %", key, 100.0) for key in tasks] + SMALL
+    names = "".join(_chip(place, run.name) for place, run in enumerate(runs)) if len(runs) > 1 else ""
+    told = (
+        f'<p>Nats per supervised token, over steps. Dashed, with dots: held out.</p><div class="legend">{names}</div>'
+    )
+    # Once more from the middle on, where the beginning would make all of it flat.
+    half = max(run.metrics[-1]["step"] for run in runs) // 2
+    late = _section(f"loss from step {half:,} on", _losses(runs, half)) if half >= LATE else ""
     parts = [
         _cards(runs),
         _settings(runs) if len(runs) > 1 else "",
-        _losses(runs),
-        f'<div class="grid">{_late_losses(runs)}{"".join(_small(runs, *one) for one in small)}</div>',
+        _section("Loss", _losses(runs, 0, " large"), told),
+        f'<div class="grid">{late}{"".join(_small(runs, *one) for one in small)}</div>',
         _answers(runs),
         _counts(runs),
         _settings(runs) if len(runs) == 1 else "",
@@ -72,51 +80,38 @@ def page(runs: Sequence[RunReport]) -> str:
     return document(title, STYLE + OWN, "\n".join(filter(None, parts)))
 
 
+def _section(title: str, content: str, above: str = "", kind: str = "") -> str:
+    """A section of HTML, if there is something to stand in it."""
+    return f"<section{kind}><h2>{escape(title)}</h2>{above}{content}</section>" if content else ""
+
+
 def _chip(place: int, text: str) -> str:
     return f'<span><i class="c{place % COLOURS}"></i>{escape(text)}</span>'
 
 
 def _cards(runs: Sequence[RunReport]) -> str:
     """What `k2mini report` prints, a section a run."""
-    cards = []
+    cards = ""
     for place, run in enumerate(runs):
         heading = f"<h2>{_chip(place, run.name)}</h2>" if len(runs) > 1 else ""
-        lines = "".join(f"<p>{escape(line)}</p>" for line in run.summary.splitlines())
-        cards.append(f"<section>{heading}{lines}</section>")
-    return f'<div class="grid">{"".join(cards)}</div>'
+        cards += f"<section>{heading}{''.join(f'<p>{escape(line)}</p>' for line in run.summary.splitlines())}</section>"
+    return f'<div class="grid">{cards}</div>'
 
 
-def _losses(runs: Sequence[RunReport]) -> str:
-    names = "".join(_chip(place, run.name) for place, run in enumerate(runs)) if len(runs) > 1 else ""
-    how = "Nats per supervised token, over steps. Dashed, with dots: held out."
-    plot = _plot(_loss_curves(runs), " large")
-    return f'<section><h2>Loss</h2><p>{how}</p><div class="legend">{names}</div>{plot}</section>' if plot else ""
-
-
-def _late_losses(runs: Sequence[RunReport]) -> str:
-    """The second half once more, where the beginning would make all of it flat."""
-    half = max(run.metrics[-1]["step"] for run in runs) // 2
-    plot = _plot(_loss_curves(runs, half)) if half >= LATE else ""
-    return f"<section><h2>loss from step {half:,} on</h2>{plot}</section>" if plot else ""
-
-
-def _loss_curves(runs: Sequence[RunReport], start: int = 0) -> list[tuple[int, str, Points]]:
-    curves = []
+def _losses(runs: Sequence[RunReport], start: int, size: str = "") -> str:
+    curves: list[tuple[int, str, Points]] = []
     for place, run in enumerate(runs):
         train, held_out = ([at for at in run.series(key) if at[0] >= start] for key in ("loss", "val_loss"))
         curves += [(place, "faint" if held_out else "", _thinned(train)), (place, "held", held_out)]
-    return curves
+    return _plot(curves, size)
 
 
 def _small(runs: Sequence[RunReport], title: str, key: str, factor: float) -> str:
     """A small plot of a metric; of a benchmark's scores, from zero, with dots and what they were last."""
-    found = [[(step, factor * value) for step, value in run.series(key)] for run in runs]
-    if key.startswith(ACCURACY):
-        last = "".join(_chip(place, f"{points[-1][1]:.1f}") for place, points in enumerate(found) if points)
-        plot = _plot([(place, "dots", points) for place, points in enumerate(found)], floor=0.0)
-    else:
-        last, plot = "", _plot([(place, "", _thinned(points)) for place, points in enumerate(found)])
-    return f'<section><h2>{escape(title)}</h2><div class="legend">{last}</div>{plot}</section>' if plot else ""
+    found, scores = [[(step, factor * value) for step, value in run.series(key)] for run in runs], factor != 1
+    last = "".join(_chip(place, f"{points[-1][1]:.1f}") for place, points in enumerate(found) if scores and points)
+    curves = [(place, "dots" * scores, points if scores else _thinned(points)) for place, points in enumerate(found)]
+    return _section(title, _plot(curves, floor=0.0 if scores else math.inf), f'<div class="legend">{last}</div>')
 
 
 def _thinned(points: Points) -> Points:
@@ -180,14 +175,14 @@ def _settings(runs: Sequence[RunReport]) -> str:
     """What differs between the configurations; what does not, and one run's, is folded."""
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key != "run.dir"]
     texts = {key: [_text(run.config.get(key, "–")) for run in runs] for key in keys}
-    differ = {key: values for key, values in texts.items() if len(set(values)) > 1}
-    same = [[key, values[0]] for key, values in texts.items() if key not in differ]
-    names = [run.name for run in runs]
-    shown = table(["", *names], [[key, *values] for key, values in differ.items()]) if differ else ""
-    shown = shown or ("<p>The settings are the same.</p>" if len(runs) > 1 else "")
-    title, fold = ("What differs", "the same in all") if len(runs) > 1 else ("Settings", "all of them")
-    folded = f"<details><summary>{fold}</summary>{table([], same)}</details>"
-    return f'<section class="wide"><h2>{title}</h2>{shown}{folded if same else ""}</section>' if keys else ""
+    differ = [[key, *values] for key, values in texts.items() if len(set(values)) > 1]
+    same = [[key, values[0]] for key, values in texts.items() if len(set(values)) == 1]
+    title, fold, shown = "Settings", "all of them", ""
+    if len(runs) > 1 and keys:
+        title, fold, shown = "What differs", "the same in all", "<p>The settings are the same.</p>"
+    shown = table(["", *(run.name for run in runs)], differ) if differ else shown
+    folded = f"<details><summary>{fold}</summary>{table([], same)}</details>" if same else ""
+    return _section(title, shown + folded, kind=WIDE)
 
 
 def _text(value: Any) -> str:
@@ -200,14 +195,15 @@ def _answers(runs: Sequence[RunReport]) -> str:
     found: list[str] = []
     for prompt in dict.fromkeys(sample["prompt"] for _, run in asking for sample in run.samples):
         answers = [{s["step"]: s["answer"] for s in run.samples if s["prompt"] == prompt} for _, run in asking]
-        steps = sorted({step for each in answers for step in _picked([*each])})
+        last = [(list(each), len(each) - 1) for each in answers if each]
+        steps = sorted({each[round(k * end / (ROWS - 1))] for each, end in last for k in range(ROWS)})
         rows = "".join(_row(steps[: place + 1], answers) for place in range(len(steps)))
         head = "".join(f"<th>{_chip(place, run.name)}</th>" for place, run in asking)
         whole = f'<table class="table answers"><tr><th>step</th>{head}</tr>{rows}</table>'
         is_open, asked = " open" if len(found) < OPEN else "", f"<summary><h3>{escape(prompt)}</h3></summary>"
         found.append(f'<details{is_open}>{asked}<div class="wide" style="--runs:{len(asking)}">{whole}</div></details>')
     how = f"Up to {ROWS} validations, the first and the last among them; all are in samples.jsonl. Grey: as before."
-    return f"<section><h2>Answers</h2><p>{how}</p>{''.join(found)}</section>" if found else ""
+    return _section("Answers", "".join(found), f"<p>{how}</p>")
 
 
 def _row(steps: Sequence[int], answers: Sequence[dict[int, str]]) -> str:
@@ -220,11 +216,6 @@ def _row(steps: Sequence[int], answers: Sequence[dict[int, str]]) -> str:
     return f"<tr><td>{steps[-1]:,}</td>{''.join(cells)}</tr>"
 
 
-def _picked(steps: Sequence[int]) -> list[int]:
-    last = len(steps) - 1
-    return [steps[place] for place in sorted({round(k * last / (ROWS - 1)) for k in range(ROWS)})] if steps else []
-
-
 def _counts(runs: Sequence[RunReport]) -> str:
     rows = [(run.name, file, counts) for run in runs for file, counts in run.counts.items()]
     keys = list(dict.fromkeys(key for *_, counts in rows for key in counts))
@@ -232,9 +223,5 @@ def _counts(runs: Sequence[RunReport]) -> str:
         [name, file, *(f"{counts[key]:,}" if isinstance(counts.get(key), int) else "–" for key in keys)]
         for name, file, counts in rows
     ]
-    how = "Cut: an example loses the end of its answer to data.max_seq_len. Left out: it would lose all of it."
-    return (
-        f'<section class="wide"><h2>Data</h2><p>{how}</p>{table(["run", "file", *keys], cells)}</section>'
-        if rows
-        else ""
-    )
+    how = "<p>Cut: an example loses the end of its answer to data.max_seq_len. Left out: it would lose all of it.</p>"
+    return _section("Data", table(["run", "file", *keys], cells) if rows else "", how, WIDE)

@@ -121,7 +121,7 @@ def _run(
                 if lora is None:
                     export(kept, out, config.model.dtype, checked=kept == last)
                 else:
-                    export_adapter(kept, out, lora, config.model.path)
+                    export_adapter(kept, out, lora, config.model.path, (base.manifest or {}).get("quantized_from"))
             world.barrier()
     return out
 
@@ -140,7 +140,7 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
     if config.run.tensorboard or config.run.wandb:
-        check_boards(config.run)
+        check_boards(config.run, is_main=world.is_main)
     run_dir, inputs = Path(config.run.dir), [config.model.path]
     if config.lora is not None and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)

@@ -35,14 +35,15 @@ def save_adapter(
     base: str,
     *,
     trained: bool = True,
-    note: str = "",
+    note: Mapping[str, str] | None = None,
 ) -> None:
     """Write the adapters of a model, read them back and compare; the directory appears whole or not at all.
 
     Args:
         adapters: parameter name -> tensor, as `adapter_tensors` gives them, and the weights that trained whole.
         base: adapter_config.json's name of the base model.
-        note: the base's fingerprint, for the manifest; '': that of `base`, where it is a directory.
+        note: for the manifest: `base`, the base's fingerprint, and `quantize`, in what its weights were. None: the
+            fingerprint of `base`, where it is a directory.
         trained: refuse an adapter whose B matrices are all zero, since training has then changed nothing.
 
     Raises ValueError where there is no adapter or nothing in it, or `directory` exists and is not empty.
@@ -69,7 +70,9 @@ def save_adapter(
     if section.modules_to_save:
         config["modules_to_save"] = section.modules_to_save
     with new_directory(directory) as beside:
-        content = Written()
+        if note is None:
+            note = {"base": ModelDirectory(base).fingerprint()} if Path(base).is_dir() else {}
+        content = Written(note=note)
         write_safetensors(Tensors(tensors), list(tensors), beside / WEIGHTS, content)
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         written, read = read_adapter(beside, read_adapter_config(beside)), read_weights(beside)[1]
@@ -77,18 +80,17 @@ def save_adapter(
         flat |= {name: read[PREFIX + name] for name in WHOLE.values() if PREFIX + name in read}
         if flat.keys() != adapters.keys() or any(not torch.equal(flat[k], adapters[k].cpu()) for k in flat):
             raise OSError(f"{directory}: what was written does not read back as it was")
-        note = note or (ModelDirectory(base).fingerprint() if Path(base).is_dir() else "")
-        write_manifest(beside, "adapter", content, {"base": note} if note else {})
+        write_manifest(beside, "adapter", content)
 
 
 def check_base(directory: Path, *bases: ModelDirectory) -> ModelDirectory:
     """The one of some models that an adapter was trained on by its manifest; without one, as peft writes it, the first.
 
-    Raises ValueError where it is none of them.
+    A model and what was quantised from it are one base. Raises ValueError where it is none of them.
     """
     note = (read_manifest(directory) or {}).get("base")
     for base in bases:
-        if note in (None, base.fingerprint()):
+        if note in (None, (base.manifest or {}).get("quantized_from")) or note == base.fingerprint():
             return base
     named = ", ".join(str(base.path) for base in bases)
     raise ValueError(f"{directory} was trained on another base than {named}; they do not belong together")
@@ -263,6 +265,6 @@ def load_adapters(model: Llama, base: ModelDirectory, directories: Mapping[str, 
         for module, (lora_a, lora_b, _) in adapter.items():
             if module not in modules:
                 raise ValueError(f"{directory}: {module} is not in the model; they do not belong together")
-            if modules[module].weight.shape != (lora_b.shape[0], lora_a.shape[1]):
+            if (modules[module].out_features, modules[module].in_features) != (lora_b.shape[0], lora_a.shape[1]):
                 raise ValueError(f"{directory}: {module} has another shape than the model's")
     return loaded

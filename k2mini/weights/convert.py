@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -14,7 +15,7 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import check_output
 from k2mini.model_config import ModelConfig, tensor_shapes
 from k2mini.nn import nf4
-from k2mini.nn.quant import int8_matrices, part_shapes, quantize_rows, quantized_tensors
+from k2mini.nn.quant import int8_matrices, part_shapes, quantize_rows
 from k2mini.weights.gguf_file import write_gguf
 from k2mini.weights.meta import OUTPUT, MetaReader, write_meta
 from k2mini.weights.model_directory import ModelDirectory, check_tensors
@@ -70,6 +71,7 @@ def convert(
     check_output(out, file=kind == "gguf", force=force, inputs=inputs)
     source, config = open_layout(directory)
     check_tensors(source, tensor_shapes(config), path)
+    note = {} if quantize is None else {"quantized_from": directory.fingerprint(source)}
     source = _WithoutHead(source) if config.tie_embeddings else source
     stored = source.dtype("model.embed_tokens.weight")
     if kind == "gguf":
@@ -79,12 +81,13 @@ def convert(
     if dtype is not None:
         source = Cast(source, dtype)
     if quantize is not None:
-        source = (_Quantized if quantize == "int8" else _Nf4)(source)
+        source = _Quantized(source, quantize)
     if kind == "meta":
         if tokenizer is not None and tokenizer.path.suffix == ".json":
             log.warning("Meta's code reads tokenizer.model; %s, which is copied, is for k2mini alone", tokenizer.path)
         write_meta(source, config, out, tokenizer, force=force, inputs=inputs)
         return
+    write = write_weights if kind == "hf" else write_bin
     save_model(
         source,
         config,
@@ -93,7 +96,7 @@ def convert(
         shard_bytes=shard_bytes,
         force=force,
         inputs=inputs,
-        write=write_weights if kind == "hf" else write_bin,
+        write=lambda *where: replace(write(*where), note=note),
     )
 
 
@@ -104,57 +107,37 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
 
 
 class _Quantized:
-    """A source with its blocks' matrices in int8, and after them their scales. Rows are quantised one by one."""
+    """A source with its blocks' matrices in int8, whose scales follow all weights, or in NF4, each with its scales.
 
-    how = "int8"
+    int8 quantises row by row; NF4 takes a whole matrix, and the last one asked for is kept.
+    """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, how: str) -> None:
+        self._source, self._how, self._lock, self._last = source, how, Lock(), ("", dict[str, Tensor]())
         shapes = {name: source.shape(name) for name in source.names()}
-        self._parts = quantized_tensors(shapes, self.how)
-        self._matrices = {  # part -> the matrix
-            part: name for name in int8_matrices(shapes) for part in part_shapes(self.how, name, shapes[name])
-        }
+        self._beside = {name: part_shapes(how, name, shapes[name]) for name in int8_matrices(shapes)}
+        self._parts = {part: (name, *kept) for name, parts in self._beside.items() for part, kept in parts.items()}
 
     def names(self) -> list[str]:
-        return list(dict.fromkeys([*self._source.names(), *self._parts]))
+        names = [part for name in self._source.names() for part in self._beside.get(name, [name])]
+        return names if self._how == "nf4" else sorted(names, key=lambda name: name.endswith(".scale"))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._parts[name][0] if name in self._parts else self._source.shape(name)
+        return self._parts[name][1] if name in self._parts else self._source.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._parts[name][1] if name in self._parts else self._source.dtype(name)
+        return self._parts[name][2] if name in self._parts else self._source.dtype(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self._parts:
             return self._source.rows(name, start, stop)
-        values, scale = quantize_rows(self._source.rows(self._matrices[name], start, stop), self._matrices[name])
-        return values if name == self._matrices[name] else scale
-
-
-class _Nf4(_Quantized):
-    """The same in NF4, which is made of a whole matrix: its scales follow it, and the last one asked for is kept."""
-
-    how = "nf4"
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source)
-        self._lock, self._last = Lock(), ("", dict[str, Tensor]())
-
-    def names(self) -> list[str]:
-        beside: dict[str, list[str]] = {}
-        for part, matrix in self._matrices.items():
-            beside.setdefault(matrix, []).append(part)
-        return [part for name in self._source.names() for part in beside.get(name, [name])]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._parts:
-            return self._source.rows(name, start, stop)
+        matrix = self._parts[name][0]
+        if self._how == "int8":
+            return quantize_rows(self._source.rows(matrix, start, stop), matrix)[name != matrix]
         with self._lock:
-            if self._last[0] != (matrix := self._matrices[name]):
-                shape = self._source.shape(matrix)
-                values = nf4.quantize(self._source.rows(matrix, 0, shape[0]), matrix)
-                self._last = matrix, dict(zip(part_shapes("nf4", matrix, shape), values, strict=True))
+            if self._last[0] != matrix:
+                values = nf4.quantize(self._source.rows(matrix, 0, self._source.shape(matrix)[0]), matrix)
+                self._last = matrix, dict(zip(self._beside[matrix], values, strict=True))
             return self._last[1][name][start:stop]
 
 

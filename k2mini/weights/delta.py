@@ -69,7 +69,8 @@ def make_delta(
                 name: {"dtype": NAMES[after.reader.dtype(name)], "sha256": digest}
                 for name, digest in hashes.result().items()
             }
-        write_manifest(beside, "delta", written, note)
+        written.note = note
+        write_manifest(beside, "delta", written)
     return source.lost
 
 

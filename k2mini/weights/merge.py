@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from k2mini.files import check_output
 from k2mini.model_config import tensor_shapes
 from k2mini.nn.lora import merged_weight
 from k2mini.weights.adapter import check_base, read_adapter, read_adapter_config, read_whole
-from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors
+from k2mini.weights.model_directory import CheckpointReader, ModelDirectory, check_tensors, read_manifest
 from k2mini.weights.model_files import find_tokenizer, save_model
+
+log = logging.getLogger(__name__)
 
 
 def merge_adapters(
@@ -57,6 +60,8 @@ def merged_reader(base: ModelDirectory, adapters: Sequence[Path], weights: Seque
         section = read_adapter_config(adapter)
         pairs = read_adapter(adapter, section)
         check_base(adapter, base)
+        if (how := (read_manifest(adapter) or {}).get("quantize")) is not None:
+            log.warning("%s was trained over %s weights; merged, its answers differ a little", adapter, how)
         if section.modules_to_save and (len(adapters) > 1 or weight != 1):
             names = " and ".join(section.modules_to_save)
             raise ValueError(

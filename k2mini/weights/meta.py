@@ -238,7 +238,7 @@ def write_meta(
     Raises ValueError where Meta's params.json has no field for a feature of `config`.
     """
     params = _params(config)
-    renamed, written = _InMetaLayout(source, config), Written()
+    renamed, written = _InMetaLayout(source, config), Written(note={"config": config.features()})
     total = total_bytes(renamed)
     with new_directory(out, force=force, inputs=inputs, size=total) as beside:
         with progress_bar(total, "writing", "B", shown=total > SHOWN) as progress:
@@ -246,7 +246,7 @@ def write_meta(
         (beside / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
         if tokenizer is not None:
             copy_tokenizer(tokenizer, beside)
-        write_manifest(beside, "meta", written, {"config": config.features()})
+        write_manifest(beside, "meta", written)
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:

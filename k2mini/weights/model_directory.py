@@ -117,14 +117,14 @@ class ModelDirectory:
                 log.warning("%s says %s %s, %s says %s; using the tokenizer's", where[0], key, said, where[1], right[0])
         return tokenizer
 
-    def fingerprint(self) -> str:
-        """A hash by which the model is known again, made in well under a second for 13 GB.
+    def fingerprint(self, source: Source | None = None) -> str:
+        """A hash by which the model, or that of a source, is known again, made in well under a second for 13 GB.
 
         It covers names, shapes, all vectors, and each matrix's first and last row, as float32: training changes it, an
         edit of other rows does not; a copy in another layout, or in a wider dtype, has the same.
         """
-        digest, reader = hashlib.sha256(), self.reader
-        for name in reader.names():
+        digest, reader = hashlib.sha256(), source or self.reader
+        for name in sorted(reader.names()):
             shape = reader.shape(name)
             digest.update(f"{name}{shape}".encode())
             for start, stop in [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]:

@@ -96,21 +96,20 @@ def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
     return own
 
 
-def write_manifest(directory: Path, kind: str, written: Written, note: Mapping[str, Any] | None = None) -> None:
+def write_manifest(directory: Path, kind: str, written: Written) -> None:
     """Write manifest.json of all files in `directory`; the file's last field is the SHA-256 of all before it.
 
     So a flipped bit is found wherever it is, in the manifest too.
 
     Args:
         kind: 'model', 'delta', 'adapter' or 'meta'.
-        written: the hashes of tensors and files; a file that it has no hash of is read.
-        note: further fields, such as the fingerprint of the base.
+        written: the hashes of tensors and files, and further fields; a file that it has no hash of is read.
     """
     files = {
         path.name: written.files.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(directory.iterdir())
     }
-    content = {"format": MANIFEST_FORMAT, "kind": kind, **(note or {}), "files": files, "tensors": written.tensors}
+    content = {"format": MANIFEST_FORMAT, "kind": kind, **written.note, "files": files, "tensors": written.tensors}
     (directory / MANIFEST).write_text(manifest_text(content), encoding="utf-8")
 
 

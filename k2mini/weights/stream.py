@@ -178,10 +178,12 @@ class Written:
     Attributes:
         files: name -> {"bytes", "sha256"}.
         tensors: name -> {"file", "dtype", "shape", "sha256"}; the last is that of the tensor's raw bytes.
+        note: further fields for the manifest, such as the fingerprint of the base.
     """
 
     files: dict[str, dict[str, int | str]] = field(default_factory=dict)
     tensors: dict[str, dict[str, object]] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
 
     def add_tensor(self, name: str, file: str, dtype: torch.dtype, shape: tuple[int, ...], digest: str) -> None:
         """Note where one tensor was written, and its hash."""

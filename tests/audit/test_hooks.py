@@ -8,9 +8,8 @@ from k2mini.config import LoraSection
 from k2mini.inference.compile import compile_decoding
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.lora import attach, init_adapters
-from k2mini.nn.quant import quantize_blocks, quantize_rows
 from tests.conftest import tiny_config, tiny_llama
-from tests.helpers import fill_adapters
+from tests.helpers import fill_adapters, quantised
 from tests.reference import to_transformers
 
 TOKENS = torch.arange(5, 25).view(2, 10) * 7 % 199
@@ -105,22 +104,16 @@ def test_an_edited_pattern_is_used_and_only_then(shape):
         assert not cache[point].any(), "who looks on later sees what was edited"
 
 
-@pytest.mark.parametrize("kind", ["lora", "int8"])
-def test_adapters_and_int8(kind):
-    model = tiny_llama()
+@pytest.mark.parametrize("kind", ["lora", "int8", "nf4"])
+def test_adapters_and_quantised_weights(kind):
+    model = tiny_llama(tiny_config(intermediate_dim=128))
     if kind == "lora":
         attach(model, LoraSection(target_modules=["q_proj", "o_proj", "down_proj"]))
         init_adapters(model, 0)
         fill_adapters(model)
         model.eval()
     else:
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        quantize_blocks(model.model.layers)
-        for name, module in model.named_modules():
-            if hasattr(module, "scale") and f"{name}.weight" in weights:
-                values, scale = quantize_rows(weights[f"{name}.weight"])
-                module.weight.data.copy_(values)
-                module.scale.data.copy_(scale)
+        quantised(model, kind)
     with torch.inference_mode():
         before = model(TOKENS)
         with trace(model, ["*"]) as cache:

@@ -131,3 +131,12 @@ def test_signatures_may_lie_in_a_file(tmp_path):
     np.save(tmp_path / "signatures.npy", signatures)
     mapped = np.load(tmp_path / "signatures.npy", mmap_mode="r")
     assert near_duplicates(mapped, np.ones(40), THRESHOLD).tolist() == [*range(20), *range(20)]
+
+
+def test_a_template_gives_many_documents_one_band():
+    """Nothing is dropped that is unlike, copies are, and not all pairs are compared (they would be 200 million)."""
+    signatures = np.random.default_rng(0).integers(0, 2**32, (20_000, PERMUTATIONS), dtype=np.uint32)
+    signatures[:, :4] = 7
+    signatures[-1] = signatures[-2]
+    found = near_duplicates(signatures, np.full(20_000, 100))
+    assert np.flatnonzero(found != np.arange(20_000)).tolist() == [19_999]

@@ -29,8 +29,8 @@ def launch(size, path, out):
 
 @pytest.fixture(scope="module")
 def tiny_directory(tiny_directory, tiny_tokenizer):
-    """With models of other architectures beside it, and one whose rows are of whole blocks of NF4."""
-    wide = tiny_config(intermediate_dim=320, vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
+    """With models of other architectures beside it, and one that NF4 goes with, its odd rows eight at a time."""
+    wide = tiny_config(intermediate_dim=344, vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)
     save_model(tiny_llama(wide).state_dict(), wide, tiny_directory.parent / "wide", tokenizer=tiny_tokenizer)
     for name in ("mistral", "qwen2", "qwen3"):
         config = tiny_config(**SHAPES[name], vocab_size=tiny_tokenizer.vocab_size, max_seq_len=1024)

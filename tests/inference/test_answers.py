@@ -156,10 +156,11 @@ def test_a_merged_adapter_answers_as_the_unmerged_one(tiny_directory, tmp_path, 
     assert here[1] == run(*command, "--template", "alpaca_short")[1] != run(*command, "--template", "alpaca")[1]
 
 
-@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
-def test_compiled_decoding_gives_the_same_tokens(tiny_directory, quantize):
-    eager, tokenizer = load_model(tiny_directory, quantize=quantize)
-    compiled, _ = load_model(tiny_directory, quantize=quantize)
+@pytest.mark.parametrize("quantize", [None, *(pytest.param(how, marks=pytest.mark.slow) for how in ("int8", "nf4"))])
+def test_compiled_decoding_gives_the_same_tokens(tiny_directory, wide_directory, quantize):
+    directory = wide_directory if quantize == "nf4" else tiny_directory
+    eager, tokenizer = load_model(directory, quantize=quantize)
+    compiled, _ = load_model(directory, quantize=quantize)
     compile_decoding(compiled)
     prompts = [tokenizer.encode(q, bos=True, eos=False) for q in QUESTIONS]
     for batch in (prompts[:1], prompts):

@@ -20,8 +20,10 @@ from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import CHUNK
 from k2mini.nn import slots
 from k2mini.nn.lora import TARGETS, attach, init_adapters, lora_modules
+from k2mini.nn.quant import KINDS
 from k2mini.nn.slots import Chunk
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import quantised
 
 STOPS = (7, 8)
 SETTINGS = [
@@ -55,7 +57,7 @@ def adapter(model, seed, targets=TARGETS, rank=4):
     found = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in targets:
-            out, width = module.weight.shape
+            out, width = module.out_features, module.in_features
             draws = (torch.randn(rank, width, generator=generator), torch.randn(out, rank, generator=generator))
             found[name] = (draws[0] / width**0.5, draws[1] * 0.1, 2.0)
     return found
@@ -190,17 +192,21 @@ def test_tokens_are_those_of_generate():
             torch.testing.assert_close([step.logprob for step in got.steps], completion.logprobs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, FEATURES["biases"]], ids=["llama", "biases"])
-def test_adapters_answer_as_models_that_have_them(changes):
+@pytest.mark.parametrize("kind", ["llama", "biases", "int8", "nf4"])
+def test_adapters_answer_as_models_that_have_them(kind):
+    def made():
+        model = tiny_llama(config(**FEATURES.get(kind, {})))
+        return quantised(model, kind) if kind in KINDS else model
+
     section, targets = LoraSection(rank=4, alpha=8, target_modules=["v_proj", "up_proj"]), ["v_proj", "up_proj"]
-    adapters = {str(seed): adapter(tiny_llama(config(**changes)), seed, targets) for seed in (1, 2)}
-    engine = Engine(tiny_llama(config(**changes)), slots=3, capacity=100, adapters=adapters)
+    adapters = {str(seed): adapter(made(), seed, targets) for seed in (1, 2)}
+    engine = Engine(made(), slots=3, capacity=100, adapters=adapters)
     asked = {name: Asked([1, 20, 30, 40], Decoding(20), adapter=name) for name in (None, "1", "2")}
     for each in asked.values():
         engine.submit(each.request)
     finish(engine)
     for name, got in asked.items():
-        model = tiny_llama(config(**changes))
+        model = made()
         if name is not None:
             attach(model, section)
             init_adapters(model, 0)

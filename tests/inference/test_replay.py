@@ -22,7 +22,7 @@ from k2mini.inference.terminal import Conversation
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import attach, init_adapters
 from tests.conftest import SHAPES, tiny_config, tiny_llama
-from tests.helpers import HostWaits
+from tests.helpers import HostWaits, quantised
 from tests.inference.test_engine import SETTINGS, Asked, adapter, finish
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 20, 21], [1] + [30, 31, 32] * 30]
@@ -130,9 +130,9 @@ def test_other_shapes(replaying, name):
     assert Graph.made == 3
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_int8_and_adapters(replaying, tiny_directory, quantize):
-    model, _ = load_model(tiny_directory, quantize=quantize)
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_quantised_weights_and_adapters(replaying, tiny_directory, wide_directory, quantize):
+    model, _ = load_model(wide_directory if quantize == "nf4" else tiny_directory, quantize=quantize)
     if quantize is None:
         attach(model, LoraSection(rank=2))
         init_adapters(model, 0)
@@ -195,13 +195,14 @@ def test_only_a_gpu_without_hooks_replays(monkeypatch):
     assert can_replay(model)
 
 
-@pytest.mark.parametrize("how", ["replayed", "as if compiled"])
+@pytest.mark.parametrize("how", ["replayed", "as if compiled", "replayed over nf4"])
 def test_rows_of_different_adapters_and_settings(replaying, monkeypatch, how):
     """Among them one that ends early, one of another rank and a base; the slot that gets free is taken again."""
     found = []
     for on in (False, True):
-        model = tiny_llama(tiny_config(max_seq_len=512))
-        replaying(on and how == "replayed")
+        model = tiny_llama(tiny_config(max_seq_len=512, intermediate_dim=128 if "nf4" in how else 112))
+        model = quantised(model, "nf4") if "nf4" in how else model
+        replaying(on and how.startswith("replayed"))
         if on and how == "as if compiled":
             model.model.decode_blocks, model.decode_logits = Compiled(_group), Llama.logits
         adapters = {"rocks": adapter(model, 1), "ores": adapter(model, 2, ["q_proj", "down_proj"], rank=2)}
@@ -219,7 +220,7 @@ def test_rows_of_different_adapters_and_settings(replaying, monkeypatch, how):
         assert [getattr(part, "token", part) for part in ours] == [getattr(part, "token", part) for part in theirs]
         for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
             assert mine.logprob == pytest.approx(other.logprob, abs=1e-5)
-    assert (Graph.made > 1) == (how == "replayed")
+    assert (Graph.made > 1) == how.startswith("replayed")
 
 
 def test_a_step_that_failed_is_not_captured_next(replaying):

@@ -1,4 +1,4 @@
-"""int8 weights against plain ones, and on the real model against its own precision."""
+"""Quantised weights against plain ones, and int8 on the real model against its own precision."""
 
 import json
 import math
@@ -9,27 +9,35 @@ import torch.nn.functional as F
 
 from k2mini.build import load_model
 from k2mini.config import LoraSection
+from k2mini.nn import nf4
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.layers import Linear
 from k2mini.nn.lora import LoraLinear, attach, init_adapters, lora_modules
-from k2mini.nn.quant import Int8Linear, dequantize, quantize_rows
+from k2mini.nn.quant import KINDS, dequantize, parts_of, quantize_rows
 from tests.helpers import TOKENS
 
+both = pytest.mark.parametrize("how", ["int8", "nf4"])
 
-def weight(rows=6, columns=10, seed=0):
+
+def weight(rows=6, columns=128, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def int8_linear(values):
-    layer = Int8Linear(Linear(values.shape[1], values.shape[0]))
-    quantised, scale = quantize_rows(values)
-    layer.weight.data.copy_(quantised)
-    layer.scale.data.copy_(scale)
+def quantised_linear(how, values):
+    layer = KINDS[how](Linear(values.shape[1], values.shape[0]))
+    parts = quantize_rows(values) if how == "int8" else nf4.quantize(values)
+    for part, given in zip(parts_of(layer), parts, strict=True):
+        part.data.copy_(given)
     return layer
 
 
+def plain_weight(layer, dtype=torch.float32):
+    how = dequantize if layer.how == "int8" else nf4.dequantize
+    return how(*parts_of(layer), dtype).view(layer.out_features, layer.in_features)
+
+
 def test_rounding_is_at_most_half_a_step():
-    values = torch.cat([weight() * torch.logspace(-4, 4, 6)[:, None], torch.zeros(1, 10)])
+    values = torch.cat([weight() * torch.logspace(-4, 4, 6)[:, None], torch.zeros(1, 128)])
     quantised, scale = quantize_rows(values)
     assert quantised.dtype == torch.int8
     assert quantised.abs().amax(dim=1).tolist() == [127] * 6 + [0]
@@ -39,11 +47,12 @@ def test_rounding_is_at_most_half_a_step():
         quantize_rows(torch.tensor([[1.0, math.inf]]))
 
 
+@pytest.mark.parametrize(("how", "width"), [("int8", 130), ("nf4", 128), ("nf4", 344)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_product_and_its_gradient_are_those_of_the_dequantised_weight(dtype):
-    layer = int8_linear(weight())
-    x = weight(4, seed=1).to(dtype).requires_grad_()
-    plain = dequantize(layer.weight, layer.scale, dtype)
+def test_product_and_its_gradient_are_those_of_the_dequantised_weight(how, width, dtype):
+    layer = quantised_linear(how, weight(8, width))
+    x = weight(4, width, seed=1).to(dtype).requires_grad_()
+    plain = plain_weight(layer, dtype)
     out = layer(x)
     assert out.dtype == dtype
     (gradient,) = torch.autograd.grad(out.sum() * 3, x)
@@ -52,12 +61,14 @@ def test_product_and_its_gradient_are_those_of_the_dequantised_weight(dtype):
     torch.testing.assert_close(gradient, expected)
     with torch.no_grad():
         assert torch.equal(layer(x), out)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def test_lora_over_int8_is_lora_over_the_dequantised_weight():
-    base = int8_linear(weight())
-    plain = Linear(10, 6)
-    plain.weight.data.copy_(dequantize(base.weight, base.scale, torch.float32))
+@both
+def test_lora_over_quantised_weights_is_lora_over_the_dequantised_ones(how):
+    base = quantised_linear(how, weight())
+    plain = Linear(128, 6)
+    plain.weight.data.copy_(plain_weight(base))
     layers = [LoraLinear(layer, LoraSection(rank=2, dropout=0.0)) for layer in (base, plain)]
     for layer in layers:
         layer.lora_A.data.copy_(weight(2, seed=2))
@@ -89,8 +100,9 @@ def test_a_model_is_quantised_as_it_is_loaded(tiny_directory):
         load_model(tiny_directory, quantize="int4")
 
 
-def test_adapters_train_over_an_int8_model(tiny_directory):
-    model, _ = load_model(tiny_directory, quantize="int8")
+@both
+def test_adapters_train_over_a_quantised_model(wide_directory, how):
+    model, _ = load_model(wide_directory, quantize=how)
     attach(model, LoraSection(target_modules=["q_proj", "down_proj"]))
     init_adapters(model, 0)
     model.loss(TOKENS[:, :-1], None, TOKENS[:, 1:]).backward()

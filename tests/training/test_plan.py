@@ -1,12 +1,14 @@
 """Plans against closed forms; against real ranks it is tools/bench_plan.py's business."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from k2mini.architectures import QUANTIZED
 from k2mini.cli import main
 from k2mini.config import (
     CorpusSection,
@@ -22,11 +24,11 @@ from k2mini.config import (
 from k2mini.config_file import load_config
 from k2mini.model_config import PRESETS, tensor_shapes
 from k2mini.nn.quant import int8_matrices
-from k2mini.sizes import parse_size
+from k2mini.sizes import parse_size, readable
 from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes_less
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.pace import fastest
-from k2mini.training.plan import BUDGET, plan_run
+from k2mini.training.plan import BUDGET, describe, plan_run
 from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT, SHAPES, tiny_config, tiny_llama
 
@@ -439,6 +441,79 @@ def test_the_fastest_settings_that_fit(directory, monkeypatch):
         assert rate > 0
         assert rate == pytest.approx(fastest(config, known, 1, room, 300e12, 0.15)[1])
     assert fastest(config, known, 1, 1, 150e12, 0.3) == (None, 0.0)
+
+
+def test_offload_and_four_bits_are_changes_too(directory, monkeypatch):
+    """Offload is the slowest: where nothing else does alone; int8 may become NF4, but for a base that is stored so."""
+
+    def plan(config, world_size, *, exact):
+        base = {None: 80, "int8": 40, "nf4": 20}[config.model.quantize] if config.parallel.offload is None else 5
+        return SimpleNamespace(peak=(base + config.train.micro_batch_size) * 2**20)
+
+    monkeypatch.setattr("k2mini.training.fit.plan_run", plan)
+    tuned = tuning(directory)
+    int8 = replace(tuned, model=replace(tuned.model, quantize="int8"))
+    for config, room, expected in (
+        (tuned, 30, "model.quantize=nf4 (24.0 MiB)"),
+        (int8, 30, "model.quantize=nf4 (24.0 MiB)"),
+        (int8, 10, "parallel.offload=cpu (9.0 MiB)"),
+        (
+            int8,
+            6,
+            "train.micro_batch_size=1 train.activation_checkpointing=1 model.dtype=bfloat16 model.quantize=nf4 "
+            "parallel.offload=cpu (6.0 MiB)",
+        ),
+    ):
+        assert smallest_change(config, 1, room * 2**20) == expected
+    monkeypatch.setattr("k2mini.training.fit.planned_base", lambda _path: (None, "int8"))
+    assert smallest_change(int8, 1, 30 * 2**20) == "parallel.offload=cpu (9.0 MiB)"
+
+
+def test_settings_that_are_no_faster_are_planned_once(directory, monkeypatch):
+    """Where nothing fits, one plan of each; where something does, none of what can't be faster."""
+    planned = []
+
+    def plan(config, world_size, *, exact):
+        planned.append(config.train.micro_batch_size)
+        return SimpleNamespace(peak=config.train.micro_batch_size)
+
+    monkeypatch.setattr("k2mini.training.fit.plan_run", plan)
+    config, known = tuning(directory), plan_run(tuning(directory), 1)
+    assert fastest(config, known, 1, 0, 150e12, 0.3) == (None, 0.0)
+    assert planned == [1] * 12
+    planned.clear()
+    assert "train.micro_batch_size=16" in fastest(config, known, 1, 16, 150e12, 0.3)[0]
+    assert len(planned) <= 4
+
+
+def test_a_stored_base_is_planned_as_it_trains(tmp_path, directory, run):
+    """What training refuses is refused; answering takes it as it is stored."""
+    stored = tmp_path / "int8"
+    shutil.copytree(directory, stored)
+    fields = json.loads((stored / "config.json").read_text())
+    (stored / "config.json").write_text(json.dumps({**fields, "quantization_config": QUANTIZED["int8"]}))
+    config = tuning(stored)
+    for tried in (config, replace(config, model=replace(config.model, quantize="nf4")), pretraining(stored)):
+        with pytest.raises(ValueError, match=r"int8 is quantised; train adapters over it .*quantize=int8"):
+            plan_run(tried, 1)
+    assert plan_run(replace(config, model=replace(config.model, quantize="int8")), 1).trained
+    options = (f"run.dir={tmp_path}/run", "--inference", "--gpu-memory", "1GiB", "--json")
+    file = ROOT / "configs/tiny_stage1.yaml"
+    found = [
+        json.loads(run("plan", file, f"model.path={path}", *more, *options)[1])
+        for path, more in ((stored, ()), (directory, ("model.quantize=int8",)))
+    ]
+    assert found[0] == found[1]
+    assert run("plan", file, f"model.path={stored}", "model.quantize=nf4", *options)[0] == 2
+
+
+def test_the_bytes_of_a_node(directory):
+    config = replace(pretraining(directory), parallel=ParallelSection(offload="cpu"))
+    for ranks in (1, 4):
+        found = plan_run(config, ranks)
+        text = describe(found, config, ranks)
+        assert f"host's memory   {readable(found.host)} a rank" in text
+        assert (f", {readable(4 * found.host)} on a node that has all 4 (" in text) == (ranks == 4)
 
 
 def test_what_has_no_rate_has_no_price(tmp_path, run):

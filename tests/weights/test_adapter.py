@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from k2mini.build import load_model
-from k2mini.config import LoraSection
+from k2mini.config import CorpusSection, LoraSection, ModelSection, PretrainConfig, RunSection, TrainSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
-from k2mini.weights.adapter import read_adapter, read_adapter_config, save_adapter
+from k2mini.training.run import pretrain
+from k2mini.weights.adapter import load_adapters, read_adapter, read_adapter_config, save_adapter
+from k2mini.weights.convert import convert
 from k2mini.weights.merge import merge_adapters
-from k2mini.weights.model_directory import ModelDirectory
+from k2mini.weights.model_directory import ModelDirectory, read_manifest
 from k2mini.weights.model_files import save_model
 from tests.conftest import SHAPES, tiny_config, tiny_llama
-from tests.helpers import ALL, TOKENS, adapted, fill_adapters
+from tests.helpers import ALL, TOKENS, adapted, fill_adapters, quantised
 
 SECTION = LoraSection(rank=4, alpha=6.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
 
@@ -285,6 +287,46 @@ def test_another_base_is_refused(written, tmp_path):
     assert len(prints) == 1  # the same values in another dtype are the same base
 
 
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_an_adapter_over_quantised_weights_is_one_of_the_full_ones(tmp_path, tiny_tokenizer, run, how):
+    """Whichever of the two it was trained over, it is merged into the full ones and put beside either."""
+    text = tmp_path / "documents.jsonl"
+    text.write_text(json.dumps({"text": "granite is a rock, basalt is a rock of the mantle. " * 20}))
+    names = ("base", "other")
+    for seed, name in enumerate(names):
+        model = tiny_llama(tiny_config(intermediate_dim=128, vocab_size=tiny_tokenizer.vocab_size), seed)
+        save_model(model.state_dict(), model.config, tmp_path / name, tokenizer=tiny_tokenizer)
+        convert(tmp_path / name, "hf", tmp_path / f"{name}_{how}", quantize=how)
+    (base, other), (stored, strange) = ([tmp_path / f"{n}{end}" for n in names] for end in ("", f"_{how}"))
+    train, lora = TrainSection(lr=1e-2, max_steps=2, global_batch_size=2, micro_batch_size=2), LoraSection(rank=2)
+    for folder in (base, stored):
+        told = (ModelSection(str(folder), quantize=how), CorpusSection(str(text), seq_len=16), train)
+        pretrain(PretrainConfig(RunSection(str(tmp_path / f"{folder.name}_run")), *told, lora=lora))
+    adapters = [tmp_path / f"{folder.name}_run/adapter" for folder in (base, stored)]
+    assert len({(adapter / "adapter_model.safetensors").read_bytes() for adapter in adapters}) == 1
+    for adapter in adapters:
+        manifest = read_manifest(adapter)
+        assert (manifest["base"], manifest["quantize"]) == (ModelDirectory(base).fingerprint(), how)
+        over = [
+            load_model(base, adapter=adapter, quantize=how)[0](TOKENS),
+            load_model(stored, adapter=adapter)[0](TOKENS),
+        ]
+        assert torch.equal(*over)
+        assert load_adapters(load_model(stored)[0], ModelDirectory(stored), {"one": adapter})["one"]
+        out = tmp_path / f"{adapter.parent.name}_merged"
+        status, _, err = run("merge", "--base", base, "--adapter", adapter, "--out", out)
+        assert (status, err.count(f"was trained over {how} weights; merged, its answers differ")) == (0, 1)
+        torch.testing.assert_close(load_model(out)[0](TOKENS), load_model(base, adapter=adapter)[0](TOKENS))
+        for stranger in (other, strange):
+            with pytest.raises(ValueError, match=f"was trained on another base than {stranger}"):
+                load_model(stranger, adapter=adapter)
+        with pytest.raises(ValueError, match="was trained on another base than"):
+            merge_adapters(other, [adapter], tmp_path / "no")
+    convert(base, "meta", tmp_path / "meta")
+    convert(tmp_path / "meta", "hf", tmp_path / "by_meta", quantize=how)
+    assert read_manifest(tmp_path / "by_meta")["quantized_from"] == ModelDirectory(base).fingerprint()
+
+
 def test_rank_stabilised_scaling_equals_pefts(written, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -376,18 +418,11 @@ def test_k2mini_loads_embedding_and_head_as_peft_writes_them(tmp_path, names):
 
 def test_embedding_and_head_stay_in_float32_over_bf16_int8_and_nf4(tmp_path):
     """They, and their gradients; what comes out is the model's dtype, and at first what the base gives."""
-    from k2mini.nn.quant import QuantizedLinear, fill, quantize_blocks
-
     section, labels = both("embed_tokens", "lm_head"), TOKENS[:, 1:]
     for dtype, how in ((torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.float32, "nf4"), (torch.float64, None)):
         model, plain = (tiny_llama(tiny_config(intermediate_dim=128), dtype=dtype) for _ in range(2))
         for each in (model, plain) if how else ():
-            values = {name: m.weight for name, m in each.model.layers.named_modules() if hasattr(m, "in_features")}
-            quantize_blocks(each.model.layers, how)
-            for name, module in each.model.layers.named_modules():
-                if isinstance(module, QuantizedLinear):
-                    whole = values[name].detach()
-                    fill(module, "weight", lambda _, i, j, whole=whole: whole[i:j], each.device, stored=False)
+            quantised(each, how)
         attach(model, section, whole=True)
         init_adapters(model, seed=0)
         logits = model(TOKENS)
@@ -408,8 +443,6 @@ def test_embedding_and_head_that_can_not_be_are_refused(tmp_path, run):
     _, trained = wholly_adapted(section)
     save_adapter(trained, section, adapter, base=str(base))
     save_adapter({**adapter_tensors(wholly_adapted(both())[0])}, both(), tmp_path / "other", base=str(base))
-    from k2mini.weights.adapter import load_adapters
-
     with pytest.raises(ValueError, match=r"adapter has its own embed_tokens and lm_head, where adapters share"):
         load_adapters(load_model(base)[0], ModelDirectory(base), {"one": adapter})
     for more in (["--adapter", adapter, tmp_path / "other"], ["--adapter", adapter, "--weights", 0.5]):
