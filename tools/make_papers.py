@@ -418,6 +418,20 @@ def choose_formats(number: int, rng: random.Random) -> list[str]:
     return formats
 
 
+def make(out: Path, number: int, seed: int) -> dict[str, int]:
+    """Write both folders. Returns how many papers there are of each format, and of each fault."""
+    rng = random.Random(seed)
+    faults = {name: round(part * number) for name, part in FAULTS.items()}
+    papers = write_papers(number - sum(faults.values()), rng)
+    formats = choose_formats(len(papers), rng)
+    for name in ("papers", "tables"):
+        (out / name).mkdir(parents=True)
+    write_files(out / "papers", papers, formats)
+    write_faults(out / "papers", faults, papers, rng)
+    write_tables(out / "tables")
+    return {**Counter(formats), **faults}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a new folder")
@@ -426,16 +440,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} exists")
-    rng = random.Random(options.seed)
-    faults = {name: round(part * options.papers) for name, part in FAULTS.items()}
-    papers = write_papers(options.papers - sum(faults.values()), rng)
-    formats = choose_formats(len(papers), rng)
-    for name in ("papers", "tables"):
-        (options.out / name).mkdir(parents=True)
-    write_files(options.out / "papers", papers, formats)
-    write_faults(options.out / "papers", faults, papers, rng)
-    write_tables(options.out / "tables")
-    counts = {**Counter(formats), **faults}
+    counts = make(options.out, options.papers, options.seed)
     print(f"{options.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

@@ -42,8 +42,7 @@ def tool():
 
 
 def make_world(tool, folder, papers, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["make_papers.py", str(folder / "mini"), "--papers", str(papers)])
-    tool.main()
+    tool.make(folder / "mini", papers, 0)
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "runs/demo").mkdir(parents=True)
     (folder / "runs/demo/base").symlink_to(BASE)
@@ -102,15 +101,15 @@ def test_from_papers_to_answers(tool, tmp_path, monkeypatch, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0])
-def test_what_papers_say_is_learned(tool, tmp_path, monkeypatch, run, capfd, seed):
+def test_what_papers_say_is_learned(tool, tmp_path, monkeypatch, run, capfd):
     """The whole example: unseen entities are answered for, and not without having read the papers."""
     make_world(tool, tmp_path, 300, monkeypatch)
     (read,) = run_all(run, COMMANDS)["tasks"]
     (control,) = run_all(run, CONTROL)["tasks"]
     with capfd.disabled():
         for name, task in (("read", read), ("control", control)):
-            print(f"{name}: {task['accuracy']:.1%} of {task['n']} ({task['low']:.1%} – {task['high']:.1%})")
+            accuracy, low, high = (f"{100 * task[key]:.1f} %" for key in ("accuracy", "low", "high"))
+            print(f"{name}: {accuracy} of {task['n']} ({low} – {high})")
     assert read["n"] == control["n"] > 300
     assert read["accuracy"] >= 0.6
     assert control["low"] <= 0.25 <= control["high"]

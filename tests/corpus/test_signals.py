@@ -156,6 +156,7 @@ def test_every_answer_stands_in_its_source(folders):
         ),
         ("Table 2: Ages of the samples.", "Table 2 lists the ages of the samples."),
     }
+    assert all(r["input"].split(":")[0] in r["instruction"] for r in by_task["figure"])
     assert {(r["output"], r["input"]) for r in by_task["caption"]} == {
         (r["input"].split(": ", 1)[1], r["output"]) for r in by_task["figure"]
     }
