@@ -36,7 +36,7 @@ class Settings:
         filters: of each filter that is run, its thresholds, as `clean.choose` gives them.
         near_duplicates: the similarity (Jaccard, of word 5-grams) from which on two documents are one.
         decontaminate: files of benchmarks. A document that holds a question of theirs is dropped, or, where
-            `contaminated` is 'cut', the paragraph is.
+            `contaminated` is 'cut', the paragraph is; for terms of one to three words it is the paragraph alone.
         grobid: the address of a GROBID, by which PDFs are read then, and not by their layer of text.
     """
 
