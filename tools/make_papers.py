@@ -339,9 +339,9 @@ def as_pdf(paper: Paper) -> bytes:
 
 
 def part_words(lines: list[str]) -> list[str]:
-    """The first long lower-case word of every fifth line is parted, and its beginning ends the line before."""
-    for i in range(4, len(lines), 5):
-        if found := re.match(r"([a-z]{4})([a-z]{4,})\b(?!-)", lines[i]):
+    """Where a line begins with a long lower-case word, half of it ends the line before, but for every fifth line."""
+    for i in range(1, len(lines)):
+        if i % 5 and (found := re.match(r"([a-z]{4})([a-z]{4,})\b(?!-)", lines[i])):
             lines[i - 1] += f" {found[1]}-"
             lines[i] = lines[i][4:]
     return lines
