@@ -53,7 +53,11 @@ def block(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Text on one line, with single spaces, and none before a comma or a stop."""
-    return re.sub(r" ([,.;:])(?=\s|$)", r"\1", _squeeze(text)).strip()
+    return _line(_squeeze(text))
+
+
+def _line(text: str) -> str:
+    return re.sub(r" ([,.;:])(?=\s|$)", r"\1", re.sub(r"\s+", " ", text)).strip()  # citations that wait stay
 
 
 def tidy(text: str) -> str:
@@ -138,7 +142,7 @@ class Writer:
                     end.text = "\n"
                 return block("```\n" + "".join(node.itertext()).strip("\r\n").replace("\x01", "") + "\n```")
             case "formula":
-                return self._marked("FORMULA", one_line(self.children(node)))
+                return self._marked("FORMULA", _line(self.children(node)))
             case "math" if (tex := node.find(".//annotation")) is not None:
                 return f"${one_line(tex.text or '')}$"
             case "tex":  # a whole LaTeX document, as publishers have it
@@ -152,7 +156,7 @@ class Writer:
             case "reference":
                 return self._reference(node)
             case "note":
-                text = one_line(self.children(node))
+                text = _line(self.children(node))
                 if text and node.get("place") != "foot" and _role(node.getparent()) in ("block", "inline", "spaced"):
                     return f" [START_NOTE]{text}[END_NOTE] " if self.k2 else f" ({text}) "
                 return self._marked("NOTE", text)
@@ -166,7 +170,7 @@ class Writer:
         return block(f"[START_{name}]{text}[END_{name}]" if self.k2 and text else text)
 
     def _heading(self, node: Any, level: int) -> str:
-        text = one_line(self.children(node))
+        text = _line(self.children(node))
         if not level:  # in a caption
             return block(text + "." * (text[-1:].isalnum() and node.getnext() is not None))
         if re.fullmatch("h[1-6]", node.tag):
@@ -181,7 +185,7 @@ class Writer:
         titles = [title for name in ids if (title := self.titles.get(name))]
         shown = self.children(node)
         if titles and "bibr" in (node.get("type"), node.get("ref-type")):
-            shown = "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else one_line(shown)
+            shown = "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else _line(self._shown(shown))
             self._cited.append((shown, titles))
             shown = f"\x01{len(self._cited) - 1}\x02"
         after = node.getnext()  # GROBID loses the space between two
@@ -202,7 +206,7 @@ class Writer:
                 if cell is not None:
                     wide, tall = _span(cell, "colspan", "cols"), _span(cell, "rowspan", "rows")
                     carried |= dict.fromkeys(range(len(cells), len(cells) + wide), tall - 1)
-                    cells += [one_line(self.children(cell)).replace("|", "\\|"), *[""] * (wide - 1)]
+                    cells += [_line(self._shown(self.children(cell))).replace("|", "\\|"), *[""] * (wide - 1)]
             grid += [cells] if any(cells) else []
         width = max(map(len, grid), default=0)
         lines = [f"| {' | '.join(cells + [''] * (width - len(cells)))} |" for cells in grid]
@@ -210,8 +214,8 @@ class Writer:
         return "".join(captions) + block("\n".join([*lines[:1], "|" + " - |" * width, *lines[1:]]) if grid else "")
 
     def _figure(self, node: Any) -> str:
-        given = one_line(" ".join(self.children(part) for part in node if part.tag == "label"))
-        texts = [one_line(self.children(part, 0)) for part in node if _role(part) in ("heading", "caption")]
+        given = _line(self._shown(" ".join(self.children(part) for part in node if part.tag == "label")))
+        texts = [_line(self.children(part, 0)) for part in node if _role(part) in ("heading", "caption")]
         told = ("label", "heading", "caption")
         rest = _squeeze(node.text)
         for part in node:
@@ -222,7 +226,7 @@ class Writer:
         label = number if re.search("[A-Za-z]{3}", number) else f"{kind} {number}".strip()
         matches = [(text, _LABEL.match(text)) for text in texts]
         texts = [text[match.end() :] if match and match[2] == number else text for text, match in matches]
-        if len(texts) > 1 and texts[1].startswith(texts[0]):
+        if len(texts) > 1 and self._shown(texts[1]).startswith(self._shown(texts[0])):
             del texts[0]
         if caption := " ".join(filter(None, texts)):
             self.figures.append({"label": label, "caption": self._shown(caption)})

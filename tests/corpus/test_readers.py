@@ -598,3 +598,47 @@ def test_without_the_extra(tmp_path, monkeypatch):
     assert [d.text for d in read(tmp_path, "a.txt", b"text")] == ["text"]
     assert [d.text for d in read(tmp_path, "a.jsonl", b'{"text": "text"}')] == ["text"]
     assert [d.text for d in read(tmp_path, "a.csv", b"text\nmore\n")] == ["more"]
+
+
+CITED = '<{0} {1}="bibr" {2}="{3}b1">Frey ({4})</{0}>'
+IN_TEI, IN_JATS = (
+    [CITED.format(*names, year) for year in range(2010, 2014)]
+    for names in (("ref", "type", "target", "#"), ("xref", "ref-type", "rid", ""))
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "a.nxml",
+            jats(
+                f"<sec><title>After {IN_JATS[0]}</title><fig><label>Figure 1</label><caption><p>By {IN_JATS[1]}."
+                f"</p></caption></fig><table-wrap><table><tr><td>{IN_JATS[2]}</td><td>1</td></tr></table></table-wrap>"
+                f"<p>Ice<fn><p>See {IN_JATS[3]}</p></fn> melts.</p></sec>",
+                back="<back><ref-list><ref id='b1'><mixed-citation><article-title>On maps</article-title>"
+                "</mixed-citation></ref></ref-list></back>",
+            ),
+        ),
+        (
+            "a.tei.xml",
+            tei(
+                div(
+                    f"<figure><label>1</label><figDesc>By {IN_TEI[1]}.</figDesc></figure><figure><table><row>"
+                    f"<cell>{IN_TEI[2]}</cell><cell>1</cell></row></table></figure>",
+                    p(f"Ice<note>See {IN_TEI[3]}</note> melts."),
+                    head=f"After {IN_TEI[0]}",
+                ),
+                works=work("b1", "On maps"),
+            ),
+        ),
+    ],
+)
+def test_citations_in_headings_captions_cells_and_notes(tmp_path, name, content):
+    (document,) = read(tmp_path, name, content)
+    for text in ("## After Frey (2010)\n", "Figure 1: By Frey (2011).\n", "| Frey (2012) | 1 |", "See Frey (2013)"):
+        assert text in document.text
+    assert document.figures[0]["caption"] == "By Frey (2011)."
+    (document,) = read(tmp_path, name, content, marks="k2")
+    assert document.text.count("[START_REF]On maps[END_REF]") == 4
+    assert document.figures[0]["caption"] == "By [START_REF]On maps[END_REF]."
