@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from typing import Any
 
@@ -10,7 +9,7 @@ _TAGS = {  # what is done with an element, in TEI, JATS and HTML; others stand i
     "section": "div body back abstract sec ack app boxed-text glossary notes fn-group fig-group table-wrap-foot article"
     " section",
     "block": "p quote ab list disp-quote verse-line speech statement def-list def-item def term attrib media main dl dt"
-    " dd blockquote ul ol address details summary header center",
+    " dd blockquote ul ol address details summary header center aside",
     "heading": "head title h1 h2 h3 h4 h5 h6",
     "item": "item list-item li",
     "spaced": "s surname given-names suffix pub-id",
@@ -65,18 +64,20 @@ def tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?<! ) +\n", "\n", text)).strip()
 
 
-def join_lines(text: str, end: str = "\n") -> str:
+def join_lines(text: str, end: str = "\n", words: set[str] | None = None) -> str:
     """Text without the hyphens that the ends of lines made.
 
     A hyphen before `end` (a regular expression) goes between two letters of lower case, the first of which is not a
     word's only one. It stays, and the line's end alone goes, elsewhere ("α2-integrin", "Navier-Stokes"), and where the
     text has the word with its hyphen within a line ("sea-level") and not without. "and", "or" and "to" join nothing.
+    With `words`, those in lower case of a whole document of which this is a part, it also stays between two of them.
     """
-    words = set(re.findall(r"[^\W_]+(?:-[^\W_]+)?", text.lower()))
+    known = set(re.findall(r"[^\W_]+(?:-[^\W_]+)?", text.lower())) if words is None else words
 
     def joined(match: re.Match[str]) -> str:
         before, after = match.groups()
-        kept = f"{before}-{after}".lower() in words and (before + after).lower() not in words
+        forms = {f"{before}-{after}".lower()}, {before.lower(), after.lower()}
+        kept = (before + after).lower() not in known and (forms[0] <= known or (words is not None and forms[1] <= known))
         soft = len(before) > 1 and before[-1].islower() and after[0].islower()
         return before + "-" * (kept or not soft) + after
 
@@ -85,6 +86,10 @@ def join_lines(text: str, end: str = "\n") -> str:
 
 def _role(node: Any) -> str:
     return _ROLES.get(node.tag, "inline")
+
+
+def _has_lines(code: Any) -> bool:
+    return code.tag != "code" or "\n" in "".join(code.itertext())
 
 
 class Writer:
@@ -113,8 +118,6 @@ class Writer:
 
     def render(self, node: Any, level: int = 1) -> str:
         """An element; `level` is that of the heading above it, 0 where there are no headings."""
-        if not isinstance(node.tag, str):  # an entity of a DTD, which is not read
-            return html.unescape(node.text or "")
         match _role(node):
             case "skip":
                 return ""
@@ -127,7 +130,7 @@ class Writer:
             case "caption":
                 return block(self.children(node, 0))
             case "section":
-                titled = any(_role(child) == "heading" and self.children(child).strip() for child in node)
+                titled = any(_role(child) == "heading" and "".join(child.itertext()).strip() for child in node)
                 return block(self.children(node, level and level + titled))
             case "heading" if node.tag != "title" or (_ROLES.get(node.getparent().tag) and node.getparent().tag != "p"):
                 return self._heading(node, level)
@@ -137,7 +140,7 @@ class Writer:
             case "item":
                 inner = re.sub(r"^[•·▪◦‣∙]\s*", "", re.sub(r"\n{2,}", "\n", self.children(node, level).strip()))
                 return "\n- " + inner.replace("\n", "\n  ") if inner else ""
-            case "code" if node.tag != "code" or "\n" in "".join(node.itertext()):
+            case "code" if _has_lines(node):
                 for end in node.iter("br"):
                     end.text = "\n"
                 return block("```\n" + "".join(node.itertext()).strip("\r\n").replace("\x01", "") + "\n```")
@@ -193,7 +196,10 @@ class Writer:
 
     def _table(self, node: Any, level: int) -> str:
         rows = [part for part in node.iter("*") if _role(part) == "row"]
-        if not rows or any(_role(part) in ("table", "heading", "code") for part in node.iterdescendants("*")):
+        if not rows or any(
+            _role(part) in ("table", "heading") or (_role(part) == "code" and _has_lines(part))
+            for part in node.iterdescendants("*")
+        ):
             return block(self.children(node, level))  # it serves the layout of a page
         grid: list[list[str]] = []
         carried: dict[int, int] = {}  # column -> how many more rows the cell above it reaches into

@@ -409,6 +409,20 @@ def test_hyphens_that_grobid_leaves(tmp_path):
     assert document.text == "the adaptation, mid- and high-latitude - or not"
 
 
+def test_hyphens_of_words_that_the_paper_has(tmp_path):
+    """Elsewhere in it with the hyphen, without, or as two words; and those of words with a common end."""
+    elsewhere = "Sea-level rise and rainfall. The sea has a high level, the ice a low one. Land subsidence, uplift."
+    broken = (
+        "sea- level, rain- fall, land- level, two- dimensional, up- lift, medium- as well as long-term, pre- but not"
+        " post-seismic, first- through third-order, adapta- tion"
+    )
+    joined = broken.replace("rain- ", "rain").replace("up- ", "up").replace("adapta- ", "adapta")
+    for word in ("sea", "land", "two"):
+        joined = joined.replace(f"{word}- ", f"{word}-")
+    (document,) = read(tmp_path, "a.tei.xml", tei(div(p(elsewhere), p(broken))))
+    assert document.text.split("\n\n")[1] == joined
+
+
 def test_columns_are_read_one_after_the_other(tmp_path):
     words = Words()
     (document,) = read(tmp_path, "a.pdf", pdf([words(150) for _ in range(10)], columns=2, header="Rocks 3"))
@@ -642,3 +656,52 @@ def test_citations_in_headings_captions_cells_and_notes(tmp_path, name, content)
     (document,) = read(tmp_path, name, content, marks="k2")
     assert document.text.count("[START_REF]On maps[END_REF]") == 4
     assert document.figures[0]["caption"] == "By [START_REF]On maps[END_REF]."
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("<article><h2>a</h2></article><article><header><h1>b</h1></header><p>c</article>", "## a\n\n# b\n\nc"),
+        ("menu<main><h1>a</h1></main><main><p>b</main>", "# a\n\nb"),
+        ("menu<div role=main><h1>a</h1><main><p>b</main></div>", "# a\n\nb"),
+        ("<header><h1>a</h1></header><main><p>b</main>", "# a\n\nb"),
+        ("menu<article><p>a<article>b</article></article>", "a\n\nb"),
+        ("<h1>a<br>b</h1><aside>c</aside>", "# a b"),
+        (
+            "<p>a<aside class='footnote brackets'>b</aside><aside class=topic>c</aside>"
+            "<aside class=sidebar><p class=sidebar-title>d</aside><aside class=sidebar>menu</aside>",
+            "a\n\nb\n\nc\n\nd",
+        ),
+        ("<table><tr><th>a<th>b<tr><td><code>c</code><td>1</table>", "| a | b |\n| - | - |\n| c | 1 |"),
+        ("<table><tr><td>a<td><code>b\nc</code></table>", "a\n\n```\nb\nc\n```"),
+    ],
+)
+def test_the_main_parts_of_a_page(tmp_path, body, text):
+    (document,) = read(tmp_path, "a.html", html(body))
+    assert document.text == text
+    assert document.title in ("", "a", "b", "a b")
+
+
+def test_a_page_that_says_utf16_in_ascii(tmp_path):
+    (document,) = read(tmp_path, "a.html", html("<p>é").replace(b"utf-8", b"utf-16"))
+    assert document.text == "é"
+
+
+@pytest.mark.parametrize(
+    ("name", "open_", "close"),
+    [("a.tei.xml", "<div><head>a ", "</head></div>"), ("a.html", "<section><h2>a ", "</h2></section>")],
+)
+def test_headings_in_headings_are_written_once(tmp_path, name, open_, close):
+    nested = open_ * 40 + close * 40  # took twice as long with each
+    (document,) = read(tmp_path, name, tei(nested) if name.endswith("xml") else html(nested))
+    assert document.text.count("a") == 40
+
+
+def test_entities_and_breaks_of_papers(tmp_path):
+    doctype = '<!DOCTYPE article SYSTEM "a.dtd">'
+    content = jats(p("M&uuml;ller, &foo; &lt;"), "M&uuml;ller<break/>flow", doctype=doctype)
+    (document,) = read(tmp_path, "a.nxml", content)
+    assert (document.title, document.text) == ("Müller flow", "# Müller flow\n\nMüller, &foo; <")
+    content = b"<!DOCTYPE TEI SYSTEM 'a.dtd'><TEI><text><body><p>M&uuml;ller</p></body></text></TEI>"
+    (document,) = read(tmp_path, "b.tei.xml", content)
+    assert document.text == "Müller"
