@@ -77,7 +77,9 @@ def join_lines(text: str, end: str = "\n", words: set[str] | None = None) -> str
     def joined(match: re.Match[str]) -> str:
         before, after = match.groups()
         forms = {f"{before}-{after}".lower()}, {before.lower(), after.lower()}
-        kept = (before + after).lower() not in known and (forms[0] <= known or (words is not None and forms[1] <= known))
+        kept = (before + after).lower() not in known and (
+            forms[0] <= known or (words is not None and forms[1] <= known)
+        )
         soft = len(before) > 1 and before[-1].islower() and after[0].islower()
         return before + "-" * (kept or not soft) + after
 
@@ -188,7 +190,9 @@ class Writer:
         titles = [title for name in ids if (title := self.titles.get(name))]
         shown = self.children(node)
         if titles and "bibr" in (node.get("type"), node.get("ref-type")):
-            shown = "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else _line(self._shown(shown))
+            shown = (
+                "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else _line(self._shown(shown))
+            )
             self._cited.append((shown, titles))
             shown = f"\x01{len(self._cited) - 1}\x02"
         after = node.getnext()  # GROBID loses the space between two

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from k2mini.corpus import pdf as pdf_reader
 from k2mini.corpus import readers
 from k2mini.corpus.markdown import join_lines
 from k2mini.corpus.readers import list_files, read_file
@@ -567,6 +569,57 @@ def test_records(tmp_path):
         assert said == [(f"{tmp_path / name}, line 4", "1 cells, the header has 2")]
 
 
+def test_a_wrong_quote_ends_no_table(tmp_path):
+    rows = [f"text {n}" for n in range(1, 100)]
+    rows[2], rows[50], rows[60], rows[98] = '"a" b', "caf\udce9", '"c\nd"', '"e'
+    (tmp_path / "a.csv").write_bytes("\n".join(["text", *rows]).encode(errors="surrogateescape"))
+    documents, listed = read_and_list(tmp_path / "a.csv")
+    assert [d.text for d in documents] == [row.strip('"') for n, row in enumerate(rows) if n not in (2, 50, 98)]
+    assert documents[-1].source.endswith("a.csv, line 100")
+    assert [(place.removeprefix(str(tmp_path)), reason[:14]) for place, reason in listed] == [
+        ("/a.csv", "lines 4 to 4, "),
+        ("/a.csv, line 52", "not UTF-8"),
+        ("/a.csv", "lines 101 to 1"),
+    ]
+
+
+def test_a_table_is_not_held_in_memory(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "word\n" * 10**6)
+    documents = read_file(tmp_path / "a.csv", no_error)
+    tracemalloc.start()
+    assert next(documents).text == "word"
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_the_text_of_a_pdf_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(pdf_reader, "MOST_CHARACTERS", 30)
+    line = [(50, 700, "twenty characters ok")]
+    assert len(read(tmp_path, "a.pdf", pdf_lines([line]))) == 1
+    assert refusal(tmp_path, "a.pdf", pdf_lines([line, line])) == "more than 30 characters of text"
+
+
+def test_text_and_trees_are_bounded_more_than_pdfs(tmp_path):
+    for suffix in ("txt", "xml", "csv"):
+        reason = refusal(tmp_path, f"a.{suffix}.gz", gzip.compress(b"a" * (2**25 + 1), 1))
+        assert reason.endswith("more than 33,554,432 bytes")
+
+
+def test_sub_articles_are_listed(tmp_path):
+    works = "<ref-list><ref><mixed-citation>reply</mixed-citation></ref></ref-list>"
+    reply = f"<sub-article><body><p>reply</p></body><back>{works}</back>"
+    (tmp_path / "a.nxml").write_bytes(jats(p("ice"), back=f"{reply}</sub-article>"))
+    (document,), ((_, reason),) = read_and_list(tmp_path / "a.nxml")
+    assert (document.text, reason[:16]) == ("ice", "of its 1 sub-art")
+
+
+def test_another_name_for_the_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ice"}\n{}')
+    listed = []
+    (document,) = read_file(tmp_path / "a.jsonl", lambda *where: listed.append(where), source="b.pdf")
+    assert (document.source, listed[0][0]) == ("b.pdf, line 1", "b.pdf, line 2")
+
+
 def test_the_title_of_markdown(tmp_path):
     (document,) = read(tmp_path, "a.md", b"# On ice\r\n\r\nIt melts.")
     assert (document.title, document.text) == ("On ice", "# On ice\n\nIt melts.")
@@ -599,6 +652,15 @@ def test_files_of_folders(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             list_files(inputs)
+
+
+def test_links_to_folders_are_counted(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path)
+    passed_over = Counter()
+    assert list_files([tmp_path], passed_over) == [tmp_path / "a" / "b.txt"]
+    assert passed_over == {"links to folders": 1}
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
