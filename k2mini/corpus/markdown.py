@@ -76,10 +76,8 @@ def join_lines(text: str, end: str = "\n", words: set[str] | None = None) -> str
 
     def joined(match: re.Match[str]) -> str:
         before, after = match.groups()
-        forms = {f"{before}-{after}".lower()}, {before.lower(), after.lower()}
-        kept = (before + after).lower() not in known and (
-            forms[0] <= known or (words is not None and forms[1] <= known)
-        )
+        apart = words is not None and {before.lower(), after.lower()} <= known
+        kept = (apart or f"{before}-{after}".lower() in known) and (before + after).lower() not in known
         soft = len(before) > 1 and before[-1].islower() and after[0].islower()
         return before + "-" * (kept or not soft) + after
 
@@ -87,11 +85,8 @@ def join_lines(text: str, end: str = "\n", words: set[str] | None = None) -> str
 
 
 def _role(node: Any) -> str:
-    return _ROLES.get(node.tag, "inline")
-
-
-def _has_lines(code: Any) -> bool:
-    return code.tag != "code" or "\n" in "".join(code.itertext())
+    in_line = node.tag == "code" and "\n" not in "".join(node.itertext())
+    return "inline" if in_line else _ROLES.get(node.tag, "inline")
 
 
 class Writer:
@@ -142,7 +137,7 @@ class Writer:
             case "item":
                 inner = re.sub(r"^[•·▪◦‣∙]\s*", "", re.sub(r"\n{2,}", "\n", self.children(node, level).strip()))
                 return "\n- " + inner.replace("\n", "\n  ") if inner else ""
-            case "code" if _has_lines(node):
+            case "code":
                 for end in node.iter("br"):
                     end.text = "\n"
                 return block("```\n" + "".join(node.itertext()).strip("\r\n").replace("\x01", "") + "\n```")
@@ -188,11 +183,9 @@ class Writer:
     def _reference(self, node: Any) -> str:
         ids = (node.get("target") or node.get("rid") or "").replace("#", " ").split()
         titles = [title for name in ids if (title := self.titles.get(name))]
-        shown = self.children(node)
+        shown = self._shown(self.children(node))
         if titles and "bibr" in (node.get("type"), node.get("ref-type")):
-            shown = (
-                "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else _line(self._shown(shown))
-            )
+            shown = "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else _line(shown)
             self._cited.append((shown, titles))
             shown = f"\x01{len(self._cited) - 1}\x02"
         after = node.getnext()  # GROBID loses the space between two
@@ -200,10 +193,7 @@ class Writer:
 
     def _table(self, node: Any, level: int) -> str:
         rows = [part for part in node.iter("*") if _role(part) == "row"]
-        if not rows or any(
-            _role(part) in ("table", "heading") or (_role(part) == "code" and _has_lines(part))
-            for part in node.iterdescendants("*")
-        ):
+        if not rows or any(_role(part) in ("table", "heading", "code") for part in node.iterdescendants("*")):
             return block(self.children(node, level))  # it serves the layout of a page
         grid: list[list[str]] = []
         carried: dict[int, int] = {}  # column -> how many more rows the cell above it reaches into

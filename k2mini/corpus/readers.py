@@ -75,12 +75,7 @@ def _suffix(path: Path) -> str | None:
 
 
 def read_file(
-    path: Path,
-    on_error: Callable[[str, str], None],
-    *,
-    marks: str = "none",
-    text_field: str = "text",
-    source: str = "",
+    path: Path, on_error: Callable[[str, str], None], *, marks: str = "none", text_field: str = "text", source: str = ""
 ) -> Iterator[Document]:
     """The documents of a file.
 
@@ -112,9 +107,8 @@ def _read(path: Path, marks: str, text_field: str) -> Iterator[tuple[int, Docume
                         yield line, row if isinstance(row, str) else _document(row, text_field)
                 case ".xml" | ".nxml":
                     root = parse_xml(_whole(file, MOST_OF_A_TREE))
-                    others = len(root.xpath("sub-article|response"))
                     yield 0, _paper(root, marks)
-                    if others:
+                    if others := len(root.xpath("sub-article|response")):
                         yield 0, f"of its {others} sub-articles and responses (reviews, translations) none is read"
                 case ".html" | ".htm" | ".xhtml":
                     yield 0, read_html(_whole(file, MOST_OF_A_TREE))
@@ -169,9 +163,7 @@ def _document(record: dict[str, Any], text_field: str) -> Document | str:
 
 
 def _jsonl(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(iter(lambda: file.readline(MOST + 1), b""), start=1):
-        if len(line) > MOST:
-            raise ValueError(f"line {number} has more than {MOST:,} bytes")
+    for number, line in enumerate(_lines(file, MOST), start=1):
         if line.strip():
             try:
                 record = parse_json(line, "it")
@@ -183,7 +175,7 @@ def _jsonl(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _table(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     csv.field_size_limit(MOST_OF_A_TREE)  # 128 KiB otherwise
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    rows = csv.reader(_lines(text), delimiter=delimiter, strict=True)
+    rows = csv.reader(_lines(text, MOST_OF_A_TREE), delimiter=delimiter, strict=True)
     columns = [name.strip() for name in next(rows, [])]
     while True:
         line = rows.line_num + 1
@@ -202,8 +194,10 @@ def _table(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any
             yield 0, f"lines {line} to {rows.line_num}, which are left out: {error}"
 
 
-def _lines(text: IO[str]) -> Iterator[str]:
-    for number, line in enumerate(iter(lambda: text.readline(MOST_OF_A_TREE + 1), ""), start=1):
-        if len(line) > MOST_OF_A_TREE:
-            raise ValueError(f"line {number} has more than {MOST_OF_A_TREE:,} bytes")
+def _lines(file: IO[Any], most: int) -> Iterator[Any]:
+    number = 0
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise ValueError(f"line {number + 1} has more than {most:,} bytes")
         yield line
+        number += 1
