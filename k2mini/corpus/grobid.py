@@ -44,7 +44,9 @@ def process(
             on_error(name_of(pdf), error.strerror or str(error))
     found = {pdf: place.with_suffix(".tei.xml") for pdf, place in places.items()}
     unread = {pdf: place.with_suffix(".error") for pdf, place in places.items()}
-    todo = deque({places[pdf]: pdf for pdf in places if not (found[pdf].exists() or unread[pdf].exists())}.items())
+    new = {places[pdf]: pdf for pdf in places if not (found[pdf].exists() or unread[pdf].exists())}
+    # Last come those that were with a GROBID when it died, for one of them may kill the next.
+    todo = deque(sorted(new.items(), key=lambda item: item[0].with_suffix(".last").exists()))
     stop = threading.Event()
 
     def work() -> None:
@@ -84,6 +86,8 @@ def _one(content: bytes, place: Path, url: str, stop: threading.Event) -> None:
             return
         try:
             status, answer = _request(url, place.name, content)
+            if status == 200 and b"<TEI" in answer[:4096] and not answer.rstrip().endswith(b"</TEI>"):
+                raise http.client.IncompleteRead(answer)
         except (OSError, http.client.HTTPException) as error:
             reason, silent = f"does not answer ({error or type(error).__name__})", silent + 1
             if silent < 3:
@@ -91,10 +95,12 @@ def _one(content: bytes, place: Path, url: str, stop: threading.Event) -> None:
             try:
                 _request(url)
             except (OSError, http.client.HTTPException):
+                place.with_suffix(".last").touch()
                 raise ValueError(f"GROBID at {url} {reason}") from None
             status, answer = 0, reason.encode()  # it answers, but not to this PDF
         if status == 200 and b"<TEI" in answer[:4096]:
             write_text(place.with_suffix(".tei.xml"), answer.decode(errors="replace"))
+            place.with_suffix(".last").unlink(missing_ok=True)
         elif 300 <= status < 400 or status in (401, 403, 404, 405):
             raise ValueError(f"GROBID at {url} answers {status}; is the address right?")
         elif status == 503:

@@ -10,7 +10,7 @@ from k2mini.corpus.paper import doi_of, licence_of, paper, same_work, text_of, y
 
 
 def read_jats(root: Any, marks: str) -> Document:
-    """The document of an `article`. Raises ValueError where it has no text."""
+    """The document of an `article`, without its sub-articles. Raises ValueError where it has no text."""
     for note in root.xpath("front//title-group//xref|front//title-group//fn"):
         note.text, note[:] = None, []
     abstracts = root.xpath("front//abstract[not(@abstract-type)]") or root.xpath("front//abstract")
@@ -20,7 +20,7 @@ def read_jats(root: Any, marks: str) -> Document:
         text_of(*root.xpath("front//title-group/article-title")),
         abstracts,
         root.xpath("body") + root.xpath("floats-group|floats-wrap") + root.xpath("back"),
-        [_work(entry) for entry in root.iter("ref")],
+        [_work(entry) for entry in root.xpath("*[not(self::sub-article or self::response)]//ref")],
         doi=doi_of(*root.xpath("front//article-id[@pub-id-type='doi']/text()")),
         year=year_of(*dates),
         licence=licence_of(*root.xpath("front//license|front//license_ref|front//copyright-statement")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from typing import Any
 
@@ -10,7 +9,7 @@ _TAGS = {  # what is done with an element, in TEI, JATS and HTML; others stand i
     "section": "div body back abstract sec ack app boxed-text glossary notes fn-group fig-group table-wrap-foot article"
     " section",
     "block": "p quote ab list disp-quote verse-line speech statement def-list def-item def term attrib media main dl dt"
-    " dd blockquote ul ol address details summary header center",
+    " dd blockquote ul ol address details summary header center aside",
     "heading": "head title h1 h2 h3 h4 h5 h6",
     "item": "item list-item li",
     "spaced": "s surname given-names suffix pub-id",
@@ -53,7 +52,11 @@ def block(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Text on one line, with single spaces, and none before a comma or a stop."""
-    return re.sub(r" ([,.;:])(?=\s|$)", r"\1", _squeeze(text)).strip()
+    return _line(_squeeze(text))
+
+
+def _line(text: str) -> str:
+    return re.sub(r" ([,.;:])(?=\s|$)", r"\1", re.sub(r"\s+", " ", text)).strip()  # citations that wait stay
 
 
 def tidy(text: str) -> str:
@@ -61,18 +64,20 @@ def tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?<! ) +\n", "\n", text)).strip()
 
 
-def join_lines(text: str, end: str = "\n") -> str:
+def join_lines(text: str, end: str = "\n", words: set[str] | None = None) -> str:
     """Text without the hyphens that the ends of lines made.
 
     A hyphen before `end` (a regular expression) goes between two letters of lower case, the first of which is not a
     word's only one. It stays, and the line's end alone goes, elsewhere ("α2-integrin", "Navier-Stokes"), and where the
     text has the word with its hyphen within a line ("sea-level") and not without. "and", "or" and "to" join nothing.
+    With `words`, those in lower case of a whole document of which this is a part, it also stays between two of them.
     """
-    words = set(re.findall(r"[^\W_]+(?:-[^\W_]+)?", text.lower()))
+    known = set(re.findall(r"[^\W_]+(?:-[^\W_]+)?", text.lower())) if words is None else words
 
     def joined(match: re.Match[str]) -> str:
         before, after = match.groups()
-        kept = f"{before}-{after}".lower() in words and (before + after).lower() not in words
+        apart = words is not None and {before.lower(), after.lower()} <= known
+        kept = (apart or f"{before}-{after}".lower() in known) and (before + after).lower() not in known
         soft = len(before) > 1 and before[-1].islower() and after[0].islower()
         return before + "-" * (kept or not soft) + after
 
@@ -80,7 +85,8 @@ def join_lines(text: str, end: str = "\n") -> str:
 
 
 def _role(node: Any) -> str:
-    return _ROLES.get(node.tag, "inline")
+    in_line = node.tag == "code" and "\n" not in "".join(node.itertext())
+    return "inline" if in_line else _ROLES.get(node.tag, "inline")
 
 
 class Writer:
@@ -109,8 +115,6 @@ class Writer:
 
     def render(self, node: Any, level: int = 1) -> str:
         """An element; `level` is that of the heading above it, 0 where there are no headings."""
-        if not isinstance(node.tag, str):  # an entity of a DTD, which is not read
-            return html.unescape(node.text or "")
         match _role(node):
             case "skip":
                 return ""
@@ -123,7 +127,7 @@ class Writer:
             case "caption":
                 return block(self.children(node, 0))
             case "section":
-                titled = any(_role(child) == "heading" and self.children(child).strip() for child in node)
+                titled = any(_role(child) == "heading" and "".join(child.itertext()).strip() for child in node)
                 return block(self.children(node, level and level + titled))
             case "heading" if node.tag != "title" or (_ROLES.get(node.getparent().tag) and node.getparent().tag != "p"):
                 return self._heading(node, level)
@@ -133,12 +137,12 @@ class Writer:
             case "item":
                 inner = re.sub(r"^[•·▪◦‣∙]\s*", "", re.sub(r"\n{2,}", "\n", self.children(node, level).strip()))
                 return "\n- " + inner.replace("\n", "\n  ") if inner else ""
-            case "code" if node.tag != "code" or "\n" in "".join(node.itertext()):
+            case "code":
                 for end in node.iter("br"):
                     end.text = "\n"
                 return block("```\n" + "".join(node.itertext()).strip("\r\n").replace("\x01", "") + "\n```")
             case "formula":
-                return self._marked("FORMULA", one_line(self.children(node)))
+                return self._marked("FORMULA", _line(self.children(node)))
             case "math" if (tex := node.find(".//annotation")) is not None:
                 return f"${one_line(tex.text or '')}$"
             case "tex":  # a whole LaTeX document, as publishers have it
@@ -152,7 +156,7 @@ class Writer:
             case "reference":
                 return self._reference(node)
             case "note":
-                text = one_line(self.children(node))
+                text = _line(self.children(node))
                 if text and node.get("place") != "foot" and _role(node.getparent()) in ("block", "inline", "spaced"):
                     return f" [START_NOTE]{text}[END_NOTE] " if self.k2 else f" ({text}) "
                 return self._marked("NOTE", text)
@@ -166,7 +170,7 @@ class Writer:
         return block(f"[START_{name}]{text}[END_{name}]" if self.k2 and text else text)
 
     def _heading(self, node: Any, level: int) -> str:
-        text = one_line(self.children(node))
+        text = _line(self.children(node))
         if not level:  # in a caption
             return block(text + "." * (text[-1:].isalnum() and node.getnext() is not None))
         if re.fullmatch("h[1-6]", node.tag):
@@ -179,9 +183,9 @@ class Writer:
     def _reference(self, node: Any) -> str:
         ids = (node.get("target") or node.get("rid") or "").replace("#", " ").split()
         titles = [title for name in ids if (title := self.titles.get(name))]
-        shown = self.children(node)
+        shown = self._shown(self.children(node))
         if titles and "bibr" in (node.get("type"), node.get("ref-type")):
-            shown = "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else one_line(shown)
+            shown = "".join(f"[START_REF]{title}[END_REF]" for title in titles) if self.k2 else _line(shown)
             self._cited.append((shown, titles))
             shown = f"\x01{len(self._cited) - 1}\x02"
         after = node.getnext()  # GROBID loses the space between two
@@ -202,7 +206,7 @@ class Writer:
                 if cell is not None:
                     wide, tall = _span(cell, "colspan", "cols"), _span(cell, "rowspan", "rows")
                     carried |= dict.fromkeys(range(len(cells), len(cells) + wide), tall - 1)
-                    cells += [one_line(self.children(cell)).replace("|", "\\|"), *[""] * (wide - 1)]
+                    cells += [_line(self._shown(self.children(cell))).replace("|", "\\|"), *[""] * (wide - 1)]
             grid += [cells] if any(cells) else []
         width = max(map(len, grid), default=0)
         lines = [f"| {' | '.join(cells + [''] * (width - len(cells)))} |" for cells in grid]
@@ -210,8 +214,8 @@ class Writer:
         return "".join(captions) + block("\n".join([*lines[:1], "|" + " - |" * width, *lines[1:]]) if grid else "")
 
     def _figure(self, node: Any) -> str:
-        given = one_line(" ".join(self.children(part) for part in node if part.tag == "label"))
-        texts = [one_line(self.children(part, 0)) for part in node if _role(part) in ("heading", "caption")]
+        given = _line(self._shown(" ".join(self.children(part) for part in node if part.tag == "label")))
+        texts = [_line(self.children(part, 0)) for part in node if _role(part) in ("heading", "caption")]
         told = ("label", "heading", "caption")
         rest = _squeeze(node.text)
         for part in node:
@@ -222,7 +226,7 @@ class Writer:
         label = number if re.search("[A-Za-z]{3}", number) else f"{kind} {number}".strip()
         matches = [(text, _LABEL.match(text)) for text in texts]
         texts = [text[match.end() :] if match and match[2] == number else text for text, match in matches]
-        if len(texts) > 1 and texts[1].startswith(texts[0]):
+        if len(texts) > 1 and self._shown(texts[1]).startswith(self._shown(texts[0])):
             del texts[0]
         if caption := " ".join(filter(None, texts)):
             self.figures.append({"label": label, "caption": self._shown(caption)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,10 @@ def parse_xml(content: bytes) -> Any:
     dtd = root.getroottree().docinfo.internalDTD
     if dtd is not None and next(dtd.iterentities(), None) is not None:
         raise ValueError("it declares an XML entity, which a paper does not need and an attack does")
+    for entity in list(root.iter(etree.Entity)):  # of a DTD, which is not read
+        known = etree.Element("entity")
+        known.text, known.tail = html.unescape(entity.text), entity.tail
+        entity.getparent().replace(entity, known)
     for element in root.iter("*"):
         element.tag = element.tag.rpartition("}")[2]
     return root
@@ -32,7 +37,8 @@ def parse_xml(content: bytes) -> Any:
 
 def text_of(*nodes: Any) -> str:
     """What is written in the first element with text, on one line."""
-    return next(filter(None, (one_line("".join(node.itertext())) for node in nodes)), "")
+    texts = (node.xpath(".//text()|.//br|.//break|.//lb") for node in nodes)
+    return next(filter(None, (one_line("".join(t if isinstance(t, str) else " " for t in text)) for text in texts)), "")
 
 
 def doi_of(*texts: str) -> str:

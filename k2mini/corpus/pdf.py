@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
 
 from k2mini.corpus.document import Document
 from k2mini.corpus.markdown import join_lines, one_line
 from k2mini.corpus.paper import doi_of, year_of
 
 MOST_PAGES = 10_000
+MOST_CHARACTERS = 10_000_000  # the longest books have some five million
 _PASSWORD = 4  # FPDF_ERR_PASSWORD of fpdfview.h
 
 
@@ -33,7 +33,13 @@ def read_pdf(content: bytes) -> Document:
         if len(pdf) > MOST_PAGES:
             raise ValueError(f"{len(pdf):,} pages, which is more than {MOST_PAGES:,}")
         known = pdf.get_metadata_dict()
-        pages = [_lines(page) for page in pdf]
+        pages, left = [], MOST_CHARACTERS
+        for page in pdf:
+            text = page.get_textpage()
+            if (left := left - text.count_chars()) < 0:
+                raise ValueError(f"more than {MOST_CHARACTERS:,} characters of text")
+            pages.append(_lines(text.get_text_bounded()))
+            page.close()
         pdf.close()
     except pypdfium2.PdfiumError as error:
         encrypted = getattr(error, "err_code", None) == _PASSWORD
@@ -52,9 +58,7 @@ def read_pdf(content: bytes) -> Document:
     )
 
 
-def _lines(page: Any) -> list[str]:
-    text = page.get_textpage().get_text_bounded()
-    page.close()
+def _lines(text: str) -> list[str]:
     text = re.sub("\x02|\ufffe", "-\n", text)  # PDFium's mark of a hyphen at a line's end
     lines = (re.sub(r"[\x00-\x1f\uffff]", " ", line).strip() for line in text.splitlines())
     return [line for line in lines if line]

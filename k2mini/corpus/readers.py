@@ -22,15 +22,15 @@ from k2mini.errors import need_extra
 from k2mini.files import parse_json
 
 SUFFIXES = (".xml", ".nxml", ".pdf", ".html", ".htm", ".xhtml", ".md", ".txt", ".jsonl", ".csv", ".tsv")
-MOST = 2**29  # bytes of a file, or of a line of JSONL, once decompressed: a small .gz may hold any number of them
-MOST_OF_A_TREE = 2**27  # of XML and HTML, which take some ten times as much memory
+MOST = 2**29  # bytes of a PDF, or of a line of JSONL, once decompressed: a small .gz may hold any number of them
+MOST_OF_A_TREE = 2**25  # of XML and HTML, which take 30 to 70 times as much memory, and of other texts
 
 
 def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) -> list[Path]:
     """The files that hold documents: the inputs in their order, folders searched through and their files sorted.
 
     Args:
-        passed_over: counts the other files of the folders, by suffix.
+        passed_over: counts the other files of the folders, by suffix, and links to folders, which are not followed.
 
     Raises ValueError where an input is missing or of another kind, where a file comes twice, or where there is none;
     OSError where a folder can't be read.
@@ -38,11 +38,14 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names]
+            walked = list(os.walk(path, onerror=_raise))
+            found = [Path(folder, name) for folder, _, names in walked for name in names]
+            links = sum(Path(folder, name).is_symlink() for folder, names, _ in walked for name in names)
             taken = sorted(file for file in found if _suffix(file) and file.is_file())
             files += taken
             if passed_over is not None:
                 passed_over.update(file.suffix.lower() or "no suffix" for file in set(found).difference(taken))
+                passed_over.update({"links to folders": links} if links else {})
         elif not path.is_file():
             raise ValueError(f"there is no file or folder {name_of(path)}")
         elif not _suffix(path):
@@ -72,7 +75,7 @@ def _suffix(path: Path) -> str | None:
 
 
 def read_file(
-    path: Path, on_error: Callable[[str, str], None], *, marks: str = "none", text_field: str = "text"
+    path: Path, on_error: Callable[[str, str], None], *, marks: str = "none", text_field: str = "text", source: str = ""
 ) -> Iterator[Document]:
     """The documents of a file.
 
@@ -80,11 +83,12 @@ def read_file(
         on_error: called with the place (the file, and the line in it) and the reason for what can't be read.
         marks: 'k2' writes K2's marks of citations, figures, tables, formulas and notes in papers; 'none' does not.
         text_field: the field, or column, of JSONL, CSV and TSV that has the text.
+        source: what the file is called in places; by default its path.
 
     Raises ValueError where the extra `corpus` is needed and not installed.
     """
     for line, found in _read(path, marks, text_field):
-        place = f"{name_of(path)}, line {line}" if line else name_of(path)
+        place = (source or name_of(path)) + f", line {line}" * bool(line)
         if isinstance(found, Document):
             found.source = place
             yield found
@@ -102,13 +106,16 @@ def _read(path: Path, marks: str, text_field: str) -> Iterator[tuple[int, Docume
                     for line, row in _jsonl(file) if kind == ".jsonl" else _table(file, "\t" if "t" in kind else ","):
                         yield line, row if isinstance(row, str) else _document(row, text_field)
                 case ".xml" | ".nxml":
-                    yield 0, _paper(parse_xml(_whole(file, MOST_OF_A_TREE)), marks)
+                    root = parse_xml(_whole(file, MOST_OF_A_TREE))
+                    yield 0, _paper(root, marks)
+                    if others := len(root.xpath("sub-article|response")):
+                        yield 0, f"of its {others} sub-articles and responses (reviews, translations) none is read"
                 case ".html" | ".htm" | ".xhtml":
                     yield 0, read_html(_whole(file, MOST_OF_A_TREE))
                 case ".pdf":
                     yield 0, read_pdf(_whole(file, MOST))
                 case _:
-                    yield 0, _text(_utf8(_whole(file, MOST)))
+                    yield 0, _text(_utf8(_whole(file, MOST_OF_A_TREE)))
     except ImportError:
         raise need_extra("corpus") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -156,9 +163,7 @@ def _document(record: dict[str, Any], text_field: str) -> Document | str:
 
 
 def _jsonl(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(iter(lambda: file.readline(MOST + 1), b""), start=1):
-        if len(line) > MOST:
-            raise ValueError(f"line {number} has more than {MOST:,} bytes")
+    for number, line in enumerate(_lines(file, MOST), start=1):
         if line.strip():
             try:
                 record = parse_json(line, "it")
@@ -168,13 +173,31 @@ def _jsonl(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _table(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    csv.field_size_limit(MOST)  # 128 KiB otherwise
-    rows = csv.reader(io.StringIO(_utf8(_whole(file, MOST)), newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(MOST_OF_A_TREE)  # 128 KiB otherwise
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.reader(_lines(text, MOST_OF_A_TREE), delimiter=delimiter, strict=True)
     columns = [name.strip() for name in next(rows, [])]
-    line = rows.line_num + 1
-    for row in rows:
-        if len(row) == len(columns):
-            yield line, dict(zip(columns, row, strict=True))
-        elif row:
-            yield line, f"{len(row)} cells, the header has {len(columns)}"
+    while True:
         line = rows.line_num + 1
+        try:
+            row = next(rows)
+            "".join(row).encode()
+            if len(row) == len(columns):
+                yield line, dict(zip(columns, row, strict=True))
+            elif row:
+                yield line, f"{len(row)} cells, the header has {len(columns)}"
+        except StopIteration:
+            return
+        except UnicodeEncodeError:
+            yield line, "not UTF-8"
+        except csv.Error as error:  # a wrong quote; what follows on the next line is read again
+            yield 0, f"lines {line} to {rows.line_num}, which are left out: {error}"
+
+
+def _lines(file: IO[Any], most: int) -> Iterator[Any]:
+    number = 0
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise ValueError(f"line {number + 1} has more than {most:,} bytes")
+        yield line
+        number += 1

@@ -9,12 +9,17 @@ from k2mini.corpus.document import Document
 from k2mini.corpus.markdown import join_lines
 from k2mini.corpus.paper import doi_of, licence_of, paper, same_work, text_of, year_of
 
+_WORD = re.compile(r"(?<![^\W_])(?<!-\s)[^\W_]+(?:-[^\W_]+)?(?![^\W_]|-\s)")  # none that a line's end may have made
+_END = r"\s+(?!(?:as|but|through|nor|versus|than)\b)(?=[a-z])"  # "medium- as well as long-term"
+
 
 def read_tei(root: Any, marks: str) -> Document:
     """The document of a TEI element. Raises ValueError where it has no text."""
+    whole = " ".join(root.itertext()).lower()
+    words = {"one", "two", "three", "dimensional", *_WORD.findall(whole)}
     for part in root.iter():  # GROBID leaves some ends of lines in
-        part.text, part.tail = (text and join_lines(text, r"\s+(?=[a-z])") for text in (part.text, part.tail))
-    words = [text_of(word) for word in root.iterfind("teiHeader//keywords//term")]
+        part.text, part.tail = (text and join_lines(text, _END, words) for text in (part.text, part.tail))
+    terms = [text_of(word) for word in root.iterfind("teiHeader//keywords//term")]
     dates = root.xpath("teiHeader//publicationStmt//date|teiHeader//sourceDesc//imprint/date")
     return paper(
         marks,
@@ -25,7 +30,7 @@ def read_tei(root: Any, marks: str) -> Document:
         doi=doi_of(*root.xpath("teiHeader//sourceDesc//idno[@type='DOI']/text()")),
         year=year_of(*(date.get("when") or date.text for date in dates)),
         licence=licence_of(*root.xpath("teiHeader//availability")),
-        keywords=words or re.findall(r"[^\s,;·•][^,;·•]*", text_of(*root.xpath("teiHeader//keywords"))),
+        keywords=terms or re.findall(r"[^\s,;·•][^,;·•]*", text_of(*root.xpath("teiHeader//keywords"))),
     )
 
 

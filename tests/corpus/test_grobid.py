@@ -21,7 +21,7 @@ class Stub:
 
     def __init__(self):
         self.plan, self.sent, self.fields, self.now, self.most = {}, Counter(), [], 0, 0
-        self.lock, self.dies_after = threading.Lock(), None
+        self.lock, self.dies_after, self.killer = threading.Lock(), None, None
         stub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,6 +51,9 @@ class Stub:
                     stub.most = max(stub.most, stub.now)
                     dead = stub.dies_after is not None and sum(stub.sent.values()) > stub.dies_after
                     step = stub.plan[pdf].pop(0) if stub.plan.get(pdf) else 200
+                if pdf == stub.killer:
+                    stub.server.server_close()
+                    dead = True
                 try:
                     if dead:
                         self.connection.close()
@@ -58,7 +61,10 @@ class Stub:
                     if isinstance(step, float):
                         time.sleep(step)
                         step = 200
-                    if isinstance(step, tuple):
+                    if step == "cut":
+                        self.answer(200, b"<TEI><text>half", **{"Content-Length": 999})
+                        self.connection.close()
+                    elif isinstance(step, tuple):
                         self.answer(*step)
                     elif step == 302:
                         self.answer(302, Location="http://198.51.100.1/")
@@ -175,6 +181,29 @@ def test_a_server_that_dies_in_the_middle(stub, pdfs, tmp_path):
     assert set(second.sent.values()) == {1}
     assert kept.items() <= teis(tmp_path / "tei").items()
     assert all(path.suffix == ".xml" for path in (tmp_path / "tei").iterdir())
+
+
+def test_an_answer_cut_off_is_none(stub, pdfs, tmp_path):
+    stub.plan = {b"%PDF-0": ["cut"], b"%PDF-1": ["cut"] * 3}
+    found, listed = run(pdfs[:3], stub.url, tmp_path / "tei")
+    assert [pdf.name for pdf in found] == ["0.pdf", "2.pdf"]
+    assert found[pdfs[0]].read_bytes() == b"<TEI><text>%PDF-0</text></TEI>"
+    assert listed == [(str(pdfs[1]), "GROBID: does not answer (IncompleteRead(15 bytes read))")]
+
+
+def test_a_pdf_that_kills_grobid_comes_last_at_the_next_start(stub, pdfs, tmp_path):
+    stub.killer = b"%PDF-1"
+    second = Stub()
+    second.killer = stub.killer
+    with pytest.raises(ValueError, match="1 of 9 PDFs are done"):
+        run(pdfs, stub.url, tmp_path / "tei", concurrency=1)
+    with pytest.raises(ValueError, match="8 of 9 PDFs are done"):
+        run(pdfs, second.url, tmp_path / "tei", concurrency=1)
+    third = Stub()
+    assert run(pdfs, third.url, tmp_path / "tei") == (run(pdfs, third.url, tmp_path / "tei")[0], [])
+    assert third.sent == {b"%PDF-1": 1}
+    assert all(path.suffix == ".xml" for path in (tmp_path / "tei").iterdir())
+    third.close()
 
 
 def wait_for(condition):

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from k2mini.corpus import pdf as pdf_reader
 from k2mini.corpus import readers
 from k2mini.corpus.markdown import join_lines
 from k2mini.corpus.readers import list_files, read_file
@@ -409,6 +411,20 @@ def test_hyphens_that_grobid_leaves(tmp_path):
     assert document.text == "the adaptation, mid- and high-latitude - or not"
 
 
+def test_hyphens_of_words_that_the_paper_has(tmp_path):
+    """Elsewhere in it with the hyphen, without, or as two words; and those of words with a common end."""
+    elsewhere = "Sea-level rise and rainfall. The sea has a high level, the ice a low one. Land subsidence, uplift."
+    broken = (
+        "sea- level, rain- fall, land- level, two- dimensional, up- lift, medium- as well as long-term, pre- but not"
+        " post-seismic, first- through third-order, adapta- tion"
+    )
+    joined = broken.replace("rain- ", "rain").replace("up- ", "up").replace("adapta- ", "adapta")
+    for word in ("sea", "land", "two"):
+        joined = joined.replace(f"{word}- ", f"{word}-")
+    (document,) = read(tmp_path, "a.tei.xml", tei(div(p(elsewhere), p(broken))))
+    assert document.text.split("\n\n")[1] == joined
+
+
 def test_columns_are_read_one_after_the_other(tmp_path):
     words = Words()
     (document,) = read(tmp_path, "a.pdf", pdf([words(150) for _ in range(10)], columns=2, header="Rocks 3"))
@@ -553,6 +569,57 @@ def test_records(tmp_path):
         assert said == [(f"{tmp_path / name}, line 4", "1 cells, the header has 2")]
 
 
+def test_a_wrong_quote_ends_no_table(tmp_path):
+    rows = [f"text {n}" for n in range(1, 100)]
+    rows[2], rows[50], rows[60], rows[98] = '"a" b', "caf\udce9", '"c\nd"', '"e'
+    (tmp_path / "a.csv").write_bytes("\n".join(["text", *rows]).encode(errors="surrogateescape"))
+    documents, listed = read_and_list(tmp_path / "a.csv")
+    assert [d.text for d in documents] == [row.strip('"') for n, row in enumerate(rows) if n not in (2, 50, 98)]
+    assert documents[-1].source.endswith("a.csv, line 100")
+    assert [(place.removeprefix(str(tmp_path)), reason[:14]) for place, reason in listed] == [
+        ("/a.csv", "lines 4 to 4, "),
+        ("/a.csv, line 52", "not UTF-8"),
+        ("/a.csv", "lines 101 to 1"),
+    ]
+
+
+def test_a_table_is_not_held_in_memory(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "word\n" * 10**6)
+    documents = read_file(tmp_path / "a.csv", no_error)
+    tracemalloc.start()
+    assert next(documents).text == "word"
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_the_text_of_a_pdf_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(pdf_reader, "MOST_CHARACTERS", 30)
+    line = [(50, 700, "twenty characters ok")]
+    assert len(read(tmp_path, "a.pdf", pdf_lines([line]))) == 1
+    assert refusal(tmp_path, "a.pdf", pdf_lines([line, line])) == "more than 30 characters of text"
+
+
+def test_text_and_trees_are_bounded_more_than_pdfs(tmp_path):
+    for suffix in ("txt", "xml", "csv"):
+        reason = refusal(tmp_path, f"a.{suffix}.gz", gzip.compress(b"a" * (2**25 + 1), 1))
+        assert reason.endswith("more than 33,554,432 bytes")
+
+
+def test_sub_articles_are_listed(tmp_path):
+    works = "<ref-list><ref><mixed-citation>reply</mixed-citation></ref></ref-list>"
+    reply = f"<sub-article><body><p>reply</p></body><back>{works}</back>"
+    (tmp_path / "a.nxml").write_bytes(jats(p("ice"), back=f"{reply}</sub-article>"))
+    (document,), ((_, reason),) = read_and_list(tmp_path / "a.nxml")
+    assert (document.text, reason[:16]) == ("ice", "of its 1 sub-art")
+
+
+def test_another_name_for_the_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ice"}\n{}')
+    listed = []
+    (document,) = read_file(tmp_path / "a.jsonl", lambda *where: listed.append(where), source="b.pdf")
+    assert (document.source, listed[0][0]) == ("b.pdf, line 1", "b.pdf, line 2")
+
+
 def test_the_title_of_markdown(tmp_path):
     (document,) = read(tmp_path, "a.md", b"# On ice\r\n\r\nIt melts.")
     assert (document.title, document.text) == ("On ice", "# On ice\n\nIt melts.")
@@ -587,6 +654,15 @@ def test_files_of_folders(tmp_path):
             list_files(inputs)
 
 
+def test_links_to_folders_are_counted(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path)
+    passed_over = Counter()
+    assert list_files([tmp_path], passed_over) == [tmp_path / "a" / "b.txt"]
+    assert passed_over == {"links to folders": 1}
+
+
 def test_without_the_extra(tmp_path, monkeypatch):
     """Text and records are read all the same."""
     for name in ("lxml", "lxml.etree", "pypdfium2"):
@@ -598,3 +674,96 @@ def test_without_the_extra(tmp_path, monkeypatch):
     assert [d.text for d in read(tmp_path, "a.txt", b"text")] == ["text"]
     assert [d.text for d in read(tmp_path, "a.jsonl", b'{"text": "text"}')] == ["text"]
     assert [d.text for d in read(tmp_path, "a.csv", b"text\nmore\n")] == ["more"]
+
+
+CITED = '<{0} {1}="bibr" {2}="{3}b1">Frey ({4})</{0}>'
+IN_TEI, IN_JATS = (
+    [CITED.format(*names, year) for year in range(2010, 2014)]
+    for names in (("ref", "type", "target", "#"), ("xref", "ref-type", "rid", ""))
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "a.nxml",
+            jats(
+                f"<sec><title>After {IN_JATS[0]}</title><fig><label>Figure 1</label><caption><p>By {IN_JATS[1]}."
+                f"</p></caption></fig><table-wrap><table><tr><td>{IN_JATS[2]}</td><td>1</td></tr></table></table-wrap>"
+                f"<p>Ice<fn><p>See {IN_JATS[3]}</p></fn> melts.</p></sec>",
+                back="<back><ref-list><ref id='b1'><mixed-citation><article-title>On maps</article-title>"
+                "</mixed-citation></ref></ref-list></back>",
+            ),
+        ),
+        (
+            "a.tei.xml",
+            tei(
+                div(
+                    f"<figure><label>1</label><figDesc>By {IN_TEI[1]}.</figDesc></figure><figure><table><row>"
+                    f"<cell>{IN_TEI[2]}</cell><cell>1</cell></row></table></figure>",
+                    p(f"Ice<note>See {IN_TEI[3]}</note> melts."),
+                    head=f"After {IN_TEI[0]}",
+                ),
+                works=work("b1", "On maps"),
+            ),
+        ),
+    ],
+)
+def test_citations_in_headings_captions_cells_and_notes(tmp_path, name, content):
+    (document,) = read(tmp_path, name, content)
+    for text in ("## After Frey (2010)\n", "Figure 1: By Frey (2011).\n", "| Frey (2012) | 1 |", "See Frey (2013)"):
+        assert text in document.text
+    assert document.figures[0]["caption"] == "By Frey (2011)."
+    (document,) = read(tmp_path, name, content, marks="k2")
+    assert document.text.count("[START_REF]On maps[END_REF]") == 4
+    assert document.figures[0]["caption"] == "By [START_REF]On maps[END_REF]."
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("<article><h2>a</h2></article><article><header><h1>b</h1></header><p>c</article>", "## a\n\n# b\n\nc"),
+        ("menu<main><h1>a</h1></main><main><p>b</main>", "# a\n\nb"),
+        ("menu<div role=main><h1>a</h1><main><p>b</main></div>", "# a\n\nb"),
+        ("<header><h1>a</h1></header><main><p>b</main>", "# a\n\nb"),
+        ("menu<article><p>a<article>b</article></article>", "a\n\nb"),
+        ("<h1>a<br>b</h1><aside>c</aside>", "# a b"),
+        (
+            "<p>a<aside class='footnote brackets'>b</aside><aside class=topic>c</aside>"
+            "<aside class=sidebar><p class=sidebar-title>d</aside><aside class=sidebar>menu</aside>",
+            "a\n\nb\n\nc\n\nd",
+        ),
+        ("<table><tr><th>a<th>b<tr><td><code>c</code><td>1</table>", "| a | b |\n| - | - |\n| c | 1 |"),
+        ("<table><tr><td>a<td><code>b\nc</code></table>", "a\n\n```\nb\nc\n```"),
+    ],
+)
+def test_the_main_parts_of_a_page(tmp_path, body, text):
+    (document,) = read(tmp_path, "a.html", html(body))
+    assert document.text == text
+    assert document.title in ("", "a", "b", "a b")
+
+
+def test_a_page_that_says_utf16_in_ascii(tmp_path):
+    (document,) = read(tmp_path, "a.html", html("<p>é").replace(b"utf-8", b"utf-16"))
+    assert document.text == "é"
+
+
+@pytest.mark.parametrize(
+    ("name", "open_", "close"),
+    [("a.tei.xml", "<div><head>a ", "</head></div>"), ("a.html", "<section><h2>a ", "</h2></section>")],
+)
+def test_headings_in_headings_are_written_once(tmp_path, name, open_, close):
+    nested = open_ * 40 + close * 40  # took twice as long with each
+    (document,) = read(tmp_path, name, tei(nested) if name.endswith("xml") else html(nested))
+    assert document.text.count("a") == 40
+
+
+def test_entities_and_breaks_of_papers(tmp_path):
+    doctype = '<!DOCTYPE article SYSTEM "a.dtd">'
+    content = jats(p("M&uuml;ller, &foo; &lt;"), "M&uuml;ller<break/>flow", doctype=doctype)
+    (document,) = read(tmp_path, "a.nxml", content)
+    assert (document.title, document.text) == ("Müller flow", "# Müller flow\n\nMüller, &foo; <")
+    content = b"<!DOCTYPE TEI SYSTEM 'a.dtd'><TEI><text><body><p>M&uuml;ller</p></body></text></TEI>"
+    (document,) = read(tmp_path, "b.tei.xml", content)
+    assert document.text == "Müller"
