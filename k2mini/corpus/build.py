@@ -128,4 +128,4 @@ def _ask_grobid(groups: list[Group], url: str, out: Path) -> None:
     log.info("GROBID's TEI is in %s, where a later start finds it", folder)
     for group in groups:
         group.instead = {file: made[file] for file in pdfs[group.part] if file in made}
-        group.skip = {file: wrong[name_of(file)] for file in pdfs[group.part] if file not in made}
+        group.skip = {file: {0: wrong[name_of(file)]} for file in pdfs[group.part] if file not in made}

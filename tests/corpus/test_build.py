@@ -229,6 +229,46 @@ def test_files_that_end_or_hold_up_their_reader_are_listed(tmp_path, monkeypatch
     }
 
 
+FILTER = """
+import os, signal
+from k2mini.corpus import clean
+real = clean.FILTERS["words"]
+def words(document, **more):
+    if "CRASH" in document.text:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "KILLED" in document.text:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(document, **more)
+clean.FILTERS["words"] = words
+"""
+
+
+def test_one_document_costs_no_other_of_its_file(tmp_path, monkeypatch):
+    """And a worker that the system kills says nothing of a document."""
+    write_jsonl(tmp_path / "in.jsonl", [{"text": f"{prose(n)} {'CRASH' * (n in (1, 3))}"} for n in range(5)])
+    (tmp_path / "sitecustomize.py").write_text(FILTER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(building.__file__).parents[2]}")
+    build([tmp_path / "in.jsonl"], tmp_path / "out", SETTINGS)
+    lines = [f"{tmp_path}/in.jsonl, line {n}" for n in range(1, 6)]
+    assert [record["source"] for record in read_corpus(tmp_path / "out")] == lines[::2]
+    died = ("reading", "its reader died (exit code -11)")
+    found = {record["source"]: (record["filter"], record["reason"]) for record in rejected(tmp_path / "out")}
+    assert found == {lines[1]: died, lines[3]: died}
+    write_jsonl(tmp_path / "in.jsonl", [{"text": prose(0)}, {"text": f"{prose(1)} KILLED"}])
+    with pytest.raises(ValueError, match=r"killed at document 2 of .*in.jsonl, as is done where memory runs out"):
+        build([tmp_path / "in.jsonl"], tmp_path / "killed", SETTINGS)
+    assert not (tmp_path / "killed").exists()
+
+
+def test_a_file_that_ends_its_reader_keeps_what_was_read(here, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"text": prose(n)} for n in range(5)])
+    group, said = Group([tmp_path / "in.jsonl"], tmp_path / "part", {tmp_path / "in.jsonl": {4: "died"}}), []
+    read_group(group, SETTINGS, None, said.append)
+    assert [step for _, step in said] == [*range(5)]
+    lines = [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()]
+    assert [line.get("reason") for line in lines] == [None, None, "after 2 documents, died"]
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(here, tmp_path, kills):
     """And started again: it goes on from the groups that are complete, and the bytes are the same."""
