@@ -20,7 +20,7 @@ from k2mini.corpus.contamination import Benchmarks
 from k2mini.corpus.group import Group, Settings
 from k2mini.corpus.merge import NOTE, PART, is_complete, merge
 from k2mini.corpus.readers import list_files, name_of
-from k2mini.corpus.shards import is_corpus
+from k2mini.corpus.shards import MANIFEST, is_corpus
 from k2mini.corpus.workers import read_groups
 from k2mini.errors import need_extra
 from k2mini.files import output, sync_path
@@ -58,8 +58,9 @@ def build(
     benchmarks = Benchmarks(settings.decontaminate) if settings.decontaminate else None
     folder = out.absolute().with_name(f".{out.absolute().name}.parts")
     if not force and is_corpus(out) and folder.exists():
-        with output(out, force=True):
-            shutil.rmtree(folder)  # of a process that was killed when all was complete
+        made = (out / MANIFEST).stat().st_mtime_ns
+        if all(file.stat().st_mtime_ns <= made for file in folder.iterdir()):
+            shutil.rmtree(folder)  # of a process that was killed when all was complete; what is newer replaces `out`
     with output(out, force=force, inputs=[*inputs, *settings.decontaminate]):
         k, n = part or (1, 1)
         every, digest = _groups(files, folder, json.dumps(described, sort_keys=True))
