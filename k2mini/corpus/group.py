@@ -20,6 +20,7 @@ import numpy as np
 from k2mini.corpus.clean import clean
 from k2mini.corpus.contamination import Benchmarks
 from k2mini.corpus.document import Document
+from k2mini.corpus.filters.words import words
 from k2mini.corpus.merge import CONTAMINATION, CUT, ERROR, READING, RECORD, json_line, rejected
 from k2mini.corpus.near import THRESHOLD, signature
 from k2mini.corpus.readers import name_of, read_file
@@ -149,11 +150,14 @@ def _judge(
         before = document.text
         found = benchmarks.clean(document, cut=settings.contaminated == "cut") if benchmarks is not None else []
         json_line(document.record())
+        left = words(document, **settings.filters["words"]) if found and "words" in settings.filters else None
     except Exception as error:  # a document that nobody foresaw does not end a run over a million; it is listed
         return ERROR, _words(error)
     if found:
         is_cut = settings.contaminated == "cut" or document.text != before
-        return CUT if is_cut and document.text.strip() else CONTAMINATION, "; ".join(found)
+        if is_cut and document.text.strip() and not left:
+            return CUT, "; ".join(found)
+        return CONTAMINATION, "; ".join([*found, *([f"without it {left}"] if is_cut and left else [])])
     return "", ""
 
 

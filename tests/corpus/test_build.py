@@ -194,6 +194,17 @@ def test_contaminated_documents_are_dropped_or_cut(inputs, corpus, here, tmp_pat
     assert kept.keys() - {record["source"] for record in read_corpus(tmp_path / "drop")} == {f"{inputs}/zz.txt"}
 
 
+def test_what_is_left_of_a_document_that_was_cut_is_counted_again(here, tmp_path):
+    write_jsonl(tmp_path / "bench.jsonl", [{"question": QUESTION}])
+    text = "# Rocks\n\n" + " ".join(prose(0).split()) + f" {QUESTION}\n\nThat is all."
+    write_jsonl(tmp_path / "in.jsonl", [{"text": text}, {"text": prose(1)}])
+    settings = Settings(SETTINGS.filters, decontaminate=(tmp_path / "bench.jsonl",), contaminated="cut")
+    build([tmp_path / "in.jsonl"], tmp_path / "out", settings)
+    (found,) = rejected(tmp_path / "out")
+    assert found["filter"] == "contamination"
+    assert found["reason"].endswith("; without it 3 words (least: 50)")
+
+
 STAND_IN = """
 import os, signal, time
 from k2mini.corpus import readers
@@ -301,6 +312,23 @@ def test_settings_that_change_between_starts(inputs, corpus, here, tmp_path, mon
     monkeypatch.setattr(building, "merge", merge)
     build([inputs], tmp_path / "out", SETTINGS)
     assert digests(tmp_path / "out") == digests(corpus)
+
+
+def test_forgetting_force_when_going_on_costs_nothing(inputs, corpus, here, tmp_path, monkeypatch):
+    """What a killed run left stays where it was to replace the corpus; where the corpus was made of it, it goes."""
+    shutil.copytree(corpus, out := tmp_path / "out", copy_function=shutil.copy2)
+    settings = Settings(choose(["words.minimum=9"], ["language", "mojibake"]))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(building, "merge", lambda *_, **__: 1 / 0)
+        build([inputs], out, settings, force=True)
+    left = digests(parts := tmp_path / ".out.parts")
+    with pytest.raises(ValueError, match="exists already"):
+        build([inputs], out, settings)
+    assert digests(parts) == left
+    (out / "corpus.json").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        build([inputs], out, settings)
+    assert not parts.exists()
 
 
 def test_pdfs_go_to_a_grobid(inputs, here, tmp_path, monkeypatch):
