@@ -24,6 +24,7 @@ from k2mini.corpus.group import Group, Settings, read_group
 from k2mini.corpus.merge import merge
 from k2mini.corpus.report import page
 from k2mini.corpus.shards import corpora_of, read_corpus, read_manifest
+from k2mini.data.documents import list_files
 from k2mini.data.prepare import prepare
 from k2mini.files import sha256
 from tests.conftest import ROOT
@@ -416,6 +417,17 @@ def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
     fails("other was made with other filters than", "merge", one, tmp_path / "other", *out)
     fails(f"{tmp_path}/2of4 is one of 4 parts, {one} is one of 3", "merge", one, tmp_path / "2of4", *out)
     fails(f"{corpus} is no part of a corpus", "merge", one, corpus, *out)
+    (tmp_path / "odd").mkdir()
+    for note in ([1], {"format": "k2mini corpus part 1"}):
+        (tmp_path / "odd/part.json").write_text(json.dumps(note))
+        fails("odd is no part of a corpus", "merge", tmp_path / "odd", *out)
+    lacking = {key: value for key, value in read_manifest(corpus).items() if key != "years"}
+    (tmp_path / "odd/corpus.json").write_text(json.dumps(lacking))
+    shutil.copy(corpus / "documents-00000.jsonl", tmp_path / "odd")
+    fails("corpus.json is damaged: it has no years", "--report", tmp_path / "odd", "--out", tmp_path / "page.html")
+    fails(f"{corpus} is a corpus already; to clean it again, name its documents-*.jsonl", corpus.parent, *out)
+    with pytest.raises(ValueError, match="1 is a part of a corpus; `k2mini corpus merge` makes a corpus of all parts"):
+        list_files([one])
     for option in (("--set", "words.minimum=3"), ("--near-duplicates", 0.9)):
         fails(f"{option[0]} is for making a corpus or its parts", "merge", one, two, *out, *option)
     assert run("corpus", few, "--out", tmp_path / "3", *less, "--part", "3/3")[0] == 0

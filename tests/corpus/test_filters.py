@@ -218,7 +218,13 @@ def test_a_text_s_own_parts_are_no_headers(line):
 
 def test_markdown_html_and_xml_have_no_pages():
     _, text = pages()
-    for source, is_cut in (("a.pdf", True), ("a.txt.gz", True), ("a.md", False), ("A.HTML.gz", False), ("a.xml", False)):
+    for source, is_cut in (
+        ("a.pdf", True),
+        ("a.txt.gz", True),
+        ("a.md", False),
+        ("A.HTML.gz", False),
+        ("a.xml", False),
+    ):
         boilerplate(document := Document(text, source=source))
         assert (document.text != text) == is_cut, source
 
