@@ -3,12 +3,12 @@
     python tools/check_corpus.py near --geobench DIR --arc arc_sft.json --text DIR …
     python tools/check_corpus.py contamination --geobench DIR --arc arc_sft.json --text DIR …
 
-`near` prints how many copies with 5 % of their words replaced are found (they or the original go), by length, and how many of other texts are
-dropped: questions and reference answers of GeoBench, K2's instruction data, paragraphs and pages of documentation, and
-made-up papers of one template. J of their 5-grams and those of the kept text says which of them are distinct: those
-below the threshold, or below it by more than its estimate's error. `contamination` plants each question of GeoBench,
-as published and with case and spaces changed, and counts what is found in clean paragraphs. Documentation is read from
-.md, .rst, .txt and .html, also .gz.
+`near` prints how many copies with 5 % of their words replaced are found (they or the original go), by length, and how
+many of other texts are dropped: questions and reference answers of GeoBench, K2's instruction data, paragraphs and
+pages of documentation, and made-up papers of one template. J of their 5-grams and those of the kept text says which of
+them are distinct: those below the threshold, or below it by more than its estimate's error. `contamination` plants each
+question of GeoBench, as published and with case and spaces changed, and counts what is found in clean paragraphs.
+Documentation is read from .md, .rst, .txt and .html, also .gz.
 """
 
 from __future__ import annotations

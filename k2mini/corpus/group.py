@@ -63,8 +63,8 @@ class Settings:
 class Group:
     """Files to read into `part`; `instead`: what is read in the place of some.
 
-    `skip`: file -> step -> why it is not taken. Of a file's N-th document, from 0, step 2 N is to read it, without which
-    there are none after it, either, and 2 N + 1 is to judge it.
+    `skip`: file -> step -> why it is not taken. Of a file's N-th document, from 0, step 2 N reads it, without which
+    there are none after it, either, and 2 N + 1 judges it.
     """
 
     files: list[Path]

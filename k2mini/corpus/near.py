@@ -48,7 +48,7 @@ def near_duplicates(signatures: np.ndarray, lengths: np.ndarray, threshold: floa
     Args:
         signatures: (N, PERMUTATIONS) uint32; may be mapped from a file.
         lengths: (N,), of the documents.
-        threshold: the least J of near duplicates, from 0 to 1; the least estimate is larger by its standard error there.
+        threshold: the least J of near duplicates, from 0 to 1; the least estimate is its standard error more.
 
     Returns: (N,) int64, the kept document of each; itself where it is kept. Memory is some 80 bytes a document.
     """

@@ -22,8 +22,8 @@ def boilerplate(document: Document, *, repeats: int = 3, most_words: int = 20, a
 
     They are spread as pages are: over half of the text or more, no gap longer than three in the mean. Of their numbers
     one alone may change, and counts up; a line that never changes has three words or more. Headings, lists, tables and
-    the first line stay, and so do a text's own parts, such as Chapter 3 or Theorem 2, and all of Markdown, HTML and XML,
-    which have no pages. None is rejected.
+    the first line stay, and so do a text's own parts, such as Chapter 3 or Theorem 2, and Markdown, HTML and XML, which
+    have no pages. None is rejected.
     """
     if _NO_PAGES.search(document.source):
         return
