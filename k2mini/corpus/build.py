@@ -20,7 +20,7 @@ from k2mini.corpus.contamination import Benchmarks
 from k2mini.corpus.group import Group, Settings
 from k2mini.corpus.merge import NOTE, PART, is_complete, merge
 from k2mini.corpus.readers import list_files, name_of
-from k2mini.corpus.shards import is_corpus
+from k2mini.corpus.shards import MANIFEST, REJECTED, is_corpus
 from k2mini.corpus.workers import read_groups
 from k2mini.errors import need_extra
 from k2mini.files import output, sync_path
@@ -55,11 +55,14 @@ def build(
     files = list_files(inputs, passed_over)
     if passed_over:
         log.info("passed over: %s", ", ".join(f"{n:,} of {kind}" for kind, n in sorted(passed_over.items())))
+    if old := [file for file in files if file.name == REJECTED and is_corpus(file.parent)]:
+        raise ValueError(f"{old[0].parent} is a corpus already; to clean it again, name its documents-*.jsonl")
     benchmarks = Benchmarks(settings.decontaminate) if settings.decontaminate else None
     folder = out.absolute().with_name(f".{out.absolute().name}.parts")
     if not force and is_corpus(out) and folder.exists():
-        with output(out, force=True):
-            shutil.rmtree(folder)  # of a process that was killed when all was complete
+        made = (out / MANIFEST).stat().st_mtime_ns
+        if all(file.stat().st_mtime_ns <= made for file in folder.iterdir()):
+            shutil.rmtree(folder)  # of a process that was killed when all was complete; what is newer replaces `out`
     with output(out, force=force, inputs=[*inputs, *settings.decontaminate]):
         k, n = part or (1, 1)
         every, digest = _groups(files, folder, json.dumps(described, sort_keys=True))
@@ -124,8 +127,10 @@ def _ask_grobid(groups: list[Group], url: str, out: Path) -> None:
 
     folder, wrong = out.absolute().with_name(f"{out.absolute().name}.tei"), dict[str, str]()
     pdfs = {group.part: [file for file in group.files if file.suffix.lower() == ".pdf"] for group in groups}
+    if zipped := sum(file.name.lower().endswith(".pdf.gz") for group in groups for file in group.files):
+        log.warning("%d .pdf.gz are read without GROBID; unpack them to have it read them", zipped)
     made = process([file for files in pdfs.values() for file in files], url, folder, on_error=wrong.__setitem__)
     log.info("GROBID's TEI is in %s, where a later start finds it", folder)
     for group in groups:
         group.instead = {file: made[file] for file in pdfs[group.part] if file in made}
-        group.skip = {file: wrong[name_of(file)] for file in pdfs[group.part] if file not in made}
+        group.skip = {file: {0: wrong[name_of(file)]} for file in pdfs[group.part] if file not in made}

@@ -18,7 +18,7 @@ from k2mini.corpus.filters.repetition import repetition
 from k2mini.corpus.filters.words import words
 
 Filter = Callable[..., str | None]  # (document, *, thresholds): why it is rejected, or None; it may change the text
-# What repairs and cuts comes before what counts; how many words are left is asked last.
+# What repairs and cuts comes before what counts; how many words are left is asked last (too many, also first)
 _ORDER: tuple[Filter, ...] = (mojibake, boilerplate, references, language, repetition, quality, c4, words)
 FILTERS: dict[str, Filter] = {function.__name__: function for function in _ORDER}
 
@@ -70,6 +70,10 @@ def clean(document: Document, chosen: dict[str, dict[str, Any]], counts: Counter
 
     Returns: why the document is rejected, beginning with the filter's name; None where it is kept.
     """
+    most = chosen.get("words", {}).get("maximum", math.inf)
+    if len(document.text) > 2 * most and (reason := words(document, minimum=0, maximum=most)):
+        counts["words: rejected"] += 1  # before the others take minutes and gigabytes over it
+        return f"words: {reason}"
     for name, thresholds in chosen.items():
         before = document.text
         if reason := FILTERS[name](document, **thresholds):

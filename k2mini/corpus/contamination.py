@@ -19,13 +19,14 @@ from k2mini.files import parse_json, read_text
 QUESTIONS = ("question", "questions", "stem", "query", "prompt", "problem")
 _LONGEST, _SHORTEST, _SENTENCE = 13, 6, 4  # words
 _FEW, _CELL = 100, 60  # characters: more than a short question has, and than a cell of a table
-_COMMON = 10  # what stands in more texts than this belongs to none of them (Brown et al. 2020)
+_COMMON = 10  # texts; Brown et al. pass over what more than ten documents of a corpus hold
 
 
 class Benchmarks:
     """What must not stand in a corpus, as hashes; case, spaces, punctuation and Unicode's variants make no difference.
 
-    - Of every text in the files, be it question, option or answer: each run of 13 words.
+    - Of every text in the files, be it question, option or answer: each run of 13 words, but not those that more than
+      ten different texts hold; of a question that has no others, these too.
     - A question (what a field of `QUESTIONS` has, or a bare list) of 6 to 12 words: all of it, wherever it stands.
     - A shorter one: where it is a whole paragraph of the text or, of 4 or 5 words, a whole sentence. Headings, lists
       and tables may have it, and so may paragraphs among short ones (what is left of a menu or table), one or two of
@@ -37,18 +38,22 @@ class Benchmarks:
         self._places: list[str] = []
         self._short: dict[str, int] = {}  # the words of a short question -> its place
         found: dict[int, list[np.ndarray]] = {}
+        seen: set[tuple[str, bool]] = set()
         for path in paths:
             asked = 0
             for place, text, is_question in _texts(path):
                 parts = words(text)
                 n = min(len(parts), _LONGEST)
-                if n == _LONGEST or (is_question and n >= _SHORTEST):
+                text = " ".join(parts)
+                if (n == _LONGEST or (is_question and n >= _SHORTEST)) and (text, is_question) not in seen:
+                    seen.add((text, is_question))
                     hashed = hash_words(parts)
                     runs, first = np.unique(hash_ngrams(hashed, n), return_index=True)
                     begun = hash_ngrams(hashed, _SHORTEST)[first]
-                    found.setdefault(n, []).append(np.stack([runs, begun, np.full_like(runs, len(self._places))]))
-                elif is_question and n:
-                    self._short.setdefault(" ".join(parts), len(self._places))
+                    whose = [np.full_like(runs, value) for value in (len(self._places), is_question)]
+                    found.setdefault(n, []).append(np.stack([runs, begun, *whose]))
+                elif is_question and 0 < n < _SHORTEST:
+                    self._short.setdefault(text, len(self._places))
                 self._places.append(f"{path.name}, {place}")
                 asked += is_question
             if not asked:
@@ -56,11 +61,13 @@ class Benchmarks:
         self._runs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # words in a run -> sorted hashes, their places
         begins = [np.empty(0, np.uint64)]
         for n, columns in sorted(found.items()):
-            runs, begun, places = np.concatenate(columns, axis=1)
-            runs, first, counts = np.unique(runs, return_index=True, return_counts=True)
-            rare = first[counts <= _COMMON]
-            self._runs[n] = runs[counts <= _COMMON], places[rare].astype(np.int64)
-            begins.append(begun[rare])
+            runs, begun, places, asked_for = np.concatenate(columns, axis=1)
+            runs, first, which, counts = np.unique(runs, return_index=True, return_inverse=True, return_counts=True)
+            taken = counts <= _COMMON
+            only = (asked_for > 0) & ~np.isin(places, places[taken[which]])  # of questions that would not be found
+            taken[which[only]] = True
+            self._runs[n] = runs[taken], places[first[taken]].astype(np.int64)
+            begins.append(begun[first[taken]])
         self._begins = np.unique(np.concatenate(begins))  # sorted hashes of the first six words of all runs
 
     def clean(self, document: Document, *, cut: bool) -> list[str]:

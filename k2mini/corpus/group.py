@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from k2mini.corpus.clean import clean
 from k2mini.corpus.contamination import Benchmarks
 from k2mini.corpus.document import Document
+from k2mini.corpus.filters.words import words
 from k2mini.corpus.merge import CONTAMINATION, CUT, ERROR, READING, RECORD, json_line, rejected
 from k2mini.corpus.near import THRESHOLD, signature
 from k2mini.corpus.readers import name_of, read_file
@@ -59,16 +61,23 @@ class Settings:
 
 @dataclass
 class Group:
-    """Files to read into `part`. `skip`: why some are not read. `instead`: what is read in the place of others."""
+    """Files to read into `part`; `instead`: what is read in the place of some.
+
+    `skip`: file -> step -> why it is not taken. Of a file's N-th document, from 0, step 2 N reads it, without which
+    there are none after it, either, and 2 N + 1 judges it.
+    """
 
     files: list[Path]
     part: Path
-    skip: dict[Path, str] = field(default_factory=dict)
+    skip: dict[Path, dict[int, str]] = field(default_factory=dict)
     instead: dict[Path, Path] = field(default_factory=dict)
 
 
-def read_group(group: Group, settings: Settings, benchmarks: Benchmarks | None, say: Callable[[Path], None]) -> None:
-    """Write the group's three files; `say` hears of each document which file it is in. Raises OSError: a full disk."""
+Say = Callable[[tuple[Path, int]], None]  # hears of each file and step before it is taken
+
+
+def read_group(group: Group, settings: Settings, benchmarks: Benchmarks | None, say: Say) -> None:
+    """Write the group's three files. Raises OSError: a full disk."""
     # Under a name of this process's own: the workers of a killed process may write for another second.
     own = group.part.with_name(f"{group.part.name}-{os.getpid()}")
     dropped, changed, size, documents = Counter[str](), Counter[str](), 0, 0
@@ -81,10 +90,8 @@ def read_group(group: Group, settings: Settings, benchmarks: Benchmarks | None, 
                 lines.write(rejected(source, name, reason, text))
 
             for file in group.files:
-                say(file)
                 size += file.stat().st_size
-                for document in _documents(file, group, settings, lambda where, why: reject(where, READING, why)):
-                    say(file)
+                for document in _documents(file, group, settings, say, lambda where, why: reject(where, READING, why)):
                     name, reason = _judge(document, settings, benchmarks, changed)
                     if name:
                         reject(document.source, name, reason, document.text)
@@ -105,22 +112,31 @@ def read_group(group: Group, settings: Settings, benchmarks: Benchmarks | None, 
 
 
 def _documents(
-    file: Path, group: Group, settings: Settings, on_error: Callable[[str, str], None]
+    file: Path, group: Group, settings: Settings, say: Say, on_error: Callable[[str, str], None]
 ) -> Iterator[Document]:
     """The documents of a file. Whatever ends the reading is told to `on_error`, but for a missing package."""
-    place, name = group.instead.get(file, file), name_of(file)
+    place, name, skip = group.instead.get(file, file), name_of(file), group.skip.get(file, {})
 
     def told(where: str, reason: str) -> None:
         on_error(where.replace(name_of(place), name), reason)
 
-    try:
-        if file in group.skip:
-            return told(name, group.skip[file])
-        for document in read_file(place, told, marks=settings.marks, text_field=settings.text_field):
-            document.source = document.source.replace(name_of(place), name)
+    documents = read_file(place, told, marks=settings.marks, text_field=settings.text_field)
+    for step in count(0, 2):
+        say((file, step))
+        if step in skip:
+            return told(name, f"after {step // 2:,} documents, {skip[step]}" if step else skip[step])
+        try:
+            document = next(documents, None)
+        except Exception as error:
+            return told(name, _words(error))
+        if document is None:
+            return None
+        document.source = document.source.replace(name_of(place), name)
+        say((file, step + 1))
+        if step + 1 in skip:
+            told(document.source, skip[step + 1])
+        else:
             yield document
-    except Exception as error:
-        told(name, _words(error))
 
 
 def _judge(
@@ -134,11 +150,14 @@ def _judge(
         before = document.text
         found = benchmarks.clean(document, cut=settings.contaminated == "cut") if benchmarks is not None else []
         json_line(document.record())
+        left = words(document, **settings.filters["words"]) if found and "words" in settings.filters else None
     except Exception as error:  # a document that nobody foresaw does not end a run over a million; it is listed
         return ERROR, _words(error)
     if found:
         is_cut = settings.contaminated == "cut" or document.text != before
-        return CUT if is_cut and document.text.strip() else CONTAMINATION, "; ".join(found)
+        if is_cut and document.text.strip() and not left:
+            return CUT, "; ".join(found)
+        return CONTAMINATION, "; ".join([*found, *([f"without it {left}"] if is_cut and left else [])])
     return "", ""
 
 

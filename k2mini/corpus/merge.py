@@ -128,7 +128,9 @@ def _agreeing(parts: Sequence[Path]) -> list[dict[str, Any]]:
     """The notes of the parts. Raises ValueError where they are not all parts of one corpus, each once."""
     notes: list[dict[str, Any]] = []
     for part in parts:
-        if not (part / NOTE).is_file() or (note := read_json(part / NOTE)).get("format") != PART:
+        note: Any = read_json(part / NOTE) if (part / NOTE).is_file() else None
+        known = isinstance(note, dict) and {"part", "inputs", "settings", "groups"} <= note.keys()
+        if not known or note.get("format") != PART:
             raise ValueError(f"{part} is no part of a corpus; `k2mini corpus IN --part K/N --out DIR` makes one")
         if notes and note["inputs"] != (first := notes[0])["inputs"]:
             unlike = [key for key, value in note["settings"].items() if first["settings"].get(key) != value]

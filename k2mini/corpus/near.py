@@ -6,6 +6,7 @@ its 5-grams, so J = 0.77 / (2 - 0.77) = 0.63, which is why the threshold is 0.5 
 
 Documents are compared where one of 32 bands of 4 values is equal. That finds a pair with the probability
 1 - (1 - J^4)^32: 99.6 % at J = 0.63, 87 % at 0.5, 23 % at 0.3, 0.3 % at 0.1; what it finds is then compared in full.
+A document goes where the estimate is above the threshold by its standard error, for each is compared with many others.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ def near_duplicates(signatures: np.ndarray, lengths: np.ndarray, threshold: floa
     Args:
         signatures: (N, PERMUTATIONS) uint32; may be mapped from a file.
         lengths: (N,), of the documents.
-        threshold: the least estimate of J of near duplicates, from 0 to 1.
+        threshold: the least J of near duplicates, from 0 to 1; the least estimate is its standard error more.
 
     Returns: (N,) int64, the kept document of each; itself where it is kept. Memory is some 80 bytes a document.
     """
-    count = len(signatures)
+    count, least = len(signatures), threshold + (threshold * (1 - threshold) / PERMUTATIONS) ** 0.5
     order = np.lexsort((np.arange(count), -np.asarray(lengths, np.int64)))  # rank -> document, the longest first
     root, kept = np.arange(count), np.arange(count)  # rank -> the least rank of its cluster, and the kept one's
 
     def alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         found = np.empty(len(first), bool)
         for at in (slice(start, start + _SLICE) for start in range(0, len(first), _SLICE)):
-            found[at] = (signatures[order[first[at]]] == signatures[order[second[at]]]).mean(1) >= threshold
+            found[at] = (signatures[order[first[at]]] == signatures[order[second[at]]]).mean(1) >= least
         return found
 
     def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:

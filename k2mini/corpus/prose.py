@@ -10,7 +10,7 @@ _SECTION = re.compile(rf"^(#{{1,6}}) *{_NAMES}", re.MULTILINE | re.IGNORECASE)
 _BARE = re.compile(rf"^{_NAMES}", re.MULTILINE | re.IGNORECASE)  # as the text of a PDF has it
 # Fenced code, formulas, headings, rows of tables, and lines without a letter or digit (rules, underlines).
 _STRUCTURE = re.compile(
-    r"^[ \t]*(?:(```|~~~).*?^[ \t]*\1[^\n]*$|\$\$.*?\$\$[^\n]*$|#{1,6}[ \t][^\n]*$|\|[^\n]*$|[^\w\n]+$)",
+    r"^(?:[ \t]*(?:(```|~~~).*?^[ \t]*\1[^\n]*$|\$\$.*?\$\$[^\n]*$|#{1,6}[ \t][^\n]*$|\|[^\n]*$)|[^\w\n]+$)",
     re.MULTILINE | re.DOTALL,
 )
 PARAGRAPHS = re.compile(r"\n[ \t]*\n\s*")

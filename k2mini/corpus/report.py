@@ -13,6 +13,7 @@ from typing import Any
 from k2mini.corpus.shards import MANIFEST, REJECTED, read_manifest
 from k2mini.page import STYLE, document
 
+NEEDED = ("inputs", "counts", "documents", "words", "licences", "years", "lengths")  # beside what any reader needs
 SAMPLES = 10  # documents shown of each fate
 BEGINNING = 500  # characters shown of each
 OWN = """
@@ -28,6 +29,8 @@ summary { margin-top: 8px; } h3, p { overflow-wrap: anywhere; }
 def page(directory: Path) -> str:
     """The whole page of a corpus, with the same samples each time. Raises ValueError where it is none."""
     manifest = read_manifest(directory)
+    if missing := [key for key in NEEDED if key not in manifest]:
+        raise ValueError(f"{directory / MANIFEST} is damaged: it has no {missing[0]}")
     inputs, steps = manifest["inputs"], manifest["counts"]
     funnel = [(step["filter"], step["in"] - step["dropped"], step["dropped"], step["changed"]) for step in steps]
     years = [(year or "unknown", number) for year, number in manifest["years"].items()]

@@ -1,4 +1,4 @@
-"""Processes that read groups of files. One may die or hang over a file; then it is the file that is passed over."""
+"""Processes that read groups of files. Where one dies or hangs over a document, that is passed over."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from k2mini.files import progress_bar
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 600.0  # seconds that a file may take to give its next document
+PATIENCE = 600.0  # seconds that a document may take to be read, or to be judged
 
 
 @dataclass
 class _Worker:
-    """A process, our end of its pipe, and what it does: which group, at which file, since when."""
+    """A process, our end of its pipe, and what it does: which group, at which file and step, since when."""
 
     process: Any
     pipe: Connection
     group: Group
-    file: Path | None = None
+    at: tuple[Path, int] | None = None
     since: float = 0.0
 
     def end(self) -> None:
@@ -53,7 +53,7 @@ def read_groups(groups: list[Group], workers: int, *arguments: Any) -> None:
                 while waiting and len(busy) < workers:
                     alive = idle and idle[-1].process.is_alive()
                     worker = idle.pop() if alive else _start(waiting[0], arguments)
-                    worker.group, worker.file, worker.since = waiting.popleft(), None, time.monotonic()
+                    worker.group, worker.at, worker.since = waiting.popleft(), None, time.monotonic()
                     worker.pipe.send(worker.group)
                     busy.append(worker)
                 ready = wait([worker.pipe for worker in busy], timeout=1)
@@ -66,13 +66,13 @@ def read_groups(groups: list[Group], workers: int, *arguments: Any) -> None:
                         continue
                     if isinstance(said, Exception):
                         raise said
-                    worker.file, worker.since = said, time.monotonic()
+                    worker.at, worker.since = said, time.monotonic()
                     if said is None:  # the group is complete
                         busy.remove(worker)
                         idle.append(worker)
                         progress.update(len(worker.group.files))
                 for worker in busy:
-                    if worker.file is not None and time.monotonic() - worker.since > PATIENCE:
+                    if worker.at is not None and time.monotonic() - worker.since > PATIENCE:
                         worker.process.kill()
         finally:
             for worker in busy + idle:
@@ -89,20 +89,27 @@ def _start(group: Group, arguments: tuple[Any, ...]) -> _Worker:
 
 
 def _after_death(worker: _Worker) -> Group:
-    """The group of a worker that died, to be read without the file at which it did."""
+    """The group of a worker that died, to be read without the document at which it did.
+
+    Raises ValueError where that says nothing of a document: the system kills processes as memory runs out.
+    """
     worker.process.join()
     code, is_late = worker.process.exitcode, time.monotonic() - worker.since > PATIENCE
     worker.end()
-    if worker.file is None:
+    if worker.at is None:
         raise ValueError(f"a worker ended (exit code {code}) before it read a file; start again, with fewer --workers")
+    file, step = worker.at
+    if code == -signal.SIGKILL and not is_late:
+        where = f"a worker was killed at document {step // 2 + 1:,} of {file}"
+        raise ValueError(f"{where}, as is done where memory runs out; start again, with fewer --workers")
     why = f"no document came for {PATIENCE:.0f} s" if is_late else f"its reader died (exit code {code})"
-    log.warning("%s is left out: %s", worker.file, why)
-    worker.group.skip[worker.file] = why
+    log.warning("%s, document %d, is left out: %s", file, step // 2 + 1, why)
+    worker.group.skip.setdefault(file, {})[step] = why
     return worker.group
 
 
 def _work(pipe: Connection, settings: Settings, benchmarks: Benchmarks | None) -> None:
-    """Read the groups that come through the pipe; send the file of each document and, after each group, None."""
+    """Read the groups that come through the pipe; send each file and step and, after each group, None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

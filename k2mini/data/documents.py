@@ -85,6 +85,8 @@ def list_files(inputs: Sequence[Path], passed_over: Counter[str] | None = None) 
 
 def _documents_in(folder: Path, names: list[str]) -> list[str]:
     """The names of a folder's files; of a corpus's, which `k2mini corpus` wrote, the shards alone."""
+    if "part.json" in names and any(name.endswith(".records") for name in names):
+        raise ValueError(f"{folder} is a part of a corpus; `k2mini corpus merge` makes a corpus of all parts")
     corpus = MANIFEST in names and is_corpus(folder)
     return [shard["name"] for shard in read_manifest(folder)["shards"]] if corpus else names
 

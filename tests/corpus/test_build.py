@@ -24,6 +24,7 @@ from k2mini.corpus.group import Group, Settings, read_group
 from k2mini.corpus.merge import merge
 from k2mini.corpus.report import page
 from k2mini.corpus.shards import corpora_of, read_corpus, read_manifest
+from k2mini.data.documents import list_files
 from k2mini.data.prepare import prepare
 from k2mini.files import sha256
 from tests.conftest import ROOT
@@ -194,6 +195,17 @@ def test_contaminated_documents_are_dropped_or_cut(inputs, corpus, here, tmp_pat
     assert kept.keys() - {record["source"] for record in read_corpus(tmp_path / "drop")} == {f"{inputs}/zz.txt"}
 
 
+def test_what_is_left_of_a_document_that_was_cut_is_counted_again(here, tmp_path):
+    write_jsonl(tmp_path / "bench.jsonl", [{"question": QUESTION}])
+    text = "# Rocks\n\n" + " ".join(prose(0).split()) + f" {QUESTION}\n\nThat is all."
+    write_jsonl(tmp_path / "in.jsonl", [{"text": text}, {"text": prose(1)}])
+    settings = Settings(SETTINGS.filters, decontaminate=(tmp_path / "bench.jsonl",), contaminated="cut")
+    build([tmp_path / "in.jsonl"], tmp_path / "out", settings)
+    (found,) = rejected(tmp_path / "out")
+    assert found["filter"] == "contamination"
+    assert found["reason"].endswith("; without it 3 words (least: 50)")
+
+
 STAND_IN = """
 import os, signal, time
 from k2mini.corpus import readers
@@ -229,6 +241,46 @@ def test_files_that_end_or_hold_up_their_reader_are_listed(tmp_path, monkeypatch
     }
 
 
+FILTER = """
+import os, signal
+from k2mini.corpus import clean
+real = clean.FILTERS["words"]
+def words(document, **more):
+    if "CRASH" in document.text:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "KILLED" in document.text:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(document, **more)
+clean.FILTERS["words"] = words
+"""
+
+
+def test_one_document_costs_no_other_of_its_file(tmp_path, monkeypatch):
+    """And a worker that the system kills says nothing of a document."""
+    write_jsonl(tmp_path / "in.jsonl", [{"text": f"{prose(n)} {'CRASH' * (n in (1, 3))}"} for n in range(5)])
+    (tmp_path / "sitecustomize.py").write_text(FILTER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(building.__file__).parents[2]}")
+    build([tmp_path / "in.jsonl"], tmp_path / "out", SETTINGS)
+    lines = [f"{tmp_path}/in.jsonl, line {n}" for n in range(1, 6)]
+    assert [record["source"] for record in read_corpus(tmp_path / "out")] == lines[::2]
+    died = ("reading", "its reader died (exit code -11)")
+    found = {record["source"]: (record["filter"], record["reason"]) for record in rejected(tmp_path / "out")}
+    assert found == {lines[1]: died, lines[3]: died}
+    write_jsonl(tmp_path / "in.jsonl", [{"text": prose(0)}, {"text": f"{prose(1)} KILLED"}])
+    with pytest.raises(ValueError, match=r"killed at document 2 of .*in.jsonl, as is done where memory runs out"):
+        build([tmp_path / "in.jsonl"], tmp_path / "killed", SETTINGS)
+    assert not (tmp_path / "killed").exists()
+
+
+def test_a_file_that_ends_its_reader_keeps_what_was_read(here, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"text": prose(n)} for n in range(5)])
+    group, said = Group([tmp_path / "in.jsonl"], tmp_path / "part", {tmp_path / "in.jsonl": {4: "died"}}), []
+    read_group(group, SETTINGS, None, said.append)
+    assert [step for _, step in said] == [*range(5)]
+    lines = [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()]
+    assert [line.get("reason") for line in lines] == [None, None, "after 2 documents, died"]
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(here, tmp_path, kills):
     """And started again: it goes on from the groups that are complete, and the bytes are the same."""
@@ -261,6 +313,24 @@ def test_settings_that_change_between_starts(inputs, corpus, here, tmp_path, mon
     monkeypatch.setattr(building, "merge", merge)
     build([inputs], tmp_path / "out", SETTINGS)
     assert digests(tmp_path / "out") == digests(corpus)
+
+
+def test_forgetting_force_when_going_on_costs_nothing(inputs, corpus, here, tmp_path, monkeypatch):
+    """What a killed run left stays where it was to replace the corpus; where the corpus was made of it, it goes."""
+    shutil.copytree(corpus, out := tmp_path / "out", copy_function=shutil.copy2)
+    settings = Settings(choose(["words.minimum=9"], ["language", "mojibake"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "merge", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build([inputs], out, settings, force=True)
+    left = digests(parts := tmp_path / ".out.parts")
+    with pytest.raises(ValueError, match="exists already"):
+        build([inputs], out, settings)
+    assert digests(parts) == left
+    (out / "corpus.json").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        build([inputs], out, settings)
+    assert not parts.exists()
 
 
 def test_pdfs_go_to_a_grobid(inputs, here, tmp_path, monkeypatch):
@@ -348,6 +418,17 @@ def test_what_can_not_be_built(inputs, corpus, here, tmp_path, run):
     fails("other was made with other filters than", "merge", one, tmp_path / "other", *out)
     fails(f"{tmp_path}/2of4 is one of 4 parts, {one} is one of 3", "merge", one, tmp_path / "2of4", *out)
     fails(f"{corpus} is no part of a corpus", "merge", one, corpus, *out)
+    (tmp_path / "odd").mkdir()
+    for note in ([1], {"format": "k2mini corpus part 1"}):
+        (tmp_path / "odd/part.json").write_text(json.dumps(note))
+        fails("odd is no part of a corpus", "merge", tmp_path / "odd", *out)
+    lacking = {key: value for key, value in read_manifest(corpus).items() if key != "years"}
+    (tmp_path / "odd/corpus.json").write_text(json.dumps(lacking))
+    shutil.copy(corpus / "documents-00000.jsonl", tmp_path / "odd")
+    fails("corpus.json is damaged: it has no years", "--report", tmp_path / "odd", "--out", tmp_path / "page.html")
+    fails(f"{corpus} is a corpus already; to clean it again, name its documents-*.jsonl", corpus.parent, *out)
+    with pytest.raises(ValueError, match="1 is a part of a corpus; `k2mini corpus merge` makes a corpus of all parts"):
+        list_files([one])
     for option in (("--set", "words.minimum=3"), ("--near-duplicates", 0.9)):
         fails(f"{option[0]} is for making a corpus or its parts", "merge", one, two, *out, *option)
     assert run("corpus", few, "--out", tmp_path / "3", *less, "--part", "3/3")[0] == 0

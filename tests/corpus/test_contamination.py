@@ -148,6 +148,14 @@ def test_what_many_questions_have_in_common(tmp_path):
         assert benchmarks.clean(Document(f"{head} x3 y3 z3."), cut=False)[-1].startswith("many.jsonl, 3/question: ")
 
 
+def test_a_question_is_looked_for_however_often_it_stands_there(tmp_path):
+    """In as many records, as MMLU's passages do, or within other questions."""
+    for name, texts in (("same", [LONG] * 11), ("within", [LONG, *(f"{LONG} {n} {n} {n}" for n in range(11))])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(texts))
+        benchmarks = Benchmarks([tmp_path / f"{name}.json"])
+        assert benchmarks.clean(Document(f"Text. {LONG} Text."), cut=False)[0].startswith(f"{name}.json, 0: "), name
+
+
 def test_layouts(tmp_path):
     """Lists, tables, fields within fields; what is asked is what a field of that name has."""
     contents = {

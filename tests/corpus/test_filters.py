@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -140,6 +141,20 @@ def test_counts_and_reasons():
     assert counts == {"mojibake: changed": 1, "words: rejected": 1}
 
 
+def test_a_document_that_is_far_too_long_is_looked_at_no_further(monkeypatch):
+    monkeypatch.setitem(FILTERS, "mojibake", None)
+    chosen = choose(["words.maximum=10"], [])
+    assert clean(Document("one two " * 6), chosen, Counter()) == "words: 12 words (most: 10)"
+    assert clean(Document("one two " * 6), choose([], ["mojibake", "words"]), Counter()).startswith("repetition: ")
+
+
+def test_lines_of_spaces_take_no_time():
+    """As a layout of text has them; each more cost as much as all before it."""
+    start = time.process_time()
+    assert prose(f"a\n{' ' * 20_000}b\n{' ' * 20_000}\n") == f"a\n{' ' * 20_000}b"
+    assert time.process_time() - start < 1
+
+
 def test_mojibake():
     kept = "“Quotes”, 5′ × 3″, ﬁne → fine, Ａ, ĳ, &amp; &lt;, H₂O, 1–3 µm, Å, Ñuble"
     document = Document(
@@ -191,6 +206,27 @@ def test_lines_that_are_no_headers(line):
     document = Document(text)
     boilerplate(document)
     assert document.text == text
+
+
+@pytest.mark.parametrize("line", ["CHAPTER {}", "Theorem {}. Let x be in S.", "Proof of the theorem.", "Question {}:"])
+def test_a_text_s_own_parts_are_no_headers(line):
+    text = "".join(f"{one}\n\n{line.format(n)}\n\n" for n, one in enumerate(pages()[0])).strip()
+    document = Document(text)
+    boilerplate(document)
+    assert document.text == text
+
+
+def test_markdown_html_and_xml_have_no_pages():
+    _, text = pages()
+    for source, is_cut in (
+        ("a.pdf", True),
+        ("a.txt.gz", True),
+        ("a.md", False),
+        ("A.HTML.gz", False),
+        ("a.xml", False),
+    ):
+        boilerplate(document := Document(text, source=source))
+        assert (document.text != text) == is_cut, source
 
 
 def test_numbers_that_don_t_count_up_and_lines_close_together_stay():
