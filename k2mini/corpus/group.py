@@ -117,24 +117,20 @@ def _documents(
     """The documents of a file. Whatever ends the reading is told to `on_error`, but for a missing package."""
     place, name, skip = group.instead.get(file, file), name_of(file), group.skip.get(file, {})
 
-    def told(where: str, reason: str) -> None:
-        on_error(where.replace(name_of(place), name), reason)
-
-    documents = read_file(place, told, marks=settings.marks, text_field=settings.text_field)
+    documents = read_file(place, on_error, marks=settings.marks, text_field=settings.text_field, source=name)
     for step in count(0, 2):
         say((file, step))
         if step in skip:
-            return told(name, f"after {step // 2:,} documents, {skip[step]}" if step else skip[step])
+            return on_error(name, f"after {step // 2:,} documents, {skip[step]}" if step else skip[step])
         try:
             document = next(documents, None)
         except Exception as error:
-            return told(name, _words(error))
+            return on_error(name, _words(error))
         if document is None:
             return None
-        document.source = document.source.replace(name_of(place), name)
         say((file, step + 1))
         if step + 1 in skip:
-            told(document.source, skip[step + 1])
+            on_error(document.source, skip[step + 1])
         else:
             yield document
 
