@@ -185,6 +185,15 @@ def broken(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Starts command lines in processes of their own, for which torch is loaded once."""
+    from tests.faults.server import Forks
+
+    with Forks() as started:
+        yield started
+
+
 @pytest.fixture
 def run(capfd):
     """Run a command line; returns (status, stdout, stderr)."""
