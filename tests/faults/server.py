@@ -112,7 +112,7 @@ class Forks:
 
     def run(self, requests: Iterable[Request], at_once: int = 2) -> Iterator[tuple[int, End]]:
         """(Place of a request, how it ended), in the order in which they end; requests are drawn as there is room."""
-        waiting, running = enumerate(requests), {}
+        waiting, running = enumerate(requests), {}  # the number of a request -> its place
         while True:
             while len(running) < at_once and (drawn := next(waiting, None)) is not None:
                 running[self.start(drawn[1]).number] = drawn[0]
@@ -141,10 +141,10 @@ class Child:
     """A request under way, in the process `pid`."""
 
     def __init__(self, forks: Forks, number: int, pid: int):
-        self._forks, self._number, self.pid, self._end = forks, number, pid, None
+        self._forks, self.number, self.pid, self._end = forks, number, pid, None
 
     def wait(self) -> End:
-        while self._end is None and not (end := self._forks._ends.pop(self._number, None)):
+        while self._end is None and not (end := self._forks._ends.pop(self.number, None)):
             self._forks._read()
         self._end = self._end or end
         return self._end
@@ -237,6 +237,7 @@ def _child(request: Request, scratch: Path) -> None:
         for line in request.lines:
             try:
                 call(line)
+                status = 0
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
             if status:
