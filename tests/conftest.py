@@ -20,6 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub itself
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(os.environ.get("K2MINI_ASSETS", ROOT.parent / "shared"))
 
+# The longest files first, so that no worker begins one of them when the other is about to end.
+LONG = ["distributed/test_ranks.py", "training/test_plan.py", "demo/test_pipeline.py", "distributed/test_kills.py",
+        "test_readme_commands.py", "inference/test_answers.py", "evaluation/test_score.py"]  # fmt: skip
+
 # Shapes that differ in what can go wrong: heads, groups, tying, rotary scaling, head_dim unlike dim / heads, a window
 # shorter than most prompts, biases, norms of q and k.
 SHAPES = {
@@ -32,6 +36,11 @@ SHAPES = {
     "qwen2": {"num_kv_heads": 2, "attention_bias": True, "rope_scaling": LinearRopeScaling(2.5)},
     "qwen3": {"num_kv_heads": 2, "head_dim": 32, "qk_norm": True, "tie_embeddings": True},
 }
+
+
+def pytest_collection_modifyitems(items):
+    order = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -183,6 +192,15 @@ def broken(tmp_path_factory, tiny_tokenizer) -> Path:
     state["model.norm.weight"] *= 60000
     save_model(state, config, folder / "large", tokenizer=tiny_tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts command lines in processes of their own, for which torch is loaded once."""
+    from tests.faults.server import Forks
+
+    with Forks() as started:
+        yield started
 
 
 @pytest.fixture

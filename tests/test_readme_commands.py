@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import socket
 from dataclasses import fields, is_dataclass
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -27,7 +26,7 @@ from k2mini.config import FinetuneConfig, PretrainConfig
 from k2mini.demo.sources import BASE, QUICK, write_world
 from k2mini.evaluation.instances import K2_LETTERS, K2_WORDS
 from tests.conftest import ROOT, asset
-from tests.faults.server import Forks, Request
+from tests.faults.server import Request
 from tests.test_readme import DOCUMENTS, README, RESULTS
 
 # What the README says -> what is run, so that it takes seconds; each has to occur.
@@ -186,17 +185,10 @@ class Shell:
         if not folder.exists():
             folder.mkdir()
             (folder / "configs").symlink_to(ROOT / "configs")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-        environments = [{**there, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        requests = [
-            Request([words], str(folder), environment=environment if ranks > 1 else {}, limit=300)
-            for environment in environments
-        ]
-        ends = dict(self.forks.run(requests, at_once=ranks))
+        children = self.forks.start_ranks(ranks, Request([words], str(folder), limit=300))
+        ends = [child.wait() for child in children]
         print(f"{ends[0].seconds:.1f} s", text)
-        failed = [end for end in ends.values() if end.status != 0]
+        failed = [end for end in ends if end.status != 0]
         return (failed or ends)[0].status, (failed or ends)[0].out, (failed or ends)[0].err
 
 
@@ -206,33 +198,32 @@ def shown_blocks():
     return [(block.line, command) for block in found if not block.language for command in commands(block)]
 
 
-def test_commands_run_in_order(tmp_path, monkeypatch):
+def test_commands_run_in_order(tmp_path, monkeypatch, forks):
     """Each ends with 0, and what it prints is what the README shows: in form where EXACT does not name it."""
     make_world(tmp_path)
     ci, wrong = (ROOT / ".ci" / "run").read_text(), []
     monkeypatch.chdir(tmp_path)
-    with Forks() as forks:
-        shell = Shell(tmp_path, forks)
-        for block in blocks(README.read_text(encoding="utf-8")):
-            where = f"README.md, line {block.line}"
-            if block.reason is not None:
-                assert block.reason, f"{where}: the comment does not say why the block is not run"
+    shell = Shell(tmp_path, forks)
+    for block in blocks(README.read_text(encoding="utf-8")):
+        where = f"README.md, line {block.line}"
+        if block.reason is not None:
+            assert block.reason, f"{where}: the comment does not say why the block is not run"
+            continue
+        if block.language == "python":
+            exec(compile(block.text, where, "exec"), shell.python)
+            continue
+        for command, shown in commands(block):
+            if command.startswith("pip install "):
+                assert command in ci, f"{where}: .ci/run, which installs, does not have {command!r}"
                 continue
-            if block.language == "python":
-                exec(compile(block.text, where, "exec"), shell.python)
+            status, out, err = shell.run(command)
+            assert status == 0, f"{where}: {command}\nended with {status}:\n{err[-2000:]}"
+            exact = command.startswith(EXACT)
+            if exact and "smollm2" in command and not REAL:
                 continue
-            for command, shown in commands(block):
-                if command.startswith("pip install "):
-                    assert command in ci, f"{where}: .ci/run, which installs, does not have {command!r}"
-                    continue
-                status, out, err = shell.run(command)
-                assert status == 0, f"{where}: {command}\nended with {status}:\n{err[-2000:]}"
-                exact = command.startswith(EXACT)
-                if exact and "smollm2" in command and not REAL:
-                    continue
-                if shown is not None and not agree(shown, out, exact):
-                    wrong.append(f"{where}: {command}\nprints\n{out}")
-        assert not shell.unused, f"CHANGED has what is in no command: {shell.unused}"
+            if shown is not None and not agree(shown, out, exact):
+                wrong.append(f"{where}: {command}\nprints\n{out}")
+    assert not shell.unused, f"CHANGED has what is in no command: {shell.unused}"
     assert not wrong, "\n".join(wrong)
 
 

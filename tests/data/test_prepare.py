@@ -18,6 +18,7 @@ from k2mini.data.documents import list_files, raise_error, read_documents, read_
 from k2mini.data.prepare import Settings, prepare
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.files import sha256
+from tests.faults.server import Request
 from tests.json_tokenizer import ADDED, write_json_tokenizer
 
 WORDS = ["granite", "basalt", "quartz", "is made of", "plates", "erodes", "### Instruction:"]
@@ -92,22 +93,22 @@ def test_the_split_is_stable_when_the_corpus_grows(folder, tiny_tokenizer, tmp_p
     assert fingerprint(tmp_path / "small") != fingerprint(tmp_path / "large")
 
 
-def test_killed_and_started_again(folder, tiny_tokenizer, tmp_path):
+def test_killed_and_started_again(folder, tiny_tokenizer, tmp_path, forks, run):
     """It goes on with the files that were done, and the bytes are the same."""
     big = "".join(json.dumps({"text": text(n)}) + "\n" for n in range(300, 12000))
     (folder / "z.jsonl").write_text(big)
-    command = [sys.executable, "-m", "k2mini", "prepare", str(folder), "--tokenizer", str(tiny_tokenizer.path)]
     out = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--out", str(out), "--workers", "2"], stderr=subprocess.DEVNULL)
+    command = ["prepare", str(folder), "--tokenizer", str(tiny_tokenizer.path), "--out", str(out)]
+    process = forks.start(Request([[*command, "--workers", "2"]], str(tmp_path), limit=120))
     while not list(tmp_path.glob(".killed.parts/*.json")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "going on with what an earlier start left" in done.stderr
+    status, _, err = run(*command)
+    assert status == 0, err
+    assert "going on with what an earlier start left" in err
     prepare([folder], tiny_tokenizer.path, tmp_path / "whole")
     assert digests(out) == digests(tmp_path / "whole")
 
@@ -177,11 +178,10 @@ def big(folder, number=3):
         (folder / f"big{name}.jsonl").write_text("".join(lines))
 
 
-def test_one_of_two_at_once_is_refused(folder, tiny_tokenizer, tmp_path):
+def test_one_of_two_at_once_is_refused(folder, tiny_tokenizer, tmp_path, forks):
     big(folder)
-    command = [sys.executable, "-m", "k2mini", "prepare", str(folder), "--tokenizer", str(tiny_tokenizer.path)]
-    command += ["--out", str(tmp_path / "out")]
-    first, second = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
+    words = ["prepare", str(folder), "--tokenizer", str(tiny_tokenizer.path), "--out", str(tmp_path / "out")]
+    first, second = (forks.start(Request([words], str(tmp_path), limit=120)) for _ in range(2))
     said = [first.communicate()[1], second.communicate()[1]]
     assert sorted((first.returncode, second.returncode)) == [0, 2], said
     refused = said[first.returncode == 0].splitlines()[-1]

@@ -4,8 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,14 +14,23 @@ from k2mini.demo.pipeline import run_demo
 from k2mini.demo.sources import BASE
 from k2mini.training.loop import read_metrics
 from k2mini.weights.model_directory import CheckpointReader
+from tests.faults.server import Request
 
 STAGES = ["base", "pretrain", "stage1", "stage2", "control"]
 RUNS = ["pretrain", "stage1", "stage2", "control_stage1", "control"]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def lora_demo(tmp_path_factory):
+    """The folder, and the reports, of a demo with LoRA on documents."""
     out = tmp_path_factory.mktemp("demo") / "the demo"
+    return out, run_demo(out, quick=True, lora=True), (out / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def demo(lora_demo):
+    """The same folder once it has the control too, of which alone its report is then."""
+    out, _, _ = lora_demo
     return out, run_demo(out, quick=True, control=True)
 
 
@@ -139,10 +146,9 @@ def test_its_stages_are_the_products_commands(demo, tmp_path, run, monkeypatch):
     ).read_bytes()
 
 
-def test_documents_by_lora_alone_beside_full_pretraining(tmp_path, run, monkeypatch):
+def test_documents_by_lora_alone_beside_full_pretraining(lora_demo, run):
     """Three stages more, the others as they were; by hand they give the same losses and bytes."""
-    out = tmp_path / "out"
-    report = run_demo(out, quick=True, lora=True)
+    out, report, text = lora_demo
     names = ["lora_documents", "lora_stage1", "lora_stage2"]
     assert [row["stage"] for row in report["stages"]] == ["base", "pretrain", "stage1", "stage2", *names]
     assert all(set(entry["answers"]) > set(names) for entry in report["answers"])
@@ -157,9 +163,9 @@ def test_documents_by_lora_alone_beside_full_pretraining(tmp_path, run, monkeypa
         "down_proj",
     ]
     assert config["data"] == json.loads((out / "configs/pretrain.yaml").read_text())["data"]
-    table = (out / "report.md").read_text().split("```")[1].splitlines()
+    table = text.split("```")[1].splitlines()
     assert len({line.find("%") for line in table[2:9]}) == 1  # the columns stand below one another
-    block = (out / "report.md").read_text(encoding="utf-8").split("## Every stage by hand")[1]
+    block = text.split("## Every stage by hand")[1]
     for line in block.splitlines():
         if "lora_" in line:
             status, _, err = run(*shlex.split(line)[1:])
@@ -171,22 +177,22 @@ def test_documents_by_lora_alone_beside_full_pretraining(tmp_path, run, monkeypa
     assert merged[0] == merged[1]
 
 
-def start(out):
-    command = [sys.executable, "-m", "k2mini", "demo", "--quick", "--control", "--threads", "1", "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(forks, out):
+    words = ["demo", "--quick", "--control", "--threads", "1", "--out", str(out)]
+    return forks.start(Request([words], str(out.parent), limit=300))
 
 
-def interrupt(out, number, after):
-    """Start the demo, send a signal once a file is there, and return (status, stderr)."""
-    process = start(out)
+def interrupt(forks, out, number, after):
+    """Start the demo, send a signal once a file is there, and return how it ended."""
+    process = start(forks, out)
     while not (out / after).exists() and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, number)
-    return process.wait(), process.stderr.read()
+    return process.wait()
 
 
-def test_two_demos_in_one_folder_are_refused(tmp_path):
-    process = start(tmp_path / "out")
+def test_two_demos_in_one_folder_are_refused(tmp_path, forks):
+    process = start(forks, tmp_path / "out")
     while not (tmp_path / "out/data").exists():
         assert process.poll() is None
         time.sleep(0.002)
@@ -194,8 +200,8 @@ def test_two_demos_in_one_folder_are_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"out is being written by process {process.pid} on "):
             run_demo(tmp_path / "out", quick=True)
     finally:
-        process.kill()
-        process.communicate()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -212,16 +218,16 @@ def test_a_damaged_note_of_the_demo_is_named(tmp_path, content, message):
         run_demo(tmp_path, quick=True)
 
 
-def test_interrupted_anywhere_its_losses_are_the_same(demo, tmp_path):
+def test_interrupted_anywhere_its_losses_are_the_same(demo, tmp_path, forks):
     whole, _ = demo
     out = tmp_path / "out"
-    status, err = interrupt(out, signal.SIGINT, "pretrain/metrics.jsonl")
-    assert status == 130, err
-    assert "stopped by SIGINT; saved" in err
+    end = interrupt(forks, out, signal.SIGINT, "pretrain/metrics.jsonl")
+    assert end.status == 130, end.err
+    assert "stopped by SIGINT; saved" in end.err
     for after in ("stage1/metrics.jsonl", "stage2/config.yaml"):
-        assert interrupt(out, signal.SIGKILL, after)[0] == -signal.SIGKILL
-    final = start(out)
-    assert final.wait() == 0, final.stderr.read()
+        assert interrupt(forks, out, signal.SIGKILL, after).status == -signal.SIGKILL
+    final = start(forks, out).wait()
+    assert final.status == 0, final.err
     assert losses(out) == losses(whole)
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (out, whole))
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}

@@ -14,6 +14,7 @@ import torch
 
 from k2mini.training.checkpoint import checkpoints
 from k2mini.training.loop import read_metrics
+from tests.faults.server import Request
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -43,7 +44,10 @@ def stage(number, out, *overrides, ranks=0):
     return [*launcher, *command, "train.max_steps=24", "checkpoint.every=4", "train.val_every=8", *overrides]
 
 
-def start(*arguments, made_by=command, **options):
+def start(*arguments, made_by=command, forks=None, **options):
+    """A run in a process of its own, or under torchrun."""
+    if forks and not options.get("ranks"):
+        return forks.start(Request([made_by(*arguments, **options)[3:]], str(CONFIGS), limit=300))
     environment = {**os.environ, **RESTARTS, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         made_by(*arguments, **options),
@@ -53,6 +57,11 @@ def start(*arguments, made_by=command, **options):
         text=True,
         start_new_session=True,
     )
+
+
+def start_ranks(forks, *arguments):
+    """Two ranks without torchrun, each of which says for itself how it ended."""
+    return forks.start_ranks(2, Request([command(*arguments)[3:]], str(CONFIGS), limit=300))
 
 
 def finish(process):
@@ -67,19 +76,19 @@ def rows(out):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, forks):
     """A corpus of a few blocks, so that 40 steps are several epochs, and the undisturbed run of one process."""
     folder = tmp_path_factory.mktemp("kills")
     texts = [f"The hardness of {name} is {n}. " * 9 for n, name in enumerate(["quartz", "talc", "topaz", "gypsum"] * 3)]
     (folder / "few.jsonl").write_text("".join(json.dumps({"text": t + str(n)}) + "\n" for n, t in enumerate(texts)))
     data = (f"data.path={folder / 'few.jsonl'}", f"data.val_path={folder / 'few.jsonl'}", "data.seq_len=32")
-    finish(start(folder / "whole", *data))
+    finish(start(folder / "whole", *data, forks=forks))
     return folder, data
 
 
-def killed(data, out, draw, ranks=0, restarts=0):
+def killed(data, out, draw, ranks=0, restarts=0, forks=None):
     """Kill (one rank, where there are restarts) after a random time of training, or in the midst of a save."""
-    return kill(start(out, *data, ranks=ranks, restarts=restarts), out, draw, restarts)
+    return kill(start(out, *data, ranks=ranks, restarts=restarts, forks=forks), out, draw, restarts)
 
 
 def kill(process, out, draw, restarts=0):
@@ -108,19 +117,22 @@ def _children(pid):
     return found.stdout.split()
 
 
-def test_alone_killed(world, tmp_path):
+def test_alone_killed(world, tmp_path, forks):
     folder, data = world
-    killed(data, tmp_path / "run", random.Random(0)).communicate()
-    finish(start(tmp_path / "run", *data))
+    process = killed(data, tmp_path / "run", random.Random(0), forks=forks)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finish(start(tmp_path / "run", *data, forks=forks))
     assert rows(tmp_path / "run") == rows(folder / "whole")
 
 
-def test_two_ranks_from_corpus_to_model(world, tmp_path):
+def test_two_ranks_from_corpus_to_model(world, tmp_path, forks):
     """A rank killed under --max-restarts: what is left is what an undisturbed run leaves, and transformers loads it."""
     from transformers import LlamaForCausalLM
 
     folder, data = world
-    finish(start(folder / "whole2", *data, ranks=2))
+    for rank in start_ranks(forks, folder / "whole2", *data):
+        finish(rank)
     out, _ = finish(killed(data, tmp_path / "run", random.Random(1), ranks=2, restarts=3))
     assert out == f"{tmp_path}/run/model\n"
     assert rows(tmp_path / "run") == rows(folder / "whole2")
@@ -132,21 +144,21 @@ def test_two_ranks_from_corpus_to_model(world, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_sigterm_to_ranks_saves_and_says_so(world, tmp_path):
+def test_sigterm_to_ranks_saves_and_says_so(world, tmp_path, forks):
     _, data = world
-    process = start(tmp_path / "run", *data, "train.max_steps=4000", ranks=2)
+    ranks = start_ranks(forks, tmp_path / "run", *data, "train.max_steps=4000")
     while not checkpoints(tmp_path / "run/checkpoints"):
         time.sleep(0.01)
-    for pid in _children(process.pid):
-        os.kill(int(pid), signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "stopped by SIGTERM; saved" in err
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGTERM)
+    ends = [rank.wait() for rank in ranks]
+    assert all(end.status for end in ends)
+    assert "stopped by SIGTERM; saved" in ends[0].err
     last = rows(tmp_path / "run")[-1]["step"]
     assert checkpoints(tmp_path / "run/checkpoints")[-1].name == f"step_{last:07}"
 
 
-def test_mistakes_get_one_sentence(world, tmp_path):
+def test_mistakes_get_one_sentence(world, tmp_path, forks):
     folder, data = world
     cases = [
         (("parallel.replicate=3",), 2, "parallel.replicate (3) does not divide the 2 ranks"),
@@ -156,7 +168,7 @@ def test_mistakes_get_one_sentence(world, tmp_path):
         out = folder / "whole" if "checkpoint.resume=auto" in overrides else tmp_path / "run"
         if out == folder / "whole":
             (out / "model").rename(out / "model_aside")
-        process = start(out, *data, *overrides, ranks=ranks)
+        process = start(out, *data, *overrides, ranks=ranks, forks=forks)
         _, err = process.communicate(timeout=60)
         said = [line for line in err.splitlines() if line.startswith("k2mini: ") and message in line]
         assert len(said) == 1, err

@@ -1,8 +1,7 @@
 """One launch of two ranks (and, slow, of four) against a process that is alone."""
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,21 @@ from k2mini.distributed import World
 from k2mini.weights.model_files import save_model
 from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.distributed import worker
+from tests.faults.server import Request
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(size, path, out):
-    out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.distributed.worker", str(path), str(out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / f"results_{size}.json").read_text())
+def launch(forks, size, *words):
+    """How each rank ended."""
+    request = Request([[*map(str, words)]], str(ROOT), limit=300, call="tests.distributed.worker:command")
+    return [child.wait() for child in forks.start_ranks(size, request)]
+
+
+def launched(forks, size, *words):
+    """Ranks that all end well."""
+    for end in launch(forks, size, *words):
+        assert end.status == 0, end.err[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,10 @@ def alone(tiny_directory, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request, tiny_directory, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks") / str(request.param)
-    return request.param, out, launch(request.param, tiny_directory, out)
+def ranks(request, tiny_directory, tmp_path_factory, forks):
+    out = tmp_path_factory.mktemp("ranks")
+    launched(forks, request.param, "main", tiny_directory, out)
+    return request.param, out, json.loads((out / f"results_{request.param}.json").read_text())
 
 
 def close(found, expected, rel):
@@ -205,23 +208,13 @@ def test_resuming_asks_for_the_samples_that_follow(ranks, tiny_directory, tmp_pa
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_offload_changes_no_bit(size, tiny_directory, tmp_path):
+def test_offload_changes_no_bit(size, tiny_directory, tmp_path, forks):
     """Neither losses, norms and scores nor checkpoints; gone on with from one, and after a kill without warning."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "tests.distributed.worker",
-        str(tiny_directory),
-        str(tmp_path),
-        "offload",
-    ]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert first.returncode != 0
-    assert (tmp_path / f"killed_{size}").exists(), first.stderr[-3000:]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    first = launch(forks, size, "main_offloaded", tiny_directory, tmp_path)
+    assert first[0].status == -signal.SIGKILL, first[0].err[-3000:]
+    assert all(end.status for end in first)
+    assert (tmp_path / f"killed_{size}").exists()
+    launched(forks, size, "main_offloaded", tiny_directory, tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     for kind in ("all", "bfloat16", "int8"):
         kept, moved, on = (found[f"{kind}_{name}"] for name in ("kept", "moved", "on"))
@@ -241,37 +234,13 @@ def test_a_cpu_is_not_offloaded_to_itself(tmp_path, run):
     assert not (tmp_path / "run").exists()
 
 
-def test_bf16_alone_keeps_float32_weights(tiny_directory):
-    code = (
-        "import torch\nfrom k2mini.build import is_sharded, training_model\n"
-        "from k2mini.config import *\nfrom k2mini.distributed import ranks\n"
-        f"section = ModelSection({str(tiny_directory)!r}, 'bfloat16')\n"
-        "assert is_sharded(section, ParallelSection(), None, 1)\n"
-        "with ranks(torch.device('cpu'), ParallelSection(), alone_too=True) as world:\n"
-        "    model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), world)\n"
-        "    tokens = torch.ones(1, 9, dtype=torch.int64)\n"
-        "    loss = model.loss(tokens, None, tokens)\n"
-        "    loss.backward()\n"
-        "    assert loss.dtype == torch.float32\n"
-        "    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_bf16_alone_keeps_float32_weights(tiny_directory, forks):
+    launched(forks, 1, "bf16_alone", tiny_directory)
 
 
-def test_ranks_wait_for_what_the_first_does_alone():
+def test_ranks_wait_for_what_the_first_does_alone(forks):
     """Longer than `parallel.timeout_minutes`, after which a rank gives up waiting within a step."""
-    code = (
-        "import time, torch\nfrom k2mini.config import ParallelSection\nfrom k2mini.distributed import ranks\n"
-        "with ranks(torch.device('cpu'), ParallelSection(timeout_minutes=0.02)) as world:\n"
-        "    assert world.all_reduce(1) == [2]\n"
-        "    time.sleep(2.5 * world.is_main)\n"
-        "    world.barrier()\n"
-        "    assert world.broadcast(world.rank) == 0\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    done = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(forks, 2, "patient")
 
 
 def test_portions_that_do_not_come_out_even_are_refused():

@@ -1,9 +1,8 @@
-"""What each rank does: python -m tests.distributed.worker MODEL OUT, alone or under torchrun. OUT gets a JSON file."""
+"""What each rank does, of one or several. `main` and `main_offloaded` leave a JSON file in the folder that they get."""
 
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-from k2mini.build import training_model
+from k2mini.build import is_sharded, training_model
 from k2mini.config import (
     CheckpointSection,
     CorpusSection,
@@ -237,6 +236,7 @@ def offloaded(path, world, out):
 
 
 def main_offloaded(path, out):
+    path, out = Path(path), Path(out)
     torch.set_num_threads(1)
     with ranks(torch.device("cpu"), ParallelSection(), alone_too=True) as world:
         results = offloaded(path, world, out)
@@ -261,9 +261,9 @@ def nf4(path, world, out):
 
 
 def main(path, out):
+    path, out = Path(path), Path(out)
     torch.set_num_threads(1)
-    # A rank of torchrun says so in its environment; alone, there is no process group but for bf16.
-    with ranks(torch.device("cpu"), ParallelSection(), alone_too="bf16" in sys.argv) as world:
+    with ranks(torch.device("cpu"), ParallelSection()) as world:  # a rank says so in its environment
         few = {"max_steps": STEPS // 3}
         lora, shared = LoraSection(rank=2, dropout=0.0), ParallelSection(replicate=1)
         whole, some = replace(lora, train_embeddings=True, train_head=True), {"max_steps": 6, "weight_decay": 0.1}
@@ -307,6 +307,29 @@ def main(path, out):
             (out / f"results_{world.size}.json").write_text(json.dumps(results))
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    (main_offloaded if "offload" in sys.argv else main)(Path(sys.argv[1]), Path(sys.argv[2]))
+def bf16_alone(path):
+    """One process that trains in bf16 keeps its weights in float32."""
+    section = ModelSection(path, "bfloat16")
+    assert is_sharded(section, ParallelSection(), None, 1)
+    with ranks(torch.device("cpu"), ParallelSection(), alone_too=True) as world:
+        model, _ = training_model(section, TrainSection(lr=1e-3, max_steps=1), ParallelSection(), world)
+        tokens = torch.ones(1, 9, dtype=torch.int64)
+        loss = model.loss(tokens, None, tokens)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def patient():
+    """One rank does something alone, for longer than ranks wait for each other within a step."""
+    with ranks(torch.device("cpu"), ParallelSection(timeout_minutes=0.02)) as world:
+        assert world.all_reduce(1) == [2]
+        time.sleep(2.5 * world.is_main)
+        world.barrier()
+        assert world.broadcast(world.rank) == 0
+
+
+def command(words):
+    """A function's name and its arguments."""
+    name, *arguments = words
+    {"main": main, "main_offloaded": main_offloaded, "bf16_alone": bf16_alone, "patient": patient}[name](*arguments)

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +13,7 @@ from k2mini.build import load_model
 from k2mini.data.chats import open_template
 from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import load_subjective
+from tests.faults.server import Request
 from tests.helpers import CHATML, copy_model
 
 
@@ -30,12 +29,11 @@ def task(tmp_path):
     return path
 
 
-def test_killed_half_way_it_goes_on(tiny_directory, task, tmp_path, run):
+def test_killed_half_way_it_goes_on(tiny_directory, task, tmp_path, run, forks):
     whole, out = tmp_path / "whole", tmp_path / "out"
     common = ["eval", "--model", tiny_directory, "--benchmark", task, "--shots", 2, "--batch-size", 1, "--seed", 3]
     assert run(*common, "--out", whole)[0] == 0
-    command = [sys.executable, "-m", "k2mini", *map(str, common), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forks.start(Request([[*map(str, common), "--out", str(out)]], str(tmp_path), limit=120))
     journal = out / "results.jsonl"
     while process.poll() is None and not (journal.is_file() and len(journal.read_text().splitlines()) > 3):
         time.sleep(0.002)

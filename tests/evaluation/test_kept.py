@@ -16,6 +16,7 @@ from k2mini.files import output
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
 from tests.conftest import tiny_config, tiny_llama
+from tests.faults.server import Request
 from tests.helpers import fill_adapters
 
 ROCKS = ["granite", "basalt", "quartz", "rock", "mineral", "crust"]
@@ -377,11 +378,11 @@ def test_a_loss_beyond_all_numbers_is_named():
         from_loss(1e4)
 
 
-def test_two_evals_at_once(tiny_directory, task, tmp_path):
+def test_two_evals_at_once(tiny_directory, task, tmp_path, forks):
     """Of two that start together in one folder one ends well; the other is refused, or finds all done."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "k2mini", "eval", "--model", str(tiny_directory), "--benchmark", str(task)]
-    both = [subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    words = ["eval", "--model", str(tiny_directory), "--benchmark", str(task), "--out", str(out)]
+    both = [forks.start(Request([words], str(tmp_path), limit=120)) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
     codes = sorted(process.returncode for process in both)
     assert codes in ([0, 2], [0, 0])

@@ -1,15 +1,8 @@
-"""The process that forks, and the tiny world, once a session."""
+"""The tiny world, once a session."""
 
 import pytest
 
 from tests.faults import world
-from tests.faults.server import Forks
-
-
-@pytest.fixture(scope="session")
-def forks():
-    with Forks() as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

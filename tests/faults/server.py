@@ -16,13 +16,14 @@ import pkgutil
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Request:
         after: seconds to wait first.
         closed: of 'stdin', 'stdout', 'stderr'.
         encoding: of the three streams.
+        call: what takes the words of a line, as module:function.
         stdin, stdout: what is read ('' is an empty file), and where output goes in place of a file (/dev/full).
     """
 
@@ -52,6 +54,7 @@ class Request:
     stdout: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     limit: float = 20.0
+    call: str = "k2mini.cli:main"
 
 
 @dataclass
@@ -85,32 +88,83 @@ class Forks:
             [sys.executable, "-m", "tests.faults.server"],
             cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._sent = 0
+        self._sent, self._pids, self._ends = 0, {}, {}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
+    def start(self, request: Request) -> Child:
+        """Begin a request; the process that runs it leads a session of its own."""
+        number, self._sent = self._sent, self._sent + 1
+        print(json.dumps([number, asdict(request)]), file=self._process.stdin, flush=True)
+        while number not in self._pids:
+            self._read()
+        return Child(self, number, self._pids.pop(number))
+
+    def _read(self) -> None:
+        """Note the next child that began, or ended."""
+        number, *found = json.loads(self._process.stdout.readline())
+        if len(found) == 1:
+            self._pids[number] = found[0]
+        else:
+            self._ends[number] = End(*found)
+
     def run(self, requests: Iterable[Request], at_once: int = 2) -> Iterator[tuple[int, End]]:
         """(Place of a request, how it ended), in the order in which they end; requests are drawn as there is room."""
-        waiting, running, first = iter(requests), 0, self._sent
-        write, read = self._process.stdin, self._process.stdout
+        waiting, running = enumerate(requests), {}  # the number of a request -> its place
         while True:
-            while running < at_once and (request := next(waiting, None)) is not None:
-                print(json.dumps([self._sent, asdict(request)]), file=write, flush=True)
-                running, self._sent = running + 1, self._sent + 1
+            while len(running) < at_once and (drawn := next(waiting, None)) is not None:
+                running[self.start(drawn[1]).number] = drawn[0]
             if not running:
                 return
-            number, *end = json.loads(read.readline())
-            if number < first:  # of a call that a failed test left
-                continue
-            running -= 1
-            yield number - first, End(*end)
+            while not (ended := running.keys() & self._ends.keys()):
+                self._read()
+            for number in ended:
+                yield running.pop(number), self._ends.pop(number)
+
+    def start_ranks(self, size: int, request: Request) -> list[Child]:
+        """Begin a request in each of `size` ranks, which are told of each other as torchrun does; one is alone."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+        ranks = [{**there, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)] if size > 1 else [{}]
+        return [self.start(replace(request, environment={**request.environment, **rank})) for rank in ranks]
 
     def one(self, folder: Path, *lines: str, **settings: Any) -> End:
         """Run one request."""
         ((_, end),) = self.run([Request([line.split() for line in lines], str(folder), **settings)])
         return end
+
+
+class Child:
+    """A request under way, in the process `pid`."""
+
+    def __init__(self, forks: Forks, number: int, pid: int):
+        self._forks, self.number, self.pid, self._end = forks, number, pid, None
+
+    def wait(self) -> End:
+        while self._end is None and not (end := self._forks._ends.pop(self.number, None)):
+            self._forks._read()
+        self._end = self._end or end
+        return self._end
+
+    # As a subprocess.Popen has them.
+
+    @property
+    def returncode(self) -> int | None:
+        return self.wait().status
+
+    def poll(self) -> int | None:
+        return None if Path(f"/proc/{self.pid}").exists() else self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it said, once it has ended, at its own limit at the latest."""
+        end = self.wait()
+        return end.out, end.err
 
 
 def serve() -> None:
@@ -129,6 +183,7 @@ def serve() -> None:
                 request = Request(**raw)
                 if not (pid := os.fork()):
                     _child(request, scratch / str(number))
+                print(json.dumps([number, pid]), flush=True)
                 running[pid] = (number, time.monotonic(), time.monotonic() + request.limit)
         for pid, (number, start, limit) in list(running.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -153,7 +208,8 @@ def _load() -> None:
 
     names = [entry.name for entry in pkgutil.walk_packages(k2mini.__path__, "k2mini.") if "__main__" not in entry.name]
     others = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib.figure", "gguf",
-              "matplotlib.backends.backend_agg", "torch.optim", "torch.testing", "encodings.latin_1")  # fmt: skip
+              "matplotlib.backends.backend_agg", "torch.optim", "torch.testing", "encodings.latin_1",
+              "tests.conftest")  # fmt: skip
     for name in (*names, *others):
         try:
             importlib.import_module(name)
@@ -168,17 +224,20 @@ def _child(request: Request, scratch: Path) -> None:
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup
         os.chdir(request.folder)
         os.environ.update(request.environment)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         _streams(request, scratch)
         time.sleep(request.after)
         _watch(request, scratch.with_suffix(".events"))
-        from k2mini.cli import main
-
+        module, _, name = request.call.partition(":")
+        call = getattr(importlib.import_module(module), name)
         for line in request.lines:
             try:
-                main(line)
+                call(line)
+                status = 0
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
             if status:

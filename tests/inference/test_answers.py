@@ -6,8 +6,6 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import AHEAD, completions, generate
 from tests.conftest import ROOT, asset
+from tests.faults.server import Request
 from tests.helpers import copy_model, fill_adapters
 
 QUESTIONS = ["What is granite?", "Which plates erode, and the mantle?", "quartz"]
@@ -605,22 +604,19 @@ def test_a_model_that_lacks_a_tensor_is_said_before_answers_are_kept(tiny_direct
 @pytest.mark.parametrize(
     ("name", "number"), [("a.jsonl", signal.SIGINT), ("a.json", signal.SIGINT), ("a.jsonl", signal.SIGKILL)]
 )
-def test_a_signal_keeps_the_answers(kept, tmp_path, run, name, number):
+def test_a_signal_keeps_the_answers(kept, tmp_path, run, forks, name, number):
     """The same command ends with the same file as one that nothing disturbed."""
     command, _ = kept
-    many = [json.dumps(f"{entry} {n}") for n in range(40) for entry in QUESTIONS]
+    many = [json.dumps(f"{entry} {n}") for n in range(25) for entry in QUESTIONS]
     (tmp_path / "q.jsonl").write_text("\n".join(many))
     at = command.index("--input") + 1
     command = [*command[:at], str(tmp_path / "q.jsonl"), *command[at + 1 :], "--out", str(tmp_path / name)]
     part = tmp_path / (name if name == "a.jsonl" else "a.json.part")
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run in the background
-    program = subprocess.Popen([sys.executable, "-m", "k2mini", *command], stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, inherited)
-    with program:
-        while program.poll() is None and not (part.exists() and part.stat().st_size):
-            time.sleep(0.002)
-        program.send_signal(number)
-        err = program.stderr.read()
+    program = forks.start(Request([[*map(str, command)]], str(tmp_path), limit=300))
+    while program.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.002)
+    program.send_signal(number)
+    _, err = program.communicate()
     left = part.read_bytes().count(b"\n")
     assert 0 < left < len(many)
     if number == signal.SIGINT:

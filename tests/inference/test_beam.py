@@ -119,8 +119,8 @@ def test_the_real_model(real_model):
         tokenizer.encode(text, bos=True, eos=False) for text in ("Granite is a rock that", "Plates move because")
     ]
     beams, sampling = Beams(4, num_return_sequences=4), Sampling(no_repeat_ngram_size=2)
-    ours = [beam_search(model, [p], Decoding(32, sampling, beams=beams), stop_ids=[2])[0] for p in prompts]
-    expected = [theirs(reference, [p], eos=[2], new=32, beams=beams, sampling=sampling)[0] for p in prompts]
+    ours = [beam_search(model, [p], Decoding(20, sampling, beams=beams), stop_ids=[2])[0] for p in prompts]
+    expected = [theirs(reference, [p], eos=[2], new=20, beams=beams, sampling=sampling)[0] for p in prompts]
     assert_same(ours, expected)
     greedy = reference.generate(
         torch.tensor([prompts[0]]), max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0, num_beams=1

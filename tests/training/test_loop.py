@@ -5,8 +5,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from k2mini.training.checkpoint import checkpoints
 from k2mini.training.loop import Task, Throughput, read_metrics, train
 from k2mini.training.step import accumulate, build_optimizer, loss_sum, lr_at, train_step
 from tests.conftest import tiny_config, tiny_llama
+from tests.faults.server import Request
 from tests.helpers import section
 from tests.reference import to_transformers
 
@@ -219,9 +218,9 @@ def test_a_save_goes_on_although_the_run_ends(tmp_path, monkeypatch, caplog):
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["the disk is full"]
 
 
-def killed_in_a_save(directory):
+def killed_in_a_save(words):
     """Train, and be killed while the checkpoint of step 6 is being written and step 8 is over."""
-    finish = save._finish
+    finish, directory = save._finish, Path(words[0])
 
     def kill(beside, path, *arguments):
         if path.name == "step_0000006":
@@ -234,11 +233,10 @@ def killed_in_a_save(directory):
     run(directory)
 
 
-def test_killed_while_training_went_on_beside_a_save(tmp_path):
-    code = "import sys, pathlib; from tests.training.test_loop import *; killed_in_a_save(pathlib.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_killed_while_training_went_on_beside_a_save(tmp_path, forks):
+    call = "tests.training.test_loop:killed_in_a_save"
+    end = forks.start(Request([[str(tmp_path / "run")]], str(tmp_path), call=call, limit=120)).wait()
+    assert end.status == -signal.SIGKILL, end.err
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name[0] != "."] == ["step_0000003"]
     assert [path.name for path in (tmp_path / "run/checkpoints").glob(".*")] == [".step_0000006.tmp"]
     resumed, whole = run(tmp_path / "run"), run(tmp_path / "whole")
@@ -251,21 +249,28 @@ def test_killed_while_training_went_on_beside_a_save(tmp_path):
 def undisturbed(tmp_path_factory):
     """The losses of a long run."""
     folder = tmp_path_factory.mktemp("whole")
-    run(folder, steps=200, every=1000)
+    run(folder, steps=80, every=1000)
     return losses(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_so(tmp_path, number, undisturbed):
-    timer = threading.Timer(0.4, os.kill, (os.getpid(), number))
-    timer.start()
+    metrics = tmp_path / "stopped/metrics.jsonl"
+
+    def signal_training():
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=signal_training)
+    thread.start()
     with pytest.raises(StoppedBySignalError, match=f"stopped by {number.name}; saved .*step_") as caught:
-        run(tmp_path / "stopped", steps=200, every=1000)
-    timer.join()
+        run(tmp_path / "stopped", steps=80, every=1000)
+    thread.join()
     assert caught.value.number == number
     stopped = losses(tmp_path / "stopped")[-1]["step"]
     assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step_{stopped:07}"
-    run(tmp_path / "stopped", steps=200, every=1000)
+    run(tmp_path / "stopped", steps=80, every=1000)
     assert losses(tmp_path / "stopped") == undisturbed
 
 

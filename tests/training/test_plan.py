@@ -28,18 +28,38 @@ from k2mini.sizes import parse_size, readable
 from k2mini.training.fit import largest_micro_batch, smallest_change, what_takes_less
 from k2mini.training.memory_tracker import MemoryTracker
 from k2mini.training.pace import fastest
-from k2mini.training.plan import BUDGET, describe, plan_run
+from k2mini.training.plan import BUDGET, describe
+from k2mini.training.plan import plan_run as make_plan
 from k2mini.weights.model_files import save_model
 from tests.conftest import ROOT, SHAPES, tiny_config, tiny_llama
+
+SHAPE = {"num_layers": 3, "dim": 128, "intermediate_dim": 344, "head_dim": 32, "vocab_size": 2000}
+PLANS = {}
+
+
+def plan_run(config, ranks, *, exact=True):
+    """A plan, made once of each configuration: several tests compare others with the same few."""
+    key = repr((config, ranks, exact))
+    if key not in PLANS:
+        PLANS[key] = make_plan(config, ranks, exact=exact)
+    return PLANS[key]
+
+
+@pytest.fixture
+def planned_once(monkeypatch):
+    """The command makes each plan once, too."""
+    monkeypatch.setattr("k2mini.training.plan.plan_run", plan_run)
+
+
+def model(folder, **changes):
+    config = tiny_config(**{**SHAPE, **changes})
+    save_model(tiny_llama(config).state_dict(), config, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """9 blocks, so that a straight line through 4 and 8 has something to foretell."""
-    folder = tmp_path_factory.mktemp("plan") / "model"
-    config = tiny_config(num_layers=9, dim=128, intermediate_dim=344, head_dim=32, vocab_size=2000)
-    save_model(tiny_llama(config).state_dict(), config, folder)
-    return folder
+    return model(tmp_path_factory.mktemp("plan") / "model")
 
 
 def pretraining(directory, **train):
@@ -88,7 +108,7 @@ def tuning(directory):
 def test_what_is_given_is_counted_exactly(directory):
     config = pretraining(directory)
     one, four = plan_run(config, 1), plan_run(config, 4)
-    parameters = tiny_config(num_layers=9, dim=128, intermediate_dim=344, head_dim=32, vocab_size=2000).num_parameters()
+    parameters = tiny_config(**SHAPE).num_parameters()
     assert one.parameters == one.trained == parameters
     assert one.kinds["parameters"] == 4 * parameters
     assert one.kinds["optimiser"] == 8 * parameters
@@ -116,7 +136,7 @@ def test_what_saves_memory_saves_it(directory):
 
 def test_what_is_received(directory):
     """By ZeRO-2, by replicas and by an int8 base; the last, beside matrices of a byte a weight, has scales."""
-    parameters = tiny_config(num_layers=9, dim=128, intermediate_dim=344, head_dim=32, vocab_size=2000).num_parameters()
+    parameters = tiny_config(**SHAPE).num_parameters()
     config = pretraining(directory)
     zero2 = replace(config, parallel=ParallelSection(reshard_after_forward=False))
     assert plan_run(zero2, 4).received == 2 * parameters * 4 * 3 // 4
@@ -130,8 +150,9 @@ def test_what_is_received(directory):
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_straight_line_foretells_more_blocks(directory, ranks):
-    config = pretraining(directory)
+def test_a_straight_line_foretells_more_blocks(tmp_path, ranks):
+    """9, of which the line through 4 and 8 is not told."""
+    config = pretraining(model(tmp_path / "model", num_layers=9))
     foretold, exact = plan_run(config, ranks, exact=False), plan_run(config, ranks)
     assert foretold.peak == pytest.approx(exact.peak, rel=0.02)
     assert (foretold.received, foretold.parameters) == (exact.received, exact.parameters)
@@ -139,7 +160,7 @@ def test_a_straight_line_foretells_more_blocks(directory, ranks):
 
 def test_lora(directory):
     found = plan_run(tuning(directory), 1)
-    assert found.trained == 9 * 3 * 2 * 4 * 128
+    assert found.trained == 3 * 3 * 2 * 4 * 128
     assert found.kinds["optimiser"] == 8 * found.trained
     assert found.peak < plan_run(pretraining(directory), 1).peak
 
@@ -256,7 +277,7 @@ def test_a_frozen_base_is_whole_on_every_rank(directory):
     assert shared.received > four.received
 
 
-def test_from_the_command_line(tmp_path, run):
+def test_from_the_command_line(tmp_path, run, planned_once):
     run_dir = f"run.dir={tmp_path}/run"  # where the demo's files go
     config = (ROOT / "configs/tiny_pretrain.yaml", run_dir)
     status, out, err = run("plan", *config, "--world-size", 2, "--gpu-memory", "1GiB", "--json", "--check")
@@ -276,7 +297,7 @@ def test_from_the_command_line(tmp_path, run):
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_check_tells_by_the_exit_status_whether_the_run_fits(tmp_path, run, monkeypatch, form):
+def test_check_tells_by_the_exit_status_whether_the_run_fits(tmp_path, run, monkeypatch, planned_once, form):
     # What else would fit is looked for in half a minute where nothing does, and has a test of its own.
     monkeypatch.setattr("k2mini.training.fit.smallest_change", lambda *_: None)
     config = (ROOT / "configs/tiny_stage1.yaml", f"run.dir={tmp_path}/run", "--world-size", 2, *form)
@@ -386,7 +407,7 @@ def test_what_is_offloaded_is_the_hosts(directory):
     assert tensors(moved) < tensors(plan_run(tuned, 1))
 
 
-def test_a_card_by_its_name(tmp_path, run):
+def test_a_card_by_its_name(tmp_path, run, planned_once):
     """Six FLOP for each parameter and token, at a share of the data sheet's peak; and what that costs."""
     config = (ROOT / "configs/tiny_pretrain.yaml", f"run.dir={tmp_path}/run", "--world-size", 2)
     status, out, err = run("plan", *config, "--gpu", "A100-80g", "--price", 1.5, "--json")
@@ -516,7 +537,7 @@ def test_the_bytes_of_a_node(directory):
         assert (f", {readable(4 * found.host)} on a node that has all 4 (" in text) == (ranks == 4)
 
 
-def test_what_has_no_rate_has_no_price(tmp_path, run):
+def test_what_has_no_rate_has_no_price(tmp_path, run, planned_once):
     config = (ROOT / "configs/tiny_pretrain.yaml", f"run.dir={tmp_path}/run")
     for options, message in (
         (("--world-size", 1, "--gpu", "1GiB", "--price", 1), "--price and --utilisation need a rate"),

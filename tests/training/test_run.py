@@ -22,6 +22,7 @@ from k2mini.training.loop import read_metrics, summary
 from k2mini.weights.model_directory import ModelDirectory
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
+from tests.faults.server import Request
 
 TRAIN = {"lr": 1e-3, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 4}
 
@@ -65,11 +66,15 @@ def tuning(base, tmp_path):
     return tmp_path / "tune.yaml"
 
 
-def start(settings, *overrides, prefix=()):
+def start(forks, settings, *overrides, nohup=False):
     """A long run in a process of its own, once it has taken its first steps."""
     folder = settings.parent / "run"
-    command = [*prefix, sys.executable, "-m", "k2mini", "pretrain", str(settings), "train.max_steps=100000", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["pretrain", str(settings), "train.max_steps=100000", *overrides]
+    if nohup:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(["nohup", sys.executable, "-m", "k2mini", *words], stdout=pipe, stderr=pipe)
+    else:
+        process = forks.start(Request([words], str(settings.parent), limit=300))
     while process.poll() is None and not (
         (folder / "metrics.jsonl").exists() and read_metrics(folder / "metrics.jsonl")
     ):
@@ -77,8 +82,8 @@ def start(settings, *overrides, prefix=()):
     return process
 
 
-def test_two_runs_in_one_directory_are_refused(settings, tmp_path, run):
-    process = start(settings)
+def test_two_runs_in_one_directory_are_refused(settings, tmp_path, run, forks):
+    process = start(forks, settings)
     try:
         before = time.monotonic()
         status, _, err = run("pretrain", settings)
@@ -86,7 +91,7 @@ def test_two_runs_in_one_directory_are_refused(settings, tmp_path, run):
         assert f"run is being written by process {process.pid} on " in err
         assert time.monotonic() - before < 10
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, err
     steps = [entry["step"] for entry in read_metrics(tmp_path / "run/metrics.jsonl")]
@@ -94,17 +99,15 @@ def test_two_runs_in_one_directory_are_refused(settings, tmp_path, run):
     assert not (tmp_path / "run/.lock").exists()
 
 
-def test_sighup_saves_and_under_nohup_it_is_ignored(settings, tmp_path):
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
-    process = start(settings, "checkpoint.every=100000")
-    signal.signal(signal.SIGHUP, inherited)
+def test_sighup_saves_and_under_nohup_it_is_ignored(settings, tmp_path, forks):
+    process = start(forks, settings, "checkpoint.every=100000")
     process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP, err
     assert "stopped by SIGHUP; saved" in err
     assert len(checkpoints(tmp_path / "run/checkpoints")) == 1
     shutil.rmtree(tmp_path / "run")
-    process = start(settings, "checkpoint.every=100000", prefix=["nohup"])
+    process = start(forks, settings, "checkpoint.every=100000", nohup=True)
     process.send_signal(signal.SIGHUP)
     before = len(read_metrics(tmp_path / "run/metrics.jsonl"))
     while len(read_metrics(tmp_path / "run/metrics.jsonl")) < before + 10:

@@ -1,7 +1,6 @@
 import dataclasses
 import json
-import subprocess
-import sys
+import signal
 import time
 from random import Random
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from k2mini.weights.model_directory import CheckpointReader
 from k2mini.weights.model_files import save_model
 from k2mini.weights.verify import verify
 from tests.conftest import SHAPES, tiny_config, tiny_llama
+from tests.faults.server import Request
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WORDS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -231,24 +231,18 @@ def test_force_replaces(trio):
 
 
 @pytest.mark.parametrize("number", [pytest.param(6, id="few"), pytest.param(50, id="many", marks=pytest.mark.slow)])
-def test_killed_at_any_moment(trio, number):
+def test_killed_at_any_moment(trio, number, forks):
     """Over and over a process replaces the target, until it is killed: what stands there, or comes back, is whole."""
-    code = f"""
-import logging, sys
-from pathlib import Path
-from k2mini.weights.delta import apply_delta
-trio = Path({str(trio)!r})
-print("ready", flush=True)
-while True:
-    apply_delta(trio / "base", trio / "delta", trio / "out", force=True)
-"""
+    replacing = Request(
+        [["delta", "apply", "--base", "base", "--delta", "delta", "--out", "out", "--force"]] * 1000, str(trio)
+    )
     apply_delta(trio / "base", trio / "delta", trio / "out")
     random = Random(0)
     for _ in range(number):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(random.uniform(0, 0.15))
-            process.kill()
+        process = forks.start(replacing)
+        time.sleep(random.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
         load_model(trio / "out")  # puts a killed swap right
         verify(trio / "out")
     apply_delta(trio / "base", trio / "delta", trio / "out", force=True)

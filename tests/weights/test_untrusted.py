@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
+from k2mini.cli import main
 from k2mini.config import LoraSection
 from k2mini.nn.lora import adapter_tensors
 from k2mini.weights.adapter import save_adapter
@@ -20,6 +19,7 @@ from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import manifest_text
 from k2mini.weights.model_files import save_model
 from tests.conftest import tiny_config, tiny_llama
+from tests.faults.server import Request
 from tests.helpers import adapted
 
 
@@ -98,28 +98,29 @@ def test_no_file_of_a_model_is_overwritten(folder, run):
     assert content(folder) == before
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import gguf
-from k2mini.weights.convert import convert
-write, count = gguf.GGUFWriter.write_tensor_data, [0]
-def die(*arguments):
-    count[0] += 1
-    if count[0] == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(*arguments)
-gguf.GGUFWriter.write_tensor_data = die
-convert(Path(sys.argv[1]), "gguf", Path(sys.argv[2]))
-"""
+def killed(words):
+    """Convert, and be killed at the fifth tensor."""
+    import gguf
+
+    write, count = gguf.GGUFWriter.write_tensor_data, [0]
+
+    def die(*arguments):
+        count[0] += 1
+        if count[0] == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*arguments)
+
+    gguf.GGUFWriter.write_tensor_data = die
+    main(["convert", *words])
 
 
-def test_a_killed_gguf_leaves_nothing_after_the_next_start(folder, run):
+def test_a_killed_gguf_leaves_nothing_after_the_next_start(folder, run, forks):
     pytest.importorskip("gguf")
     (folder / "out").mkdir()
     out = folder / "out" / "model.gguf"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder / "base"), str(out)])
-    assert killed.returncode == -signal.SIGKILL
+    words = [str(folder / "base"), "--to", "gguf", "--out", str(out)]
+    end = forks.start(Request([words], str(folder), call="tests.weights.test_untrusted:killed")).wait()
+    assert end.status == -signal.SIGKILL, end.err
     assert list(out.parent.iterdir())
     status, _, said = run("convert", folder / "base", "--to", "gguf", "--out", out)
     assert (status, "which a killed process left" in said) == (0, True), said
