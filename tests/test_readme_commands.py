@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import re
+import runpy
 import shlex
 from dataclasses import fields, is_dataclass
 from typing import NamedTuple, get_args, get_type_hints
@@ -37,6 +38,8 @@ CHANGED = {
     "pretrain configs/further_pretrain_7b.yaml": f"pretrain configs/further_pretrain_7b.yaml {SHORT} data.seq_len=64",
     "finetune configs/instruct_stage1_7b.yaml": f"finetune configs/instruct_stage1_7b.yaml {SHORT} data.val_size=4",
     "finetune configs/instruct_stage2_7b.yaml": f"finetune configs/instruct_stage2_7b.yaml {SHORT} data.val_size=4",
+    "train.max_steps=800": "train.max_steps=2",
+    "--tasks npee/choice": "--tasks npee/choice --limit 4",
     "configs/tiny_pretrain.yaml": "configs/tiny_pretrain.yaml train.max_steps=2",
     "configs/tiny_stage1.yaml": "configs/tiny_stage1.yaml train.max_steps=2",
     "configs/tiny_stage2.yaml": "configs/tiny_stage2.yaml train.max_steps=2",
@@ -123,6 +126,7 @@ def make_world(folder):
     npee["choice"]["answer"][2:4] = ["E", "E"]  # no option can be right, as in two of GeoBench's
     npee["tf"] = {"question": ["Basalt is a rock.", "Quartz is a plant."], "answer": ["True", "False"]}
     (folder / "geobench_npee.json").write_text(json.dumps(npee))
+    runpy.run_path(str(ROOT / "tools" / "make_papers.py"))["make"](folder / "mini", 30, 0)
     questions = [entry["question"]["stem"] for entry in json.loads((data / "questions_ap_unseen.json").read_text())]
     (folder / "input_ls.json").write_text(json.dumps(questions))
     shot = "### Instruction:\nWhich is a rock?\nChoose from:\nA. basalt\nB. rain\n\n### Response:\nThe answer is:\nA\n"
