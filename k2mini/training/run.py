@@ -41,7 +41,7 @@ from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Answer, Task, train
 from k2mini.training.samples import COUNTS, Read, documents, instructions
 from k2mini.training.step import total_steps
-from k2mini.weights.adapter import start_from
+from k2mini.weights.adapter import quantized_from, start_from
 from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def _run(
                 if lora is None:
                     export(kept, out, config.model.dtype, checked=kept == last)
                 else:
-                    export_adapter(kept, out, lora, config.model.path, (base.manifest or {}).get("quantized_from"))
+                    full = quantized_from(base, identity["base"])
+                    export_adapter(kept, out, lora, config.model.path, full)
             world.barrier()
     return out
 
