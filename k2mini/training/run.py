@@ -141,7 +141,7 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
     if config.run.tensorboard or config.run.wandb:
-        check_boards(config.run, is_main=world.is_main)
+        check_boards(config.run, world)
     run_dir, inputs = Path(config.run.dir), [config.model.path]
     if config.lora is not None and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)
