@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 
 from k2mini.config import RunSection
+from k2mini.distributed import World
 from k2mini.errors import EXTRAS, need_extra
 from k2mini.evaluation.report import Result
-from k2mini.training.boards import open_boards
+from k2mini.training.boards import check_boards, open_boards
 from tests.conftest import ROOT
 from tests.helpers import one_step
 from tests.json_tokenizer import write_json_tokenizer
@@ -172,6 +173,28 @@ def test_tensorboard_without_its_extra(pretraining, run, without):
 def test_wandb_without_its_extra(pretraining, run, without):
     without("wandb")
     assert_one_sentence(run(*pretraining, "run.tensorboard=false", "run.wandb=true"), "wandb")
+
+
+def test_a_login_that_fails_ends_all_ranks(monkeypatch):
+    """What its login says reaches a rank that does not log in, before it waits for anything else."""
+    told = []
+
+    class Rank(World):
+        def all_gather(self, value):
+            told.append(value)
+            return [told[0], None]
+
+    def login(**_how):
+        raise KeyError("no key;")
+
+    wandb = SimpleNamespace(login=login, errors=SimpleNamespace(Error=KeyError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("k2mini.training.boards.find_spec", lambda _name: True)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="'no key;' WANDB_MODE=offline needs no account"):
+            check_boards(RunSection("x", wandb=True), Rank(rank, 2))
+    assert told[1] is None
 
 
 def test_what_wandb_loses_is_said_once(tmp_path, monkeypatch, caplog):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `plan`, but for the configuration."""
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--world-size", type=int, metavar="N", help="train on so many ranks, one a GPU")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--world-size", type=int, metavar="N", help="train on so many ranks, one a GPU (default: 1)")
     how.add_argument("--inference", action="store_true", help="answer on one GPU: how much context fits")
     card = parser.add_mutually_exclusive_group(required=True)
     card.add_argument("--gpu", metavar="GPU", help="such as a100-80g, rtx-4090 or l4, or its memory: 24GiB")
@@ -47,6 +47,8 @@ def run_plan(options: argparse.Namespace) -> None:
     given = [key for key in ("price", "utilisation", "measured") if getattr(options, key) is not None]
     if options.inference and given:
         raise ValueError(f"--{given[0]} is of training's time; --inference says how many tokens fit")
+    if options.world_size is None:  # no default, by which --inference could not tell that it was given
+        options.world_size = 1
     name, ranks = str(options.gpu or options.gpu_memory), options.world_size
     card, size = CARDS.get(name.lower(), (None, None))
     wanted = f"--gpu is none of {', '.join(CARDS)}; else it" if options.gpu else "--gpu-memory"
@@ -56,20 +58,23 @@ def run_plan(options: argparse.Namespace) -> None:
         return _plan_inference(options, config.model, room, f"{100 * plan.BUDGET:.0f} % of {name}")
     found = plan.plan_run(config, ranks)
     fits = found.peak <= room
+    fields: dict[str, Any] = {**asdict(found), "fits": fits, "change": None, "micro_batch_size": None}
+    tflops = PEAKS[card] if card else None
+    timed = _pace(options, config, found, tflops, fields) if options.gpu or given else []
+    if not options.json:
+        print(plan.describe(found, config, ranks), flush=True)  # before searches, which may take a minute
     change = None if fits else fit.smallest_change(config, ranks, room)
     rows = fit.largest_micro_batch(config, ranks, room) if options.fit else None
+    fields |= {"change": change, "micro_batch_size": rows}
+    if options.fit and options.gpu:
+        timed.append(_fastest(options, config, found, tflops, room, fields))
     share, peak = f"{100 * plan.BUDGET:.0f} % of {name}", readable(found.peak)
-    said = [plan.describe(found, config, ranks), f"it fits: {peak} are within {share}"]
-    if not fits:
-        said[1] = (
-            f"it does not fit: {peak} are more than {share}; the smallest change that fits: {change or 'none found'}"
-        )
+    none = "the settings below" if fields.get("fastest") else "none found"
+    more = f"it does not fit: {peak} are more than {share}; the smallest change that fits: {change or none}"
+    said = [f"it fits: {peak} are within {share}" if fits else more]
     if options.fit:
         said += [f"the largest micro-batch that fits: {'none' if rows is None else f'train.micro_batch_size={rows}'}"]
-    fields = {**asdict(found), "fits": fits, "change": change, "micro_batch_size": rows}
-    if options.gpu or given:
-        said += _pace(options, config, found, PEAKS[card] if card else None, room, fields)
-    print(json.dumps(fields) if options.json else "\n".join(said))
+    print(json.dumps(fields) if options.json else "\n".join(said + timed))
     if options.check and not fits:
         raise SystemExit(1)
 
@@ -79,10 +84,9 @@ def _pace(
     config: RunConfig,
     found: Plan,
     tflops: float | None,
-    room: float,
     fields: dict[str, Any],
 ) -> list[str]:
-    """Lines on the time and the cost of a run, and on its fastest settings; `fields` gets the same."""
+    """Lines on the time and the cost of a run; `fields` gets the same."""
     from k2mini.training import pace
 
     ranks, lines, rate = options.world_size, [], None
@@ -110,13 +114,25 @@ def _pace(
             "the run         of unknown length: its data is not prepared; train.max_steps=N says how many steps"
         )
     fields |= {"tokens_per_second": rate, "run_tokens": tokens, "days": days, "cost": cost}
-    if options.fit and options.gpu:
-        fields["fastest"], most = pace.fastest(
-            config, found, ranks, room, tflops * 1e12 if tflops else pace.PEAK, share
-        )
-        guess = f" ({most:,.0f} tokens/s, a guess at {100 * share:.0f} %)" * bool(tflops and most)
-        lines.append(f"the fastest     {fields['fastest'] or 'nothing that is tried fits'}{guess}")
     return lines
+
+
+def _fastest(
+    options: argparse.Namespace,
+    config: RunConfig,
+    found: Plan,
+    tflops: float | None,
+    room: float,
+    fields: dict[str, Any],
+) -> str:
+    """The line on the fastest settings that fit; `fields` gets them, too."""
+    from k2mini.training import pace
+
+    share = pace.SHARE if options.utilisation is None else options.utilisation
+    peak = tflops * 1e12 if tflops else pace.PEAK
+    fields["fastest"], most = pace.fastest(config, found, options.world_size, room, peak, share)
+    guess = f" ({most:,.0f} tokens/s, a guess at {100 * share:.0f} %)" * bool(tflops and most)
+    return f"the fastest     {fields['fastest'] or 'nothing that is tried fits'}{guess}"
 
 
 def _plan_inference(options: argparse.Namespace, model: ModelSection, room: float, share: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k2mini.config import RunSection
+from k2mini.distributed import ALONE, World
 from k2mini.errors import need_extra
 from k2mini.files import read_json, write_text
 
@@ -27,10 +28,20 @@ class Board:
     close: Callable[[], None]
 
 
-def check_boards(run: RunSection, *, is_main: bool = True) -> None:
-    """Raise ValueError where an extra that `run` asks for is missing, or Weights & Biases has no key and is not told to
-    be offline: before data are read, which may take hours.
+def check_boards(run: RunSection, world: World = ALONE) -> None:
+    """Raise ValueError on all ranks where one lacks an extra that `run` asks for, or Weights & Biases has no key and is
+    not told to be offline: before data are read, which may take hours.
     """
+    failed = None
+    try:
+        _check(run, is_main=world.is_main)
+    except ValueError as error:
+        failed = str(error)
+    if found := [each for each in world.all_gather(failed) if each is not None]:
+        raise ValueError(found[0])
+
+
+def _check(run: RunSection, *, is_main: bool) -> None:
     for name in ("tensorboard", "wandb"):
         if getattr(run, name) and find_spec(name) is None:
             raise need_extra(name)

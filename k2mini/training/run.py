@@ -41,7 +41,7 @@ from k2mini.training.loop import FILE as METRICS
 from k2mini.training.loop import Answer, Task, train
 from k2mini.training.samples import COUNTS, Read, documents, instructions
 from k2mini.training.step import total_steps
-from k2mini.weights.adapter import start_from
+from k2mini.weights.adapter import quantized_from, start_from
 from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def _run(
                 if lora is None:
                     export(kept, out, config.model.dtype, checked=kept == last)
                 else:
-                    export_adapter(kept, out, lora, config.model.path, (base.manifest or {}).get("quantized_from"))
+                    full = quantized_from(base, identity["base"])
+                    export_adapter(kept, out, lora, config.model.path, full)
             world.barrier()
     return out
 
@@ -140,7 +141,7 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
     if config.run.tensorboard or config.run.wandb:
-        check_boards(config.run, is_main=world.is_main)
+        check_boards(config.run, world)
     run_dir, inputs = Path(config.run.dir), [config.model.path]
     if config.lora is not None and config.lora.init_adapter is not None:
         inputs.append(config.lora.init_adapter)

@@ -90,10 +90,20 @@ def check_base(directory: Path, *bases: ModelDirectory) -> ModelDirectory:
     """
     note = (read_manifest(directory) or {}).get("base")
     for base in bases:
-        if note in (None, (base.manifest or {}).get("quantized_from")) or note == base.fingerprint():
+        if note is None or note in (own := base.fingerprint(), quantized_from(base, own)):
             return base
     named = ", ".join(str(base.path) for base in bases)
     raise ValueError(f"{directory} was trained on another base than {named}; they do not belong together")
+
+
+def quantized_from(base: ModelDirectory, own: str) -> str | None:
+    """The fingerprint of the model that a base was quantised from; None: it was not, or has changed since.
+
+    Args:
+        own: the base's own fingerprint, of its quantised weights.
+    """
+    noted = base.manifest or {}
+    return noted.get("quantized_from") if noted.get("fingerprint") == own else None
 
 
 def checked_adapter(directory: Path, base: ModelDirectory, *, stacked: bool = False) -> LoraSection:

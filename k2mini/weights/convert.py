@@ -20,7 +20,7 @@ from k2mini.weights.gguf_file import write_gguf
 from k2mini.weights.meta import OUTPUT, MetaReader, write_meta
 from k2mini.weights.model_directory import ModelDirectory, check_tensors
 from k2mini.weights.model_files import find_tokenizer, save_model
-from k2mini.weights.stream import SHARD_BYTES, Cast, Source, write_weights
+from k2mini.weights.stream import SHARD_BYTES, Cast, Source, Written, write_weights
 from k2mini.weights.torch_file import write_bin
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def convert(
     check_output(out, file=kind == "gguf", force=force, inputs=inputs)
     source, config = open_layout(directory)
     check_tensors(source, tensor_shapes(config), path)
-    note = {} if quantize is None else {"quantized_from": directory.fingerprint(source)}
+    full = None if quantize is None else directory.fingerprint(source)
     source = _WithoutHead(source) if config.tie_embeddings else source
     stored = source.dtype("model.embed_tokens.weight")
     if kind == "gguf":
@@ -87,7 +87,13 @@ def convert(
             log.warning("Meta's code reads tokenizer.model; %s, which is copied, is for k2mini alone", tokenizer.path)
         write_meta(source, config, out, tokenizer, force=force, inputs=inputs)
         return
-    write = write_weights if kind == "hf" else write_bin
+
+    def write(source: Source, beside: Path, shard_bytes: int) -> Written:
+        written = (write_weights if kind == "hf" else write_bin)(source, beside, shard_bytes)
+        if full is None:
+            return written
+        return replace(written, note={"quantized_from": full, "fingerprint": ModelDirectory(beside).fingerprint()})
+
     save_model(
         source,
         config,
@@ -96,7 +102,7 @@ def convert(
         shard_bytes=shard_bytes,
         force=force,
         inputs=inputs,
-        write=lambda *where: replace(write(*where), note=note),
+        write=write,
     )
 
 

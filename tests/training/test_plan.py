@@ -434,6 +434,23 @@ def test_a_card_by_its_name(tmp_path, run, planned_once):
     assert run("plan", *config, "--gpu", "1GiB", "--utilisation", 2)[0] == 2
 
 
+def test_the_plan_stands_before_the_search_which_does_not_contradict_itself(tmp_path, run, monkeypatch, capfd):
+    """One rank where none is said; the plan is printed first, and what is proposed at last is not denied before."""
+    config, early = (ROOT / "configs/tiny_pretrain.yaml", f"run.dir={tmp_path}/run"), []
+    monkeypatch.setattr("k2mini.training.fit.smallest_change", lambda *_: early.append(capfd.readouterr().out))
+    monkeypatch.setattr("k2mini.training.fit.largest_micro_batch", lambda *_: None)
+    for best, denied in ((("parallel.offload=cpu", 1.0), False), ((None, 0.0), True)):
+        monkeypatch.setattr("k2mini.training.pace.fastest", lambda *_, best=best: best)
+        status, out, err = run("plan", *config, "--gpu", "1MiB", "--fit")
+        assert (status, err) == (0, "")
+        assert "of them trained, on 1 rank\n" in early.pop()
+        assert ("the smallest change that fits: none found" in out) == denied
+    found = json.loads(run("plan", *config, "--gpu", "1MiB", "--fit", "--json")[1])
+    assert early == [""]
+    assert (found["fits"], found["fastest"]) == (False, None)
+    assert run("plan", *config, "--gpu", "1MiB", "--world-size", 1, "--inference")[0] == 2
+
+
 def test_the_length_of_a_run_is_not_guessed(tmp_path, run):
     epochs = ("train.max_steps=null", "train.epochs=2")
     config = (ROOT / "configs/tiny_stage1.yaml", f"run.dir={tmp_path}/run", *epochs, "--world-size", 1)

@@ -10,7 +10,7 @@ from k2mini.build import load_model
 from k2mini.config import CorpusSection, LoraSection, ModelSection, PretrainConfig, RunSection, TrainSection
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters, lora_modules
 from k2mini.training.run import pretrain
-from k2mini.weights.adapter import load_adapters, read_adapter, read_adapter_config, save_adapter
+from k2mini.weights.adapter import check_base, load_adapters, read_adapter, read_adapter_config, save_adapter
 from k2mini.weights.convert import convert
 from k2mini.weights.merge import merge_adapters
 from k2mini.weights.model_directory import ModelDirectory, read_manifest
@@ -325,6 +325,29 @@ def test_an_adapter_over_quantised_weights_is_one_of_the_full_ones(tmp_path, tin
     convert(base, "meta", tmp_path / "meta")
     convert(tmp_path / "meta", "hf", tmp_path / "by_meta", quantize=how)
     assert read_manifest(tmp_path / "by_meta")["quantized_from"] == ModelDirectory(base).fingerprint()
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_quantised_weights_that_were_changed_are_another_base(tmp_path, tiny_tokenizer, how):
+    """What convert noted is believed while the weights are those that it wrote, and only then."""
+    text, base, stored = tmp_path / "text.txt", tmp_path / "base", tmp_path / "stored"
+    text.write_text("granite is a rock. " * 40)
+    model = tiny_llama(tiny_config(intermediate_dim=128, vocab_size=tiny_tokenizer.vocab_size))
+    save_model(model.state_dict(), model.config, base, tokenizer=tiny_tokenizer)
+    convert(base, "hf", stored, quantize=how)
+    assert read_manifest(stored)["fingerprint"] == ModelDirectory(stored).fingerprint()
+    train = TrainSection(lr=1e-2, max_steps=1, global_batch_size=2, micro_batch_size=2)
+    told = (ModelSection(str(stored), quantize=how), CorpusSection(str(text), seq_len=16), train)
+    of_both = pretrain(PretrainConfig(RunSection(str(tmp_path / "one")), *told, lora=LoraSection(rank=2)))
+    tensors = load_file(stored / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "changed", metadata={"format": "pt"})
+    (tmp_path / "changed").replace(stored / "model.safetensors")
+    with pytest.raises(ValueError, match="was trained on another base than"):
+        check_base(of_both, ModelDirectory(stored))
+    of_changed = pretrain(PretrainConfig(RunSection(str(tmp_path / "two")), *told, lora=LoraSection(rank=2)))
+    assert read_manifest(of_changed)["base"] == ModelDirectory(stored).fingerprint()
+    assert check_base(of_changed, ModelDirectory(base), changed := ModelDirectory(stored)) is changed
 
 
 def test_rank_stabilised_scaling_equals_pefts(written, tmp_path):
