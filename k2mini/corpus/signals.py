@@ -135,14 +135,14 @@ class Signals:
     Attributes:
         records: instructions, in an order that the seed mixes.
         counts: task -> one of `DROPPED` -> how many were.
-        seen, unseen: the facts of tables about which instructions ask, and those about held-out entities.
+        seen, unseen: the facts of tables that a record states, and those about held-out entities.
     """
 
     def __init__(self, folders: Sequence[Path], settings: Settings) -> None:
         """Raises ValueError as `read_facts` does, and where nothing is found for any task."""
         self.settings, tasks = settings, [*dict.fromkeys(settings.tasks)]
         self.counts = {task: dict.fromkeys(DROPPED, 0) for task in tasks}
-        self._kept: dict[str, dict[int, dict[str, Any]]] = {task: {} for task in tasks}
+        self._kept: dict[str, dict[int, tuple[dict[str, Any], Fact | None]]] = {task: {} for task in tasks}
         self._order: dict[str, list[int]] = {task: [] for task in tasks}
         facts = read_facts(folders, settings.entity)
         held = {fact.name for fact in facts if is_held_out(fact.name, settings.held_out, settings.seed)}
@@ -158,7 +158,9 @@ class Signals:
             for document in read_corpus(folder):
                 self._add(document["source"], stated(document), settings.most_per_document)
         every = {number: record for kept in self._kept.values() for number, record in kept.items()}
-        self.records = [every[number] for number in sorted(every)]
+        self.records = [every[number][0] for number in sorted(every)]
+        told = {fact for _, fact in every.values()}
+        self.seen = [fact for fact in self.seen if fact in told]
         if not self.records:
             raise ValueError(f"nothing in {', '.join(map(str, folders))} gives a record of {', '.join(tasks)}")
 
@@ -177,8 +179,10 @@ class Signals:
             elif self._offer(one.task, asked, source, (one.where, one.start, one.output)) and most:
                 most -= 1
 
-    def _offer(self, task: str, asked: dict[str, str], source: str, stands: tuple[str, int, str]) -> bool:
-        """Keep a record that names nothing held out, if its number is among the smallest of its task."""
+    def _offer(
+        self, task: str, asked: dict[str, str], source: str, stands: tuple[str, int, str], fact: Fact | None = None
+    ) -> bool:
+        """Keep a record, which may state a fact, if it names nothing held out and is among the smallest of its task."""
         kept, order, counts = self._kept[task], self._order[task], self.counts[task]
         number, (where, start, text) = _number(self.settings.seed, *asked.values()), stands
         if self._held("\n".join(asked.values())):
@@ -188,7 +192,7 @@ class Signals:
             counts["alike"] += 1
             return True
         evidence = {"where": where, "start": start, "end": start + len(text)}
-        kept[number] = {**asked, "task": task, "source": source, "evidence": evidence}
+        kept[number] = {**asked, "task": task, "source": source, "evidence": evidence}, fact
         heapq.heappush(order, -number)
         if len(order) > self.settings.most_per_task:
             del kept[-heapq.heappop(order)]
@@ -216,7 +220,8 @@ class Signals:
             pairs = ((fact, question.listed, "", question.letter) for fact, question in questions)
         for fact, instruction, context, output in pairs:
             asked = {"instruction": instruction, "input": context, "output": prefix + output}
-            self._offer(task, asked, fact.source, (fact.where, fact.start, fact.value))
+            told = fact if task != "true_false" or output == "True" else None
+            self._offer(task, asked, fact.source, (fact.where, fact.start, fact.value), told)
 
     def questions(self, name: str) -> dict[str, Any]:
         """Multiple choice and statements about `seen` or `unseen` facts, in phrasings that no instruction has, in the
@@ -226,7 +231,7 @@ class Signals:
         groups = [self._groups(facts, size, rng, dict.fromkeys(DROPPED, 0)) for size in (NUM_OPTIONS, 2)]
         if not groups[0]:
             what = f"--questions: no property has {NUM_OPTIONS} values among the facts of {name} entities"
-            raise ValueError(f"{what} ({len(facts)} facts); another --held-out or larger tables would give some")
+            raise ValueError(f"{what} ({len(facts)} facts); another --held-out, larger tables or caps would give some")
         asked = [question for _, question in choices(groups[0], rng, tables.HELD_OUT_QUESTIONS)]
         said = [(text, word) for _, text, word in claims(groups[1], rng, STATEMENTS[3:])]
         return tables.as_npee(rng.sample(asked, len(asked)), rng.sample(said, len(said)))

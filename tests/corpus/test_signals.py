@@ -285,6 +285,17 @@ def test_held_out_entities_are_in_no_record(tmp_path, seed):
             assert name == "unseen" or not found.search(text)
 
 
+def test_seen_questions_ask_for_what_a_record_states(tmp_path):
+    (tmp_path / "t.csv").write_text("name,a\n" + "".join(f"m{n},{n % 7}\n" for n in range(400)))
+    for task in ("fact", "choice", "true_false"):
+        signals = Signals([tmp_path], Settings((task,), held_out=0, most_per_task=60))
+        records = [r for r in signals.records if r["output"] != "False"]
+        told = {re.search(r"[mM]\d+", r["instruction"] + r["input"])[0].casefold() for r in records}
+        assert {fact.name for fact in signals.seen} == told
+        asked = [re.search(r"[mM]\d+", text)[0] for text in signals.questions("seen")["choice"]["question"]]
+        assert {name.casefold() for name in asked} <= told
+
+
 def test_names_are_found_between_word_boundaries_only(tmp_path):
     from k2mini.corpus.signals import mentions
 
