@@ -18,7 +18,7 @@ from typing import Any
 
 from k2mini.corpus import signals_facts as tables
 from k2mini.corpus.shards import MANIFEST, read_corpus
-from k2mini.corpus.signals_facts import NUM_OPTIONS, STATEMENTS, Fact, blocks, choices, claims
+from k2mini.corpus.signals_facts import NUM_OPTIONS, STATEMENTS, Fact, blocks, choices, claims, plain
 from k2mini.corpus.signals_texts import Stated, stated
 
 # How a task is asked; {} is a term or a figure. Facts have the phrasings of `signals_facts`.
@@ -39,7 +39,7 @@ FRAMES = {task: frames.split(" | ") for task, frames in (line.split(": ") for li
 TASKS = (*FRAMES, "fact", "true_false", "choice")
 # Why something is no record; the last are facts that have no others of their property with other values.
 DROPPED = ("over the caps", "held out", "alike", "no distractors")
-WORD = re.compile(r"\w+")
+WORD, END = re.compile(r"\w+"), re.compile(r"(?:e?s)?(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,28 @@ def _number(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def is_held_out(name: str, percent: float, seed: int) -> bool:
     """Whether an entity is kept from tuning: its name, in any case, and the seed say so, nothing else."""
-    return _number("held out", seed, _plain(name)) % 10**6 < percent * 10**4
+    return _number("held out", seed, plain(name)) % 10**6 < percent * 10**4
 
 
 def mentions(names: Iterable[str]) -> Callable[[str], bool]:
-    """A function that says whether a text has one of the names, between word boundaries, in any case and spacing."""
-    known: dict[str, list[tuple[int, str]]] = {}
-    for name in {_plain(name) for name in names}:
+    """A function that says whether a text has one of the names, as `plain` gives them, between word boundaries; the
+    plurals with -s and -es count as well.
+    """
+    known: dict[str, dict[tuple[int, int], set[str]]] = {}  # of one first word there may be many names of few lengths
+    for name in map(plain, names):
         first = next(WORD.finditer(name))
-        known.setdefault(first[0], []).append((first.start(), name))
+        known.setdefault(first[0], {}).setdefault((first.start(), len(name)), set()).add(name)
 
     def found(text: str) -> bool:
-        text = _plain(text)
+        text = plain(text)
         for word in WORD.finditer(text) if known else ():
-            for before, name in known.get(word[0], ()):
-                end = (start := word.start() - before) + len(name)
-                if text[max(start, 0) : end] == name and not (WORD.match(name[-1]) and WORD.match(text, end)):
-                    return True
+            for first in {word[0], word[0].removesuffix("s"), word[0].removesuffix("es")}:
+                for (before, length), same in known.get(first, {}).items():
+                    end = (start := word.start() - before) + length
+                    if text[max(start, 0) : end] in same and (not WORD.match(text[end - 1]) or END.match(text, end)):
+                        return True
         return False
 
     return found

@@ -9,6 +9,7 @@ import csv
 import io
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,12 @@ HELD_OUT_QUESTIONS = (  # for evaluation alone
 NUM_OPTIONS = 4
 ENTITY = ("entity", "name", "term")  # the columns that may hold what a row is about
 CHUNK = 64  # facts among which options are drawn
+
+
+def plain(text: str) -> str:
+    """The text in any case, spacing and form of Unicode, with one kind of hyphen and dash."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).replace("\u00ad", "").split())
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,8 @@ class Fact:
         )
 
     def about(self) -> tuple[str, str]:
-        """Entity and property, in any case, whichever table states them."""
-        return self.name.casefold(), self.property.noun.casefold()
+        """Entity and property, as `plain` gives them, whichever table states them."""
+        return plain(self.name), plain(self.property.noun)
 
 
 def read_table(path: Path, entity: str | None = None) -> list[Fact]:

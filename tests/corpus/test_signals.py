@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 import tracemalloc
 from collections import Counter
 
@@ -305,6 +306,39 @@ def test_names_are_found_between_word_boundaries_only(tmp_path):
     assert [text for text in yes if not said(text)] == []
     assert [text for text in no if said(text)] == []
     assert not mentions([])("anything")
+    said = mentions(["\u00d6r\u00e6faj\u00f6kull volcano", "opal", "mid-ocean ridge"])
+    yes = ["O\u0308r\u00e6fajo\u0308kull\u00a0volcano", "two \u00d6r\u00e6faj\u00f6kull volcanoes", "Opals", "opal's"]
+    yes += ["Mid\u2010Ocean Ridge", "mid\u2011ocean ridges", "MID\u2013OCEAN RIDGE", "mid-oce\u00adan ridge"]
+    no = ["opalses", "opales-", "opalsx", "mid-ocean ridged"]
+    assert [text for text in yes if not said(text)] == []
+    assert [text for text in no if said(text)] == ["opales-"]
+    assert is_held_out("\u00d6r\u00e6fa", 50, 3) == is_held_out("O\u0308r\u00e6fa", 50, 3)
+
+
+def seconds(of, sizes):
+    """Processor time for inputs of two sizes."""
+    times = []
+    for size in sizes:
+        given, begun = of(size), time.process_time()
+        given()
+        times.append(time.process_time() - begun)
+    return times
+
+
+def test_a_number_of_names_takes_no_square_of_it():
+    """Names that share their first word: four times as many take four times as long, not sixteen."""
+    from k2mini.corpus.signals import mentions
+
+    def look(number):
+        names = [f"site {n}" for n in range(number)]
+        found = mentions(names)
+        return lambda: [found(f"at site {number + n}") or found(f"{name}x") for n, name in enumerate(names)]
+
+    short, long = seconds(look, (1500, 6000))
+    assert long < 9 * short
+    found = mentions([f"site {n}" for n in range(30000)])
+    assert found("at Site 29999.")
+    assert not found("at Site 30000.")
 
 
 @pytest.mark.parametrize("domain", ["geoscience", "general"])
