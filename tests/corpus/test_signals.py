@@ -437,6 +437,11 @@ def test_an_answer_begins_as_eval_is_told(folders):
         ("A moraine is a ridge of rock that a glacier leaves.", "moraine"),
         ("An oxbow lake is a lake that forms where a river leaves a bend.", "oxbow lake"),
         ("Mount Etna is a volcano in Sicily that erupts often.", "Mount Etna"),
+        ("Basalt is a dark rock that forms at approx. 1200 degrees in the crust.", None),
+        ("Moho is a boundary that was found by A. Mohorovicic in 1909.", None),
+        ("Andesite is a volcanic rock that is described by Gill et al. Andes have much.", None),
+        ("Crater Lake is a lake in the U.S. state of Oregon.", None),
+        ("Oil shale is a rock of which we know that St. Louis has much.", None),
         ("This is a mineral that we found in the north.", None),
         ("It is a mineral that we found in the north.", None),
         ("The rift is a valley that runs north for miles.", None),
@@ -473,6 +478,30 @@ def test_sections_are_cut_at_a_sentence_and_lists_are_left_out():
     assert section.output.endswith("says.")
     assert text[section.start :].startswith(section.output)
     assert list(stated({"text": ""})) == []
+
+
+def test_sections_do_not_end_in_an_abbreviation():
+    for last in ("as Gill et al. ", "as A. ", "as vs. ", "in approx. "):
+        text = "## Long\n\n" + "Rock is hard and old, it is said. " * 58 + last * 200
+        (section,) = [one for one in stated({"text": text}) if one.task == "section"]
+        assert section.output.endswith("it is said."), last
+
+
+def test_long_documents_take_no_square_of_their_length():
+    """Spaces after a heading's mark, and many figures: four times as much takes four times as long, not sixteen."""
+
+    def blank(number):
+        return lambda: [*stated({"text": f"# {' ' * number}\nx", "title": "t"})]
+
+    def figures(number):
+        text = "".join(f"## S{n}\n\nFigure {n} shows a thing. {'word ' * 40}\n\n" for n in range(number))
+        known = [{"label": f"Figure {n}", "caption": f"cap {n}"} for n in range(number)]
+        return lambda: [*stated({"text": text, "title": "t", "figures": known})]
+
+    assert len({one.start for one in figures(50)() if one.task == "figure"}) == 50
+    for given, size in ((blank, 10000), (figures, 100)):
+        short, long = seconds(given, (size, 4 * size))
+        assert long < 9 * short + 0.01, given
 
 
 def test_a_large_corpus_is_not_held(tmp_path):
