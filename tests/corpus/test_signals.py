@@ -504,6 +504,17 @@ def test_long_documents_take_no_square_of_their_length():
         assert long < 9 * short + 0.01, given
 
 
+def test_a_damaged_corpus_is_named(tmp_path, run):
+    folder = write_corpus(tmp_path / "corpus", [paper(0), paper(1, "Other.")])
+    shard = folder / "documents-00001.jsonl"
+    for damage in (b"", b'{"text": "Other."}\n', shard.read_bytes()[:-30]):
+        shard.write_bytes(damage)
+        status, _, err = run("signals", folder, "--out", tmp_path / "g.json")
+        assert (status, err.count("\n")) == (2, 1), err
+        assert f"{shard} is not as {folder / MANIFEST} says; make the corpus again" in err
+        assert not (tmp_path / "g.json").exists()
+
+
 def test_a_large_corpus_is_not_held(tmp_path):
     documents = [paper(n, BASALT.replace("young", f"young {n}"), title=f"Basalt, part {n}") for n in range(400)]
 
