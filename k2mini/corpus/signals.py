@@ -115,13 +115,13 @@ def read_facts(folders: Sequence[Path], entity: str | None = None) -> list[Fact]
         if not files and not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} is no folder with a corpus ({MANIFEST}) or tables (.csv, .tsv)")
         for fact in (fact for file in files for fact in tables.read_table(file, entity)):
-            facts.setdefault((*fact.about(), fact.value.casefold()), fact)
+            facts.setdefault((*fact.about(), tables.same(fact.value)), fact)
     return [*facts.values()]
 
 
 def _related(fact: Fact) -> list[Stated]:
     """What a fact of a glossary or thesaurus states; nothing where it is one of another table."""
-    task = next((task for task in ("synonym", "broader", "definition") if fact.about()[1].startswith(task)), None)
+    task = tables.RELATED.get(fact.about()[1])
     found = [Stated(task, "", fact.value, fact.where, fact.start, fact.name)] if task else []
     if task == "definition" and fact.name.casefold() not in fact.value.casefold():
         found.append(Stated("term", fact.value, fact.name, fact.named))

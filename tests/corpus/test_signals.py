@@ -504,6 +504,31 @@ def test_long_documents_take_no_square_of_their_length():
         assert long < 9 * short + 0.01, given
 
 
+def test_columns_of_glossaries_have_exact_names(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "name,definition_source,synonyms_count,Synonyms,broader_term\nquartz,USGS,3;4,rock crystal;silex,silicate\n"
+    )
+    records = Signals([tmp_path], Settings(held_out=0)).records
+    said = {(r["task"], r["evidence"]["where"], r["output"]) for r in records}
+    assert said == {("fact", "definition_source", "USGS"), ("fact", "synonyms_count", "3;4"),
+        ("synonym", "Synonyms", "rock crystal"), ("synonym", "Synonyms", "silex"),
+        ("broader", "broader_term", "silicate")}  # fmt: skip
+
+
+def test_equal_values_are_one(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "name,hardness\n" + "".join(f"m{n},{v}\n" for n, v in enumerate(["7", "7.0", "7.00", "6", "6.0", "5", "4"]))
+        + "m0,7.0\nn1,\u00e9tage\nn2,e\u0301tage\n", encoding="utf-8"
+    )  # fmt: skip
+    signals = Signals([tmp_path], Settings(("choice", "true_false", "fact"), held_out=0))
+    kept = [record for record in signals.records if record["task"] == "choice"]
+    assert kept
+    for record in kept:
+        values = [re.sub(r"\.0+", "", value).replace("e\u0301", "\u00e9") for value in options(record).values()]
+        assert len(set(values)) == 4, record
+    assert sum(record["task"] == "fact" for record in signals.records) == 9  # m0's 7.0 is no other value
+
+
 def test_a_damaged_corpus_is_named(tmp_path, run):
     folder = write_corpus(tmp_path / "corpus", [paper(0), paper(1, "Other.")])
     shard = folder / "documents-00001.jsonl"
