@@ -32,10 +32,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def _checked(directory: Path, shard: dict[str, Any]) -> Path:
+    if sha256(file := directory / shard["name"]) != shard["sha256"]:
+        raise ValueError(f"{file} is not as {directory / MANIFEST} says; make the corpus again")
+    return file
+
+
 def read_corpus(directory: Path) -> Iterator[dict[str, Any]]:
-    """The records of a corpus (see `Document.record`), in its order. Raises ValueError where the folder is none."""
+    """The records of a corpus (see `Document.record`), in its order. Raises ValueError where the folder is none
+    or a shard is not as its manifest says.
+    """
     for shard in read_manifest(directory)["shards"]:
-        with (directory / shard["name"]).open(encoding="utf-8") as file:
+        with _checked(directory, shard).open(encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
 
@@ -57,8 +65,8 @@ def corpora_of(files: Iterable[Path]) -> list[dict[str, Any]]:
     for folder in filter(is_corpus, sorted({file.parent for file in files})):
         manifest = read_manifest(folder)
         for shard in manifest["shards"]:
-            if (file := folder / shard["name"]) in files and sha256(file) != shard["sha256"]:
-                raise ValueError(f"{file} is not as {folder / MANIFEST} says; make the corpus again")
+            if folder / shard["name"] in files:
+                _checked(folder, shard)
         kept = ("fingerprint", "decontaminate", "contaminated")
         found.append({key: manifest.get(key) for key in kept})
     return found

@@ -18,7 +18,7 @@ from typing import Any
 
 from k2mini.corpus import signals_facts as tables
 from k2mini.corpus.shards import MANIFEST, read_corpus
-from k2mini.corpus.signals_facts import NUM_OPTIONS, STATEMENTS, Fact, blocks, choices, claims
+from k2mini.corpus.signals_facts import NUM_OPTIONS, STATEMENTS, Fact, blocks, choices, claims, plain
 from k2mini.corpus.signals_texts import Stated, stated
 
 # How a task is asked; {} is a term or a figure. Facts have the phrasings of `signals_facts`.
@@ -39,7 +39,7 @@ FRAMES = {task: frames.split(" | ") for task, frames in (line.split(": ") for li
 TASKS = (*FRAMES, "fact", "true_false", "choice")
 # Why something is no record; the last are facts that have no others of their property with other values.
 DROPPED = ("over the caps", "held out", "alike", "no distractors")
-WORD = re.compile(r"\w+")
+WORD, END = re.compile(r"\w+"), re.compile(r"(?:e?s)?(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,28 @@ def _number(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def is_held_out(name: str, percent: float, seed: int) -> bool:
     """Whether an entity is kept from tuning: its name, in any case, and the seed say so, nothing else."""
-    return _number("held out", seed, _plain(name)) % 10**6 < percent * 10**4
+    return _number("held out", seed, plain(name)) % 10**6 < percent * 10**4
 
 
 def mentions(names: Iterable[str]) -> Callable[[str], bool]:
-    """A function that says whether a text has one of the names, between word boundaries, in any case and spacing."""
-    known: dict[str, list[tuple[int, str]]] = {}
-    for name in {_plain(name) for name in names}:
+    """A function that says whether a text has one of the names, as `plain` gives them, between word boundaries; the
+    plurals with -s and -es count as well.
+    """
+    known: dict[str, dict[tuple[int, int], set[str]]] = {}  # of one first word there may be many names of few lengths
+    for name in map(plain, names):
         first = next(WORD.finditer(name))
-        known.setdefault(first[0], []).append((first.start(), name))
+        known.setdefault(first[0], {}).setdefault((first.start(), len(name)), set()).add(name)
 
     def found(text: str) -> bool:
-        text = _plain(text)
+        text = plain(text)
         for word in WORD.finditer(text) if known else ():
-            for before, name in known.get(word[0], ()):
-                end = (start := word.start() - before) + len(name)
-                if text[max(start, 0) : end] == name and not (WORD.match(name[-1]) and WORD.match(text, end)):
-                    return True
+            for first in {word[0], word[0].removesuffix("s"), word[0].removesuffix("es")}:
+                for (before, length), same in known.get(first, {}).items():
+                    end = (start := word.start() - before) + length
+                    if text[max(start, 0) : end] in same and (not WORD.match(text[end - 1]) or END.match(text, end)):
+                        return True
         return False
 
     return found
@@ -116,13 +115,13 @@ def read_facts(folders: Sequence[Path], entity: str | None = None) -> list[Fact]
         if not files and not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} is no folder with a corpus ({MANIFEST}) or tables (.csv, .tsv)")
         for fact in (fact for file in files for fact in tables.read_table(file, entity)):
-            facts.setdefault((*fact.about(), fact.value.casefold()), fact)
+            facts.setdefault((*fact.about(), tables.same(fact.value)), fact)
     return [*facts.values()]
 
 
 def _related(fact: Fact) -> list[Stated]:
     """What a fact of a glossary or thesaurus states; nothing where it is one of another table."""
-    task = next((task for task in ("synonym", "broader", "definition") if fact.about()[1].startswith(task)), None)
+    task = tables.RELATED.get(fact.about()[1])
     found = [Stated(task, "", fact.value, fact.where, fact.start, fact.name)] if task else []
     if task == "definition" and fact.name.casefold() not in fact.value.casefold():
         found.append(Stated("term", fact.value, fact.name, fact.named))
@@ -135,14 +134,14 @@ class Signals:
     Attributes:
         records: instructions, in an order that the seed mixes.
         counts: task -> one of `DROPPED` -> how many were.
-        seen, unseen: the facts of tables about which instructions ask, and those about held-out entities.
+        seen, unseen: the facts of tables that a record states, and those about held-out entities.
     """
 
     def __init__(self, folders: Sequence[Path], settings: Settings) -> None:
         """Raises ValueError as `read_facts` does, and where nothing is found for any task."""
         self.settings, tasks = settings, [*dict.fromkeys(settings.tasks)]
         self.counts = {task: dict.fromkeys(DROPPED, 0) for task in tasks}
-        self._kept: dict[str, dict[int, dict[str, Any]]] = {task: {} for task in tasks}
+        self._kept: dict[str, dict[int, tuple[dict[str, Any], Fact | None]]] = {task: {} for task in tasks}
         self._order: dict[str, list[int]] = {task: [] for task in tasks}
         facts = read_facts(folders, settings.entity)
         held = {fact.name for fact in facts if is_held_out(fact.name, settings.held_out, settings.seed)}
@@ -158,7 +157,9 @@ class Signals:
             for document in read_corpus(folder):
                 self._add(document["source"], stated(document), settings.most_per_document)
         every = {number: record for kept in self._kept.values() for number, record in kept.items()}
-        self.records = [every[number] for number in sorted(every)]
+        self.records = [every[number][0] for number in sorted(every)]
+        told = {fact for _, fact in every.values()}
+        self.seen = [fact for fact in self.seen if fact in told]
         if not self.records:
             raise ValueError(f"nothing in {', '.join(map(str, folders))} gives a record of {', '.join(tasks)}")
 
@@ -177,8 +178,10 @@ class Signals:
             elif self._offer(one.task, asked, source, (one.where, one.start, one.output)) and most:
                 most -= 1
 
-    def _offer(self, task: str, asked: dict[str, str], source: str, stands: tuple[str, int, str]) -> bool:
-        """Keep a record that names nothing held out, if its number is among the smallest of its task."""
+    def _offer(
+        self, task: str, asked: dict[str, str], source: str, stands: tuple[str, int, str], fact: Fact | None = None
+    ) -> bool:
+        """Keep a record, which may state a fact, if it names nothing held out and is among the smallest of its task."""
         kept, order, counts = self._kept[task], self._order[task], self.counts[task]
         number, (where, start, text) = _number(self.settings.seed, *asked.values()), stands
         if self._held("\n".join(asked.values())):
@@ -188,7 +191,7 @@ class Signals:
             counts["alike"] += 1
             return True
         evidence = {"where": where, "start": start, "end": start + len(text)}
-        kept[number] = {**asked, "task": task, "source": source, "evidence": evidence}
+        kept[number] = {**asked, "task": task, "source": source, "evidence": evidence}, fact
         heapq.heappush(order, -number)
         if len(order) > self.settings.most_per_task:
             del kept[-heapq.heappop(order)]
@@ -216,7 +219,8 @@ class Signals:
             pairs = ((fact, question.listed, "", question.letter) for fact, question in questions)
         for fact, instruction, context, output in pairs:
             asked = {"instruction": instruction, "input": context, "output": prefix + output}
-            self._offer(task, asked, fact.source, (fact.where, fact.start, fact.value))
+            told = fact if task != "true_false" or output == "True" else None
+            self._offer(task, asked, fact.source, (fact.where, fact.start, fact.value), told)
 
     def questions(self, name: str) -> dict[str, Any]:
         """Multiple choice and statements about `seen` or `unseen` facts, in phrasings that no instruction has, in the
@@ -226,7 +230,7 @@ class Signals:
         groups = [self._groups(facts, size, rng, dict.fromkeys(DROPPED, 0)) for size in (NUM_OPTIONS, 2)]
         if not groups[0]:
             what = f"--questions: no property has {NUM_OPTIONS} values among the facts of {name} entities"
-            raise ValueError(f"{what} ({len(facts)} facts); another --held-out or larger tables would give some")
+            raise ValueError(f"{what} ({len(facts)} facts); another --held-out, larger tables or caps would give some")
         asked = [question for _, question in choices(groups[0], rng, tables.HELD_OUT_QUESTIONS)]
         said = [(text, word) for _, text, word in claims(groups[1], rng, STATEMENTS[3:])]
         return tables.as_npee(rng.sample(asked, len(asked)), rng.sample(said, len(said)))

@@ -9,6 +9,7 @@ import csv
 import io
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,24 @@ HELD_OUT_QUESTIONS = (  # for evaluation alone
 )
 NUM_OPTIONS = 4
 ENTITY = ("entity", "name", "term")  # the columns that may hold what a row is about
+# The columns and properties of glossaries and thesauri: what they state.
+RELATED = {"synonym": "synonym", "synonyms": "synonym", "definition": "definition", "definitions": "definition"}
+RELATED |= dict.fromkeys(("broader", "broader term", "broader terms"), "broader")
 CHUNK = 64  # facts among which options are drawn
+
+
+def plain(text: str) -> str:
+    """The text in any case, spacing and form of Unicode, with one kind of hyphen and dash."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).replace("\u00ad", "").split())
+
+
+def same(value: str) -> str:
+    """What equal values have in common: the number they are, as 7 and 7.0 are one, or else their text as `plain`."""
+    try:
+        return str(float(value))
+    except ValueError:
+        return plain(value)
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,8 @@ class Fact:
         )
 
     def about(self) -> tuple[str, str]:
-        """Entity and property, in any case, whichever table states them."""
-        return self.name.casefold(), self.property.noun.casefold()
+        """Entity and property, as `plain` gives them, whichever table states them."""
+        return plain(self.name), plain(self.property.noun)
 
 
 def read_table(path: Path, entity: str | None = None) -> list[Fact]:
@@ -111,9 +129,10 @@ def read_table(path: Path, entity: str | None = None) -> list[Fact]:
             if long:
                 stated = [(cells[known["property"]], known["value"])]
             for noun, column in stated:
-                many = noun.lower().startswith(("synonym", "broader"))
+                about = Property(noun.replace("_", " "))
+                many = RELATED.get(plain(about.noun)) in ("synonym", "broader")
                 for part in re.finditer(r"[^;|\s][^;|]*" if many else r"(?s).+", cells[column]):
-                    about, key, value = Property(noun.replace("_", " ")), f"{path.stem}.{noun}", part[0].rstrip()
+                    key, value = f"{path.stem}.{noun}", part[0].rstrip()
                     facts.append(Fact("entity", cells[named], key, about, value, place, column, named, part.start()))
     except csv.Error as error:
         raise ValueError(f"{path}, line {line} is not valid CSV: {error}") from None
@@ -158,14 +177,14 @@ def blocks(facts: Sequence[Fact], size: int, rng: random.Random) -> list[list[Fa
     for fact in facts:
         if fact.about() not in true and "\n" not in fact.value:
             by_key.setdefault(fact.key, {})[fact.about()] = fact
-        true.setdefault(fact.about(), set()).add(fact.value.casefold())
+        true.setdefault(fact.about(), set()).add(same(fact.value))
     found = []
     for one in by_key.values():
         mixed = rng.sample([*one.values()], len(one))
         for begin in range(0, len(mixed), CHUNK):
             left: dict[str, list[Fact]] = {}
             for fact in mixed[begin : begin + CHUNK]:
-                left.setdefault(fact.value.casefold(), []).append(fact)
+                left.setdefault(same(fact.value), []).append(fact)
             while len(left) >= size:
                 values = draw({value: len(having) for value, having in left.items()}, size, rng)
                 group = [left[value].pop() for value in values]

@@ -6,21 +6,27 @@ These are tasks of GeoSignal, whose supervision is what papers already say (Deng
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from itertools import takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 MOST, FEWEST = 2000, 200  # characters of an output that is a piece of a section
-HEADING = re.compile(r"^#{1,6} +(.*\S)", re.MULTILINE)
+HEADING = re.compile(r"^#{1,6} +(\S.*)", re.MULTILINE)
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # in which # begins no heading
 NOT_SECTIONS = re.compile(  # nor the title
     r"(?i)[\d.\s]*(?:abstract|references|bibliography|acknowledge?ments?|contents|funding|author contributions|"
     r"(?:conflicts? of|competing) interests?|data availability)"
 )
+# The full stop of a sentence: none after an initial or an abbreviation.
+STOP = r"(?<!\b[A-Z])(?<!\b(?:ca|al|vs|No|St))(?<!\b(?:Fig|e\.g|i\.e))(?<!\bapprox)\.(?=[ \t]*$|[ \t]+[A-Z])"
+SENTENCES = re.compile(STOP, re.MULTILINE)
 # "Quartz is a mineral that …": a term of up to three words, then what it is, with something that tells it from others.
 DEFINITION = re.compile(
     r"(?:^|(?<=[.!?] ))(?P<said>(?:An? )?(?P<term>[A-Za-z][a-z-]{2,}(?: [A-Za-z-]{3,}){0,2}) is "
-    r"(?P<what>an? (?P<first>[a-z-]+)[^.!?:;()\[\]\n]{20,300}\.))(?=\s|$)",
+    rf"(?P<what>an? (?P<first>[a-z-]+)[^.!?:;()\[\]\n]{{20,300}}{STOP}))",
     re.MULTILINE,
 )
 TELLS = re.compile(r" (?:that|which|whose|where|of|in|with|from|between|formed|composed|made|consisting|used) ")
@@ -68,9 +74,10 @@ def stated(document: dict[str, Any]) -> Iterator[Stated]:
     for heading, start, end in sections:
         if (cut := _cut(text, start, end)) > start:
             yield Stated("section", f"{title}: {heading}" if title else heading, text[start:cut], "text", start)
-    for number, figure in enumerate(document.get("figures", [])):
-        label, caption = figure.get("label", ""), figure.get("caption", "")
-        if caption and (found := _refers(text, sections, label, caption)):
+    figures = [(figure.get("label", ""), figure.get("caption", "")) for figure in document.get("figures", [])]
+    references = _references(text, {label for label, _ in figures}) if sections else {}
+    for number, (label, caption) in enumerate(figures):
+        if caption and (found := _refers(text, sections, references.get(label.casefold(), []), label, caption)):
             yield Stated("caption", text[slice(*found)], caption, f"figures.{number}.caption", 0, label)
             yield Stated("figure", f"{label}: {caption}", text[slice(*found)], "text", found[0], label)
 
@@ -80,15 +87,16 @@ def _sections(text: str, title: str) -> Iterator[tuple[str, int, int]]:
     marks = [*HEADING.finditer(FENCE.sub(lambda fence: " " * len(fence[0]), text))]
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     for mark, end in zip(marks, ends, strict=False):
-        if mark[1] != title and not NOT_SECTIONS.fullmatch(mark[1]):
+        if (heading := mark[1].rstrip()) != title and not NOT_SECTIONS.fullmatch(heading):
             body = text[mark.end() : end]
-            yield mark[1], end - len(body.lstrip()), mark.end() + len(body.rstrip())
+            yield heading, end - len(body.lstrip()), mark.end() + len(body.rstrip())
 
 
 def _cut(text: str, start: int, end: int) -> int:
     """The end of a piece that begins a section and ends with a sentence or paragraph; `start` where there is none."""
     if end - start > MOST:
-        end = max(text.rfind("\n\n", start, start + MOST), text.rfind(". ", start, start + MOST) + 1)
+        stops = takewhile(lambda stop: stop <= start + MOST, (stop.end() for stop in SENTENCES.finditer(text, start)))
+        end = max([text.rfind("\n\n", start, start + MOST), *stops])
     return start if end - start < FEWEST else end
 
 
@@ -101,16 +109,30 @@ def _definitions(text: str) -> Iterator[Stated]:
             yield Stated("term", what, term, "text", match.start("term"))
 
 
-def _refers(text: str, sections: list[tuple[str, int, int]], label: str, caption: str) -> tuple[int, int] | None:
+def _references(text: str, labels: set[str]) -> dict[str, list[tuple[int, int]]]:
+    """Label in lower case -> start and end of the words that refer to it, all found in one pass for each kind."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    numbers: dict[str, set[str]] = {}
+    for kind, _, number in (label.casefold().rpartition(" ") for label in labels):
+        numbers.setdefault(kind, set()).add(number)
+    for kind in filter(None, numbers):
+        kinds = r"fig(?:ure)?s?\.?" if kind == "figure" else re.escape(kind) + "s?"
+        known = "|".join(map(re.escape, sorted(numbers[kind], key=len, reverse=True)))
+        for match in re.finditer(rf"(?i)\b{kinds}\s+({known})(?!\w|\.\d)", text):
+            found.setdefault(f"{kind} {match[1].casefold()}", []).append(match.span())
+    return found
+
+
+def _refers(
+    text: str, sections: list[tuple[str, int, int]], references: list[tuple[int, int]], label: str, caption: str
+) -> tuple[int, int] | None:
     """Start and end of the first paragraph of a section that refers to a figure and is not its caption."""
-    kind, _, number = label.rpartition(" ")
-    kinds = r"fig(?:ure)?s?\.?" if kind.casefold() == "figure" else re.escape(kind) + "s?"
-    for match in re.finditer(rf"(?i)\b{kinds}\s+{re.escape(number)}(?!\w|\.\d)", text) if kind else ():
-        for _, begin, end in sections:
-            if begin <= match.start() < end:
-                start = max(begin, text.rfind("\n\n", begin, match.start()) + 2)
-                stop = text.find("\n\n", match.end(), end)
-                piece = text[start : end if stop < 0 else stop].rstrip()
-                if caption not in piece and not piece.startswith(f"{label}:") and len(piece) <= MOST:
-                    return start, start + len(piece)
+    for first, last in references:
+        _, begin, end = sections[max(0, bisect_right(sections, first, key=itemgetter(1)) - 1)]
+        if begin <= first < end:
+            start = max(begin, text.rfind("\n\n", begin, first) + 2)
+            stop = text.find("\n\n", last, end)
+            piece = text[start : end if stop < 0 else stop].rstrip()
+            if len(piece) <= MOST and caption not in piece and not piece.startswith(f"{label}:"):
+                return start, start + len(piece)
     return None

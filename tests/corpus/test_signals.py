@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 import tracemalloc
 from collections import Counter
 
@@ -285,6 +286,17 @@ def test_held_out_entities_are_in_no_record(tmp_path, seed):
             assert name == "unseen" or not found.search(text)
 
 
+def test_seen_questions_ask_for_what_a_record_states(tmp_path):
+    (tmp_path / "t.csv").write_text("name,a\n" + "".join(f"m{n},{n % 7}\n" for n in range(400)))
+    for task in ("fact", "choice", "true_false"):
+        signals = Signals([tmp_path], Settings((task,), held_out=0, most_per_task=60))
+        records = [r for r in signals.records if r["output"] != "False"]
+        told = {re.search(r"[mM]\d+", r["instruction"] + r["input"])[0].casefold() for r in records}
+        assert {fact.name for fact in signals.seen} == told
+        asked = [re.search(r"[mM]\d+", text)[0] for text in signals.questions("seen")["choice"]["question"]]
+        assert {name.casefold() for name in asked} <= told
+
+
 def test_names_are_found_between_word_boundaries_only(tmp_path):
     from k2mini.corpus.signals import mentions
 
@@ -294,6 +306,39 @@ def test_names_are_found_between_word_boundaries_only(tmp_path):
     assert [text for text in yes if not said(text)] == []
     assert [text for text in no if said(text)] == []
     assert not mentions([])("anything")
+    said = mentions(["\u00d6r\u00e6faj\u00f6kull volcano", "opal", "mid-ocean ridge"])
+    yes = ["O\u0308r\u00e6fajo\u0308kull\u00a0volcano", "two \u00d6r\u00e6faj\u00f6kull volcanoes", "Opals", "opal's"]
+    yes += ["Mid\u2010Ocean Ridge", "mid\u2011ocean ridges", "MID\u2013OCEAN RIDGE", "mid-oce\u00adan ridge"]
+    no = ["opalses", "opales-", "opalsx", "mid-ocean ridged"]
+    assert [text for text in yes if not said(text)] == []
+    assert [text for text in no if said(text)] == ["opales-"]
+    assert is_held_out("\u00d6r\u00e6fa", 50, 3) == is_held_out("O\u0308r\u00e6fa", 50, 3)
+
+
+def seconds(of, sizes):
+    """Processor time for inputs of two sizes."""
+    times = []
+    for size in sizes:
+        given, begun = of(size), time.process_time()
+        given()
+        times.append(time.process_time() - begun)
+    return times
+
+
+def test_a_number_of_names_takes_no_square_of_it():
+    """Names that share their first word: four times as many take four times as long, not sixteen."""
+    from k2mini.corpus.signals import mentions
+
+    def look(number):
+        names = [f"site {n}" for n in range(number)]
+        found = mentions(names)
+        return lambda: [found(f"at site {number + n}") or found(f"{name}x") for n, name in enumerate(names)]
+
+    short, long = seconds(look, (1500, 6000))
+    assert long < 9 * short
+    found = mentions([f"site {n}" for n in range(30000)])
+    assert found("at Site 29999.")
+    assert not found("at Site 30000.")
 
 
 @pytest.mark.parametrize("domain", ["geoscience", "general"])
@@ -392,6 +437,11 @@ def test_an_answer_begins_as_eval_is_told(folders):
         ("A moraine is a ridge of rock that a glacier leaves.", "moraine"),
         ("An oxbow lake is a lake that forms where a river leaves a bend.", "oxbow lake"),
         ("Mount Etna is a volcano in Sicily that erupts often.", "Mount Etna"),
+        ("Basalt is a dark rock that forms at approx. 1200 degrees in the crust.", None),
+        ("Moho is a boundary that was found by A. Mohorovicic in 1909.", None),
+        ("Andesite is a volcanic rock that is described by Gill et al. Andes have much.", None),
+        ("Crater Lake is a lake in the U.S. state of Oregon.", None),
+        ("Oil shale is a rock of which we know that St. Louis has much.", None),
         ("This is a mineral that we found in the north.", None),
         ("It is a mineral that we found in the north.", None),
         ("The rift is a valley that runs north for miles.", None),
@@ -428,6 +478,66 @@ def test_sections_are_cut_at_a_sentence_and_lists_are_left_out():
     assert section.output.endswith("says.")
     assert text[section.start :].startswith(section.output)
     assert list(stated({"text": ""})) == []
+
+
+def test_sections_do_not_end_in_an_abbreviation():
+    for last in ("as Gill et al. ", "as A. ", "as vs. ", "in approx. "):
+        text = "## Long\n\n" + "Rock is hard and old, it is said. " * 58 + last * 200
+        (section,) = [one for one in stated({"text": text}) if one.task == "section"]
+        assert section.output.endswith("it is said."), last
+
+
+def test_long_documents_take_no_square_of_their_length():
+    """Spaces after a heading's mark, and many figures: four times as much takes four times as long, not sixteen."""
+
+    def blank(number):
+        return lambda: [*stated({"text": f"# {' ' * number}\nx", "title": "t"})]
+
+    def figures(number):
+        text = "".join(f"## S{n}\n\nFigure {n} shows a thing. {'word ' * 40}\n\n" for n in range(number))
+        known = [{"label": f"Figure {n}", "caption": f"cap {n}"} for n in range(number)]
+        return lambda: [*stated({"text": text, "title": "t", "figures": known})]
+
+    assert len({one.start for one in figures(50)() if one.task == "figure"}) == 50
+    for given, size in ((blank, 10000), (figures, 100)):
+        short, long = seconds(given, (size, 4 * size))
+        assert long < 9 * short + 0.01, given
+
+
+def test_columns_of_glossaries_have_exact_names(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "name,definition_source,synonyms_count,Synonyms,broader_term\nquartz,USGS,3;4,rock crystal;silex,silicate\n"
+    )
+    records = Signals([tmp_path], Settings(held_out=0)).records
+    said = {(r["task"], r["evidence"]["where"], r["output"]) for r in records}
+    assert said == {("fact", "definition_source", "USGS"), ("fact", "synonyms_count", "3;4"),
+        ("synonym", "Synonyms", "rock crystal"), ("synonym", "Synonyms", "silex"),
+        ("broader", "broader_term", "silicate")}  # fmt: skip
+
+
+def test_equal_values_are_one(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "name,hardness\n" + "".join(f"m{n},{v}\n" for n, v in enumerate(["7", "7.0", "7.00", "6", "6.0", "5", "4"]))
+        + "m0,7.0\nn1,\u00e9tage\nn2,e\u0301tage\n", encoding="utf-8"
+    )  # fmt: skip
+    signals = Signals([tmp_path], Settings(("choice", "true_false", "fact"), held_out=0))
+    kept = [record for record in signals.records if record["task"] == "choice"]
+    assert kept
+    for record in kept:
+        values = [re.sub(r"\.0+", "", value).replace("e\u0301", "\u00e9") for value in options(record).values()]
+        assert len(set(values)) == 4, record
+    assert sum(record["task"] == "fact" for record in signals.records) == 9  # m0's 7.0 is no other value
+
+
+def test_a_damaged_corpus_is_named(tmp_path, run):
+    folder = write_corpus(tmp_path / "corpus", [paper(0), paper(1, "Other.")])
+    shard = folder / "documents-00001.jsonl"
+    for damage in (b"", b'{"text": "Other."}\n', shard.read_bytes()[:-30]):
+        shard.write_bytes(damage)
+        status, _, err = run("signals", folder, "--out", tmp_path / "g.json")
+        assert (status, err.count("\n")) == (2, 1), err
+        assert f"{shard} is not as {folder / MANIFEST} says; make the corpus again" in err
+        assert not (tmp_path / "g.json").exists()
 
 
 def test_a_large_corpus_is_not_held(tmp_path):
