@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -88,12 +89,6 @@ def convert(
         write_meta(source, config, out, tokenizer, force=force, inputs=inputs)
         return
 
-    def write(source: Source, beside: Path, shard_bytes: int) -> Written:
-        written = (write_weights if kind == "hf" else write_bin)(source, beside, shard_bytes)
-        if full is None:
-            return written
-        return replace(written, note={"quantized_from": full, "fingerprint": ModelDirectory(beside).fingerprint()})
-
     save_model(
         source,
         config,
@@ -102,8 +97,16 @@ def convert(
         shard_bytes=shard_bytes,
         force=force,
         inputs=inputs,
-        write=write,
+        write=partial(_write, kind, full),
     )
+
+
+def _write(kind: str, full: str | None, source: Source, beside: Path, shard_bytes: int) -> Written:
+    """Write the weights and, of quantised ones, note the fingerprints: theirs, and that of the model they came from."""
+    written = (write_weights if kind == "hf" else write_bin)(source, beside, shard_bytes)
+    if full is None:
+        return written
+    return replace(written, note={"quantized_from": full, "fingerprint": ModelDirectory(beside).fingerprint()})
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
