@@ -78,4 +78,6 @@ def run_signals(options: argparse.Namespace) -> None:
     for task, numbers in counts.items():
         said = [f"{number} {what}" for what, number in numbers.items() if number]
         log.info("%s: %s", task, ", ".join(said) or "no source states any")
+    for name, number in signals.blocked.most_common(1):
+        log.info("held out: %s alone keeps out %d records that name it", name, number)
     print(json.dumps(counts) if options.json else options.out)

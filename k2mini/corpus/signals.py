@@ -47,7 +47,7 @@ class Settings:
     """What is asked and how often. Raises ValueError, naming the option, where a value makes no sense.
 
     Attributes:
-        held_out: percent of the tables' entities, which no record names.
+        held_out: percent of the entities of facts (glossaries aside), which no record names.
         phrasings: how often a fact is asked for, at most, each time in another phrasing.
         entity: the column of a table that says what a row is about, where it has no usual name.
         answer_prefix: what the outputs of `fact`, `true_false` and `choice` begin with, as in `k2mini eval`.
@@ -82,8 +82,8 @@ def is_held_out(name: str, percent: float, seed: int) -> bool:
     return _number("held out", seed, plain(name)) % 10**6 < percent * 10**4
 
 
-def mentions(names: Iterable[str]) -> Callable[[str], bool]:
-    """A function that says whether a text has one of the names, as `plain` gives them, between word boundaries; the
+def mentions(names: Iterable[str]) -> Callable[[str], str]:
+    """A function that gives the first of the names that a text has, or nothing, as `plain` gives them, between word boundaries; the
     plurals with -s and -es count as well.
     """
     known: dict[str, dict[tuple[int, int], set[str]]] = {}  # of one first word there may be many names of few lengths
@@ -91,15 +91,15 @@ def mentions(names: Iterable[str]) -> Callable[[str], bool]:
         first = next(WORD.finditer(name))
         known.setdefault(first[0], {}).setdefault((first.start(), len(name)), set()).add(name)
 
-    def found(text: str) -> bool:
+    def found(text: str) -> str:
         text = plain(text)
         for word in WORD.finditer(text) if known else ():
-            for first in {word[0], word[0].removesuffix("s"), word[0].removesuffix("es")}:
+            for first in (word[0], word[0].removesuffix("s"), word[0].removesuffix("es")):
                 for (before, length), same in known.get(first, {}).items():
                     end = (start := word.start() - before) + length
                     if text[max(start, 0) : end] in same and (not WORD.match(text[end - 1]) or END.match(text, end)):
-                        return True
-        return False
+                        return text[start:end]
+        return ""
 
     return found
 
@@ -134,6 +134,7 @@ class Signals:
     Attributes:
         records: instructions, in an order that the seed mixes.
         counts: task -> one of `DROPPED` -> how many were.
+        blocked: a held-out entity -> how many records are left out because they name it first.
         seen, unseen: the facts of tables that a record states, and those about held-out entities.
     """
 
@@ -144,14 +145,14 @@ class Signals:
         self._kept: dict[str, dict[int, tuple[dict[str, Any], Fact | None]]] = {task: {} for task in tasks}
         self._order: dict[str, list[int]] = {task: [] for task in tasks}
         facts = read_facts(folders, settings.entity)
-        held = {fact.name for fact in facts if is_held_out(fact.name, settings.held_out, settings.seed)}
-        self._held, plain = mentions(held), [fact for fact in facts if not _related(fact)]
-        self.unseen = [fact for fact in plain if fact.name in held]
-        self.seen = [fact for fact in plain if not self._held(f"{fact.name} {fact.property.noun} {fact.value}")]
+        own = [fact for fact in facts if not _related(fact)]
+        self.unseen = [fact for fact in own if is_held_out(fact.name, settings.held_out, settings.seed)]
+        self._held, self.blocked = mentions(fact.name for fact in self.unseen), Counter[str]()
+        self.seen = [fact for fact in own if not self._held(f"{fact.name} {fact.property.noun} {fact.value}")]
         for fact in facts:
             self._add(fact.source, _related(fact))
         for task in (task for task in tasks if task not in FRAMES):
-            self.counts[task]["held out"] += len(plain) - len(self.seen)
+            self.counts[task]["held out"] += len(own) - len(self.seen)
             self._ask(task, random.Random(f"{settings.seed}/{task}"))
         for folder in (folder for folder in folders if (folder / MANIFEST).is_file()):
             for document in read_corpus(folder):
@@ -184,8 +185,9 @@ class Signals:
         """Keep a record, which may state a fact, if it names nothing held out and is among the smallest of its task."""
         kept, order, counts = self._kept[task], self._order[task], self.counts[task]
         number, (where, start, text) = _number(self.settings.seed, *asked.values()), stands
-        if self._held("\n".join(asked.values())):
+        if name := self._held("\n".join(asked.values())):
             counts["held out"] += 1
+            self.blocked[name] += 1
             return False
         if number in kept:
             counts["alike"] += 1

@@ -504,6 +504,18 @@ def test_long_documents_take_no_square_of_their_length():
         assert long < 9 * short + 0.01, given
 
 
+def test_only_entities_of_facts_are_held_out_and_the_commonest_is_named(tmp_path, run):
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "a.csv").write_text("term,definition\n" + "".join(f"t{n},A thing of kind {n}.\n" for n in range(99)))
+    assert Signals([tables], Settings(held_out=50)).counts["definition"]["held out"] == 0
+    (tables / "b.csv").write_text("name,age\nin,7\niron,8\n")
+    seed = next(seed for seed in range(99) if [is_held_out(n, 20, seed) for n in ("in", "iron")] == [True, False])
+    corpus = write_corpus(tmp_path / "corpus", [paper(n, title=f"T{n}", abstract=f"Ore in {n}.") for n in range(9)])
+    given = ("--seed", seed, "--held-out", 20, "--tasks", "title", "fact", "--out", tmp_path / "g.json")
+    assert "k2mini: held out: in alone keeps out 9 records" in run("signals", corpus, tables, *given)[2]
+
+
 def test_columns_of_glossaries_have_exact_names(tmp_path):
     (tmp_path / "t.csv").write_text(
         "name,definition_source,synonyms_count,Synonyms,broader_term\nquartz,USGS,3;4,rock crystal;silex,silicate\n"
