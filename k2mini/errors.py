@@ -106,6 +106,8 @@ def sentence(error: Exception) -> str | None:
         words = next(iter(str(error).splitlines()), "")
         remedy = notes[-1] if notes else "use a smaller batch, less context or a smaller model"
         return f"not enough memory{words and f' ({words})'}; {remedy}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib's, before Python 3.13
+        return f"{str(error).removeprefix('Symlink loop from ')} is a link to itself"
     if isinstance(error, RecursionError):
         return "something that was read is nested too deeply"
     if isinstance(error, OverflowError):

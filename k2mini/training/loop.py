@@ -193,9 +193,8 @@ class Metrics:
         if not self._writes:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / FILE).touch()
-        for path in filter(Path.exists, (self._folder / FILE, self._folder / SAMPLES)):
-            kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+        for path in (self._folder / FILE, *filter(Path.exists, [self._folder / SAMPLES])):
+            kept = [entry for entry in (read_metrics(path) if path.exists() else []) if entry["step"] <= step]
             write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if run.tensorboard or run.wandb:
             self._boards = open_boards(run, step)
