@@ -7,7 +7,6 @@ import pytest
 from tests.faults import mutate
 from tests.faults.world import said
 
-
 FOUND = [2558, 5751]  # what the campaign of 10,000 found, and was mended
 
 
@@ -22,4 +21,4 @@ def test_mutated_files(forks, template, tmp_path, number):
             bad.append(f"{case}\n    {verdict}: {said(end)}")
     for target, found in sorted(counts.items()):
         print(f"{target:45}", ", ".join(f"{count} {verdict}" for verdict, count in found.most_common()))
-    assert not bad, f"{len(bad)} of {sum(map(Counter.total, counts.values()))}; python -m tests.faults.mutate SEED shows one\n" + "\n".join(bad)
+    assert not bad, f"{len(bad)} are bad; python -m tests.faults.mutate SEED shows one\n" + "\n".join(bad)
