@@ -83,8 +83,8 @@ def is_held_out(name: str, percent: float, seed: int) -> bool:
 
 
 def mentions(names: Iterable[str]) -> Callable[[str], str]:
-    """A function that gives the first of the names that a text has, or nothing, as `plain` gives them, between word boundaries; the
-    plurals with -s and -es count as well.
+    """A function that gives the first of the names that a text has at word boundaries, as `plain` gives it, or nothing;
+    the plurals with -s and -es count as well.
     """
     known: dict[str, dict[tuple[int, int], set[str]]] = {}  # of one first word there may be many names of few lengths
     for name in map(plain, names):
