@@ -3,7 +3,6 @@
 import random
 import re
 import sys
-import time
 from collections import Counter
 
 import pytest
@@ -149,10 +148,8 @@ def test_a_document_that_is_far_too_long_is_looked_at_no_further(monkeypatch):
 
 
 def test_lines_of_spaces_take_no_time():
-    """As a layout of text has them; each more cost as much as all before it."""
-    start = time.process_time()
-    assert prose(f"a\n{' ' * 20_000}b\n{' ' * 20_000}\n") == f"a\n{' ' * 20_000}b"
-    assert time.process_time() - start < 1
+    """As a layout of text has them; where each costs as much as all before it, these take an hour."""
+    assert prose(f"a\n{' ' * 400_000}b\n{' ' * 400_000}\n") == f"a\n{' ' * 400_000}b"
 
 
 def test_mojibake():

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import shutil
-import time
 import tracemalloc
 from collections import Counter
 
@@ -315,30 +314,12 @@ def test_names_are_found_between_word_boundaries_only(tmp_path):
     assert is_held_out("\u00d6r\u00e6fa", 50, 3) == is_held_out("O\u0308r\u00e6fa", 50, 3)
 
 
-def seconds(of, sizes):
-    """Processor time for inputs of two sizes."""
-    times = []
-    for size in sizes:
-        given, begun = of(size), time.process_time()
-        given()
-        times.append(time.process_time() - begun)
-    return times
-
-
 def test_a_number_of_names_takes_no_square_of_it():
-    """Names that share their first word: four times as many take four times as long, not sixteen."""
+    """Names that share their first word: all of them for each text would take minutes."""
     from k2mini.corpus.signals import mentions
 
-    def look(number):
-        names = [f"site {n}" for n in range(number)]
-        found = mentions(names)
-        return lambda: [found(f"at site {number + n}") or found(f"{name}x") for n, name in enumerate(names)]
-
-    short, long = seconds(look, (1500, 6000))
-    assert long < 9 * short
     found = mentions([f"site {n}" for n in range(30000)])
-    assert found("at Site 29999.")
-    assert not found("at Site 30000.")
+    assert sum(bool(found(f"at Site {n}.")) for n in range(60000)) == 30000
 
 
 @pytest.mark.parametrize("domain", ["geoscience", "general"])
@@ -488,20 +469,15 @@ def test_sections_do_not_end_in_an_abbreviation():
 
 
 def test_long_documents_take_no_square_of_their_length():
-    """Spaces after a heading's mark, and many figures: four times as much takes four times as long, not sixteen."""
-
-    def blank(number):
-        return lambda: [*stated({"text": f"# {' ' * number}\nx", "title": "t"})]
+    """Spaces after a heading's mark, and many figures: looked at anew for each, they would take minutes."""
 
     def figures(number):
         text = "".join(f"## S{n}\n\nFigure {n} shows a thing. {'word ' * 40}\n\n" for n in range(number))
         known = [{"label": f"Figure {n}", "caption": f"cap {n}"} for n in range(number)]
-        return lambda: [*stated({"text": text, "title": "t", "figures": known})]
+        return stated({"text": text, "title": "t", "figures": known})
 
-    assert len({one.start for one in figures(50)() if one.task == "figure"}) == 50
-    for given, size in ((blank, 10000), (figures, 100)):
-        short, long = seconds(given, (size, 4 * size))
-        assert long < 9 * short + 0.01, given
+    assert [*stated({"text": f"# {' ' * 100_000}\nx", "title": "t"})] == []
+    assert len({one.start for one in figures(1500) if one.task == "figure"}) == 1500
 
 
 def test_only_entities_of_facts_are_held_out_and_the_commonest_is_named(tmp_path, run):
