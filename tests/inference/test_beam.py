@@ -74,8 +74,8 @@ def test_all_shapes(shape):
 def test_widths_and_constraints(width, sampling):
     model = tiny_llama(tiny_config(num_kv_heads=2))
     beams = Beams(width, num_return_sequences=width)
-    ours = beam_search(model, PROMPTS[2:3], Decoding(20, sampling, beams=beams), stop_ids=[7])
-    assert_same(ours, theirs(to_transformers(model), PROMPTS[2:3], eos=[7], new=20, beams=beams, sampling=sampling))
+    ours = beam_search(model, PROMPTS[2:3], Decoding(32, sampling, beams=beams), stop_ids=[7])
+    assert_same(ours, theirs(to_transformers(model), PROMPTS[2:3], eos=[7], new=32, beams=beams, sampling=sampling))
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}], ids=str)
@@ -119,8 +119,8 @@ def test_the_real_model(real_model):
         tokenizer.encode(text, bos=True, eos=False) for text in ("Granite is a rock that", "Plates move because")
     ]
     beams, sampling = Beams(4, num_return_sequences=4), Sampling(no_repeat_ngram_size=2)
-    ours = [beam_search(model, [p], Decoding(20, sampling, beams=beams), stop_ids=[2])[0] for p in prompts]
-    expected = [theirs(reference, [p], eos=[2], new=20, beams=beams, sampling=sampling)[0] for p in prompts]
+    ours = [beam_search(model, [p], Decoding(32, sampling, beams=beams), stop_ids=[2])[0] for p in prompts]
+    expected = [theirs(reference, [p], eos=[2], new=32, beams=beams, sampling=sampling)[0] for p in prompts]
     assert_same(ours, expected)
     greedy = reference.generate(
         torch.tensor([prompts[0]]), max_new_tokens=32, do_sample=False, eos_token_id=2, pad_token_id=0, num_beams=1
