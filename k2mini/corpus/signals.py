@@ -37,8 +37,9 @@ broader: Give a broader term for {}. | Which more general term covers {}? | To w
 """
 FRAMES = {task: frames.split(" | ") for task, frames in (line.split(": ") for line in _FRAMES.strip().splitlines())}
 TASKS = (*FRAMES, "fact", "true_false", "choice")
-# Why something is no record; the last are facts that have no others of their property with other values.
-DROPPED = ("over the caps", "held out", "alike", "no distractors")
+# Why something is no record; the last are facts whose entity has several values of the property, and facts that have no
+# others of their property with other values.
+DROPPED = ("over the caps", "held out", "alike", "several answers", "no distractors")
 WORD, END = re.compile(r"\w+"), re.compile(r"(?:e?s)?(?!\w)")
 
 
@@ -75,6 +76,10 @@ class Settings:
 def _number(*parts: object) -> int:
     """64 bits that follow from the parts."""
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+
+
+def _evidence(where: str, start: int, text: str) -> dict[str, Any]:
+    return {"where": where, "start": start, "end": start + len(text)}
 
 
 def is_held_out(name: str, percent: float, seed: int) -> bool:
@@ -156,7 +161,7 @@ class Signals:
             self._ask(task, random.Random(f"{settings.seed}/{task}"))
         for folder in (folder for folder in folders if (folder / MANIFEST).is_file()):
             for document in read_corpus(folder):
-                self._add(document["source"], stated(document), settings.most_per_document)
+                self._add(document["source"], stated(document), settings.most_per_document, sha256=document["sha256"])
         every = {number: record for kept in self._kept.values() for number, record in kept.items()}
         self.records = [every[number][0] for number in sorted(every)]
         told = {fact for _, fact in every.values()}
@@ -164,8 +169,11 @@ class Signals:
         if not self.records:
             raise ValueError(f"nothing in {', '.join(map(str, folders))} gives a record of {', '.join(tasks)}")
 
-    def _add(self, source: str, found: Iterable[Stated], most: int | None = None) -> None:
-        """Keep what one document or cell states, at most so many records of it, drawn by the seed: a task in turn."""
+    def _add(self, source: str, found: Iterable[Stated], most: int | None = None, **known: str) -> None:
+        """Keep what one document or cell states, at most so many records of it, drawn by the seed: a task in turn.
+
+        `known`: what tells the document from others of its name, for the evidence.
+        """
         turns: Counter[str] = Counter()
         drawn = []
         for number, one in sorted((_number(self.settings.seed, *one), one) for one in found if one.task in self.counts):
@@ -176,15 +184,15 @@ class Signals:
             asked = {"instruction": frame.replace("{}", one.asked), "input": one.input, "output": one.output}
             if most == 0:
                 self.counts[one.task]["over the caps"] += 1
-            elif self._offer(one.task, asked, source, (one.where, one.start, one.output)) and most:
+            elif self._offer(one.task, asked, source, _evidence(one.where, one.start, one.output) | known) and most:
                 most -= 1
 
     def _offer(
-        self, task: str, asked: dict[str, str], source: str, stands: tuple[str, int, str], fact: Fact | None = None
+        self, task: str, asked: dict[str, str], source: str, evidence: dict[str, Any], fact: Fact | None = None
     ) -> bool:
         """Keep a record, which may state a fact, if it names nothing held out and is among the smallest of its task."""
         kept, order, counts = self._kept[task], self._order[task], self.counts[task]
-        number, (where, start, text) = _number(self.settings.seed, *asked.values()), stands
+        number = _number(self.settings.seed, *asked.values())
         if name := self._held("\n".join(asked.values())):
             counts["held out"] += 1
             self.blocked[name] += 1
@@ -192,7 +200,6 @@ class Signals:
         if number in kept:
             counts["alike"] += 1
             return True
-        evidence = {"where": where, "start": start, "end": start + len(text)}
         kept[number] = {**asked, "task": task, "source": source, "evidence": evidence}, fact
         heapq.heappush(order, -number)
         if len(order) > self.settings.most_per_task:
@@ -211,7 +218,12 @@ class Signals:
         prefix, seen, counts = self.settings.answer_prefix, self.seen, self.counts[task]
         pairs: Iterable[tuple[Fact, str, str, str]]
         if task == "fact":
-            found = tables.ask(seen, self.settings.phrasings * len(seen), rng)
+            values: dict[tuple[str, str], set[str]] = {}
+            for fact in seen:
+                values.setdefault(fact.about(), set()).add(tables.same(fact.value))
+            certain = [fact for fact in seen if len(values[fact.about()]) == 1]
+            counts["several answers"] += len(seen) - len(certain)
+            found = tables.ask(certain, self.settings.phrasings * len(certain), rng)
             pairs = ((fact, one["instruction"], one["input"], one["output"]) for fact, one in found)
         elif task == "true_false":
             said = claims(self._groups(seen, 2, rng, counts), rng, STATEMENTS[:3])
@@ -222,7 +234,7 @@ class Signals:
         for fact, instruction, context, output in pairs:
             asked = {"instruction": instruction, "input": context, "output": prefix + output}
             told = fact if task != "true_false" or output == "True" else None
-            self._offer(task, asked, fact.source, (fact.where, fact.start, fact.value), told)
+            self._offer(task, asked, fact.source, _evidence(fact.where, fact.start, fact.value), told)
 
     def questions(self, name: str) -> dict[str, Any]:
         """Multiple choice and statements about `seen` or `unseen` facts, in phrasings that no instruction has, in the
