@@ -389,5 +389,7 @@ def test_two_evals_at_once(tiny_directory, task, tmp_path, forks):
     assert codes == [0, 0] or any("is being written by process" in text for text in said)
     assert len((out / "results.jsonl").read_text().splitlines()) == 12
     assert not (tmp_path / ".out.lock").exists()
-    with output(out, mark=("asking.json",)):
-        pass
+    with output(out, mark=("asking.json",)):  # another process has it for certain
+        third = forks.start(Request([[*words, "--limit", "2"]], str(tmp_path), limit=120))
+        assert "is being written by process" in third.communicate()[1]
+        assert third.returncode == 2
