@@ -15,13 +15,18 @@ from typing import Any, NoReturn
 
 from k2mini.commands import (
     audit,
+    comparing,
     corpus,
     demo,
     doctor,
     evaluation,
     following,
     inference,
+    judging,
     plan,
+    rating,
+    reproducing,
+    scoring,
     serving,
     signals,
     training,
@@ -84,8 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("verify", weights.verify_arguments, "compare a directory that k2mini wrote with its manifest", DEBUG)
     add("info", weights.info_arguments, "what a model or adapter is, from its headers alone", DEBUG)
     add("eval", evaluation.eval_arguments, "score a model on GeoBench, your own questions or texts", MODEL, COMPUTE)
-    add("score", evaluation.score_arguments, "log-probabilities of a text, token by token", MODEL, COMPUTE)
-    add("compare", evaluation.compare_arguments, "runs of eval side by side, with a paired test", DEBUG)
+    add("score", scoring.score_arguments, "log-probabilities of a text, token by token", MODEL, COMPUTE)
+    add("judge", judging.judge_arguments, "answers of runs of eval, judged by another model", COMPUTE)
+    add("rate", rating.rate_arguments, "answers of runs of eval, rated by people: a page, and what it gave")
+    add("compare", comparing.compare_arguments, "runs of eval side by side, with paired tests", DEBUG)
+    add("reproduce", reproducing.reproduce_arguments, "K2's published figures beside your own, in one command", COMPUTE)
     add("audit", audit.audit_arguments, "look into a model: lens, attention, attribute, patch, diff")
     return parser
 

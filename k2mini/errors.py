@@ -21,6 +21,7 @@ EXTRAS = {
     "tokenizers": "tokenizer.json, which this model's text needs,",
     "chat": "a model's own chat template",
     "corpus": "k2mini corpus",
+    "reference": "--backend transformers",
     "hub": "a model, adapter or file named by its id on the Hugging Face hub",
 }
 REINSTALL = "in the folder of k2mini's clone, pip install -c constraints.txt -e . installs what was tested"

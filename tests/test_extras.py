@@ -36,6 +36,7 @@ PACKAGES = {
     "chat": ["jinja2"],
     "corpus": ["lxml", "pypdfium2", "ftfy", "py3langid"],
     "hub": ["huggingface_hub"],
+    "reference": ["transformers"],
 }
 
 

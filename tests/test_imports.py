@@ -29,7 +29,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RUNTIME = {"torch", "sentencepiece", "safetensors", "numpy", "yaml", "tqdm"}
 # Extras are imported where they are used, never at module level.
 EXTRAS = {"matplotlib", "tensorboard", "wandb", "gguf", "triton", "uvicorn", "tokenizers", "jinja2", "huggingface_hub"}
-EXTRAS |= {"lxml", "pypdfium2", "ftfy", "py3langid"}
+EXTRAS |= {"transformers", "lxml", "pypdfium2", "ftfy", "py3langid"}
 
 
 def imports(path):

@@ -111,7 +111,7 @@ def functions():
 
 
 def test_files_are_short():
-    assert lines_of(["cli.py"]) <= 135  # a command takes two lines, and there are 24
+    assert lines_of(["cli.py"]) <= 145  # a command takes two lines, and there are 27
     long = {path: lines_of([path.relative_to(PACKAGE)]) for path in PACKAGE.rglob("*.py")}
     assert not {path: lines for path, lines in long.items() if lines > 300}
 

@@ -1,4 +1,4 @@
-"""The commands `eval`, `score` and `compare`."""
+"""The command `eval`."""
 
 from __future__ import annotations
 
@@ -230,70 +230,3 @@ def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]
         if pairs is not None:
             return pairs[: options.limit]
     raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
-
-
-def score_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `score`."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=utf8, metavar="TEXT", help="what to score; '-' reads standard input")
-    source.add_argument("--input", type=Path, metavar="FILE", help="score a file's text, line ends and all")
-    parser.add_argument("--context", type=utf8, default="", metavar="TEXT", help="stands before it and is not scored")
-    parser.add_argument("--json", action="store_true", help="print it as JSON, where rank 0 is the likeliest")
-    parser.set_defaults(run=run_score)
-
-
-def run_score(options: argparse.Namespace) -> None:
-    """Each token of a text with its log-probability and rank, then what they come to."""
-    from k2mini.audit.reports import visible
-    from k2mini.build import open_model
-    from k2mini.data.documents import read_user_text
-    from k2mini.evaluation.perplexity import score_text
-
-    text = read_user_text(options.input) if options.input is not None else options.text
-    text = sys.stdin.read().removeprefix("\ufeff") if options.text == "-" else text
-    if not text:
-        raise ValueError(f"{options.input or '--text'}: there is no text to score")
-    if options.compile:
-        log.warning("--compile: no effect, since nothing is decoded")
-    wanted = {name: getattr(options, name) for name in LOADED}
-    model, directory = open_model(options.model, options.device, options.threads, **wanted)
-    tokenizer = directory.require_tokenizer()
-    found, scored = score_text(model, tokenizer, text, options.context)
-    total = sum(logprob for _, logprob, _ in scored)
-    if options.json:
-        tokens = [
-            {"token": visible(tokenizer, token), "id": token, "logprob": logprob, "rank": rank}
-            for token, logprob, rank in scored
-        ]
-        values = {"model": options.model, **asdict(found), "total": total, "mean": total / len(scored)}
-        print(json.dumps({**values, "logprobs": tokens}, ensure_ascii=False))
-        return
-    print(f"{'log p':>9}  {'rank':>6}  {'id':>6}  token")
-    for token, logprob, rank in scored:
-        print(f"{logprob:>9.4f}  {rank + 1:>6}  {token:>6}  {visible(tokenizer, token)}")
-    sums = f"total {total:.4f} nats over {len(scored):,} tokens, mean {total / len(scored):.4f}"
-    print(f"{sums}, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte")
-
-
-def compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `compare`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval; compared with the first")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the accuracies (extra: plot)")
-    parser.add_argument("--force", action="store_true", help="replace FILE.png")
-    parser.add_argument("--json", action="store_true", help="print it as JSON and nothing else")
-    parser.set_defaults(run=run_compare)
-
-
-def run_compare(options: argparse.Namespace) -> None:
-    """Runs of `eval` side by side."""
-    from k2mini.errors import check_picture
-    from k2mini.evaluation.compare import compare, comparison_table, draw
-    from k2mini.files import output
-
-    if options.chart is not None:
-        check_picture(options.chart)
-    with output(options.chart, file=True, force=options.force, inputs=options.runs):
-        found = compare(options.runs)
-        print(json.dumps(found) if options.json else comparison_table(found))
-        if options.chart is not None:
-            draw(found, options.chart)

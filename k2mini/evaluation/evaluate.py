@@ -22,7 +22,7 @@ from k2mini.errors import StoppedBySignalError
 from k2mini.evaluation.benchmarks import Question
 from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.report import Result, markdown, read_results, summarise
-from k2mini.evaluation.score import score, tokens_to_run
+from k2mini.evaluation.score import OtherModel, score, tokens_to_run
 from k2mini.files import output, progress_bar, read_json, sha256, write_text
 from k2mini.nn.llama import Llama
 
@@ -31,7 +31,7 @@ MARK = (SETTINGS, RESULTS, "report.json", "report.md")  # of a directory that `e
 
 
 def evaluate(
-    model: Llama,
+    model: Llama | OtherModel,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     config: EvalConfig,
@@ -128,7 +128,7 @@ def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, 
 
 
 def run_benchmark(
-    model: Llama,
+    model: Llama | OtherModel,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     config: EvalConfig,

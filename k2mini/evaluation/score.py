@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.decoding import not_finite
+from k2mini.inference.decoding import Decoding, not_finite
 from k2mini.nn.kv_cache import KVCache, extend, pad_right
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -37,6 +38,28 @@ class Request:
     prefix: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     group: int = 0
+
+
+class OtherConfig(Protocol):
+    """Of a model's shape what is asked here."""
+
+    max_seq_len: int
+
+    def features(self) -> dict[str, Any]:
+        """What results are known by, beside the weights."""
+
+
+class OtherModel(Protocol):
+    """A model that is not k2mini's own, of transformers or behind an API, with what evaluation asks of a `Llama`."""
+
+    config: OtherConfig
+    dtype: torch.dtype
+
+    def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
+        """As the function `score`."""
+
+    def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
+        """The text that continues each prompt, in their order."""
 
 
 def split_jointly(
@@ -77,7 +100,7 @@ def split_jointly(
 
 @torch.no_grad()  # not inference_mode: what sharded weights are gathered into is trained with afterwards
 def score(
-    model: Llama, requests: Sequence[Request], *, batch_size: int = 16, share: bool = True
+    model: Llama | OtherModel, requests: Sequence[Request], *, batch_size: int = 16, share: bool = True
 ) -> Iterator[tuple[int, list[float]]]:
     """Score many requests, the longest first.
 
@@ -96,6 +119,9 @@ def score(
                 f"request {place}: context and option are {over} tokens more than the model's "
                 f"{model.config.max_seq_len}"
             )
+    if not isinstance(model, Llama):
+        yield from model.score(requests, batch_size)
+        return
     make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
     for places, common in _groups(requests, share):
         shared = None

@@ -15,7 +15,8 @@ from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
 from k2mini.evaluation.report import read_sealed, sealed
-from k2mini.evaluation.score import Request, score, split_jointly
+from k2mini.evaluation.score import OtherModel, Request, score, split_jointly
+from k2mini.evaluation.scores import OpenAnswer, write_answers
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.decoding import Decoding
@@ -23,7 +24,7 @@ from k2mini.nn.llama import Llama
 
 
 def run_subjective(
-    model: Llama,
+    model: Llama | OtherModel,
     tokenizer: Tokenizer,
     pairs: Sequence[tuple[str, str]],
     decoding: Decoding,
@@ -37,7 +38,8 @@ def run_subjective(
     Args:
         pairs: (question, reference answer).
         out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`. Each is added to
-            a .jsonl beside as it comes, and those that stand there from an earlier start are not made again.
+            a .jsonl beside as it comes, and those that stand there from an earlier start are not made again. Scores,
+            question by question, are in `open_TASK.jsonl`.
 
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
@@ -53,18 +55,27 @@ def run_subjective(
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
     lengths = [len(request.options[0]) for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
-    asked, path = [question for question, _ in kept], None
+    asked, path = [pairs[place][0] for place in kept], None
     if out is not None:
         path = out / f"answers_{task.replace('/', '_')}.jsonl"
     ends = stop_ids(tokenizer, template)
 
     def answer(prompts: list[list[int]]) -> Iterator[str]:
+        if not isinstance(model, Llama):
+            return model.answers(prompts, decoding, ends)
         made = answers(model, tokenizer, prompts, decoding, label=task, stop_ids=ends)
         return (text for text, _ in made)
 
     with kept_in(path):
         texts = _answers(asked, prompts, answer, path)
-    if path is not None:
+    found = []
+    for number, (place, text) in enumerate(zip(kept, texts, strict=True)):
+        question, reference = pairs[place]
+        scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
+        scores["likelihood"] = logprobs[number][0] / lengths[number]
+        found.append(OpenAnswer(task, place, question, reference, text, scores))
+    if out is not None and path is not None:
+        write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
     number = len(kept)
@@ -72,10 +83,10 @@ def run_subjective(
         "task": task,
         "n": number,
         "left_out": len(pairs) - number,
-        "rouge_l": sum(rouge_l(text, ref) for text, (_, ref) in zip(texts, kept, strict=True)) / number,
-        "token_f1": sum(token_f1(text, ref) for text, (_, ref) in zip(texts, kept, strict=True)) / number,
+        "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
+        "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
         "words": sum(len(words(text)) for text in texts) / number,
-        "reference_words": sum(len(words(reference)) for _, reference in kept) / number,
+        "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
         "template": template.name,
@@ -117,19 +128,19 @@ def _read_journal(path: Path, questions: list[str]) -> list[str]:
 
 
 def _prepare(
-    model: Llama, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: AnyTemplate
-) -> tuple[list[tuple[str, str]], list[Request], list[list[int]]]:
-    """The pairs that can be asked, the requests that score their references, and the prompts."""
+    model: Llama | OtherModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: AnyTemplate
+) -> tuple[list[int], list[Request], list[list[int]]]:
+    """The places of the pairs that can be asked, the requests that score their references, and the prompts."""
     flags = {"bos": template.bos, "special": template.special}
     kept, requests, prompts = [], [], []
-    for question, reference in pairs:
+    for place, (question, reference) in enumerate(pairs):
         if not question.strip() or not reference.strip():
             continue
         prompt = template.prompt(question)
         prefix, (ids,) = split_jointly(tokenizer, prompt, [template.lead + reference], **flags)
         prompt_ids = tokenizer.encode(prompt, eos=False, **flags)
         if max(len(prefix) + len(ids), len(prompt_ids) + 1) <= model.config.max_seq_len:
-            kept.append((question, reference))
+            kept.append(place)
             requests.append(Request(tuple(prefix), (tuple(ids),)))
             prompts.append(prompt_ids)
     return kept, requests, prompts

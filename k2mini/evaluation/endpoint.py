@@ -1,0 +1,90 @@
+"""A model behind an HTTP server that speaks OpenAI's API: ours, vLLM's, llama.cpp's, OpenAI's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from k2mini.errors import short
+from k2mini.files import parse_json
+
+TRIES, TIMEOUT = 4, 600.0  # seconds: a long prompt on a CPU
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is asked.
+
+    Attributes:
+        url: with the version, as OpenAI's clients have it: `http://localhost:8000/v1`.
+        model: its name at the server.
+
+    The key, where the server wants one, is the environment variable OPENAI_API_KEY.
+    """
+
+    url: str
+    model: str
+
+    def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Ask `path` ("completions", "chat/completions") and return the JSON object that answers.
+
+        Busy servers (429, 5xx) are asked again, after 1, 2 and 4 seconds. Raises ValueError naming the address and what
+        is wrong where there is no server, it refuses, or its answer is no JSON object.
+        """
+        where = f"{self.url.rstrip('/')}/{path}"
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            request = urllib.request.Request(where, json.dumps({"model": self.model, **payload}).encode(), headers)
+        except ValueError:
+            raise ValueError(f"{self.url!r} is no address of a server, such as http://localhost:8000/v1") from None
+        for tried in range(TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    answer = parse_json(response.read().decode("utf-8", "replace"), where)
+            except urllib.error.HTTPError as error:
+                if (error.code == 429 or error.code >= 500) and tried + 1 < TRIES:
+                    time.sleep(2**tried)
+                    continue
+                raise ValueError(f"{where} answers {error.code}: {_said(error)}") from None
+            except OSError as error:  # urllib's own errors, and time that ran out
+                raise ValueError(f"{where} can't be reached ({getattr(error, 'reason', error)})") from None
+            if not isinstance(answer, dict):
+                raise ValueError(f"{where} answers {short(answer)}, no JSON object")
+            return answer
+        raise AssertionError("the last try returns or raises")
+
+    def token_logprobs(self, text: str) -> list[tuple[int, float | None]]:
+        """Of every token of `text` where it begins, in characters, and its log-probability in nats; the first has none.
+
+        Raises ValueError where the endpoint gives no log-probabilities of a prompt, as chat endpoints and OpenAI's do.
+        """
+        asked = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        answer = self.post("completions", asked)
+        try:
+            found = answer["choices"][0]["logprobs"]
+            offsets, values = found["text_offset"], found["token_logprobs"]
+            pairs = [(int(offset), value) for offset, value in zip(offsets, values, strict=True) if offset < len(text)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            pairs = []
+        if len(pairs) < 2 or any(not isinstance(value, float | int) for _, value in pairs[1:]):
+            raise ValueError(
+                f"{self.url} gives no log-probabilities of the prompt (`echo` with `logprobs` of /completions), which "
+                "scoring needs; k2mini serve, vLLM and llama.cpp's Python server do"
+            )
+        return pairs
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the server says of its error, in OpenAI's form or as it is."""
+    text = error.read().decode("utf-8", "replace")
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return short(text)

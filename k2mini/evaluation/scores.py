@@ -1,0 +1,106 @@
+"""Scores of a run of `eval`, question by question: what `compare` compares, and `judge` and `rate` add to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from k2mini.evaluation.report import read_results, read_sealed, sealed
+from k2mini.files import write_text
+
+Key = tuple[str, int]  # a question's digest, and how many of the same stand before it in its task
+
+
+@dataclass(frozen=True)
+class OpenAnswer:
+    """An open question with what the model wrote.
+
+    Attributes:
+        index: its place in the published file.
+        scores: measure -> value: `rouge_l`, `token_f1`, `likelihood` (mean log-probability of a reference's token, in
+            nats), and of tasks with one right answer `accuracy`, 0 or 1.
+    """
+
+    task: str
+    index: int
+    question: str
+    reference: str
+    answer: str
+    scores: dict[str, float]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of question and reference, by which the same question is known in another run."""
+        return hashlib.sha256(json.dumps([self.task, self.question, self.reference]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a judge or a person gave to one answer; `digest` is the answer's question's."""
+
+    task: str
+    index: int
+    digest: str
+    measure: str
+    value: float
+
+
+def write_answers(run: Path, task: str, answers: Iterable[OpenAnswer]) -> None:
+    """Write a task's answers into a run, as `open_TASK.jsonl`."""
+    lines = "".join(sealed(asdict(answer)) + "\n" for answer in answers)
+    write_text(run / f"open_{task.replace('/', '_')}.jsonl", lines)
+
+
+def read_answers(run: Path) -> dict[str, list[OpenAnswer]]:
+    """Task -> its answers, of a run's open tasks. Raises ValueError as `read_sealed` does."""
+    found: dict[str, list[OpenAnswer]] = {}
+    for path in sorted(run.glob("open_*.jsonl")):
+        for where, raw in read_sealed(path):
+            answer = _fields(OpenAnswer, raw, where)
+            found.setdefault(answer.task, []).append(answer)
+    return found
+
+
+def write_scores(run: Path, name: str, scores: Iterable[Score]) -> None:
+    """Write what a judge or people gave into a run, as `scores_NAME.jsonl`."""
+    write_text(run / f"scores_{name}.jsonl", "".join(sealed(asdict(score)) + "\n" for score in scores))
+
+
+def read_scores(run: Path) -> dict[tuple[str, str], dict[Key, float]]:
+    """(task, measure) -> the score of each of its questions; `accuracy` is 1 for a right answer and 0 for another.
+
+    Raises ValueError where the directory holds no result of `eval`, or a line is not as it was written.
+    """
+    found: dict[tuple[str, str], dict[Key, float]] = {}
+    copies = Counter[tuple[str, str, str]]()
+
+    def add(task: str, measure: str, digest: str, value: float) -> None:
+        same = (task, measure, digest)
+        found.setdefault((task, measure), {})[digest, copies[same]] = value
+        copies[same] += 1
+
+    if (path := run / "results.jsonl").is_file():
+        for result in read_results(path):
+            add(result.task, "accuracy", f"{result.digest} {result.answer}", float(result.is_right))
+    for answers in read_answers(run).values():
+        for answer in answers:
+            for measure, value in answer.scores.items():
+                add(answer.task, measure, answer.digest, value)
+    for path in sorted(run.glob("scores_*.jsonl")):
+        for where, raw in read_sealed(path):
+            score = _fields(Score, raw, where)
+            add(score.task, score.measure, score.digest, score.value)
+    if not found:
+        raise ValueError(f"{run} holds no result of k2mini eval --out")
+    return found
+
+
+def _fields(kind: Any, raw: dict[str, Any], where: str) -> Any:
+    if raw.keys() != {*kind.__dataclass_fields__}:
+        raise ValueError(f"{where} has other fields than this k2mini writes; evaluate anew, with another --out")
+    return kind(**raw)
