@@ -17,6 +17,7 @@ import torch
 
 from k2mini.data.documents import data_path
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ALONE, World
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
 from k2mini.evaluation.benchmarks import Question
@@ -39,51 +40,61 @@ def evaluate(
     *,
     share: bool = True,
     journal: Path | None = None,
-    shown: bool = True,
+    world: World = ALONE,
 ) -> list[Result]:
     """Answer every question with the option of the highest score.
 
     Args:
         label: of the progress bar.
         share: compute the prefix that prompts have in common once.
-        journal: a file to which each result is added as it comes; questions whose results it holds are not scored
-            again.
-        shown: show the progress bar.
+        journal: a file to which each result is added as it comes (of rank 2, NAME.2.jsonl beside it); questions whose
+            results it holds are not scored again, but where they share a batch with others.
+        world: its ranks divide the questions among themselves; all of them call this, and get all results.
 
     Raises ValueError naming the question that can't be asked, or the line of the journal that is no result of one.
     """
-    done = _read_journal(journal, questions) if journal is not None else {}
-    if journal is not None and journal.exists():
-        write_text(journal, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
+    done = _read_journals(journal, questions) if journal is not None and world.rank == 0 else {}
+    if world.size > 1:
+        done = world.broadcast(done)
+        journal = journal and _journal_of(journal, world.rank)
     tasks = dict.fromkeys(question.task for question in questions)
     builders = {
         task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
         for task in tasks
     }
-    instances = [builders[q.task].build(q) for q in questions if (q.task, q.index) not in done]
-    pending = [entry for entry in instances if entry.request is not None]
-    for entry in instances:
-        if entry.request is None:
-            result = _result(entry, [], config)
-            done[result.task, result.index] = result
-    requests = [entry.request for entry in pending if entry.request is not None]
+    instances = [builders[q.task].build(q) for q in questions]
+    asked = [entry for entry in instances if entry.request is not None]
+    requests = [entry.request for entry in asked if entry.request is not None]
+    pending = [place for place, entry in enumerate(asked) if _key(entry) not in done]
+    found = {
+        key: _result(entry, [], config) for entry in instances if not entry.request and (key := _key(entry)) not in done
+    }
     file = journal.open("a", encoding="utf-8") if journal is not None and pending else None
     try:
         # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
         tokens = tokens_to_run(requests, share=share)
-        with progress_bar(sum(tokens), label, "tokens", shown=shown and bool(pending)) as progress:
-            for place, logprobs in score(model, requests, batch_size=config.batch_size, share=share):
-                result = _result(pending[place], logprobs, config)
-                done[result.task, result.index] = result
+        total = sum(tokens[place] for place in pending) // world.size  # this rank's, or so
+        with progress_bar(total, label, "tokens", shown=world.rank == 0 and bool(pending)) as progress:
+            how: dict[str, Any] = {"batch_size": config.batch_size, "share": share, "wanted": pending, "world": world}
+            for place, logprobs in score(model, requests, **how):
+                if (key := _key(asked[place])) in done:
+                    continue
+                found[key] = _result(asked[place], logprobs, config)
                 if file is not None:
-                    file.write(result.line() + "\n")
+                    file.write(found[key].line() + "\n")
                     file.flush()
-                progress.set_postfix_str(f"{len(done)}/{len(questions)} questions", refresh=False)
+                progress.set_postfix_str(f"{len(done) + len(found)}/{len(questions)} questions", refresh=False)
                 progress.update(tokens[place])
     finally:
         if file is not None:
             file.close()
+    for part in world.all_gather(found) if world.size > 1 else [found]:
+        done |= part
     return [done[question.task, question.index] for question in questions]
+
+
+def _key(instance: Instance) -> tuple[str, int]:
+    return instance.question.task, instance.question.index
 
 
 def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> Result:
@@ -111,8 +122,30 @@ def _text(question: Question) -> dict[str, Any]:
     return {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
 
 
+def _journal_of(journal: Path, rank: int) -> Path:
+    return journal.with_suffix(f".{rank}.jsonl") if rank else journal
+
+
+def _others(journal: Path) -> list[Path]:
+    """The journals of ranks beside the first one's."""
+    return sorted(journal.parent.glob(f"{journal.stem}.[0-9]*.jsonl"))
+
+
+def _read_journals(journal: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
+    """The results that an earlier start wrote, on any number of ranks; they are all in the first journal now."""
+    others = _others(journal)
+    done = _read_journal(journal, questions)
+    for path in others:
+        done |= _read_journal(path, questions)
+    if journal.exists() or others:
+        write_text(journal, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
+    for path in others:
+        path.unlink()
+    return done
+
+
 def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
-    """The results that an earlier start wrote, each compared with the question that is asked now."""
+    """The results in a file, each compared with the question that is asked now."""
     if not os.path.lexists(path):
         return {}
     asked = {(question.task, question.index): question for question in questions}
@@ -135,30 +168,30 @@ def run_benchmark(
     *,
     name: str,
     out: Path | None = None,
-    label: str = "eval",
     made_by: Mapping[str, Any] | None = None,
+    world: World = ALONE,
+    **how: Any,
 ) -> tuple[dict[str, Any], list[Result]]:
     """Evaluate. The directory `out`, where given, keeps each result as it comes; the rest is `write_report`'s.
 
     Args:
         name: of the model, for the report.
-        label: of the progress bar.
         made_by: what else results in `out` are known by: `model`, the fingerprint of its weights, `adapter` and so on.
+        world: as of `evaluate`, which takes `how`.
 
     Returns: the report, and the results in the order of the questions. Raises ValueError before the long run where
     `out` can't be written, or holds results of another model, of other questions, or of questions asked in another way.
     """
-    journal, made_by = None, made_by or {}
-    with output(out, mark=MARK):
-        if out is not None:
-            journal, shape = out / RESULTS, digest(model.config.features())
-            of_model = {"config": shape, "dtype": NAMES[model.dtype]}
+    journal, made_by = None if out is None else out / RESULTS, made_by or {}
+    with output(out if world.rank == 0 else None, mark=MARK):
+        if out is not None and world.rank == 0:
+            of_model = {"config": digest(model.config.features()), "dtype": NAMES[model.dtype]}
             settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
             _check_settings(out, settings)
             if not (out / SETTINGS).is_file():
                 write_text(out / SETTINGS, json.dumps(settings, ensure_ascii=False) + "\n")
         with kept_in(journal):
-            results = evaluate(model, tokenizer, questions, config, label, journal=journal)
+            results = evaluate(model, tokenizer, questions, config, journal=journal, world=world, **how)
     report = {
         "model": name,
         "fingerprint": made_by.get("model"),
@@ -173,6 +206,8 @@ def write_report(out: Path, report: Mapping[str, Any], results: Sequence[Result]
     """Write what `run_benchmark` gave: results.jsonl in the order of the questions, report.json and report.md."""
     if results:
         write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
+        for journal in _others(out / RESULTS):
+            journal.unlink()
         write_text(out / "report.md", markdown(report))
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
@@ -183,7 +218,8 @@ def check_kept(
     """Raise ValueError where `out` holds results of something else, as far as it is known without the model."""
     if (out / SETTINGS).is_file():
         _check_settings(out, {**made_by, **_asking(tokenizer, questions, config)}, later=("config", "dtype"))
-        _read_journal(out / RESULTS, questions)
+        for path in (out / RESULTS, *_others(out / RESULTS)):
+            _read_journal(path, questions)
 
 
 @contextmanager
