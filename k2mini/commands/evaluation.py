@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST, LOADED, TEMPLATE, tuned_in
+from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
     from k2mini.data.prompts import AnyTemplate
+    from k2mini.distributed import World
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
     from k2mini.inference.decoding import Decoding
@@ -85,12 +87,15 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
+    parser.add_argument("--shard", **SHARD)
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run_eval)
 
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    from k2mini.commands.ranks import joined
+    from k2mini.distributed import ALONE
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
     from k2mini.inference.decoding import Decoding
@@ -102,18 +107,23 @@ def run_eval(options: argparse.Namespace) -> None:
     inputs = _read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
-    try:
-        with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
-            _evaluate(options, directory, inputs, decoding)
-    finally:
-        if created:
-            with suppress(OSError):  # it has something in it, unless nothing came of it
-                options.out.rmdir()
+    with joined(options) if options.shard or "LOCAL_RANK" in os.environ else nullcontext(ALONE) as world:
+        out = options.out if world.rank == 0 else None
+        try:
+            with output(out, mark=MARK, inputs=[path for path in read if path is not None]):
+                _evaluate(options, directory, inputs, decoding, world)
+        finally:
+            if created and out is not None:
+                with suppress(OSError):  # it has something in it, unless nothing came of it
+                    out.rmdir()
 
 
-def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding) -> None:
+def _evaluate(
+    options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding, world: World
+) -> None:
     from k2mini.build import empty_model, open_model
-    from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
+    from k2mini.commands.ranks import agree, mesh_of
+    from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
@@ -126,22 +136,29 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
     if pairs and (ends := stop_ids(tokenizer, config.template)) != (tokenizer.eos_id,):
         made_by["stop_ids"] = list(ends)
-    if out is not None:  # before the model, which takes longer
-        check_kept(out, questions, config, tokenizer, made_by)
     wanted = {name: getattr(options, name) for name in LOADED}
+    if world.size > 1:
+        hashed = {"the hash of the questions": digest([[question.digest for question in questions], pairs])}
+        agree(world, options, {**made_by, **hashed})
+        wanted |= mesh_of(world, options)
+    if out is not None and world.rank == 0:  # before the model, which takes longer
+        check_kept(out, questions, config, tokenizer, made_by)
     model, _ = open_model(directory, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
-    report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
+    told: dict[str, Any] = {"out": out, "world": world}
+    report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
     if pairs:
         report["subjective"] = [
-            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, out=out)
+            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, **told)
             for task in pairs
         ]
     if texts:
-        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
+        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride, world=world)
         report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
+    if world.rank:
+        return
     try:
         if options.json:
             print(json.dumps(report, ensure_ascii=False))

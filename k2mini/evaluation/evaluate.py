@@ -56,7 +56,7 @@ def evaluate(
     done = _read_journals(journal, questions) if journal is not None and world.rank == 0 else {}
     if world.size > 1:
         done = world.broadcast(done)
-        journal = journal and _journal_of(journal, world.rank)
+        journal = journal and rank_journal(journal, world.rank)
     tasks = dict.fromkeys(question.task for question in questions)
     builders = {
         task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
@@ -122,18 +122,19 @@ def _text(question: Question) -> dict[str, Any]:
     return {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
 
 
-def _journal_of(journal: Path, rank: int) -> Path:
+def rank_journal(journal: Path, rank: int) -> Path:
+    """Where a rank keeps what it finds until all of it is found: the first one in the journal, the others beside it."""
     return journal.with_suffix(f".{rank}.jsonl") if rank else journal
 
 
-def _others(journal: Path) -> list[Path]:
-    """The journals of ranks beside the first one's."""
+def other_journals(journal: Path) -> list[Path]:
+    """The journals beside it that ranks have left."""
     return sorted(journal.parent.glob(f"{journal.stem}.[0-9]*.jsonl"))
 
 
 def _read_journals(journal: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
     """The results that an earlier start wrote, on any number of ranks; they are all in the first journal now."""
-    others = _others(journal)
+    others = other_journals(journal)
     done = _read_journal(journal, questions)
     for path in others:
         done |= _read_journal(path, questions)
@@ -206,7 +207,7 @@ def write_report(out: Path, report: Mapping[str, Any], results: Sequence[Result]
     """Write what `run_benchmark` gave: results.jsonl in the order of the questions, report.json and report.md."""
     if results:
         write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
-        for journal in _others(out / RESULTS):
+        for journal in other_journals(out / RESULTS):
             journal.unlink()
         write_text(out / "report.md", markdown(report))
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -218,7 +219,7 @@ def check_kept(
     """Raise ValueError where `out` holds results of something else, as far as it is known without the model."""
     if (out / SETTINGS).is_file():
         _check_settings(out, {**made_by, **_asking(tokenizer, questions, config)}, later=("config", "dtype"))
-        for path in (out / RESULTS, *_others(out / RESULTS)):
+        for path in (out / RESULTS, *other_journals(out / RESULTS)):
             _read_journal(path, questions)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.evaluate import kept_in
+from k2mini.distributed import ALONE, World, uneven
+from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
 from k2mini.evaluation.report import read_sealed, sealed
@@ -32,6 +34,7 @@ def run_subjective(
     task: str,
     template: AnyTemplate,
     out: Path | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Answer open questions, compare the answers with the references, and measure how likely the references are.
 
@@ -40,6 +43,7 @@ def run_subjective(
         out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`. Each is added to
             a .jsonl beside as it comes, and those that stand there from an earlier start are not made again. Scores,
             question by question, are in `open_TASK.jsonl`.
+        world: its ranks divide the questions among themselves; all of them call this, and the first one writes.
 
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
@@ -52,7 +56,9 @@ def run_subjective(
     kept, requests, prompts = _prepare(model, tokenizer, pairs, template)
     if not kept:
         raise ValueError(f"{task}: no question fits the model's context of {model.config.max_seq_len} tokens")
-    logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
+    logprobs = dict(score(model, requests, batch_size=decoding.batch_size, world=world))
+    for part in world.all_gather(logprobs) if world.size > 1 else []:
+        logprobs |= part
     lengths = [len(request.options[0]) for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
     asked, path = [pairs[place][0] for place in kept], None
@@ -62,19 +68,23 @@ def run_subjective(
 
     def answer(prompts: list[list[int]]) -> Iterator[str]:
         if not isinstance(model, Llama):
-            return model.answers(prompts, decoding, ends)
-        made = answers(model, tokenizer, prompts, decoding, label=task, stop_ids=ends)
-        return (text for text, _ in made)
+            yield from model.answers(prompts, decoding, ends) if prompts else ()
+            return
+        with uneven(model, world) if world.size > 1 else nullcontext():
+            if prompts:
+                label = task if world.rank == 0 else None
+                made = answers(model, tokenizer, prompts, decoding, label=label, stop_ids=ends)
+                yield from (text for text, _ in made)
 
     with kept_in(path):
-        texts = _answers(asked, prompts, answer, path)
+        texts = _answers(asked, prompts, answer, path, world)
     found = []
     for number, (place, text) in enumerate(zip(kept, texts, strict=True)):
         question, reference = pairs[place]
         scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
         scores["likelihood"] = logprobs[number][0] / lengths[number]
         found.append(OpenAnswer(task, place, question, reference, text, scores))
-    if out is not None and path is not None:
+    if out is not None and path is not None and world.rank == 0:
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
@@ -98,33 +108,49 @@ def _answers(
     prompts: list[list[int]],
     answer: Callable[[list[list[int]]], Iterator[str]],
     journal: Path | None,
+    world: World,
 ) -> list[str]:
-    """The answers, of which the journal keeps each."""
-    if journal is None:
-        return list(answer(prompts))
-    texts = _read_journal(journal, questions)
+    """The answers, of which the journal keeps each: of ranks, each its own until all of them are there."""
+    texts: dict[int, str] = {}
 
-    def line(question: str, text: str) -> str:
-        return sealed({"question": question, "answer": text}) + "\n"
+    def line(place: int) -> str:
+        return sealed({"question": questions[place], "answer": texts[place]}) + "\n"
 
-    write_text(journal, "".join(map(line, questions, texts)))
-    if new := prompts[len(texts) :]:
-        with journal.open("a", encoding="utf-8") as file:
-            for text in answer(new):
-                file.write(line(questions[len(texts)], text))
-                file.flush()
-                texts.append(text)
-    return texts
+    def gather(journal: Path) -> None:
+        others = other_journals(journal)
+        for path in (journal, *others):
+            _read_journal(path, questions, texts)
+        write_text(journal, "".join(map(line, sorted(texts))))
+        for path in others:
+            path.unlink()
+
+    if journal is not None and world.rank == 0:
+        gather(journal)
+    texts |= world.broadcast(texts) if world.size > 1 else {}
+    mine = [place for place in range(len(prompts)) if place not in texts][world.rank :: world.size]
+    if mine or world.size > 1:  # ranks that share a model call it together
+        own = journal and rank_journal(journal, world.rank)
+        with own.open("a", encoding="utf-8") if own is not None else nullcontext() as file:
+            for place, text in zip(mine, answer([prompts[place] for place in mine]), strict=True):
+                texts[place] = text
+                if file is not None:
+                    file.write(line(place))
+                    file.flush()
+    for part in world.all_gather(texts) if world.size > 1 else []:
+        texts |= part
+    if journal is not None and world.rank == 0:
+        gather(journal)
+    return [texts[place] for place in range(len(prompts))]
 
 
-def _read_journal(path: Path, questions: list[str]) -> list[str]:
-    """The answers that an earlier start wrote, to the first of the questions; a last line that was cut is left out."""
-    texts: list[str] = []
+def _read_journal(path: Path, questions: list[str], texts: dict[int, str]) -> None:
+    """Add the answers that an earlier start wrote, by their questions' places; a last line that was cut is left out."""
     for where, raw in read_sealed(path) if os.path.lexists(path) else ():
-        if raw.get("question") != next(iter(questions[len(texts) :]), None):
+        places = [place for place, question in enumerate(questions) if question == raw.get("question")]
+        if not places:
             raise ValueError(f"{where} answers another question than is asked now; name another --out")
-        texts.append(raw["answer"])
-    return texts
+        if free := [place for place in places if place not in texts]:
+            texts[free[0]] = raw["answer"]
 
 
 def _prepare(
