@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -69,7 +68,7 @@ def same_number(answer: str, reference: str, tolerance: float = 0.0, relative_to
     ours, theirs = last_number(answer), last_number(reference)
     if ours is None or theirs is None:
         return False
-    return math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=max(tolerance, relative_tolerance * abs(theirs)))
+    return abs(ours - theirs) <= max(tolerance, relative_tolerance * abs(theirs)) + 1e-9 * abs(theirs)  # of rounding
 
 
 def last_number(text: str) -> float | None:

@@ -221,8 +221,11 @@ def _choice(config: TaskConfig, is_table: bool, index: int, record: Any) -> Ques
         answer = texts.index(answer)
     elif labels.count(str(answer)) == 1:
         answer = labels.index(str(answer))
-    elif is_table and answer.isdecimal() and answer not in texts:
-        answer = int(answer)
+    elif is_table and answer.isdecimal():  # in a table all is text
+        meant = {int(answer)} & {*range(len(texts))} | {place for place, text in enumerate(texts) if text == answer}
+        if len(meant) > 1:
+            raise ValueError(f"answer {answer} may be the place of an option or another's text; give its letter")
+        answer = meant.pop() if meant else answer
     return make_question(config.name, index, {"question": stem, "choices": texts, "answer": answer})
 
 
