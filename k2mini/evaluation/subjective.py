@@ -91,19 +91,25 @@ def run_subjective(
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    number, right = len(kept), [answer.scores["accuracy"] == 1 for answer in found if "accuracy" in answer.scores]
     return {
-        "task": task,
-        "n": number,
-        "left_out": len(pairs) - number,
-        "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
-        "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
-        "words": sum(len(words(text)) for text in texts) / number,
-        "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
+        **_means(found, len(pairs) - len(kept)),
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
         "template": template.name,
+    }
+
+
+def _means(found: Sequence[OpenAnswer], left_out: int) -> dict[str, Any]:
+    number, right = len(found), [answer.scores["accuracy"] == 1 for answer in found if "accuracy" in answer.scores]
+    return {
+        "task": found[0].task,
+        "n": number,
+        "left_out": left_out,
+        "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
+        "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
         **(accuracy(right) if right else {}),
+        "words": sum(len(words(answer.answer)) for answer in found) / number,
+        "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
     }
 
 
