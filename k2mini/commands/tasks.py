@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 class PrintTasks(argparse.Action):
     """`--list`, for which no model is needed."""
 
-    def __call__(self, parser: argparse.ArgumentParser, _: Any, folder: Any, *__: Any) -> NoReturn:
-        from k2mini.evaluation.tasks import FOLDER, listed
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from k2mini.evaluation.tasks import listed
 
-        print(listed(Path(folder or FOLDER)))
+        print(listed())
         parser.exit()
 
 
 _FIELDS = "what JSON, JSONL, CSV or TSV calls these: question=stem,choices=A+B+C,answer=key; no choices: an open task"
 _CORPUS = "the model's training text, of `corpus` or `prepare`: was the benchmark taken out of it?"
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "--list": {"action": PrintTasks, "nargs": "?", "metavar": "DIR", "help": "print configs/tasks, or DIR, and exit"},
+    "--list": {"action": PrintTasks, "nargs": 0, "help": "print the tasks of configs/tasks and exit"},
     "--map": {"metavar": "NAME=FIELD,…", "help": _FIELDS},
     "--layout": {"choices": ("arc",), "help": "of --benchmark: ARC's own JSONL, or K2's arc_sft.json"},
     "--data": {"type": Path, "metavar": "DIR", "help": "where the files are that tasks' .yaml name"},

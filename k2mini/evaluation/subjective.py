@@ -84,22 +84,16 @@ def run_subjective(
         question, reference, is_right = OpenQuestion(*pairs[place])
         scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
         scores["likelihood"] = logprobs[number][0] / lengths[number]
-        if is_right is not None:
-            scores["accuracy"] = float(is_right(text))
+        scores |= {"accuracy": float(is_right(text))} if is_right is not None else {}
         found.append(OpenAnswer(task, place, question, reference, text, scores))
     if out is not None and path is not None:
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    return {
-        **_means(found, len(pairs) - len(kept)),
-        "likelihood": likelihood,
-        "perplexity": from_loss(-likelihood),
-        "template": template.name,
-    }
+    return _summary(found, len(pairs) - len(kept), likelihood, template.name)
 
 
-def _means(found: Sequence[OpenAnswer], left_out: int) -> dict[str, Any]:
+def _summary(found: Sequence[OpenAnswer], left_out: int, likelihood: float, template: str) -> dict[str, Any]:
     number, right = len(found), [answer.scores["accuracy"] == 1 for answer in found if "accuracy" in answer.scores]
     return {
         "task": found[0].task,
@@ -110,6 +104,9 @@ def _means(found: Sequence[OpenAnswer], left_out: int) -> dict[str, Any]:
         **(accuracy(right) if right else {}),
         "words": sum(len(words(answer.answer)) for answer in found) / number,
         "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
+        "likelihood": likelihood,
+        "perplexity": from_loss(-likelihood),
+        "template": template,
     }
 
 

@@ -253,11 +253,12 @@ def _open(config: TaskConfig, _: int, record: Any) -> OpenQuestion:
     return config.open_question(_stem(record, fields["question"]), *answers)
 
 
-def listed(folder: Path = FOLDER) -> str:
+def listed(folder: Path | None = None) -> str:
     """The tasks of a folder of YAML files, two lines each. Raises ValueError where there is none, or one is wrong."""
+    folder = folder or FOLDER
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in YAML)
     if not paths:
-        raise ValueError(f"there is no task's YAML file in {folder}; --list DIR names another folder")
+        raise ValueError(f"there is no task's YAML file in {folder}, where the repository has them")
     lines = []
     for path in paths:
         config: TaskConfig = load_config(TaskConfig, path)

@@ -320,12 +320,12 @@ def test_eval_of_tasks(tiny_directory, tmp_path, run):
         assert (status, printed, said in err.splitlines()[-1]) == (2, "", True), err
 
 
-def test_eval_lists_tasks(run, tmp_path):
-    status, out, _ = run("eval", "--list")
-    assert (status, out) == (0, listed() + "\n")
-    status, out, err = run("eval", "--list", tmp_path)
+def test_eval_lists_tasks(run, tmp_path, monkeypatch):
+    assert run("eval", "--list")[:2] == (0, listed() + "\n")
+    monkeypatch.setattr("k2mini.evaluation.tasks.FOLDER", tmp_path)
+    status, out, err = run("eval", "--list")
     assert (status, out) == (2, "")
-    assert "there is no task's YAML file in" in err
+    assert err.startswith(f"k2mini: there is no task's YAML file in {tmp_path}")
 
 
 def test_decontamination_is_reported(tiny_directory, tiny_tokenizer, tmp_path, run):
