@@ -161,12 +161,15 @@ def read_task(path: Path, layout: Any = None, fields: Fields | None = None, fold
 
 
 def _records(config: TaskConfig, file: Path) -> tuple[list[tuple[str, Any]], bool]:
-    """(place, record) of a file, and whether it is a table. One whose columns have numbers for names has no header."""
+    """(place, record) of a file, and whether it is a table."""
     if file.suffix.lower() not in TABLES:
         return read_entries(file), False
-    names = [name for value in (config.fields or {}).values() for name in value.split("+")]
-    header = not names or not all(name.isdecimal() for name in names)
-    return list(read_table(file, raise_error, header=header)), True
+    return list(read_table(file, raise_error, header=not _is_bare(config))), True
+
+
+def _is_bare(config: TaskConfig) -> bool:
+    """Whether all fields are called by numbers, as the columns of a table without a header."""
+    return config.fields is not None and "+".join(config.fields.values()).replace("+", "").isdecimal()
 
 
 def _fields(config: TaskConfig, record: Any) -> Fields:
@@ -213,7 +216,7 @@ def _choice(config: TaskConfig, is_table: bool, index: int, record: Any) -> Ques
     if len(names) == 1:
         labels, texts = _options(_value(record, names[0]))
     else:
-        labels, texts = [], [_value(record, name) for name in names]
+        labels, texts = [*"ABCDEFGHIJ"] if _is_bare(config) else names, [_value(record, name) for name in names]
         while texts and texts[-1] in ("", None):  # a table has as many columns as the longest question has options
             texts.pop()
     if len(names) > 1 and fields["answer"] in names:  # the right one has a place of its own, which is hidden

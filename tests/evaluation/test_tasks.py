@@ -101,6 +101,23 @@ def test_options_whose_right_one_has_a_field_of_its_own(tmp_path):
     assert {(q.stem, q.texts, q.answer) for q in again} == {(q.stem, q.texts, q.answer) for q in questions}
 
 
+def test_a_letter_that_is_also_an_options_text(tmp_path):
+    """A letter is a column's name, or without names its place; in a list it may be either, and is refused."""
+    row = ("Which is carbon?", "C", "N", "O", "He", "C")
+    path = written(tmp_path / "a.csv", [row])
+    (question,) = read_task(path, None, parse_map("question=0,choices=1+2+3+4,answer=5")).questions
+    assert question.answer == "C"
+    (question,) = read_task(
+        written(path, [("Q", *"CBAD", "key"), row]), None, parse_map("question=Q,choices=C+B+A+D,answer=key")
+    ).questions
+    assert question.answer == "A"
+    record = {"question": row[0], "choices": row[1:5], "answer": "C"}
+    with pytest.raises(ValueError, match="may mean A and C of the options"):
+        read_task(
+            written(tmp_path / "a.jsonl", record), None, parse_map("question=question,choices=choices,answer=answer")
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
