@@ -129,6 +129,8 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     path = data_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it: {EXPECTED}")
+    if path.suffix.lower() in (".yaml", ".yml", ".csv", ".tsv"):
+        raise ValueError(f"{path}: `k2mini eval` alone reads tasks' YAML and tables; name JSON or JSONL here")
     if not path.is_file():
         raise ValueError(f"there is no benchmark file {path}; {EXPECTED}, which you get by: {DOWNLOAD}")
     return read_entries(path)

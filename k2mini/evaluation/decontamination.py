@@ -9,7 +9,7 @@ from typing import Any
 from k2mini.corpus.shards import FORMAT
 from k2mini.files import read_json, sha256
 
-TAKEN = {"drop": "documents that held its questions were dropped", "cut": "paragraphs that held them were cut"}
+TAKEN = {"drop": "documents that held its questions were dropped", "cut": "paragraphs that held its questions were cut"}
 
 
 def decontamination(corpora: Sequence[Path], benchmarks: Sequence[Path]) -> list[dict[str, Any]]:
@@ -20,47 +20,44 @@ def decontamination(corpora: Sequence[Path], benchmarks: Sequence[Path]) -> list
 
     Returns: report.json's `decontamination`, a dict a file: `said` says it in words. A file is known by its SHA-256.
 
-    Raises ValueError where a folder has no manifest.
+    Raises ValueError where there is no manifest.
     """
-    made = [(path, *_made_of(path)) for path in corpora]
-    found = []
+    parts, found = [part for path in corpora for part in _parts(path)], []
     for file in benchmarks:
-        digest, why = sha256(file), []
-        for path, parts, rest in made:
-            for part in parts:
-                known = {each["sha256"]: each["file"] for each in part["decontaminate"]}
-                of = f"{path} (corpus {part['fingerprint'][:12]})"
-                if digest in known:
-                    why.append((True, f"{of}: {TAKEN[part['contaminated']]}"))
-                else:
-                    other = ", another file of that name was" if file.name in known.values() else ""
-                    why.append((False, f"{of}: it was not taken out{other}"))
-            if rest:
-                why.append((False, f"{path}: holds documents that k2mini corpus did not clean"))
-        is_out = all(right for right, _ in why)
-        said = "; ".join(text for right, text in why if right == is_out)
-        said = f"{file.name} {'was' if is_out else 'was NOT'} taken out of the training text. {said}"
-        found.append({"file": file.name, "sha256": digest, "taken_out": is_out, "said": said})
+        digest, right, wrong = sha256(file), [], []
+        for where, how, taken in parts:
+            if digest in taken:
+                right.append(f"{where}: {how}")
+            else:
+                wrong.append(where + (", where another file of that name was" if file.name in taken.values() else ""))
+        said = "was NOT taken out of the training text: " if wrong else "was taken out of the training text: "
+        entry = {"file": file.name, "sha256": digest, "taken_out": not wrong}
+        found.append({**entry, "said": f"{file.name} {said}{'; '.join(wrong or right)}"})
     return found
 
 
-def _made_of(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The corpora of `k2mini corpus` that text was made of, and whether it holds other text as well."""
+def _parts(path: Path) -> list[tuple[str, str, dict[str, str]]]:
+    """Of each corpus that text was made of: which it is, what was done, the files taken out (SHA-256 -> name)."""
     file = next((path / name for name in ("corpus.json", "manifest.json") if (path / name).is_file()), path)
     if not file.is_file():
         raise ValueError(f"--corpus {path} has neither corpus.json nor manifest.json, which corpus and prepare write")
     manifest = read_json(file)
     try:
+        prepared, corpora = "splits" in manifest, [manifest]
         if manifest["format"] != FORMAT:
             raise LookupError
-        if "splits" not in manifest:
-            parts, rest = [manifest], False
-        else:
-            parts = manifest.get("corpora", [])
-            rest = len({Path(source["file"]).parent for source in manifest["sources"]}) > len(parts)
-        for part in parts:
-            {each["sha256"]: each["file"] for each in part["decontaminate"]}, part["fingerprint"][:12]
-            TAKEN[part["contaminated"]]
+        if prepared:
+            corpora = manifest.get("corpora", [])
+        parts = [
+            (
+                f"{path} (corpus {corpus['fingerprint'][:12]})",
+                TAKEN[corpus["contaminated"]],
+                {each["sha256"]: each["file"] for each in corpus["decontaminate"]},
+            )
+            for corpus in corpora
+        ]
+        if prepared and len({Path(source["file"]).parent for source in manifest["sources"]}) > len(corpora):
+            parts.append((f"{path} holds text that k2mini corpus did not make", "", {}))
     except (LookupError, TypeError):
         raise ValueError(f"--corpus: {file} is no manifest of k2mini corpus or prepare") from None
-    return parts, rest
+    return parts

@@ -217,14 +217,14 @@ def _choice(config: TaskConfig, is_table: bool, index: int, record: Any) -> Ques
         labels, texts = _options(_value(record, names[0]))
     else:
         labels, texts = [*"ABCDEFGHIJ"] if _is_bare(config) else names, [_value(record, name) for name in names]
-        while texts and texts[-1] in ("", None):  # a table has as many columns as the longest question has options
-            texts.pop()
     if len(names) > 1 and fields["answer"] in names:  # the right one has a place of its own, which is hidden
         texts.sort(key=lambda text: hashlib.sha256(f"{stem}\n{text}".encode()).digest())
-        answer = texts.index(answer)
-    elif labels.count(str(answer)) == 1:
+        labels, answer = [], texts.index(answer)
+    while len(names) > 1 and texts and not texts[-1]:  # there are as many fields as the longest question has options
+        texts.pop()
+    if labels[: len(texts)].count(str(answer)) == 1:
         answer = labels.index(str(answer))
-    elif is_table and answer.isdecimal():  # in a table all is text
+    elif is_table and str(answer) == answer and answer.isdecimal():  # in a table all is text
         meant = {int(answer)} & {*range(len(texts))} | {place for place, text in enumerate(texts) if text == answer}
         if len(meant) > 1:
             raise ValueError(f"answer {answer} may be the place of an option or another's text; give its letter")
@@ -248,9 +248,8 @@ def _options(raw: Any) -> tuple[list[str], list[Any]]:
 def _open(config: TaskConfig, _: int, record: Any) -> OpenQuestion:
     fields = _fields(config, record)
     raw = _value(record, fields["answer"])
-    answers = [
-        str(each) if isinstance(each, int | float) else each for each in (raw if isinstance(raw, list) else [raw])
-    ]
+    several = raw if isinstance(raw, list) else [raw]
+    answers = [str(each) if isinstance(each, int | float) else each for each in several]
     if not answers or not all(isinstance(each, str) for each in answers):
         raise ValueError(f"{fields['answer']} is {short(raw)}, not a text, a number or a list of them")
     return config.open_question(_stem(record, fields["question"]), *answers)
@@ -265,8 +264,6 @@ def listed(folder: Path | None = None) -> str:
     lines = []
     for path in paths:
         config: TaskConfig = load_config(TaskConfig, path)
-        lines += [
-            f"{config.name:<28} {config.match or ('open' if config.is_open else 'choice'):<8} {path}",
-            f"    {config.about} File: {config.file}",
-        ]
+        kind = config.match or ("open" if config.is_open else "choice")
+        lines += [f"{config.name:<28} {kind:<8} {path}", f"    {config.about} File: {config.file}"]
     return "\n".join(lines)

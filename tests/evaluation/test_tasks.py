@@ -377,9 +377,9 @@ def test_decontamination_is_reported(tiny_directory, tiny_tokenizer, tmp_path, r
         assert "rocks.json was taken out of the training text" in entry["said"]
         assert "documents that held its questions were dropped" in entry["said"]
     for names, said in (
-        (["plain"], "it was not taken out"),
-        (["clean", "plain"], "it was not taken out"),
-        (["mixed"], "holds documents that k2mini corpus did not clean"),
+        (["plain"], "plain (corpus "),
+        (["clean", "plain"], "plain (corpus "),
+        (["mixed"], "mixed holds text that k2mini corpus did not make"),
     ):
         entry = reported(*names)
         assert not entry["taken_out"]
@@ -388,7 +388,7 @@ def test_decontamination_is_reported(tiny_directory, tiny_tokenizer, tmp_path, r
         assert "dropped" not in entry["said"]
     written(benchmark, [*rocks, {"question": "x", "choices": TEXTS, "answer": "A"}])
     entry = reported("clean", "prepared")
-    assert "it was not taken out, another file of that name was" in entry["said"]
+    assert "), where another file of that name was; " in entry["said"]
     for path, said in ((tmp_path, "has neither corpus.json nor manifest.json"), (benchmark, "is no manifest of")):
         status, printed, err = run(*common, tmp_path / "none", "--corpus", path)
         assert (status, printed, said in err.splitlines()[-1]) == (2, "", True), err
