@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 
 from k2mini.config_file import load_config
-from k2mini.evaluation.benchmarks import load_geobench, load_subjective
+from k2mini.evaluation.benchmarks import load_geobench, load_subjective, read_benchmark
 from k2mini.evaluation.measures import last_number, same_number, same_words
 from k2mini.evaluation.scores import read_answers, read_scores
 from k2mini.evaluation.tasks import FOLDER, TaskConfig, listed, parse_map, read_task
@@ -71,6 +71,11 @@ def test_k2s_instruction_data_hold_arc(tmp_path):
             "a.json",
             [{"q.x": STEM, "o": dict(zip("WXYZ", TEXTS, strict=True)), "k": "W"}],
             "question=q.x,choices=o,answer=k",
+        ),
+        (
+            "a.json",
+            {"Q": STEM, **dict(zip("ABCDE", [*TEXTS, None], strict=True)), "k": 0},
+            "question=Q,choices=A+B+C+D+E,answer=k",
         ),
         ("a.csv", [(STEM, *TEXTS, "A")], "question=0,choices=1+2+3+4,answer=5"),
         ("a.csv", [("Q", *"ABCD", "key"), (STEM, *TEXTS, "A")], "question=Q,choices=A+B+C+D,answer=key"),
@@ -304,6 +309,8 @@ def test_yaml_that_is_refused(tmp_path, change, said):
     assert str(path) in str(error.value)
     with pytest.raises(ValueError, match=re.escape(said)):
         listed(tmp_path)
+    with pytest.raises(ValueError, match="`k2mini eval` alone reads tasks' YAML and tables"):
+        read_benchmark(path)
 
 
 def test_eval_of_tasks(tiny_directory, tmp_path, run):
