@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
+from k2mini.commands.tasks import ARGUMENTS, read_other
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
+    from k2mini.commands.tasks import Asked, Pairs
     from k2mini.data.prompts import AnyTemplate
     from k2mini.distributed import World
     from k2mini.evaluation.benchmarks import Question
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from k2mini.inference.decoding import Decoding
     from k2mini.weights.model_directory import ModelDirectory
 
-    Inputs = tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]
+    Inputs = tuple[EvalConfig, list[Question], Pairs, list[str], list[dict[str, Any]]]
 
 log = logging.getLogger("k2mini.commands")
 
@@ -39,11 +41,13 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
+        help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer; or "
+        "a task's .yaml (--list)",
     )
-    parser.add_argument(
-        "--tasks", **LIST, metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
-    )
+    what = "npee/choice, npee/tf, ap (default: these), npee/noun, npee/subjective, …"
+    parser.add_argument("--tasks", **LIST, metavar="TASK", help=what)
+    for name, settings in ARGUMENTS.items():
+        parser.add_argument(name, **settings)
     parser.add_argument(
         "--scoring",
         choices=SCORINGS,
@@ -106,6 +110,7 @@ def run_eval(options: argparse.Namespace) -> None:
     name = options.template or (options.adapter and tuned_in(options.adapter))
     inputs = _read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
+    read += options.corpus
     created = options.out is not None and not options.out.exists()
     with joined(options) if options.shard or "LOCAL_RANK" in os.environ else nullcontext(ALONE) as world:
         out = options.out if world.rank == 0 else None
@@ -129,7 +134,7 @@ def _evaluate(
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.inference.compile import compile_decoding
 
-    (config, questions, pairs, texts), out = inputs, options.out
+    (config, questions, pairs, texts, taken), out = inputs, options.out
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
@@ -159,6 +164,8 @@ def _evaluate(
         report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
     if world.rank:
         return
+    if taken:
+        report["decontamination"] = taken
     try:
         if options.json:
             print(json.dumps(report, ensure_ascii=False))
@@ -169,6 +176,8 @@ def _evaluate(
         if texts and not options.json:
             sums = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
             print(f"{sums}, over {found.tokens:,} tokens")
+        for entry in taken if not options.json else ():
+            print(entry["said"])
         sys.stdout.flush()
     finally:  # whoever reads what is printed may have gone
         if out is not None:
@@ -176,9 +185,7 @@ def _evaluate(
             log.info("the results are in %s", out)
 
 
-def kept_by(
-    options: argparse.Namespace, fingerprint: str, pairs: dict[str, list[tuple[str, str]]], texts: list[str]
-) -> dict[str, Any]:
+def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: list[str]) -> dict[str, Any]:
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
@@ -198,9 +205,9 @@ def kept_by(
 
 
 def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
-    """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
+    """Read before the model is: how to ask, questions, open tasks' with their references, texts, decontamination."""
     from k2mini.data.documents import read_user_text
-    from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
+    from k2mini.evaluation.benchmarks import SUBJECTIVE
     from k2mini.evaluation.instances import EvalConfig
 
     if options.limit is not None and options.limit < 1:
@@ -218,31 +225,55 @@ def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
         options.seed or 0,
         options.batch_size,
     )
-    questions = [question for path in options.benchmark for question in read_benchmark(path)]
+    read = [_read_benchmark(options, path) for path in options.benchmark]
+    questions = [question for asked, _, _ in read for question in asked]
+    own = {task: pairs for _, opened, _ in read for task, pairs in opened.items()}
     tasks = list(dict.fromkeys(question.task for question in questions))
     wanted = set(options.tasks or [])
     if wanted:
         questions = [question for question in questions if question.task in wanted]
     if options.limit is not None:
         questions = [question for question in questions if question.index < options.limit]
-    if len({(question.task, question.index) for question in questions}) < len(questions):
+    twice = len(own) < sum(len(opened) for _, opened, _ in read)
+    if twice or len({(question.task, question.index) for question in questions}) < len(questions):
         raise ValueError("the same benchmark is named twice")
-    open_tasks = {f"npee/{kind}": kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted}
+    published = {f"npee/{kind}": kind for kind in (*SUBJECTIVE, "subjective")}
+    open_tasks = {task: kind for task, kind in published.items() if task in wanted and task not in own}
+    tasks += own
     unknown = wanted - {*tasks} - {*open_tasks}
     if unknown:
         if any(task.startswith("npee/") for task in tasks):
-            tasks += [f"npee/{kind}" for kind in SUBJECTIVE]
+            tasks += published
         known = ", ".join(tasks) or "none, since --benchmark names no file"
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
     texts = [read_user_text(path) for path in options.perplexity]
-    pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
-    return config, questions, pairs, texts
+    pairs: Pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
+    pairs |= {task: opened[: options.limit] for task, opened in own.items() if not wanted or task in wanted}
+    taken = []
+    if options.corpus:
+        from k2mini.evaluation.decontamination import decontamination
+
+        taken = decontamination(options.corpus, [file for _, _, file in read])
+    return config, questions, pairs, texts, taken
+
+
+def _is_other(options: argparse.Namespace, path: Path) -> bool:
+    """Whether a benchmark is a task's YAML, a table, or a file that an option says how to read."""
+    is_told = options.layout is not None or options.map is not None
+    return is_told or path.suffix.lower() in (".yaml", ".yml", ".csv", ".tsv")
+
+
+def _read_benchmark(options: argparse.Namespace, path: Path) -> Asked:
+    from k2mini.data.documents import data_path
+    from k2mini.evaluation.benchmarks import read_benchmark
+
+    return read_other(options, path) if _is_other(options, path) else (read_benchmark(path), {}, data_path(path))
 
 
 def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
     from k2mini.evaluation.benchmarks import load_subjective
 
-    for path in options.benchmark:
+    for path in (path for path in options.benchmark if not _is_other(options, path)):
         pairs = load_subjective(path, kind)
         if pairs is not None:
             return pairs[: options.limit]

@@ -199,5 +199,6 @@ def markdown(report: Mapping[str, Any]) -> str:
         for key, counts in row["confusion"].items():
             lines.append(f"| {key} | " + " | ".join(str(counts.get(column, 0)) for column in columns) + " |")
         lines.append("")
+    lines += [f"{entry['said']}.\n" for entry in report.get("decontamination", [])]
     lines.append(f"Model fingerprint {report.get('fingerprint')}, {report.get('versions')}.")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import AnyTemplate
@@ -16,7 +16,7 @@ from k2mini.distributed import ALONE, World, uneven
 from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
-from k2mini.evaluation.report import read_sealed, sealed
+from k2mini.evaluation.report import accuracy, read_sealed, sealed
 from k2mini.evaluation.score import OtherModel, Request, score, split_jointly
 from k2mini.evaluation.scores import OpenAnswer, write_answers
 from k2mini.files import write_text
@@ -25,10 +25,21 @@ from k2mini.inference.decoding import Decoding
 from k2mini.nn.llama import Llama
 
 
+class OpenQuestion(NamedTuple):
+    """A question, the reference answer, and, where that can be decided, what says whether an answer is right."""
+
+    question: str
+    reference: str
+    is_right: Callable[[str], bool] | None = None
+
+
+Pair = tuple[str, str] | OpenQuestion
+
+
 def run_subjective(
     model: Llama | OtherModel,
     tokenizer: Tokenizer,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[Pair],
     decoding: Decoding,
     *,
     task: str,
@@ -39,7 +50,7 @@ def run_subjective(
     """Answer open questions, compare the answers with the references, and measure how likely the references are.
 
     Args:
-        pairs: (question, reference answer).
+        pairs: (question, reference answer), or `OpenQuestion`s.
         out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`. Each is added to
             a .jsonl beside as it comes, and those that stand there from an earlier start are not made again. Scores,
             question by question, are in `open_TASK.jsonl`.
@@ -48,8 +59,8 @@ def run_subjective(
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
     answers; `perplexity`, exp of its negative; `left_out`, how many questions were not asked because they or their
-    reference are empty or too long for the context. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where
-    another model scores the answer.
+    reference are empty or too long for the context; `accuracy` with its interval, where it can be decided. None of
+    these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where another model scores the answer.
 
     Raises ValueError where no question is left, or `out` holds answers to others.
     """
@@ -80,26 +91,32 @@ def run_subjective(
         texts = _answers(asked, prompts, answer, path, world)
     found = []
     for number, (place, text) in enumerate(zip(kept, texts, strict=True)):
-        question, reference = pairs[place]
+        question, reference, is_right = OpenQuestion(*pairs[place])
         scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
         scores["likelihood"] = logprobs[number][0] / lengths[number]
+        scores |= {"accuracy": float(is_right(text))} if is_right is not None else {}
         found.append(OpenAnswer(task, place, question, reference, text, scores))
     if out is not None and path is not None and world.rank == 0:
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    number = len(kept)
+    return _summary(found, len(pairs) - len(kept), likelihood, template.name)
+
+
+def _summary(found: Sequence[OpenAnswer], left_out: int, likelihood: float, template: str) -> dict[str, Any]:
+    number, right = len(found), [answer.scores["accuracy"] == 1 for answer in found if "accuracy" in answer.scores]
     return {
-        "task": task,
+        "task": found[0].task,
         "n": number,
-        "left_out": len(pairs) - number,
+        "left_out": left_out,
         "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
         "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
-        "words": sum(len(words(text)) for text in texts) / number,
+        **(accuracy(right) if right else {}),
+        "words": sum(len(words(answer.answer)) for answer in found) / number,
         "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
-        "template": template.name,
+        "template": template,
     }
 
 
@@ -154,12 +171,12 @@ def _read_journal(path: Path, questions: list[str], texts: dict[int, str]) -> No
 
 
 def _prepare(
-    model: Llama | OtherModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: AnyTemplate
+    model: Llama | OtherModel, tokenizer: Tokenizer, pairs: Sequence[Pair], template: AnyTemplate
 ) -> tuple[list[int], list[Request], list[list[int]]]:
     """The places of the pairs that can be asked, the requests that score their references, and the prompts."""
     flags = {"bos": template.bos, "special": template.special}
     kept, requests, prompts = [], [], []
-    for place, (question, reference) in enumerate(pairs):
+    for place, (question, reference, *_) in enumerate(pairs):
         if not question.strip() or not reference.strip():
             continue
         prompt = template.prompt(question)
@@ -180,6 +197,9 @@ def subjective_table(summaries: Sequence[dict[str, Any]]) -> str:
             f"{row['task']:<16} {row['n']:>4}  {100 * row['rouge_l']:>5.1f} %  {100 * row['token_f1']:>6.1f} %  "
             f"{row['words']:>5.0f} {'(' + format(row['reference_words'], '.0f') + ')':>11}  {row['perplexity']:>10.1f}"
         )
+        if "accuracy" in row:
+            right, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
+            lines.append(f"{row['task']}: {right} % are right (95 % interval {low} – {high} %)")
         if row["left_out"]:
             lines.append(f"{row['task']}: {row['left_out']} were left out, empty or too long for the model's context")
     return "\n".join(lines)
