@@ -66,6 +66,8 @@ def evaluate(
         if entry.request is None:
             result = _result(entry, [], config)
             done[result.task, result.index] = result
+    if config.scoring == "pmi":
+        _score_priors(model, pending, config)
     requests = [entry.request for entry in pending if entry.request is not None]
     file = journal.open("a", encoding="utf-8") if journal is not None and pending else None
     try:
@@ -86,24 +88,38 @@ def evaluate(
     return [done[question.task, question.index] for question in questions]
 
 
+def _score_priors(model: Llama | OtherModel, pending: Sequence[Instance], config: EvalConfig) -> None:
+    """Score what 'pmi' subtracts, each distinct request once."""
+    distinct = list(dict.fromkeys(entry.prior for entry in pending if entry.prior is not None))
+    found = {distinct[place]: logprobs for place, logprobs in score(model, distinct, batch_size=config.batch_size)}
+    for entry in pending:
+        if entry.prior is not None:
+            entry.priors = found[entry.prior]
+
+
 def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> Result:
     question = instance.question
     logprobs: list[float | None] = [None] * len(question.labels)
     token_ids: list[list[int]] = [[] for _ in question.labels]
+    priors: list[float | None] = [None] * len(question.labels) if instance.prior is not None else []
     prediction = None
     lengths = [1] * len(scores)
     for number, (place, ids, logprob) in enumerate(zip(instance.places, instance.ids, scores, strict=True)):
         if place is None:
             continue
         logprobs[place], token_ids[place] = logprob, ids
+        if instance.priors:
+            priors[place] = instance.priors[number]
         if config.scoring == "text" and not question.is_true_false and config.normalize != "none":
             text = question.texts[place]
             lengths[number] = len(text.encode()) if config.normalize == "byte" else len(ids)
     if scores:
-        normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
+        corrected = zip(scores, instance.priors or [0.0] * len(scores), lengths, strict=True)
+        normalised = [(logprob - prior) / length for logprob, prior, length in corrected]
         prediction = instance.answers[normalised.index(max(normalised))]
     asked, cut = (question.task, question.index, question.answer), (instance.dropped, instance.cut)
-    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **_text(question))
+    kept = {**_text(question), "priors": priors}
+    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **kept)
 
 
 def _text(question: Question) -> dict[str, Any]:
