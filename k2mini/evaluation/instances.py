@@ -39,8 +39,7 @@ class EvalConfig:
         scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
             log p(option's text); 'k2' is K2's own: the softmax at the last position over fixed ids, for comparison with
             published figures; 'pmi' is 'text' less what the options get without the question: log p(text | question) -
-            log p(text | answer_prefix), PMI_DC of Holtzman et al. 2021, arXiv 2104.08315; with no answer_prefix,
-            lm-evaluation-harness' acc_mutual_info.
+            log p(text | premise), PMI_DC of Holtzman et al. 2021, arXiv 2104.08315.
         answer_prefix: the beginning of the answer, given, with the space before it where the template has one.
         normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
             are not at a disadvantage; 'none' does not.
@@ -77,6 +76,13 @@ class EvalConfig:
             raise ValueError("num_fewshot (--shots) and fewshot_file (--shots-file) can't be given together")
         if self.fewshot_file is not None and not data_path(self.fewshot_file).is_file():
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
+
+    @property
+    def premise(self) -> str:
+        """What stands between question and answer, which 'pmi' scores the options after. With template 'none' and no
+        prefix it is empty, as in lm-evaluation-harness' acc_mutual_info.
+        """
+        return self.template.prompt("basalt").rpartition("basalt")[2] + self.answer_prefix
 
     @property
     def by_text(self) -> bool:
@@ -145,8 +151,7 @@ class Instance:
             empty option is not scored.
         ids: the tokens scored of each continuation.
         dropped, cut: examples left out, and tokens cut from the left, to fit the model's context.
-        prior: of 'pmi': the request that scores the same options after the beginning of the answer alone.
-        priors: what came of it.
+        prior, priors: of 'pmi': the request that scores the same options after the premise, and what came of it.
     """
 
     question: Question
@@ -210,7 +215,7 @@ class PromptBuilder:
         request = Request(tuple(prefix), tuple(map(tuple, ids)), group)
         prior = None
         if self.config.scoring == "pmi":
-            bare, options = self._split(question, self.config.answer_prefix)
+            bare, options = self._split(question, self.config.premise)
             prior = Request(tuple(bare), tuple(map(tuple, options)))
         return Instance(question, request, answers, places, ids, dropped, cut, prior)
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.data.chats import open_template
 from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import Question, read_benchmark
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.report import Result, calibration, summarise, table
 from k2mini.evaluation.robust import WORDINGS, reordered
+from k2mini.weights.model_directory import ModelDirectory
 
 WORDS = ["granite", "basalt", "quartz", "rock", "mineral", "crust"]
 
@@ -45,16 +47,22 @@ def logprob(model, tokenizer, context, text):
     return logprobs[start - 1 :].sum().item()
 
 
-@pytest.mark.parametrize("prefix", ["The answer is: ", ""])
-def test_pmi_is_the_text_less_what_it_gets_without_the_question(tiny_directory, prefix):
-    """By a plain loop; without a prefix it is lm-evaluation-harness' acc_mutual_info, log p(c | ctx) - log p(c | "")."""
+@pytest.mark.parametrize(
+    ("name", "prefix", "premise"),
+    [("none", "The answer is: ", "The answer is: "), ("none", "", ""), ("alpaca_short", "", "\n\n### Response:\n")],
+)
+def test_pmi_is_the_text_less_what_it_gets_without_the_question(tiny_directory, name, prefix, premise):
+    """By a plain loop; without premise it is lm-evaluation-harness' acc_mutual_info: log p(c | ctx) - log p(c)."""
     model, tokenizer = load_model(tiny_directory)
-    config = EvalConfig("pmi", get_template("none"), prefix)
+    config = EvalConfig("pmi", get_template(name), prefix)
+    assert config.premise == premise
     results = evaluate(model, tokenizer, questions := rocks(), config)
     changed = 0
     for question, result in zip(questions, results, strict=True):
-        of_text = [logprob(model, tokenizer, question.stem + prefix, text) for text in question.texts]
-        priors = [logprob(model, tokenizer, prefix, text) for text in question.texts]
+        of_text = [
+            logprob(model, tokenizer, config.template.prompt(question.stem) + prefix, text) for text in question.texts
+        ]
+        priors = [logprob(model, tokenizer, premise, text) for text in question.texts]
         assert result.logprobs == pytest.approx(of_text, abs=1e-4)
         assert result.priors == pytest.approx(priors, abs=1e-4)
         ratios = [text - prior for text, prior in zip(of_text, priors, strict=True)]
@@ -202,3 +210,12 @@ def test_the_table_says_the_calibration_error():
     ]
     said = table(summarise(questions, results, {"scoring": "letter"}))
     assert "rocks: calibration error (ECE) 50.0 %, at a mean confidence of 100.0 %" in said
+
+
+def test_the_premise_of_a_chat_is_what_opens_the_answer(chat_directory, task, run):
+    status, out, err = run("eval", "--model", chat_directory, "--benchmark", task, "--scoring", "pmi", "--json")
+    assert status == 0, err
+    (row,) = json.loads(out)["tasks"]
+    assert (row["scoring"], row["score_end"]) == ("pmi", False)
+    template = open_template("own", chat_directory, ModelDirectory(chat_directory).require_tokenizer())
+    assert EvalConfig("pmi", template).premise == "<|im_end|>\n<|im_start|>assistant\n"
