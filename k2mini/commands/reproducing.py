@@ -12,7 +12,6 @@ from k2mini.config import QUANTIZE_NAMES
 
 if TYPE_CHECKING:
     from k2mini.nn.llama import Llama
-    from k2mini.weights.model_directory import ModelDirectory
 
 GEOBENCH = [Path(f"hf://datasets/daven3/geobench/geobench_{name}.json") for name in ("npee", "apstudy")]
 
@@ -50,9 +49,10 @@ def run_reproduce(options: argparse.Namespace) -> None:
     from k2mini.data.documents import data_path
     from k2mini.data.prompts import get_template
     from k2mini.evaluation.benchmarks import read_benchmark
-    from k2mini.evaluation.instances import EvalConfig
-    from k2mini.evaluation.reproduce import COLUMNS, SETTINGS, reproduce, reproduction_table
+    from k2mini.evaluation.instances import EvalConfig, PromptBuilder
+    from k2mini.evaluation.reproduce import COLUMNS, SETTINGS, part_hashes, reproduce, reproduction_table
     from k2mini.files import output, sha256
+    from k2mini.weights.model_directory import ModelDirectory
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
@@ -72,7 +72,9 @@ def run_reproduce(options: argparse.Namespace) -> None:
     def load(directory: ModelDirectory, adapter: str | None) -> Llama:
         return open_model(directory, options.device, options.threads, adapter=adapter, **loaded)[0]
 
+    tokenizer, hashes = ModelDirectory(parts["base"]).require_tokenizer(), part_hashes(parts)
+    PromptBuilder(questions, config, tokenizer, 0)  # which says before the long run whether K2's scoring can be
     inputs = [*(name for name in parts.values() if name is not None), *files]
     with output(options.out, mark=(SETTINGS, "report.json"), inputs=inputs):
-        report = reproduce(parts, questions, config, options.out, load=load, settings=settings)
+        report = reproduce(parts, hashes, questions, config, options.out, load=load, settings=settings)
         print(json.dumps(report, ensure_ascii=False) if options.json else reproduction_table(report))

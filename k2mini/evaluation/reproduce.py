@@ -15,6 +15,7 @@ from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.files import read_json, sha256, write_text
 from k2mini.nn.llama import Llama
+from k2mini.weights.adapter import read_adapter, read_adapter_config
 from k2mini.weights.delta import apply_delta
 from k2mini.weights.model_directory import ModelDirectory, model_directory
 
@@ -35,8 +36,21 @@ QUOTED: dict[str, tuple[float, float] | None] = {
 }
 
 
+def part_hashes(parts: Mapping[str, str | None]) -> dict[str, str]:
+    """Of each part `ModelDirectory.fingerprint`, of the adapter the SHA-256 of its files.
+
+    Raises ValueError where one is missing or damaged.
+    """
+    found = {name: ModelDirectory(part).fingerprint() for name, part in parts.items() if part and name != "adapter"}
+    if (adapter := parts["adapter"]) is not None:
+        read_adapter(place := model_directory(adapter), read_adapter_config(place))
+        found["adapter"] = digest([(file.name, sha256(file)) for file in sorted(place.glob("adapter_*"))])
+    return found
+
+
 def reproduce(
     parts: Mapping[str, str | None],
+    hashes: Mapping[str, str],
     questions: Sequence[Question],
     config: EvalConfig,
     out: Path,
@@ -49,7 +63,8 @@ def reproduce(
     `out` has a folder of `eval` for each, and base + delta as a model, `further_pretrained`; a killed run goes on.
 
     Args:
-        parts: `base`, and `delta`, `adapter`, `full`, each a directory, an id on the hub, or None.
+        parts, hashes: `base`, and `delta`, `adapter`, `full`, each a directory, an id on the hub, or None; and what
+            `part_hashes` says of them.
         load: a directory and an adapter -> the model.
         settings: what else the report is to say, and the same run has.
 
@@ -58,10 +73,7 @@ def reproduce(
     """
     base, delta, adapter, full = (parts[name] for name in ("base", "delta", "adapter", "full"))
     assert base is not None
-    hashes = {name: ModelDirectory(part).fingerprint() for name, part in parts.items() if part and name != "adapter"}
-    if adapter is not None:
-        hashes["adapter"] = _adapter_hash(adapter)
-    known = {"parts": dict(parts), "hashes": hashes, **settings, **config.settings()}
+    known = {"parts": dict(parts), "hashes": dict(hashes), **settings, **config.settings()}
     if config.fewshot_file is not None:
         known["shots_sha256"] = sha256(data_path(config.fewshot_file))
     if (out / SETTINGS).is_file() and (before := read_json(out / SETTINGS)) != known:
@@ -98,10 +110,6 @@ def reproduce(
     table = reproduction_table(report)
     write_text(out / "report.md", f"# K2, reproduced\n\n```\n{table}\n```\n\n```json\n{text}\n```\n")
     return report
-
-
-def _adapter_hash(adapter: str) -> str:
-    return digest([(file.name, sha256(file)) for file in sorted(model_directory(adapter).glob("adapter_*"))])
 
 
 def _rows(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
