@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LIST, LOADED, TEMPLATE, tuned_in
+from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
@@ -47,8 +48,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCORINGS,
         default=EvalConfig.scoring,
         help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code; "
-        "pmi: text, less what an option gets without the question "
-        f"(default: {EvalConfig.scoring})",
+        f"pmi: text, less what it gets without the question (default: {EvalConfig.scoring})",
     )
     parser.add_argument(
         "--normalize",
@@ -85,16 +85,8 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perplexity", **LIST, default=[], type=Path, metavar="FILE", help="text files to predict")
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
-    parser.add_argument(
-        "--robust",
-        type=int,
-        metavar="K",
-        help="ask K times more, options shuffled by --seed and phrases changed: the spread, and how many choices stay",
-    )
-    parser.add_argument(
-        "--chart", type=Path, metavar="FILE.png", help="draw accuracy over the model's confidence (extra: plot)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace FILE.png")
+    for name, settings in UNCERTAINTY.items():
+        parser.add_argument(name, **settings)
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run_eval)
@@ -114,11 +106,7 @@ def run_eval(options: argparse.Namespace) -> None:
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     created = options.out is not None and not options.out.exists()
     try:
-        given = [path for path in read if path is not None]
-        with (
-            output(options.out, mark=MARK, inputs=given),
-            output(options.chart, file=True, force=options.force, inputs=given),
-        ):
+        with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
             _evaluate(options, directory, inputs, decoding)
     finally:
         if created:
@@ -128,6 +116,7 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding) -> None:
     from k2mini.build import empty_model, open_model
+    from k2mini.commands.uncertainty import add_uncertainty, check_uncertainty
     from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
@@ -135,6 +124,9 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
     from k2mini.inference.compile import compile_decoding
 
     (config, questions, pairs, texts), out = inputs, options.out
+    uncertain = options.robust is not None or options.chart is not None
+    if uncertain:
+        check_uncertainty(options, questions)
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
@@ -149,15 +141,8 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
         compile_decoding(model)
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
-    if options.robust is not None:
-        from k2mini.evaluation.robust import run_robust
-
-        spread = run_robust(model, tokenizer, questions, results, config, repeats=options.robust, out=out)
-        report["tasks"] = [row | {"robust": spread[row["task"]]} for row in report["tasks"]]
-    if options.chart is not None:
-        from k2mini.evaluation.reliability import draw_reliability
-
-        draw_reliability(report["tasks"], options.chart)
+    if uncertain:
+        add_uncertainty(options, report, results, model, tokenizer, questions, config)
     if pairs:
         report["subjective"] = [
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, out=out)
@@ -207,7 +192,6 @@ def kept_by(
 def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
     """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
     from k2mini.data.documents import read_user_text
-    from k2mini.errors import check_picture
     from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
     from k2mini.evaluation.instances import EvalConfig
 
@@ -242,12 +226,6 @@ def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
             tasks += [f"npee/{kind}" for kind in SUBJECTIVE]
         known = ", ".join(tasks) or "none, since --benchmark names no file"
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
-    if options.robust is not None and options.robust < 1:
-        raise ValueError(f"--robust must be at least 1, not {options.robust}")
-    if not questions and (options.robust is not None or options.chart is not None):
-        raise ValueError("--robust and --chart are of multiple-choice questions, and there are none to ask")
-    if options.chart is not None:
-        check_picture(options.chart)
     texts = [read_user_text(path) for path in options.perplexity]
     pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     return config, questions, pairs, texts
