@@ -142,7 +142,7 @@ def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: In
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
     if uncertain:
-        add_uncertainty(options, report, results, model, tokenizer, questions, config)
+        add_uncertainty(options, report, model, tokenizer, questions, results, config)
     if pairs:
         report["subjective"] = [
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, out=out)

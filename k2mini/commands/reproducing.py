@@ -21,8 +21,8 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("k2",), help="k2: LLaMA-7B, with K2's delta, and with its adapter")
     for part, default, what in (
         ("base", "huggyllama/llama-7b", "the base"),
-        ("delta", "daven3/k2_fp_delta", "what further pretraining added to it; none: do without"),
-        ("adapter", "daven3/k2_it_adapter", "what instruction tuning added; none: do without"),
+        ("delta", "daven3/k2_fp_delta", "what further pretraining added to it"),
+        ("adapter", "daven3/k2_it_adapter", "what instruction tuning added"),
     ):
         parser.add_argument(f"--{part}", default=default, metavar="DIR", help=f"{what} (default: {default})")
     parser.add_argument(
@@ -33,7 +33,6 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shots-file", metavar="FILE", help="K2's evaluation/multiple_choice_samples_wa.txt")
     parser.add_argument("--scoring", choices=("k2", "letter"), default="k2", help="as of eval (default: k2)")
-    parser.add_argument("--template", default="k2_wa", metavar="NAME", help="as of eval (default: k2_wa)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="as of eval (default: no)")
     parser.add_argument(
@@ -56,11 +55,9 @@ def run_reproduce(options: argparse.Namespace) -> None:
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    parts = {part: getattr(options, part) for part in ("base", "delta", "adapter", "full")}
-    parts = {part: None if name == "none" else name for part, name in parts.items()}
-    if options.full is not None:
-        parts |= {"delta": None, "adapter": None}
-    config = EvalConfig(options.scoring, get_template(options.template), "", fewshot_file=options.shots_file)
+    wanted = ("base", "delta", "adapter") if options.full is None else ("base", "full")
+    parts = {part: getattr(options, part) for part in wanted}
+    config = EvalConfig(options.scoring, get_template("k2_wa"), fewshot_file=options.shots_file)
     files = options.benchmark or GEOBENCH
     questions = [question for path in files for question in read_benchmark(path)]
     questions = [q for q in questions if options.limit is None or q.index < options.limit]
@@ -74,7 +71,6 @@ def run_reproduce(options: argparse.Namespace) -> None:
 
     tokenizer, hashes = ModelDirectory(parts["base"]).require_tokenizer(), part_hashes(parts)
     PromptBuilder(questions, config, tokenizer, 0)  # which says before the long run whether K2's scoring can be
-    inputs = [*(name for name in parts.values() if name is not None), *files]
-    with output(options.out, mark=(SETTINGS, "report.json"), inputs=inputs):
+    with output(options.out, mark=(SETTINGS, "report.json"), inputs=[*parts.values(), *files]):
         report = reproduce(parts, hashes, questions, config, options.out, load=load, settings=settings)
         print(json.dumps(report, ensure_ascii=False) if options.json else reproduction_table(report))

@@ -10,10 +10,9 @@ from k2mini.files import new_file
 
 
 def draw_reliability(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a task, with a bar for each bin of `report.calibration`: its accuracy, its number of answers above it.
+    """A panel a task, with a bar for each bin of `report.calibration` and its number of answers above it.
 
-    The mean confidence is a dot, which lies on the dashed line where it is the accuracy. `path` is one that
-    `check_picture` allows.
+    A dot at its mean confidence lies on the dashed line where that is the accuracy. `check_picture` allows `path`.
     """
     from matplotlib.figure import Figure
 

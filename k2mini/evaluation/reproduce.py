@@ -36,20 +36,20 @@ QUOTED: dict[str, tuple[float, float] | None] = {
 }
 
 
-def part_hashes(parts: Mapping[str, str | None]) -> dict[str, str]:
+def part_hashes(parts: Mapping[str, str]) -> dict[str, str]:
     """Of each part `ModelDirectory.fingerprint`, of the adapter the SHA-256 of its files.
 
     Raises ValueError where one is missing or damaged.
     """
-    found = {name: ModelDirectory(part).fingerprint() for name, part in parts.items() if part and name != "adapter"}
-    if (adapter := parts["adapter"]) is not None:
-        read_adapter(place := model_directory(adapter), read_adapter_config(place))
+    found = {name: ModelDirectory(part).fingerprint() for name, part in parts.items() if name != "adapter"}
+    if "adapter" in parts:
+        read_adapter(place := model_directory(parts["adapter"]), read_adapter_config(place))
         found["adapter"] = digest([(file.name, sha256(file)) for file in sorted(place.glob("adapter_*"))])
     return found
 
 
 def reproduce(
-    parts: Mapping[str, str | None],
+    parts: Mapping[str, str],
     hashes: Mapping[str, str],
     questions: Sequence[Question],
     config: EvalConfig,
@@ -63,7 +63,7 @@ def reproduce(
     `out` has a folder of `eval` for each, and base + delta as a model, `further_pretrained`; a killed run goes on.
 
     Args:
-        parts, hashes: `base`, and `delta`, `adapter`, `full`, each a directory, an id on the hub, or None; and what
+        parts, hashes: `base`, and `full` or `delta` and `adapter`, each a directory or an id on the hub; and what
             `part_hashes` says of them.
         load: a directory and an adapter -> the model.
         settings: what else the report is to say, and the same run has.
@@ -71,8 +71,6 @@ def reproduce(
     Returns: report.json. Raises ValueError where `out` holds a reproduction of something else, and as `apply_delta` and
     `run_benchmark` do.
     """
-    base, delta, adapter, full = (parts[name] for name in ("base", "delta", "adapter", "full"))
-    assert base is not None
     known = {"parts": dict(parts), "hashes": dict(hashes), **settings, **config.settings()}
     if config.fewshot_file is not None:
         known["shots_sha256"] = sha256(data_path(config.fewshot_file))
@@ -91,24 +89,21 @@ def reproduce(
         write_report(place, report, results)
         return {row["task"]: row for row in report["tasks"]}
 
-    found = {"LLaMA-7B": run("base", base)}
-    if delta is not None:
-        further = out / "further_pretrained"
+    found, full = {"LLaMA-7B": run("base", parts["base"])}, parts.get("full")
+    if full is None:
+        full = str(further := out / "further_pretrained")
         if not further.exists():  # it comes whole or not at all
-            log.info("%s + %s: into %s", base, delta, further)
-            apply_delta(model_directory(base), model_directory(delta), further)
-        found["LLaMA-7B + delta"] = run("delta", str(further))
-        full = full or (str(further) if adapter is not None else None)
-    if full is not None:
-        found["K2-7B"] = run("k2", full, adapter)
+            log.info("%s + %s: into %s", parts["base"], parts["delta"], further)
+            apply_delta(model_directory(parts["base"]), model_directory(parts["delta"]), further)
+        found["LLaMA-7B + delta"] = run("delta", full)
+    found["K2-7B"] = run("k2", full, parts.get("adapter"))
     found["Random"] = {task: {"accuracy": row["chance"]} for task, row in found["LLaMA-7B"].items()}
     notes = _differences(config, questions)
-    report = {"rows": _rows(found), "quoted_from": QUOTED_FROM, "notes": notes, "settings": known}
-    report["versions"] = {name: version(name) for name in ("k2mini", "torch")}
+    versions = {name: version(name) for name in ("k2mini", "torch")}
+    report = {"rows": _rows(found), "quoted_from": QUOTED_FROM, "notes": notes, "settings": known, "versions": versions}
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    text = json.dumps({key: report[key] for key in ("settings", "versions")}, indent=2, ensure_ascii=False)
-    table = reproduction_table(report)
-    write_text(out / "report.md", f"# K2, reproduced\n\n```\n{table}\n```\n\n```json\n{text}\n```\n")
+    shown = (reproduction_table(report), json.dumps(known | versions, indent=2, ensure_ascii=False))
+    write_text(out / "report.md", "# K2, reproduced\n\n```\n{}\n```\n\n```\n{}\n```\n".format(*shown))
     return report
 
 
@@ -129,7 +124,8 @@ def _differences(config: EvalConfig, questions: Sequence[Question]) -> list[str]
     """In what this is known to differ from what K2's code did."""
     asked = [sum(question.task == task for question in questions) for task in COLUMNS.values()]
     notes = [
-        f"asked: {asked[0]:,} and {asked[1]:,} questions; K2 counts 183 and 1,395, the published files 182 and 1,395"
+        f"asked: {asked[0]:,} and {asked[1]:,} questions; K2 counts 183 and 1,395, its files have 182 and 1,395",
+        "asked with 'The answer is:'; which of K2's two prompts was published is not said",
     ]
     if config.scoring != "k2":
         notes.append(f"scored by {config.scoring!r}; K2's code reads fixed ids (--scoring k2)")
