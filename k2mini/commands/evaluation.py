@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
 from k2mini.commands.tasks import ARGUMENTS, read_other
+from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
@@ -52,8 +53,8 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--scoring",
         choices=SCORINGS,
         default=EvalConfig.scoring,
-        help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code "
-        f"(default: {EvalConfig.scoring})",
+        help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code; "
+        f"pmi: text, less what it gets without the question (default: {EvalConfig.scoring})",
     )
     parser.add_argument(
         "--normalize",
@@ -61,7 +62,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         default=EvalConfig.normalize,
         help=f"of text: divide by the option's length or not (default: {EvalConfig.normalize})",
     )
-    parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end too")
+    parser.add_argument("--score-end", action="store_true", help="of text, pmi: score the answer's end too")
     parser.add_argument("--template", **TEMPLATE)
     parser.add_argument(
         "--answer-prefix",
@@ -90,6 +91,8 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perplexity", **LIST, default=[], type=Path, metavar="FILE", help="text files to predict")
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
+    for name, settings in UNCERTAINTY.items():
+        parser.add_argument(name, **settings)
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
     parser.add_argument("--shard", **SHARD)
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
@@ -128,6 +131,7 @@ def _evaluate(
 ) -> None:
     from k2mini.build import empty_model, open_model
     from k2mini.commands.ranks import agree, mesh_of
+    from k2mini.commands.uncertainty import add_uncertainty, check_uncertainty
     from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
@@ -135,6 +139,9 @@ def _evaluate(
     from k2mini.inference.compile import compile_decoding
 
     (config, questions, pairs, texts, taken), out = inputs, options.out
+    uncertain = options.robust is not None or options.chart is not None
+    if uncertain:
+        check_uncertainty(options, questions)
     directory.require_model()
     tokenizer = directory.require_tokenizer()
     empty_model(directory)  # the fingerprint wants tensors of the right shapes
@@ -154,6 +161,8 @@ def _evaluate(
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
     told: dict[str, Any] = {"out": out, "world": world}
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
+    if uncertain:
+        add_uncertainty(options, report, world, model, tokenizer, questions, results, config)
     if pairs:
         report["subjective"] = [
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, **told)

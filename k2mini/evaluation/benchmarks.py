@@ -45,13 +45,13 @@ class Question:
     texts: tuple[str, ...]
     answer: str
 
-    def listed(self) -> str:
-        """The question with its options, as K2 laid it out."""
+    def listed(self, mark: str = NPEE_MARK, true_false: str = "True or false?") -> str:
+        """The question with its options, as K2 laid it out; the line before its options, or before a statement."""
         if self.is_true_false:
-            return f"True or false?\n{self.stem}"
+            return f"{true_false}\n{self.stem}"
         gap = "\n\n" if self.task == "npee/choice" else "\n"  # NPEE's published text has an empty line there
         options = "\n".join(f"{label}. {text}" for label, text in zip(self.labels, self.texts, strict=True))
-        return f"{self.stem}\n{NPEE_MARK}{gap}{options}"
+        return f"{self.stem}\n{mark}{gap}{options}"
 
     @property
     def is_true_false(self) -> bool:

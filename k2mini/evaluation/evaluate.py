@@ -69,6 +69,8 @@ def evaluate(
     found = {
         key: _result(entry, [], config) for entry in instances if not entry.request and (key := _key(entry)) not in done
     }
+    if config.scoring == "pmi":
+        _score_priors(model, [asked[place] for place in pending], config, world)
     file = journal.open("a", encoding="utf-8") if journal is not None and pending else None
     try:
         # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
@@ -90,31 +92,53 @@ def evaluate(
             file.close()
     for part in world.all_gather(found) if world.size > 1 else [found]:
         done |= part
-    return [done[question.task, question.index] for question in questions]
+    results = [done[question.task, question.index] for question in questions]
+    if world.size > 1 and world.rank == 0 and journal is not None:
+        write_text(journal, "".join(result.line() + "\n" for result in results))
+        for path in other_journals(journal):
+            path.unlink()
+    return results
 
 
 def _key(instance: Instance) -> tuple[str, int]:
     return instance.question.task, instance.question.index
 
 
+def _score_priors(model: Llama | OtherModel, pending: Sequence[Instance], config: EvalConfig, world: World) -> None:
+    """Score what 'pmi' subtracts, each distinct request once."""
+    distinct = list(dict.fromkeys(entry.prior for entry in pending if entry.prior is not None))
+    found = dict(score(model, distinct, batch_size=config.batch_size, world=world))
+    for part in world.all_gather(found) if world.size > 1 else ():
+        found |= part
+    priors = {request: found[place] for place, request in enumerate(distinct)}
+    for entry in pending:
+        if entry.prior is not None:
+            entry.priors = priors[entry.prior]
+
+
 def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> Result:
     question = instance.question
     logprobs: list[float | None] = [None] * len(question.labels)
     token_ids: list[list[int]] = [[] for _ in question.labels]
+    priors: list[float | None] = [None] * len(question.labels) if instance.prior is not None else []
     prediction = None
     lengths = [1] * len(scores)
     for number, (place, ids, logprob) in enumerate(zip(instance.places, instance.ids, scores, strict=True)):
         if place is None:
             continue
         logprobs[place], token_ids[place] = logprob, ids
+        if instance.priors:
+            priors[place] = instance.priors[number]
         if config.scoring == "text" and not question.is_true_false and config.normalize != "none":
             text = question.texts[place]
             lengths[number] = len(text.encode()) if config.normalize == "byte" else len(ids)
     if scores:
-        normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
+        corrected = zip(scores, instance.priors or [0.0] * len(scores), lengths, strict=True)
+        normalised = [(logprob - prior) / length for logprob, prior, length in corrected]
         prediction = instance.answers[normalised.index(max(normalised))]
     asked, cut = (question.task, question.index, question.answer), (instance.dropped, instance.cut)
-    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **_text(question))
+    kept = {**_text(question), "priors": priors}
+    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **kept)
 
 
 def _text(question: Question) -> dict[str, Any]:
@@ -207,8 +231,6 @@ def write_report(out: Path, report: Mapping[str, Any], results: Sequence[Result]
     """Write what `run_benchmark` gave: results.jsonl in the order of the questions, report.json and report.md."""
     if results:
         write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
-        for journal in other_journals(out / RESULTS):
-            journal.unlink()
         write_text(out / "report.md", markdown(report))
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
