@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
 from k2mini.evaluation.endpoint import Endpoint
@@ -20,15 +22,19 @@ NO_LIMIT = 10**9  # the endpoint says itself what is too long
 class Characters(Tokenizer):
     """Text as its characters' numbers in Unicode, for a model whose own tokens are known to its server alone."""
 
+    special_tokens: dict[str, int] = {}  # noqa: RUF012
+    added_tokens: dict[str, int] = {}  # noqa: RUF012
+
     def __init__(self, endpoint: Endpoint) -> None:
         self.path, self.vocab_size, self.adds_space = Path(endpoint.url), 0, False
         self.bos_id, self.eos_id, self.unk_id, self.stop_ids = None, -1, None, (-1,)
 
     def encode(self, text: str, *, bos: bool, eos: bool, special: bool = False) -> list[int]:
         """The characters; BOS is put before them by the server. Raises ValueError for what text can't say."""
-        if eos or special:
-            raise ValueError("through an API text alone is scored, so neither its end (--score-end) nor a chat template")
-        return [ord(character) for character in text]
+        return [self.piece(self.eos_id)] if eos or special else [*map(ord, text)]
+
+    def piece(self, token: int) -> Any:
+        raise ValueError("an API scores plain text, without --score-end and in a template for instructions (alpaca)")
 
     def fingerprint(self) -> str:
         return "characters"
@@ -37,13 +43,14 @@ class Characters(Tokenizer):
 class ApiModel:
     """What `Endpoint` gives, in the place of a model.
 
-    Context and option are sent as one text, and tokenised there, by the rule of `split_jointly`: an option is what comes
-    after the tokens that the context and all options with it begin with. Requests are in characters, see `Characters`.
+    Context and option are sent as one text and tokenised there. The rule is that of `split_jointly`: an option is what
+    comes after the tokens that the context, and it with each option, begin with. Requests are in `Characters`.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint, self.path = endpoint, Path(endpoint.url)
-        self.config, self.dtype = OtherConfig(NO_LIMIT, {"url": endpoint.url, "model": endpoint.model}), None
+        self.config = OtherConfig(NO_LIMIT, {"url": endpoint.url, "model": endpoint.model})
+        self.dtype: torch.dtype | None = None
         self._lengths: dict[Request, list[int]] = {}
 
     def require_tokenizer(self) -> Tokenizer:

@@ -82,14 +82,15 @@ class Endpoint:
             choice = answer["choices"][0]
             names, places, values = (choice["logprobs"][key] for key in ("tokens", "text_offset", "token_logprobs"))
             shift = _shift(names, places, text)
-            found = [TextToken(str(n), max(int(p) - shift, 0), v) for n, p, v in zip(names, places, values, strict=True)]
-            pairs = [token for token in found if token.place < len(text)]
-            if len(pairs) == len(found) and choice["finish_reason"] == "length":  # the new token's is missing
-                raise ValueError
+            places = [max(place - shift, 0) for place in places]
+            found = [TextToken(*token) for token in zip(names, places, values, strict=True)]
+            own = [token for token in found if token.place < len(text)]
+            if len(own) < len(found) or choice["finish_reason"] != "length":  # or else the new token is missing
+                pairs = own
         if len(pairs) < 2 or any(not isinstance(token.logprob, float | int) for token in pairs[1:]):
             raise ValueError(
                 f"{self.url} gives no log-probabilities of the prompt (`echo` with `logprobs` of /completions), which "
-                "scoring needs; k2mini serve, vLLM and llama.cpp's Python server (with logits_all, of a model with BOS) do"
+                "scoring needs; k2mini serve, vLLM and llama-cpp-python (--logits_all true, of a model with BOS) do"
             )
         return pairs
 

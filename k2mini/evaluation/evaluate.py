@@ -152,7 +152,7 @@ def run_benchmark(
     with output(out, mark=MARK):
         if out is not None:
             journal, shape = out / RESULTS, digest(model.config.features())
-            of_model = {"config": shape, "dtype": NAMES[model.dtype]}
+            of_model = {"config": shape, "dtype": NAMES[model.dtype] if model.dtype else "unknown"}
             settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
             _check_settings(out, settings)
             if not (out / SETTINGS).is_file():

@@ -163,6 +163,11 @@ def score(
             yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
 
 
+def num_tokens(model: Llama | OtherModel, request: Request) -> list[int]:
+    """How many tokens each option of a request has, that was scored."""
+    return [len(option) for option in request.options] if isinstance(model, Llama) else model.lengths(request)
+
+
 def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[int]:
     """How many tokens `score` runs for each request: its prefix without what its group shares, and its options.
 
