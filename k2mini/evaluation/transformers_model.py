@@ -24,6 +24,7 @@ from k2mini.nn.layers import log_softmax
 from k2mini.weights.model_directory import ModelDirectory, tokenizer_file
 
 LENGTHS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")  # as configurations name the context
+MADE = list[TemporaryDirectory[str]]()  # of tokenizers that are read again later, until the program ends
 
 
 class TransformersModel:
@@ -94,9 +95,9 @@ class TransformersModel:
         if not (self.path / "vocab.json").is_file() or not (self.path / "merges.txt").is_file():
             names = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
             raise ValueError(f"{self.path} has no tokenizer ({names}); copy the one the model was trained with")
-        self._made = TemporaryDirectory()  # kept as long as the model, for what is read of the file later
-        _loaded(AutoTokenizer, self.path).save_pretrained(self._made.name)
-        tokenizer = open_tokenizer(Path(self._made.name) / "tokenizer.json")
+        MADE.append(TemporaryDirectory())
+        _loaded(AutoTokenizer, self.path).save_pretrained(MADE[-1].name)
+        tokenizer = open_tokenizer(Path(MADE[-1].name) / "tokenizer.json")
         tokenizer.add_stop_ids(read_config_json(self.path))
         return tokenizer
 
