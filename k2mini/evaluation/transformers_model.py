@@ -187,12 +187,14 @@ class TransformersModel:
 
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
-        """See `OtherModel`; greedy, a prompt at a time."""
+        """See `OtherModel`; greedy, a prompt at a time. Ids that are no token, as padded embeddings have, are not made."""
+        spare = [*range(self.require_tokenizer().vocab_size, self._of_text.vocab_size)] or None
         for prompt in prompts:
             new = room(len(prompt), decoding.max_new_tokens, self.config.max_seq_len)
             tokens = torch.tensor([prompt], device=self.device)
             how: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": [*stop_ids], "pad_token_id": stop_ids[0]}
-            made = self._model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **how)
+            how |= {"do_sample": False, "suppress_tokens": spare}
+            made = self._model.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
             ids = [token for token in made[0, len(prompt) :].tolist() if token not in stop_ids]
             yield text_of(self.require_tokenizer(), Completion(ids), decoding.stop)
 
