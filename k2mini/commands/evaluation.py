@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2mini.commands.backends import open_other
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
 from k2mini.commands.tasks import ARGUMENTS, read_other
 from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from k2mini.distributed import World
     from k2mini.evaluation.benchmarks import Question
     from k2mini.evaluation.instances import EvalConfig
+    from k2mini.evaluation.score import OtherModel
     from k2mini.inference.decoding import Decoding
+    from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
 
     Inputs = tuple[EvalConfig, list[Question], Pairs, list[str], list[dict[str, Any]]]
 
 log = logging.getLogger("k2mini.commands")
+BACKENDS = ("k2mini", "transformers", "api")
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +97,14 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
     for name, settings in UNCERTAINTY.items():
         parser.add_argument(name, **settings)
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="transformers: any causal language model that it knows (extra: reference); api: the one called --model at "
+        f"--url (default: {BACKENDS[0]})",
+    )
+    parser.add_argument("--url", help="of api: OpenAI's, of a server that scores prompts, as http://localhost:8000/v1")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
     parser.add_argument("--shard", **SHARD)
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
@@ -109,7 +121,8 @@ def run_eval(options: argparse.Namespace) -> None:
     from k2mini.weights.model_directory import ModelDirectory
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
-    directory = ModelDirectory(options.model)
+    own = options.backend == BACKENDS[0] and not options.url
+    directory: ModelDirectory | OtherModel = ModelDirectory(options.model) if own else open_other(options)
     name = options.template or (options.adapter and tuned_in(options.adapter))
     inputs = _read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
@@ -127,7 +140,11 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def _evaluate(
-    options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding, world: World
+    options: argparse.Namespace,
+    directory: ModelDirectory | OtherModel,
+    inputs: Inputs,
+    decoding: Decoding,
+    world: World,
 ) -> None:
     from k2mini.build import empty_model, open_model
     from k2mini.commands.ranks import agree, mesh_of
@@ -137,14 +154,17 @@ def _evaluate(
     from k2mini.evaluation.report import table
     from k2mini.evaluation.subjective import run_subjective, subjective_table
     from k2mini.inference.compile import compile_decoding
+    from k2mini.nn.llama import Llama
+    from k2mini.weights.model_directory import ModelDirectory
 
     (config, questions, pairs, texts, taken), out = inputs, options.out
     uncertain = options.robust is not None or options.chart is not None
     if uncertain:
         check_uncertainty(options, questions)
-    directory.require_model()
     tokenizer = directory.require_tokenizer()
-    empty_model(directory)  # the fingerprint wants tensors of the right shapes
+    if isinstance(directory, ModelDirectory):
+        directory.require_model()
+        empty_model(directory)  # the fingerprint wants tensors of the right shapes
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
     if pairs and (ends := stop_ids(tokenizer, config.template)) != (tokenizer.eos_id,):
         made_by["stop_ids"] = list(ends)
@@ -155,9 +175,13 @@ def _evaluate(
         wanted |= mesh_of(world, options)
     if out is not None and world.rank == 0:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
-    model, _ = open_model(directory, options.device, options.threads, **wanted)
-    if options.compile:
-        compile_decoding(model)
+    model: Llama | OtherModel
+    if isinstance(directory, ModelDirectory):
+        model, _ = open_model(directory, options.device, options.threads, **wanted)
+        if options.compile:
+            compile_decoding(model)
+    else:
+        model = directory
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
     told: dict[str, Any] = {"out": out, "world": world}
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
@@ -168,7 +192,7 @@ def _evaluate(
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, **told)
             for task in pairs
         ]
-    if texts:
+    if texts and isinstance(model, Llama):  # `open_other` refuses them of others
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride, world=world)
         report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
     if world.rank:

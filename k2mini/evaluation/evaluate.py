@@ -210,7 +210,10 @@ def run_benchmark(
     journal, made_by = None if out is None else out / RESULTS, made_by or {}
     with output(out if world.rank == 0 else None, mark=MARK):
         if out is not None and world.rank == 0:
-            of_model = {"config": digest(model.config.features()), "dtype": NAMES[model.dtype]}
+            of_model = {
+                "config": digest(model.config.features()),
+                "dtype": NAMES[model.dtype] if model.dtype else "unknown",
+            }
             settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
             _check_settings(out, settings)
             if not (out / SETTINGS).is_file():

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -42,20 +43,37 @@ class Request:
     group: int = 0
 
 
-class OtherConfig(Protocol):
-    """Of a model's shape what is asked here."""
+@dataclass(frozen=True)
+class OtherConfig:
+    """Of a model's shape what is asked here: its context, and what results are known by beside the weights."""
 
     max_seq_len: int
+    shape: dict[str, Any]
 
     def features(self) -> dict[str, Any]:
-        """What results are known by, beside the weights."""
+        return self.shape
 
 
 class OtherModel(Protocol):
-    """A model that is not k2mini's own, of transformers or behind an API, with what evaluation asks of a `Llama`."""
+    """A model that is not k2mini's own, of transformers or behind an API, with what evaluation asks of a `Llama`.
 
+    Attributes:
+        path: of its directory.
+        dtype: None where it is not known.
+    """
+
+    path: Path
     config: OtherConfig
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises ValueError where there is none."""
+
+    def fingerprint(self) -> str:
+        """By what its weights are known again."""
+
+    def lengths(self, request: Request) -> list[int]:
+        """How many tokens each option of a request has that was scored."""
 
     def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
         """As the function `score`."""
@@ -94,10 +112,16 @@ def split_jointly(
             raise ValueError("an option is empty")
         joint.append(tokenizer.encode(context + option, bos=bos, eos=eos, special=special))
     first = tokenizer.encode(context, bos=bos, eos=False, special=special)
-    common = min(len(first), *(len(ids) - 1 for ids in joint))  # an option keeps at least one token
-    for ids in joint:
-        common = next((i for i in range(common) if ids[i] != first[i]), common)
+    common = boundary(first, joint)
     return first[:common] or [tokenizer.eos_id], [ids[common:] for ids in joint]
+
+
+def boundary(context: Sequence[Any], joint: Sequence[Sequence[Any]]) -> int:
+    """How many tokens a context and all that goes on from it begin with, which leaves each at least one of its own."""
+    common = min(len(context), *(len(tokens) - 1 for tokens in joint))
+    for tokens in joint:
+        common = next((i for i in range(common) if tokens[i] != context[i]), common)
+    return common
 
 
 @torch.no_grad()  # not inference_mode: what sharded weights are gathered into is trained with afterwards
@@ -160,6 +184,11 @@ def score(
                     rows = [row[common:] for row in rows]
                 after = log_softmax(model.logits(extend(model.hidden, rows, cache)))  # (B, V)
                 yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
+
+
+def num_tokens(model: Llama | OtherModel, request: Request) -> list[int]:
+    """How many tokens each option of a request has, that was scored."""
+    return [len(option) for option in request.options] if isinstance(model, Llama) else model.lengths(request)
 
 
 def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[int]:

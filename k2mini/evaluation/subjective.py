@@ -17,7 +17,7 @@ from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
 from k2mini.evaluation.report import accuracy, read_sealed, sealed
-from k2mini.evaluation.score import OtherModel, Request, score, split_jointly
+from k2mini.evaluation.score import OtherModel, Request, num_tokens, score, split_jointly
 from k2mini.evaluation.scores import OpenAnswer, write_answers
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
@@ -70,7 +70,7 @@ def run_subjective(
     logprobs = dict(score(model, requests, batch_size=decoding.batch_size, world=world))
     for part in world.all_gather(logprobs) if world.size > 1 else []:
         logprobs |= part
-    lengths = [len(request.options[0]) for request in requests]
+    lengths = [num_tokens(model, request)[0] for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
     asked, path = [pairs[place][0] for place in kept], None
     if out is not None:
