@@ -40,7 +40,7 @@ PREFER = (
     "Reply with one letter alone: A or B, whichever answer is better, or C where neither is."
 )
 
-Item = tuple[str, str]  # a prompt and the answer after it, whose likelihood is wanted; '': one of LETTERS is
+Item = tuple[str, str | None]  # a prompt and the answer after it, whose likelihood is wanted; None: one of LETTERS is
 Value = float | str | None  # mean log-probability of the answer's tokens, in nats; a letter; None: it is too long
 Judge = Callable[[Sequence[Item]], Iterator[tuple[Item, Value]]]
 
@@ -86,7 +86,7 @@ def judge_here(
     """What a model here says of each item, the longest first; of letters the likeliest after the template's prompt."""
     asked, requests = [], []
     for item in items:
-        if item[1]:
+        if item[1] is not None:
             prefix, ids = split_jointly(tokenizer, item[0], [f" {item[1]}"])
         else:
             letters = [template.lead + letter for letter in LETTERS]
@@ -101,8 +101,8 @@ def judge_here(
         asked.append(item)
         requests.append(Request(tuple(prefix), tuple(map(tuple, ids))))
     for place, sums in score(model, requests, batch_size=batch_size, share=False):
-        likely, length = asked[place][1], len(requests[place].options[0])
-        yield asked[place], sums[0] / length if likely else LETTERS[sums.index(max(sums))]
+        chosen = asked[place][1] is None
+        yield asked[place], LETTERS[sums.index(max(sums))] if chosen else sums[0] / len(requests[place].options[0])
 
 
 def judge_there(endpoint: Endpoint, items: Sequence[Item], workers: int) -> Iterator[tuple[Item, Value]]:
@@ -113,7 +113,7 @@ def judge_there(endpoint: Endpoint, items: Sequence[Item], workers: int) -> Iter
 
     def ask(item: Item) -> Value:
         prompt, answer = item
-        if answer:
+        if answer is not None:
             tokens = endpoint.token_logprobs(f"{prompt} {answer}")
             ends = [begin for begin, _ in tokens[1:]] + [len(prompt) + 1]
             values = [value or 0.0 for (_, value), end in zip(tokens, ends, strict=True) if end > len(prompt)]
@@ -169,37 +169,31 @@ def judge(
     wanted = defaultdict[Item, set[Path]](set)
     for run, own in zip(runs, answers, strict=True):
         for item in (_likely(answer, text) for answer in own.values() for text in aspects.values()):
-            if item[1]:
-                wanted[item].add(run)
-    versus = {
-        (a, b, key): _both(answers[a][key], answers[b][key])
-        for a, b in combinations(range(len(runs) * pairs), 2)
-        for key in answers[0]
-    }
+            wanted[item].add(run)
+    places = combinations(range(len(runs)), 2) if pairs else ()
+    versus = {(a, b, key): _both(answers[a][key], answers[b][key]) for a, b in places for key in answers[0]}
     for (a, b, _), both in versus.items():
         for item in both:
             wanted[item] |= {runs[a], runs[b]}
     said = _say(asked, wanted, made_by)
     verdicts = {place: f"{said[one]}{said[two]}" for place, (one, two) in versus.items() if said[one] and said[two]}
+    # Preferences are named after all that was compared, so that `compare` pairs no others.
+    compared = digest(sorted(digest(sorted([*key, own[key].answer] for key in own)) for own in answers))[:6]
     found: list[dict[str, dict[Key, float]]] = []  # of each run: measure -> question -> value
     for place, own in enumerate(answers):
         found.append({PREFERENCE: _preferences(place, verdicts)} if pairs else {})
         for aspect, text in aspects.items():
-            values = ((key, said.get(_likely(answer, text))) for key, answer in own.items())
+            values = ((key, said[_likely(answer, text)]) for key, answer in own.items())
             found[-1][aspect] = {key: value for key, value in values if isinstance(value, float)}
-        _add_scores(runs[place], own, found[-1], name, answers)
+        scores = []
+        for measure, of_run in found[-1].items():
+            full = f"{measure}@{name}" + f"#{compared}" * (measure == PREFERENCE)
+            scores += [Score(own[key].task, own[key].index, key[0], full, value) for key, value in of_run.items()]
+        write_scores(runs[place], f"judge_{name}", scores)
     tasks = defaultdict[str, list[Key]](list)
     for key, answer in answers[0].items():
         tasks[answer.task].append(key)
-    return [
-        {
-            "task": task,
-            "n": len(keys),
-            "runs": [_row(run, keys, values) for run, values in zip(runs, found, strict=True)],
-        }
-        | ({"orders": _orders([both for (*_, key), both in verdicts.items() if key in keys])} if pairs else {})
-        for task, keys in tasks.items()
-    ]
+    return [_summary(task, keys, runs, found, verdicts) for task, keys in tasks.items()]
 
 
 def _likely(answer: OpenAnswer, definition: str) -> Item:
@@ -209,26 +203,30 @@ def _likely(answer: OpenAnswer, definition: str) -> Item:
 def _both(one: OpenAnswer, two: OpenAnswer) -> list[Item]:
     """The question which of two answers is better, in both orders."""
     texts, question = (one.answer.strip(), two.answer.strip()), one.question
-    return [(PREFER.format(question=question, first=a, second=b), "") for a, b in (texts, texts[::-1])]
+    return [(PREFER.format(question=question, first=a, second=b), None) for a, b in (texts, texts[::-1])]
 
 
 def _say(asked: Judge, wanted: Mapping[Item, set[Path]], made_by: Mapping[str, Any]) -> dict[Item, Value]:
     """What is said of each item, now or before; the runs that it concerns keep it."""
     keys, known = {item: digest([made_by, *item]) for item in wanted}, dict[str, Value]()
     journals = sorted({run / JUDGED for runs in wanted.values() for run in runs})
-    for path in journals:
-        lines = [raw for _, raw in read_sealed(path)] if path.exists() else []
+    for path in filter(Path.exists, journals):
+        try:
+            lines = [raw for _, raw in read_sealed(path)]
+        except ValueError:
+            raise ValueError(f"{path} is not as it was written; remove it, and all is judged anew") from None
         write_text(path, "".join(sealed(raw) + "\n" for raw in lines))  # without a line that was cut
         known |= {raw["key"]: raw["value"] for raw in lines}
-    new = sorted(item for item in wanted if keys[item] not in known)  # in an order that the runs' has no part in
-    with kept_in(next(iter(journals), None)), progress_bar(len(new), "judge", "judgements") as progress:
+    # Sorted: the order of runs has no part in it.
+    new = sorted((item for item in wanted if keys[item] not in known and item[1] != ""), key=str)
+    with kept_in(journals[0]), progress_bar(len(new), "judge", "judgements") as progress:
         for item, value in asked(new):
             known[keys[item]] = value
             for run in wanted[item]:
                 with (run / JUDGED).open("a", encoding="utf-8") as file:
                     file.write(sealed({"key": keys[item], "value": value}) + "\n")
             progress.update(1)
-    return {item: known[key] for item, key in keys.items()}
+    return {item: known.get(key) for item, key in keys.items()}
 
 
 def _preferences(place: int, verdicts: Mapping[tuple[int, int, Key], str]) -> dict[Key, float]:
@@ -240,40 +238,27 @@ def _preferences(place: int, verdicts: Mapping[tuple[int, int, Key], str]) -> di
     return {key: sum(each) / len(each) for key, each in shares.items()}
 
 
-def _add_scores(
-    run: Path,
-    own: Mapping[Key, OpenAnswer],
-    values: Mapping[str, Mapping[Key, float]],
-    name: str,
-    answers: Sequence[Mapping[Key, OpenAnswer]],
-) -> None:
-    # A preference is named after all that was compared, so that `compare` pairs no others.
-    compared = digest(sorted(digest(sorted([*key, each[key].answer] for key in each)) for each in answers))[:6]
-    names = {measure: f"{measure}@{name}" + f"#{compared}" * (measure == PREFERENCE) for measure in values}
-    scores = [
-        Score(own[key].task, own[key].index, own[key].digest, names[measure], value)
-        for measure, found in values.items()
-        for key, value in found.items()
-    ]
-    write_scores(run, f"judge_{name}", scores)
-
-
-def _row(run: Path, keys: Sequence[Key], values: Mapping[str, Mapping[Key, float]]) -> dict[str, Any]:
-    of_task = {measure: [found[key] for key in keys if key in found] for measure, found in values.items()}
-    means = {measure: math.fsum(each) / len(each) if each else None for measure, each in of_task.items()}
-    left_out = sum(any(key not in found for found in values.values()) for key in keys)
-    return {"run": str(run), **means, "left_out": left_out}
-
-
-def _orders(verdicts: Sequence[str]) -> dict[str, float | int | None]:
-    said, n = Counter(verdicts), len(verdicts)
-    counts = {
-        "consistent": said["AB"] + said["BA"] + said["CC"],
-        "always_first": said["AA"],
-        "always_second": said["BB"],
-    }
-    shares = {name: count / n if n else None for name, count in counts.items()}
-    return {**shares, "unclear": "".join(verdicts).count(UNCLEAR)}
+def _summary(
+    task: str,
+    keys: Sequence[Key],
+    runs: Sequence[Path],
+    found: Sequence[Mapping[str, Mapping[Key, float]]],
+    verdicts: Mapping[tuple[int, int, Key], str],
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for run, values in zip(runs, found, strict=True):
+        rows.append({"run": str(run)})
+        for measure, of_run in values.items():
+            of_task = [of_run[key] for key in keys if key in of_run]
+            rows[-1][measure] = math.fsum(of_task) / len(of_task) if of_task else None
+        rows[-1]["left_out"] = sum(any(key not in of_run for of_run in values.values()) for key in keys)
+    said = Counter(both for (*_, key), both in verdicts.items() if key in keys)
+    counts = {"consistent": ("AB", "BA", "CC"), "always_first": ("AA",), "always_second": ("BB",)}
+    orders: dict[str, float] = {}
+    if n := sum(said.values()):
+        orders = {name: sum(said[both] for both in those) / n for name, those in counts.items()}
+        orders["unclear"] = sum(both.count(UNCLEAR) * number for both, number in said.items())
+    return {"task": task, "n": len(keys), "runs": rows, "orders": orders}
 
 
 def judge_table(tasks: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -282,16 +267,16 @@ def judge_table(tasks: Sequence[Mapping[str, Any]], name: str) -> str:
     for row in tasks:
         names = short_names(entry["run"] for entry in row["runs"])
         measures = [key for key in row["runs"][0] if key not in ("run", "left_out")]
-        width, heads = max(map(len, names)), [f"{measure:>12}" for measure in measures]
-        lines += [f"{row['task']}, {row['n']} questions, by {name}", "  ".join([" " * width, *heads])]
+        width = max(map(len, names))
+        lines.append(f"{row['task']}, {row['n']} questions, by {name}")
+        lines.append(" " * width + "".join(f"  {measure:>12}" for measure in measures) + "  left out")
         for run, entry in zip(names, row["runs"], strict=True):
             cells = ["none" if entry[key] is None else f"{entry[key]:.4f}" for key in measures]
-            left = f"; {entry['left_out']} left out" if entry["left_out"] else ""
-            aligned = [f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)]
-            lines.append("  ".join([f"{run:<{width}}", *aligned]) + left)
-        if orders := row.get("orders"):
-            said = {key: "none" if value is None else f"{100 * value:.1f} %" for key, value in orders.items()}
+            aligned = (f"  {cell:>{max(len(key), 12)}}" for cell, key in zip(cells, measures, strict=True))
+            lines.append(f"{run:<{width}}{''.join(aligned)}  {entry['left_out']:>8}")
+        if orders := row["orders"]:
+            said = {key: f"{100 * value:.1f} %" for key, value in orders.items()}
             whoever = f"for whoever stood first {said['always_first']}, second {said['always_second']}"
-            unclear = f"replies without a verdict {orders['unclear']}"
+            unclear = f"replies without a verdict: {orders['unclear']}"
             lines.append(f"the same verdict in both orders {said['consistent']}, {whoever}; {unclear}")
     return "\n".join(lines)
