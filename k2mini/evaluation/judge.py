@@ -265,18 +265,17 @@ def judge_table(tasks: Sequence[Mapping[str, Any]], name: str) -> str:
     """The report for people to read."""
     lines = []
     for row in tasks:
-        names = short_names(entry["run"] for entry in row["runs"])
-        measures = [key for key in row["runs"][0] if key not in ("run", "left_out")]
-        width = max(map(len, names))
+        runs = short_names(entry["run"] for entry in row["runs"])
+        width, heads = max(map(len, runs)), [key.replace("_", " ") for key in row["runs"][0] if key != "run"]
         lines.append(f"{row['task']}, {row['n']} questions, by {name}")
-        lines.append(" " * width + "".join(f"  {measure:>12}" for measure in measures) + "  left out")
-        for run, entry in zip(names, row["runs"], strict=True):
-            cells = ["none" if entry[key] is None else f"{entry[key]:.4f}" for key in measures]
-            aligned = (f"  {cell:>{max(len(key), 12)}}" for cell, key in zip(cells, measures, strict=True))
-            lines.append(f"{run:<{width}}{''.join(aligned)}  {entry['left_out']:>8}")
+        lines.append("  ".join([" " * width, *(f"{head:>11}" for head in heads)]))
+        for run, entry in zip(runs, row["runs"], strict=True):
+            cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in [*entry.values()][1:]]
+            aligned = (f"{cell:>{max(len(head), 11)}}" for cell, head in zip(cells, heads, strict=True))
+            lines.append("  ".join([f"{run:<{width}}", *aligned]))
         if orders := row["orders"]:
             said = {key: f"{100 * value:.1f} %" for key, value in orders.items()}
-            whoever = f"for whoever stood first {said['always_first']}, second {said['always_second']}"
+            whoever = f"for whichever came first {said['always_first']}, second {said['always_second']}"
             unclear = f"replies without a verdict: {orders['unclear']}"
             lines.append(f"the same verdict in both orders {said['consistent']}, {whoever}; {unclear}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from k2mini.evaluation.endpoint import Endpoint
 from k2mini.evaluation.judge import ASPECTS, JUDGED, LIKELY, verdict
 from k2mini.evaluation.report import sealed
 from k2mini.evaluation.scores import OpenAnswer, read_scores, write_answers
+from k2mini.weights.model_directory import ModelDirectory
 from tests.helpers import make_chat_model
 from tests.serving.conftest import Server
 
@@ -46,14 +47,14 @@ def judged(run, *arguments):
     return json.loads(out)
 
 
-def test_gptscore_is_that_of_a_plain_loop_over_transformers(tiny_directory, runs, run):
+@pytest.mark.parametrize("evaluator", ["tiny_directory", pytest.param("real_model", marks=pytest.mark.slow)])
+def test_gptscore_is_that_of_a_plain_loop_over_transformers(evaluator, runs, run, request):
     from transformers import AutoModelForCausalLM
 
-    report = judged(run, *runs, "--evaluator", tiny_directory)
-    model = AutoModelForCausalLM.from_pretrained(tiny_directory)
-    from k2mini.build import load_model
-
-    _, tokenizer = load_model(tiny_directory)
+    evaluator = request.getfixturevalue(evaluator)
+    report = judged(run, *runs, "--evaluator", evaluator)
+    model = AutoModelForCausalLM.from_pretrained(evaluator, dtype=torch.float32)
+    tokenizer = ModelDirectory(evaluator).require_tokenizer()
 
     def gptscore(question, definition, answer):
         prompt = LIKELY.format(definition=definition, question=question)
@@ -111,7 +112,7 @@ def test_a_run_against_itself_is_half(tiny_directory, runs, run, copied, tmp_pat
     status, table, _ = run("judge", runs[0], other, "--evaluator", tiny_directory, "--only", "preference")
     assert status == 0
     assert table.count("0.5000") == 4
-    assert "for whoever stood first" in table
+    assert "for whichever came first" in table
 
 
 def reply(prompt):
