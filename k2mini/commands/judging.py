@@ -22,10 +22,13 @@ log = logging.getLogger("k2mini.commands")
 
 def judge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `judge`."""
+    from k2mini.evaluation.instances import EvalConfig
+
+    batch: Any = {"type": int, "default": EvalConfig.batch_size, "metavar": "N"}
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval, with open tasks")
     what = "the model that judges; with --evaluator-url, its name there"
     parser.add_argument("--evaluator", required=True, metavar="DIR", help=what)
-    there = "a server of OpenAI's API, such as http://localhost:8000/v1"
+    there = "a server of OpenAI's API, as http://localhost:8000/v1; gptscore needs one that scores prompts"
     parser.add_argument("--evaluator-url", metavar="URL", help=there)
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the evaluator")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the evaluator's matrices in 8 or 4 bits")
@@ -34,7 +37,7 @@ def judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--aspects", type=Path, metavar="FILE", help=file)
     only = "gptscore: how likely each answer is, by aspect; preference: which of two runs' answers is better"
     parser.add_argument("--only", choices=("gptscore", "preference"), help=f"{only} (default: both)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="answers at a time (default: 16)")
+    parser.add_argument("--batch-size", **batch, help=f"answers at a time (default: {EvalConfig.batch_size})")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run_judge)
 
