@@ -51,7 +51,7 @@ def read_aspects(path: Path) -> dict[str, str]:
     if not isinstance(raw, dict) or not raw:
         raise ValueError(f"{path} must hold a JSON object of aspects with their definitions, not {short(raw)}")
     for name, text in raw.items():
-        if not re.fullmatch(rf"(?!{PREFERENCE}$)[\w-]+", name):
+        if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"{path}: {short(name)} is no name of an aspect: letters, digits, _ and - alone")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}: {name} must have a sentence that defines it, not {short(text)}")
@@ -161,10 +161,10 @@ def judge(
         aspects: name -> definition, for GPTScore.
         pairs: compare each run with each.
 
-    Returns: of each task `task`, `n` and `runs`: means by aspect and of `preference`, and `left_out`, how many answers
-    lack one, being empty or too long; and, with `pairs`, `orders`: the shares of comparisons that are `consistent`,
-    with one verdict in both orders, or go `always_first` or `always_second`, to whatever answer stood there, and the
-    number of replies that are `unclear`.
+    Returns: of each task `task`, `n` and `runs`: means of `gptscore_ASPECT` and `preference`, and `left_out`, how many
+    answers lack one, being empty or too long; and, with `pairs`, `orders`: the shares of comparisons that are
+    `consistent`, with one verdict in both orders, or go `always_first` or `always_second`, to whichever answer stood
+    there; how many were `compared`, and how many replies are `unclear`.
     """
     wanted = defaultdict[Item, set[Path]](set)
     for run, own in zip(runs, answers, strict=True):
@@ -184,7 +184,7 @@ def judge(
         found.append({PREFERENCE: _preferences(place, verdicts)} if pairs else {})
         for aspect, text in aspects.items():
             values = ((key, said[_likely(answer, text)]) for key, answer in own.items())
-            found[-1][aspect] = {key: value for key, value in values if isinstance(value, float)}
+            found[-1][f"gptscore_{aspect}"] = {key: value for key, value in values if isinstance(value, float)}
         scores = []
         for measure, of_run in found[-1].items():
             full = f"{measure}@{name}" + f"#{compared}" * (measure == PREFERENCE)
@@ -257,7 +257,7 @@ def _summary(
     orders: dict[str, float] = {}
     if n := sum(said.values()):
         orders = {name: sum(said[both] for both in those) / n for name, those in counts.items()}
-        orders["unclear"] = sum(both.count(UNCLEAR) * number for both, number in said.items())
+        orders["compared"], orders["unclear"] = n, sum(both.count(UNCLEAR) * number for both, number in said.items())
     return {"task": task, "n": len(keys), "runs": rows, "orders": orders}
 
 

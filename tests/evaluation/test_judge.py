@@ -74,12 +74,12 @@ def test_gptscore_is_that_of_a_plain_loop_over_transformers(evaluator, runs, run
             answers = [json.loads(line) for line in lines]
             own = next(entry for entry in row["runs"] if entry["run"] == str(folder))
             for aspect, definition in ASPECTS.items():
-                values = found[row["task"], f"{aspect}@{report['name']}"]
+                values = found[row["task"], f"gptscore_{aspect}@{report['name']}"]
                 expected = [
                     gptscore(answer["question"], definition, answer["answer"]) for answer in answers if answer["answer"]
                 ]
                 assert [*values.values()] == pytest.approx(expected, abs=1e-4)
-                assert own[aspect] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+                assert own[f"gptscore_{aspect}"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
             assert own["left_out"] == sum(not answer["answer"] for answer in answers)
 
 
@@ -149,6 +149,7 @@ def test_preferences_of_three_runs_by_an_endpoint(runs, tmp_path, run, endpoint)
             "consistent": pytest.approx(2 / 3),
             "always_first": pytest.approx(1 / 3),
             "always_second": 0,
+            "compared": 3 * row["n"],
             "unclear": 0,
         }
     measures = {measure for _, measure in read_scores(runs[0]) if "@" in measure}
@@ -230,7 +231,13 @@ def test_by_a_server_as_by_the_model_here(tiny_directory, runs, tmp_path, run, m
                 key: value if key == "run" else pytest.approx(value, abs=1e-4) for key, value in one.items()
             }
     assert [entry["preference"] for entry in preferences[0]["runs"]] == [0.5, 0.5]
-    assert preferences[0]["orders"] == {"consistent": 0, "always_first": 0, "always_second": 0, "unclear": 2}
+    assert preferences[0]["orders"] == {
+        "consistent": 0,
+        "always_first": 0,
+        "always_second": 0,
+        "compared": 1,
+        "unclear": 2,
+    }
 
 
 def test_evaluators_and_aspects_have_names_of_their_own(tiny_directory, runs, tmp_path, run):
@@ -241,7 +248,7 @@ def test_evaluators_and_aspects_have_names_of_their_own(tiny_directory, runs, tm
     reports.append(judged(run, *command, "--quantize", "int8"))
     assert len({report["name"] for report in reports}) == 3
     measures = [measure for _, measure in read_scores(runs[0]) if "@" in measure]
-    assert {measure.split("@")[0] for measure in measures} == {*ASPECTS, "depth"}
+    assert {measure.split("@")[0] for measure in measures} == {f"gptscore_{aspect}" for aspect in (*ASPECTS, "depth")}
     assert {measure.split("@")[1] for measure in measures} == {report["name"] for report in reports}
     assert reports[1]["aspects"] == {"correctness": "The answer is right.", "depth": "It goes deep."}
     assert "preference" not in reports[0]["tasks"][0]["runs"][0]
@@ -294,7 +301,6 @@ def test_mistakes(tiny_directory, runs, tmp_path, run, monkeypatch):
     for content, said in (
         ("[]", "must hold a JSON object of aspects"),
         ('{"depth": ""}', "depth must have a sentence that defines it"),
-        ('{"preference": "It is liked."}', "'preference' is no name of an aspect"),
         ('{"a b": "It is liked."}', "'a b' is no name of an aspect"),
     ):
         (tmp_path / "aspects.json").write_text(content)
