@@ -22,6 +22,7 @@ class Result:
     Attributes:
         digest: of the question that was asked (`Question.digest`).
         question, labels, choices: its text and options, in the order of `logprobs`; an older k2mini kept none of them.
+        topic: the question's, kept where it has one.
     """
 
     task: str
@@ -36,10 +37,11 @@ class Result:
     question: str = ""
     labels: list[str] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
+    topic: str = ""
 
     def line(self) -> str:
         """As one line of results.jsonl."""
-        return sealed(asdict(self))
+        return sealed({name: value for name, value in asdict(self).items() if name != "topic" or value})
 
     @property
     def is_right(self) -> bool:
@@ -77,7 +79,7 @@ def read_sealed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_results(path: Path) -> list[Result]:
     """The results in a results.jsonl. Raises ValueError as `read_sealed` does, and where a question has two."""
     found: dict[tuple[str, int], Result] = {}
-    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices"}
+    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices", "topic"}
     for where, raw in read_sealed(path):
         if not known - newer <= raw.keys() <= known or (raw["task"], raw["index"]) in found:
             raise ValueError(f"{where} is no result of a question, or one that has another already")
