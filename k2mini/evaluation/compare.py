@@ -44,7 +44,7 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
         raise ValueError("compare needs at least two runs")
     models = [_model(run) for run in runs]
     scores = [read_scores(run) for run in runs]
-    found = []
+    found: list[dict[str, Any]] = []
     for task, measure in dict.fromkeys(same for score in scores for same in score):
         of_runs = [score.get((task, measure), {}) for score in scores]
         keys = [key for key in of_runs[0] if all(key in values for values in of_runs)]
@@ -55,8 +55,9 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
         first, entries = [of_runs[0][key] for key in keys], []
         for place, (run, model) in enumerate(zip(runs, models, strict=True)):
             own = [of_runs[place][key] for key in keys]
-            entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": len(of_runs[place]) - len(own)}
-            entries.append(entry | (_against(first, own, measure) if place else {}))
+            left_out, against = len(of_runs[place]) - len(own), _against(first, own, measure) if place else {}
+            entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": left_out}
+            entries.append({**entry, **against})
         found.append({"task": task, "measure": measure, "n": len(keys), "runs": entries})
     if not found:
         raise ValueError(
@@ -115,7 +116,7 @@ def shown(entry: dict[str, Any]) -> str:
     """A run's value with its interval: accuracy in percent, another measure in its own unit."""
     if "accuracy" in entry:
         return f"{100 * entry['accuracy']:5.1f} %  ({100 * entry['low']:.1f} – {100 * entry['high']:.1f})"
-    return f"{entry['mean']:7.3f}  ({entry['low']:.3f} – {entry['high']:.3f})"
+    return f"{entry['mean']:7.3f}  ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:

@@ -16,22 +16,23 @@ from k2mini.evaluation.scores import Key, read_answers, read_scores
 from k2mini.page import STYLE, document, table
 from k2mini.training.plot import short_names
 
-MOST = 25  # questions that are shown for each direction, those that differ most first
+MOST = 25  # questions that are shown for each direction, those that differ most; of accuracy all
 OWN = """
-main { max-width: 1180px; } section { margin-bottom: 14px; } h2 { margin-bottom: 8px; } h3 { font-size: 15px; margin: 14px 0 4px; }
+main { max-width: 1180px; } main > p { margin-bottom: 14px; } section { margin-bottom: 14px; padding: 14px 18px; }
+h2 { margin-bottom: 8px; } h3 { font-size: 15px; margin: 14px 0 4px; }
 :root { --c0: #2563eb; --c1: #d9480f; --good: #1b7a4b; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --c0: #7aa7ff; --c1: #ff9a5c; --good: #5fd39a; --bad: #ff8f86; } }
-.wide { overflow-x: auto; } .wide .table { width: 100%; } .table td { vertical-align: middle; } .num { white-space: nowrap; }
+.wide { overflow-x: auto; } .wide .table { width: 100%; } .num { white-space: nowrap; }
 .table tr.head td { font-weight: 500; font-size: 14px; padding-top: 14px; }
 .track { position: relative; display: block; width: 170px; height: 14px; }
 .track::before { content: ""; position: absolute; inset: 6.5px 0; height: 1px; background: var(--line); }
-.track i { position: absolute; top: 4px; height: 6px; border-radius: 3px; min-width: 2px; background: var(--c); opacity: 0.45; }
-.track b { position: absolute; top: 2px; width: 10px; height: 10px; margin-left: -5px; border-radius: 5px; background: var(--c); }
-.track u { position: absolute; top: 0; height: 14px; width: 1px; background: var(--soft); }
+.track i { position: absolute; top: 4px; height: 6px; border-radius: 3px; background: var(--c); opacity: 0.45; }
+.track b { position: absolute; top: 2px; width: 10px; height: 10px; margin-left: -5px; border-radius: 5px;
+  background: var(--c); }
 .a { --c: var(--c0); } .b { --c: var(--c1); } .good { color: var(--good); } .bad { color: var(--bad); }
 details { margin: 4px 0; } details > summary { padding: 4px 0; } summary b { color: var(--ink); }
 article { border-top: 1px solid var(--line); padding: 12px 0; } article ul { margin: 6px 0 0; padding-left: 20px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 10px; margin-top: 8px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 10px; }
 .pair > div { border-left: 3px solid var(--c); padding-left: 12px; min-width: 0; }
 small { font-size: 12px; color: var(--soft); } .mark { color: var(--c); font-weight: 500; }
 """
@@ -59,7 +60,8 @@ def read_asked(run: Path) -> dict[tuple[str, Key], Asked]:
 
     for result in read_results(run / "results.jsonl") if (run / "results.jsonl").is_file() else ():
         options = tuple(zip(result.labels, result.choices, strict=True))
-        asked = Asked(result.topic, result.question, result.answer, result.prediction or "none", options)
+        question = result.question or f"Question {result.index}, whose text this older run has not kept"
+        asked = Asked(result.topic, question, result.answer, result.prediction or "none", options)
         add(result.task, f"{result.digest} {result.answer}", asked)
     for answer in (answer for answers in read_answers(run).values() for answer in answers):
         add(answer.task, answer.digest, Asked("", answer.question, answer.reference, answer.answer))
@@ -85,11 +87,10 @@ def page(runs: Sequence[Path], found: Sequence[dict[str, Any]]) -> str:
             values = [score[name, each["measure"]] for score in scores]
             keys = [key for key in values[0] if all(key in value for value in values)]
             content += f"<h3>{escape(each['measure'])}</h3>{_topics(name, keys, values, asked[0], names)}"
+            most = len(keys) if each["measure"] == "accuracy" else MOST
             for place in range(1, len(runs)):
                 pairs = [(key, values[place][key] - values[0][key]) for key in keys]
-                content += _differences(
-                    name, each["measure"], pairs, (asked[0], asked[place]), (names[0], names[place])
-                )
+                content += _differences(name, pairs, (asked[0], asked[place]), (names[0], names[place]), most)
         parts.append(f"<section><h2>{escape(name)}: where they differ</h2>{content}</section>")
     return document(f"{len(runs)} runs compared", STYLE + OWN, "\n".join(parts))
 
@@ -103,15 +104,15 @@ def _scores(found: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         for place, (name, entry) in enumerate(zip(names, task["runs"], strict=True)):
             mean = entry.get("accuracy", entry.get("mean"))
             track = _track([entry["low"], mean, entry["high"]], low, high, "b" if place else "a")
-            cells = [escape(name), track, f'<span class="num">{shown(entry)}</span>', "", ""]
+            cells = [escape(name), f'<span class="num">{shown(entry)}</span>', track, "", ""]
             if place:
                 factor, unit = (100, " points") if task["measure"] == "accuracy" else (1, "")
                 ends = [f"{factor * entry[f'difference{end}']:+.{1 if unit else 3}f}" for end in ("", "_low", "_high")]
-                cells[3] = f'<span class="num">{ends[0]}{unit} ({ends[1]} – {ends[2]})</span>'
+                cells[3] = f'<span class="num">{ends[0]}{unit} ({ends[1]} to {ends[2]})</span>'
                 tag = "b" if entry["p_holm"] < 0.05 else "span"
                 cells[4] = f'<{tag} class="num">{entry["p"]:.3g} ({entry["p_holm"]:.3g})</{tag}>'
             rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    head = "".join(f"<th>{name}</th>" for name in ("run", "", "score", "difference from the first", "p (corrected)"))
+    head = "".join(f"<th>{name}</th>" for name in ("run", "score", "", "difference from the first", "p (corrected)"))
     return f'<table class="table"><tr>{head}</tr>{rows}</table>'
 
 
@@ -142,25 +143,28 @@ def _topics(
             row.append(f"{mean:.3f}")
             if place:
                 difference, low, high = interval([value[key] - values[0][key] for key in own])
-                row[-1] += f"  ({difference:+.3f}; {low:+.3f} – {high:+.3f})"
+                row[-1] += f"  ({difference:+.3f}; {low:+.3f} to {high:+.3f})"
         rows.append(row)
     return f'<div class="wide">{table(["topic", "n", *names], rows)}</div>' if rows else ""
 
 
 def _differences(
     task: str,
-    measure: str,
     pairs: Sequence[tuple[Key, float]],
     asked: tuple[dict[tuple[str, Key], Asked], dict[tuple[str, Key], Asked]],
     names: tuple[str, str],
+    most: int,
 ) -> str:
     """Folded lists of the questions that one run answers better than the other, and the other way round."""
     lists = ""
     for sign, kind, what in ((1, "good", "better"), (-1, "bad", "worse")):
         own = sorted((pair for pair in pairs if sign * pair[1] > 0), key=lambda pair: -abs(pair[1]))
-        shown_ones = [(key, value) for key, value in own[:MOST] if all((task, key) in each for each in asked)]
-        articles = "".join(_question(*(each[task, key] for each in asked), value, names) for key, value in shown_ones)
-        rest = f"; the {MOST} that differ most" if len(own) > MOST else ""
+        articles = "".join(
+            _question(asked[0][task, key], asked[1][task, key], value, names)
+            for key, value in own[:most]
+            if (task, key) in asked[0] and (task, key) in asked[1]
+        )
+        rest = f"; the {most} that differ most" if len(own) > most else ""
         said = f"<b>{escape(names[1])}</b> is <span class='{kind}'>{what}</span> than {escape(names[0])}"
         lists += f"<details><summary>{said}: {len(own):,} questions{rest}</summary>{articles}</details>" if own else ""
     return lists or f"<p>{escape(names[1])} and {escape(names[0])} do not differ in any question.</p>"
@@ -179,8 +183,8 @@ def _question(first: Asked, second: Asked, value: float, names: tuple[str, str])
             options += f"<li>{escape(text)}{marks}</li>"
         return f"<article>{head}<ul>{options}</ul></article>"
     reference = f'<details><summary>Reference</summary><div class="said">{escape(first.right)}</div></details>'
-    answers = "".join(
-        f'<div class="{kind}"><small>{escape(name)}</small><div class="said">{escape(asked.said) or "no text"}</div></div>'
-        for kind, name, asked in zip("ab", names, (first, second), strict=True)
-    )
+    answers = ""
+    for kind, name, asked in zip("ab", names, (first, second), strict=True):
+        said = escape(asked.said) or "no text"
+        answers += f'<div class="{kind}"><small>{escape(name)}</small><div class="said">{said}</div></div>'
     return f'<article>{head}<small>{value:+.3f}</small>{reference}<div class="pair">{answers}</div></article>'
