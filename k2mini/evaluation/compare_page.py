@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from k2mini.evaluation.agreement import interval
 from k2mini.evaluation.compare import shown
-from k2mini.evaluation.report import read_results
-from k2mini.evaluation.scores import Key, read_answers, read_scores
+from k2mini.evaluation.report import Result, read_results
+from k2mini.evaluation.scores import Key, OpenAnswer, read_answers, read_scores
 from k2mini.page import STYLE, document, table
 from k2mini.training.plot import short_names
 
+Asked = dict[tuple[str, Key], Result | OpenAnswer]
 MOST = 25  # questions that are shown for each direction, those that differ most; of accuracy all
 OWN = """
 main { max-width: 1180px; } main > p { margin-bottom: 14px; } section { margin-bottom: 14px; padding: 14px 18px; }
@@ -38,33 +38,16 @@ small { font-size: 12px; color: var(--soft); } .mark { color: var(--c); font-wei
 """
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question and what a run made of it; `options` are (label, text) of multiple choice."""
-
-    topic: str
-    question: str
-    right: str
-    said: str
-    options: tuple[tuple[str, str], ...] = ()
-
-
-def read_asked(run: Path) -> dict[tuple[str, Key], Asked]:
-    """(task, key as `read_scores` has it) -> what was asked."""
-    found: dict[tuple[str, Key], Asked] = {}
+def read_asked(run: Path) -> Asked:
+    """What was asked in a run and what it made of it, by task and by the key that `read_scores` has."""
+    found: Asked = {}
     copies = Counter[tuple[str, str]]()
-
-    def add(task: str, digest: str, asked: Asked) -> None:
-        found[task, (digest, copies[task, digest])] = asked
-        copies[task, digest] += 1
-
-    for result in read_results(run / "results.jsonl") if (run / "results.jsonl").is_file() else ():
-        options = tuple(zip(result.labels, result.choices, strict=True))
-        question = result.question or f"Question {result.index}, whose text this older run has not kept"
-        asked = Asked(result.topic, question, result.answer, result.prediction or "none", options)
-        add(result.task, f"{result.digest} {result.answer}", asked)
-    for answer in (answer for answers in read_answers(run).values() for answer in answers):
-        add(answer.task, answer.digest, Asked("", answer.question, answer.reference, answer.answer))
+    every: list[Result | OpenAnswer] = [answer for answers in read_answers(run).values() for answer in answers]
+    every += read_results(run / "results.jsonl") if (run / "results.jsonl").is_file() else []
+    for each in every:
+        digest = f"{each.digest} {each.answer}" if isinstance(each, Result) else each.digest
+        found[each.task, (digest, copies[each.task, digest])] = each
+        copies[each.task, digest] += 1
     return found
 
 
@@ -127,14 +110,14 @@ def _topics(
     task: str,
     keys: Sequence[Key],
     values: Sequence[dict[Key, float]],
-    asked: dict[tuple[str, Key], Asked],
+    asked: Asked,
     names: Sequence[str],
 ) -> str:
     """A row a topic, where results have one; differences with intervals, and no tests of so many small groups."""
     groups: dict[str, list[Key]] = {}
     for key in keys:
-        if (task, key) in asked and asked[task, key].topic:
-            groups.setdefault(asked[task, key].topic, []).append(key)
+        if topic := getattr(asked.get((task, key)), "topic", ""):
+            groups.setdefault(topic, []).append(key)
     rows = []
     for topic, own in sorted(groups.items()):
         row = [topic, f"{len(own):,}"]
@@ -151,7 +134,7 @@ def _topics(
 def _differences(
     task: str,
     pairs: Sequence[tuple[Key, float]],
-    asked: tuple[dict[tuple[str, Key], Asked], dict[tuple[str, Key], Asked]],
+    asked: tuple[Asked, Asked],
     names: tuple[str, str],
     most: int,
 ) -> str:
@@ -170,21 +153,24 @@ def _differences(
     return lists or f"<p>{escape(names[1])} and {escape(names[0])} do not differ in any question.</p>"
 
 
-def _question(first: Asked, second: Asked, value: float, names: tuple[str, str]) -> str:
-    topic = f"<small>{escape(first.topic)}</small>" if first.topic else ""
-    head = f'{topic}<div class="said">{escape(first.question)}</div>'
-    if first.options:
-        options = ""
-        for label, text in first.options:
-            marks = " <b class='good'>✓ key</b>" if label == first.right else ""
-            for kind, name, asked in zip("ab", names, (first, second), strict=True):
-                marks += f' <span class="mark {kind}">← {escape(name)}</span>' if asked.said == label else ""
-            text = text if text == label else f"{label}. {text}"
-            options += f"<li>{escape(text)}{marks}</li>"
-        return f"<article>{head}<ul>{options}</ul></article>"
-    reference = f'<details><summary>Reference</summary><div class="said">{escape(first.right)}</div></details>'
-    answers = ""
-    for kind, name, asked in zip("ab", names, (first, second), strict=True):
-        said = escape(asked.said) or "no text"
-        answers += f'<div class="{kind}"><small>{escape(name)}</small><div class="said">{said}</div></div>'
-    return f'<article>{head}<small>{value:+.3f}</small>{reference}<div class="pair">{answers}</div></article>'
+def _question(first: Result | OpenAnswer, second: Result | OpenAnswer, value: float, names: tuple[str, str]) -> str:
+    both = tuple(zip("ab", names, (first, second), strict=True))
+    content = f"<small>{value:+.3f}</small>"
+    if isinstance(first, OpenAnswer):
+        content += f'<details><summary>Reference</summary><div class="said">{escape(first.reference)}</div></details>'
+        content += '<div class="pair">'
+        for kind, name, asked in both:
+            said = escape(asked.answer) or "no text"
+            content += f'<div class="{kind}"><small>{escape(name)}</small><div class="said">{said}</div></div>'
+        return f'<article><div class="said">{escape(first.question)}</div>{content}</div></article>'
+    # An older k2mini kept neither the text nor the options.
+    labels = first.labels or sorted({first.answer, *(str(getattr(asked, "prediction", "")) for *_, asked in both)})
+    content = f"<small>{escape(first.topic)}</small>" if first.topic else ""
+    content += f'<div class="said">{escape(first.question or f"Question {first.index}")}</div><ul>'
+    for label, text in zip(labels, first.choices or labels, strict=True):
+        marks = " <b class='good'>✓ key</b>" if label == first.answer else ""
+        for kind, name, asked in both:
+            chosen = getattr(asked, "prediction", None) == label
+            marks += f' <span class="mark {kind}">← {escape(name)}</span>' if chosen else ""
+        content += f"<li>{escape(text if text == label else f'{label}. {text}')}{marks}</li>"
+    return f"<article>{content}</ul></article>"

@@ -9,24 +9,16 @@ let rows = []; // of the shown question: { name, levels, node, buttons }
 let now = 0; // the marked one
 
 function kept() {
-  try {
-    return JSON.parse(localStorage.getItem(place));
-  } catch {
-    return null;
-  }
+  try { return JSON.parse(localStorage.getItem(place)); } catch { return null; }
 }
 
 function keep() {
-  try {
-    localStorage.setItem(place, JSON.stringify(state));
-  } catch {
+  try { localStorage.setItem(place, JSON.stringify(state)); } catch {
     say('This browser keeps nothing for this page: export before you close it.');
   }
 }
 
-function say(text) {
-  $('said').textContent = text;
-}
+const say = (text) => { $('said').textContent = text; };
 
 function make(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -81,7 +73,7 @@ function draw() {
   $('count').textContent = `${done} of ${questions.length} questions rated`;
   Object.assign($('progress'), { max: questions.length, value: done });
   $('export').classList.toggle('main', done === questions.length);
-  $('next').classList.toggle('main', isDone(questions[state.at]));
+  $('next').classList.toggle('main', isDone(questions[state.at]) && !$('next').disabled);
   [...$('map').children].forEach((button, number) => {
     const question = questions[number];
     button.className = isDone(question) ? 'done' : given(question) ? 'part' : '';
@@ -95,12 +87,8 @@ function rate(number, value) {
   if (value > buttons.length) return;
   if (value) state.ratings[name] = value;
   else delete state.ratings[name];
-  now = number;
-  if (value) {
-    const open = (row) => !(row.name in state.ratings);
-    const next = rows.findIndex((row, place) => place > number && open(row));
-    now = next < 0 ? Math.max(rows.findIndex(open), 0) || number : next;
-  }
+  const onwards = rows.map((_, step) => (number + step) % rows.length);
+  now = (value ? onwards.find((place) => !(rows[place].name in state.ratings)) : number) ?? number;
   say(questions.every(isDone) ? 'All questions are rated. Export the CSV and send it to whoever gave you this page.' : '');
   keep();
   draw();
@@ -120,18 +108,14 @@ function turn(at) {
 }
 
 function nextOpen() {
-  const later = questions.findIndex((question, number) => number > state.at && !isDone(question));
-  const any = later < 0 ? questions.findIndex((question) => !isDone(question)) : later;
-  if (any >= 0) turn(any);
+  const onwards = questions.map((_, step) => (state.at + 1 + step) % questions.length);
+  turn(onwards.find((number) => !isDone(questions[number])) ?? state.at);
 }
 
 function exportRatings() {
   const rater = state.rater.trim();
-  if (!rater) {
-    say('Give your name or a code first: it tells your ratings from those of others.');
-    $('rater').focus();
-    return;
-  }
+  if (!rater) say('Give your name or a code first: it tells your ratings from those of others.');
+  if (!rater) return $('rater').focus();
   const quoted = `"${rater.replaceAll('"', '""')}"`;
   const all = questions.flatMap(names).filter((name) => name in state.ratings);
   const lines = all.map((name) => [page, quoted, ...name.split(' '), state.ratings[name]].join(','));
@@ -158,15 +142,11 @@ addEventListener('keydown', (event) => {
   event.preventDefault();
   act();
 });
-addEventListener('storage', (event) => { // another tab has rated
-  if (event.key !== place) return;
-  Object.assign(state, { ratings: kept()?.ratings ?? {} });
+addEventListener('storage', () => { // another tab has rated
+  state.ratings = kept()?.ratings ?? state.ratings;
   draw();
 });
 
-const several = Math.max(...questions.map(({ answers }) => answers.length)) > 1;
-$('how').textContent = `Rate each answer by itself. ${several ? 'The order of a question\'s answers is drawn anew for every question. ' : ''}`
-  + 'Your ratings stay in this browser until you export them; nothing is sent.';
 $('most').textContent = most;
 $('aspects').append(...aspects.flatMap(({ name, what, levels }) => [make('dt', {}, name),
   make('dd', {}, `${what} ${levels.map((level, rank) => `${rank + 1} ${level}`).join(' · ')}`)]));

@@ -109,11 +109,11 @@ def find_key(files: Sequence[Path], key: Path | None) -> tuple[Path, dict[str, A
     found = [key] if key is not None else [path for folder in folders for path in sorted(folder.glob(f"*{KEY}"))]
     for path in found:
         raw = read_json(path)
-        if not isinstance(raw, dict) or not {"page", "aspects", "runs", "items"} <= raw.keys():
-            if key is not None:
-                raise ValueError(f"{path} is no key of k2mini rate make")
-        elif page in (None, raw["page"]) or key is not None:
+        is_key = isinstance(raw, dict) and {"page", "aspects", "runs", "items"} <= raw.keys()
+        if is_key and (key is not None or page in (None, raw["page"])):
             return path, raw
+        if key is not None:
+            raise ValueError(f"{path} is no key of k2mini rate make")
     where = ", ".join(str(folder) for folder in folders)
     raise ValueError(f"{files[0]} rates the page {page}, whose key (NAME{KEY}) is not in {where}; name it with --key")
 
@@ -136,7 +136,7 @@ def read_ratings(files: Sequence[Path], key: dict[str, Any]) -> Ratings:
     for where, row in (row for file in files for row in _rows(file)):
         item, aspect, rater = row["item"], row["aspect"], row["rater"].strip()
         if row["page"] != key["page"]:
-            raise ValueError(f"{where} rates another page, {row['page']!r}, than the first file, {key['page']!r}")
+            raise ValueError(f"{where} rates another page, {row['page']!r}; the key is that of {key['page']!r}")
         if (item, aspect) not in ratings:
             raise ValueError(f"{where}: the page has no item {item!r} with an aspect {aspect!r}")
         if row["value"] not in map(str, range(1, levels[aspect] + 1)):

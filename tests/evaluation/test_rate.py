@@ -140,7 +140,7 @@ def test_a_spreadsheet_may_have_saved_a_file(made, tmp_path, run):
     [
         ("page,rater", "pages,rater", "line 1: it is no file of ratings, whose columns are page, rater, item"),
         ("PAGE,anna", "0123456789ab,anna", "whose key (NAME.key.json) is not in"),
-        ("PAGE,ben", "0123456789ab,ben", "line 2 rates another page, '0123456789ab', than the first file"),
+        ("PAGE,ben", "0123456789ab,ben", "line 2 rates another page, '0123456789ab'; the key is"),
         (",1A,", ",99A,", "the page has no item '99A'"),
         ("coherence,2", "coherence,4", "value is '4', not a number from 1 to 3"),
         ("coherence,2", "coherence,2,3", "it is no file of ratings"),
