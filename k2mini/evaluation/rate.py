@@ -15,8 +15,9 @@ from typing import Any
 
 from k2mini.errors import some
 from k2mini.evaluation.agreement import interval, krippendorff_alpha
+from k2mini.evaluation.report import read_sealed, sealed
 from k2mini.evaluation.scores import OpenAnswer, Score, read_answers, write_scores
-from k2mini.files import read_json, read_text, write_text
+from k2mini.files import read_text, write_text
 from k2mini.page import POLICY, STYLE, document
 
 # The human evaluation of K2's authors, as their later paper (GeoGalactica, arXiv 2401.00434, section 6.2) words it:
@@ -69,7 +70,7 @@ def make_page(
     data["page"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
     names = [os.path.relpath(run, out.parent) for run in runs]
     key_of = {"page": data["page"], "aspects": shown_too, "runs": names, "items": items}
-    write_text(key_path(out), json.dumps(key_of, ensure_ascii=False, indent=1) + "\n")
+    write_text(key_path(out), sealed(key_of) + "\n")
     write_text(out, _html(data))
     return key_of
 
@@ -108,12 +109,14 @@ def find_key(files: Sequence[Path], key: Path | None) -> tuple[Path, dict[str, A
     folders = dict.fromkeys([*(file.parent for file in files), Path()])
     found = [key] if key is not None else [path for folder in folders for path in sorted(folder.glob(f"*{KEY}"))]
     for path in found:
-        raw = read_json(path)
-        is_key = isinstance(raw, dict) and {"page", "aspects", "runs", "items"} <= raw.keys()
-        if is_key and (key is not None or page in (None, raw["page"])):
+        try:
+            ((_, raw),) = read_sealed(path)
+        except ValueError:  # somebody else's, unless it is named
+            raw = {}
+        if "items" in raw and (key is not None or page in (None, raw["page"])):
             return path, raw
         if key is not None:
-            raise ValueError(f"{path} is no key of k2mini rate make")
+            raise ValueError(f"{path} is no key of k2mini rate make, or not as it was written")
     where = ", ".join(str(folder) for folder in folders)
     raise ValueError(f"{files[0]} rates the page {page}, whose key (NAME{KEY}) is not in {where}; name it with --key")
 
@@ -121,8 +124,11 @@ def find_key(files: Sequence[Path], key: Path | None) -> tuple[Path, dict[str, A
 def _rows(file: Path) -> Iterable[tuple[str, dict[str, str]]]:
     """(file and line, fields) of a file of ratings, as the page exports them or a spreadsheet saved them again."""
     lines = read_text(file).splitlines()
-    rows = csv.reader(lines, delimiter=";" if ";" in next(iter(lines), "") else ",")
-    for number, row in enumerate(rows, start=1):
+    try:
+        rows = [*csv.reader(lines, delimiter=";" if ";" in next(iter(lines), "") else ",")]
+    except csv.Error as error:
+        raise ValueError(f"{file} is no file of ratings: {error}") from None
+    for number, row in enumerate(rows or [[]], start=1):
         if len(row) != len(COLUMNS) or (number == 1 and row != COLUMNS):
             raise ValueError(f"{file}, line {number}: it is no file of ratings, whose columns are {', '.join(COLUMNS)}")
         if number > 1:
@@ -194,10 +200,9 @@ def write_ratings(folder: Path, key: dict[str, Any], ratings: Ratings) -> list[P
     Returns: the runs. Raises ValueError, before it writes, where a run's answers are not those that were rated.
     """
     runs = [Path(os.path.normpath(folder / run)) for run in key["runs"]]
-    scores: list[list[Score]] = []
+    scores: list[list[Score]] = [[] for _ in runs]
     for place, run in enumerate(runs):
         answers = _keyed(run)
-        scores.append([])
         for (name, aspect), values in ratings.items():
             item = key["items"][name]
             if place not in item["runs"] or not values:
@@ -205,7 +210,7 @@ def write_ratings(folder: Path, key: dict[str, Any], ratings: Ratings) -> list[P
             answer = answers.get((item["task"], item["digest"], item["copy"]))
             if answer is None or answer.answer != item["answer"]:
                 raise ValueError(f"{run} no longer has the answer that item {name} is; it was evaluated anew, or moved")
-            scores[-1].append(Score(answer.task, answer.index, answer.digest, f"people/{aspect}", _mean(values)))
+            scores[place].append(Score(answer.task, answer.index, answer.digest, f"people/{aspect}", _mean(values)))
     for run, found in zip(runs, scores, strict=True):
         write_scores(run, f"people_{key['page']}", found)
     return runs
@@ -213,8 +218,7 @@ def write_ratings(folder: Path, key: dict[str, Any], ratings: Ratings) -> list[P
 
 def ratings_table(found: dict[str, Any], most: int = 20) -> str:
     """The summary as text, with at most so many disagreements."""
-    names = {entry["run"]: len(entry["run"]) for aspect in found["aspects"] for entry in aspect["runs"]}
-    wide = max(3, *names.values())
+    wide = max(3, *(len(entry["run"]) for entry in found["aspects"][0]["runs"]))
     lines = [f"raters: {', '.join(found['raters'])}; {100 * found['given']:.0f} % of all ratings are given"]
     lines.append(f"{'aspect':<14} {'run':<{wide}}  {'n':>4}  mean  95 % interval  alpha (ordinal, interval)")
     for aspect in found["aspects"]:

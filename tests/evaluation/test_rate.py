@@ -182,8 +182,17 @@ def test_runs_that_cannot_be_rated(made, runs, tmp_path, run):
     assert not [*runs[0].glob("scores_*")], "none is written where one can't be"
     file.write_text("page,rater,item,aspect,value\r\n")
     assert "there is no rating in them" in run("rate", "read", file)[2]
-    (tmp_path / "page.key.json").write_text("[]")
-    assert "is no key of k2mini rate make" in run("rate", "read", file, "--key", tmp_path / "page.key.json")[2]
+    file.write_text("page,rater,item,aspect,value\r\n" + "x" * 200_000)
+    assert "is no file of ratings: field larger than field limit" in run("rate", "read", file)[2]
+    file.write_text("")
+    assert "line 1: it is no file of ratings" in run("rate", "read", file)[2]
+    write_csv(file, key, "anna", lambda *_: 2)
+    whole = (tmp_path / "page.key.json").read_text()
+    for content in ("[]", "", whole[:-9], whole.replace('"runs": [0]', '"runs": [1]', 1), whole + whole):
+        (tmp_path / "page.key.json").write_text(content)
+        status, _, err = run("rate", "read", file, "--key", tmp_path / "page.key.json")
+        assert (status, "is no key of k2mini rate make, or not as it was written" in err) == (2, True)
+    assert "whose key (NAME.key.json) is not in" in run("rate", "read", file)[2]
 
 
 @pytest.fixture(scope="module")
