@@ -36,6 +36,7 @@ class Question:
         stem: what is asked, without the options.
         labels, texts: the options in their published order ('A' and 'Basalt'; for true/false both are the word).
         answer: the published key. It may be no label at all: one key of NPEE is.
+        topic: of a user's question that has one, by which `compare --html` sorts.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Question:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     answer: str
+    topic: str = ""
 
     def listed(self, mark: str = NPEE_MARK, true_false: str = "True or false?") -> str:
         """The question with its options, as K2 laid it out; the line before its options, or before a statement."""
@@ -276,4 +278,5 @@ def make_question(task: str, index: int, raw: Any) -> Question:
     if len(meant) > 1:
         which = " and ".join(labels[place] for place in sorted(meant))
         raise ValueError(f"answer {answer!r} may mean {which} of the options; give the place of the right one, from 0")
-    return Question(task, index, stem, labels, tuple(texts), labels[meant.pop()])
+    topic = raw["topic"] if isinstance(raw.get("topic"), str) else ""
+    return Question(task, index, stem, labels, tuple(texts), labels[meant.pop()], topic)

@@ -143,7 +143,8 @@ def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> 
 
 def _text(question: Question) -> dict[str, Any]:
     """What a reader of a result wants to see of its question."""
-    return {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
+    shown = {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
+    return {**shown, "topic": question.topic}
 
 
 def rank_journal(journal: Path, rank: int) -> Path:

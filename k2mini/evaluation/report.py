@@ -23,6 +23,7 @@ class Result:
         digest: of the question that was asked (`Question.digest`).
         question, labels, choices: its text and options, in the order of `logprobs`; an older k2mini kept none of them.
         priors: of 'pmi': the options' log-probabilities without the question.
+        topic: the question's, kept where it has one.
     """
 
     task: str
@@ -38,13 +39,12 @@ class Result:
     labels: list[str] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
     priors: list[float | None] = field(default_factory=list)
+    topic: str = ""
 
     def line(self) -> str:
         """As one line of results.jsonl."""
-        fields = asdict(self)
-        if not self.priors:
-            del fields["priors"]
-        return sealed(fields)
+        later = ("priors", "topic")  # written where there is one
+        return sealed({name: value for name, value in asdict(self).items() if name not in later or value})
 
     @property
     def is_right(self) -> bool:
@@ -97,7 +97,7 @@ def read_sealed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_results(path: Path) -> list[Result]:
     """The results in a results.jsonl. Raises ValueError as `read_sealed` does, and where a question has two."""
     found: dict[tuple[str, int], Result] = {}
-    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices", "priors"}
+    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices", "priors", "topic"}
     for where, raw in read_sealed(path):
         if not known - newer <= raw.keys() <= known or (raw["task"], raw["index"]) in found:
             raise ValueError(f"{where} is no result of a question, or one that has another already")

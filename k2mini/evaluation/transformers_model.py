@@ -187,7 +187,7 @@ class TransformersModel:
 
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
-        """See `OtherModel`; greedy, a prompt at a time. Ids that are no token, as padded embeddings have, are not made."""
+        """See `OtherModel`; greedy, a prompt at a time. Ids that are no token (padded embeddings) are not made."""
         spare = [*range(self.require_tokenizer().vocab_size, self._of_text.vocab_size)] or None
         for prompt in prompts:
             new = room(len(prompt), decoding.max_new_tokens, self.config.max_seq_len)
