@@ -14,23 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.backends import open_other
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
-from k2mini.commands.tasks import ARGUMENTS, read_other
+from k2mini.commands.tasks import ARGUMENTS, read_inputs
 from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
-    from k2mini.commands.tasks import Asked, Pairs
-    from k2mini.data.prompts import AnyTemplate
+    from k2mini.commands.tasks import Inputs, Pairs
     from k2mini.distributed import World
-    from k2mini.evaluation.benchmarks import Question
-    from k2mini.evaluation.instances import EvalConfig
     from k2mini.evaluation.score import OtherModel
     from k2mini.inference.decoding import Decoding
     from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
-
-    Inputs = tuple[EvalConfig, list[Question], Pairs, list[str], list[dict[str, Any]]]
 
 log = logging.getLogger("k2mini.commands")
 BACKENDS = ("k2mini", "transformers", "api")
@@ -124,7 +119,7 @@ def run_eval(options: argparse.Namespace) -> None:
     own = options.backend == BACKENDS[0] and not options.url
     directory: ModelDirectory | OtherModel = ModelDirectory(options.model) if own else open_other(options)
     name = options.template or (options.adapter and tuned_in(options.adapter))
-    inputs = _read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
+    inputs = read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     read += options.corpus
     created = options.out is not None and not options.out.exists()
@@ -146,14 +141,12 @@ def _evaluate(
     decoding: Decoding,
     world: World,
 ) -> None:
-    from k2mini.build import empty_model, open_model
+    from k2mini.build import empty_model
     from k2mini.commands.ranks import agree, mesh_of
     from k2mini.commands.uncertainty import add_uncertainty, check_uncertainty
     from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
-    from k2mini.evaluation.report import table
-    from k2mini.evaluation.subjective import run_subjective, subjective_table
-    from k2mini.inference.compile import compile_decoding
+    from k2mini.evaluation.subjective import run_subjective
     from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
 
@@ -168,20 +161,14 @@ def _evaluate(
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
     if pairs and (ends := stop_ids(tokenizer, config.template)) != (tokenizer.eos_id,):
         made_by["stop_ids"] = list(ends)
-    wanted = {name: getattr(options, name) for name in LOADED}
+    mesh = {}
     if world.size > 1:
         hashed = {"the hash of the questions": digest([[question.digest for question in questions], pairs])}
         agree(world, options, {**made_by, **hashed})
-        wanted |= mesh_of(world, options)
+        mesh = mesh_of(world, options)
     if out is not None and world.rank == 0:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
-    model: Llama | OtherModel
-    if isinstance(directory, ModelDirectory):
-        model, _ = open_model(directory, options.device, options.threads, **wanted)
-        if options.compile:
-            compile_decoding(model)
-    else:
-        model = directory
+    model = _open(options, directory, mesh)
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
     told: dict[str, Any] = {"out": out, "world": world}
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
@@ -200,22 +187,44 @@ def _evaluate(
     if taken:
         report["decontamination"] = taken
     try:
-        if options.json:
-            print(json.dumps(report, ensure_ascii=False))
-        elif questions:
-            print(table(report["tasks"]))
-        if pairs and not options.json:
-            print(subjective_table(report["subjective"]))
-        if texts and not options.json:
-            sums = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
-            print(f"{sums}, over {found.tokens:,} tokens")
-        for entry in taken if not options.json else ():
-            print(entry["said"])
-        sys.stdout.flush()
+        _print(options, report)
     finally:  # whoever reads what is printed may have gone
         if out is not None:
             write_report(out, report, results)
             log.info("the results are in %s", out)
+
+
+def _open(options: argparse.Namespace, directory: ModelDirectory | OtherModel, mesh: Any) -> Llama | OtherModel:
+    from k2mini.build import open_model
+    from k2mini.inference.compile import compile_decoding
+    from k2mini.weights.model_directory import ModelDirectory
+
+    if not isinstance(directory, ModelDirectory):
+        return directory
+    wanted = {name: getattr(options, name) for name in LOADED}
+    model, _ = open_model(directory, options.device, options.threads, **wanted, **mesh)
+    if options.compile:
+        compile_decoding(model)
+    return model
+
+
+def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    from k2mini.evaluation.report import table
+    from k2mini.evaluation.subjective import subjective_table
+
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        if report["tasks"]:
+            print(table(report["tasks"]))
+        if "subjective" in report:
+            print(subjective_table(report["subjective"]))
+        if found := report.get("perplexity"):
+            sums = f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits a byte"
+            print(f"{sums}, over {found['tokens']:,} tokens")
+        for entry in report.get("decontamination", ()):
+            print(entry["said"])
+    sys.stdout.flush()
 
 
 def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: list[str]) -> dict[str, Any]:
@@ -235,79 +244,3 @@ def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: 
     if texts:
         made_by |= {"perplexity": digest(texts), "window": options.window, "stride": options.stride}
     return made_by
-
-
-def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
-    """Read before the model is: how to ask, questions, open tasks' with their references, texts, decontamination."""
-    from k2mini.data.documents import read_user_text
-    from k2mini.evaluation.benchmarks import SUBJECTIVE
-    from k2mini.evaluation.instances import EvalConfig
-
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    if not options.benchmark and not options.perplexity:
-        raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
-    config = EvalConfig(
-        options.scoring,
-        template,
-        options.answer_prefix.replace("\\n", "\n"),
-        options.normalize,
-        options.score_end,
-        options.shots,
-        options.shots_file,
-        options.seed or 0,
-        options.batch_size,
-    )
-    read = [_read_benchmark(options, path) for path in options.benchmark]
-    questions = [question for asked, _, _ in read for question in asked]
-    own = {task: pairs for _, opened, _ in read for task, pairs in opened.items()}
-    tasks = list(dict.fromkeys(question.task for question in questions))
-    wanted = set(options.tasks or [])
-    if wanted:
-        questions = [question for question in questions if question.task in wanted]
-    if options.limit is not None:
-        questions = [question for question in questions if question.index < options.limit]
-    twice = len(own) < sum(len(opened) for _, opened, _ in read)
-    if twice or len({(question.task, question.index) for question in questions}) < len(questions):
-        raise ValueError("the same benchmark is named twice")
-    published = {f"npee/{kind}": kind for kind in (*SUBJECTIVE, "subjective")}
-    open_tasks = {task: kind for task, kind in published.items() if task in wanted and task not in own}
-    tasks += own
-    unknown = wanted - {*tasks} - {*open_tasks}
-    if unknown:
-        if any(task.startswith("npee/") for task in tasks):
-            tasks += published
-        known = ", ".join(tasks) or "none, since --benchmark names no file"
-        raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
-    texts = [read_user_text(path) for path in options.perplexity]
-    pairs: Pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
-    pairs |= {task: opened[: options.limit] for task, opened in own.items() if not wanted or task in wanted}
-    taken = []
-    if options.corpus:
-        from k2mini.evaluation.decontamination import decontamination
-
-        taken = decontamination(options.corpus, [file for _, _, file in read])
-    return config, questions, pairs, texts, taken
-
-
-def _is_other(options: argparse.Namespace, path: Path) -> bool:
-    """Whether a benchmark is a task's YAML, a table, or a file that an option says how to read."""
-    is_told = options.layout is not None or options.map is not None
-    return is_told or path.suffix.lower() in (".yaml", ".yml", ".csv", ".tsv")
-
-
-def _read_benchmark(options: argparse.Namespace, path: Path) -> Asked:
-    from k2mini.data.documents import data_path
-    from k2mini.evaluation.benchmarks import read_benchmark
-
-    return read_other(options, path) if _is_other(options, path) else (read_benchmark(path), {}, data_path(path))
-
-
-def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
-    from k2mini.evaluation.benchmarks import load_subjective
-
-    for path in (path for path in options.benchmark if not _is_other(options, path)):
-        pairs = load_subjective(path, kind)
-        if pairs is not None:
-            return pairs[: options.limit]
-    raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")
