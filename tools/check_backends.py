@@ -107,7 +107,7 @@ def harness(backend: Any, task: str, rows: Sequence[dict[str, Any]], folder: Pat
 
 @contextmanager
 def llama_server(python: Path, model: Path, folder: Path) -> Iterator[str]:
-    """llama-cpp-python's server over the model as GGUF in float32; its address."""
+    """llama-cpp-python's server over the model as GGUF, and keys and values, in float32; its address."""
     convert(model, "gguf", file := folder / "model.gguf", dtype=torch.float32)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

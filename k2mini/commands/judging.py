@@ -16,6 +16,9 @@ from k2mini.config import QUANTIZE_NAMES
 
 if TYPE_CHECKING:
     from k2mini.evaluation.judge import Judge
+    from k2mini.evaluation.score import OtherModel
+    from k2mini.nn.llama import Llama
+    from k2mini.weights.model_directory import ModelDirectory
 
 log = logging.getLogger("k2mini.commands")
 
@@ -30,6 +33,8 @@ def judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluator", required=True, metavar="DIR", help=what)
     there = "a server of OpenAI's API, as http://localhost:8000/v1; gptscore needs one that scores prompts"
     parser.add_argument("--evaluator-url", metavar="URL", help=there)
+    other = "transformers: any causal language model that it knows, as GPTScore's own GPT-2 and OPT (extra: reference)"
+    parser.add_argument("--backend", choices=("k2mini", "transformers"), default="k2mini", help=other)
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter for the evaluator")
     parser.add_argument("--quantize", choices=QUANTIZE_NAMES, help="keep the evaluator's matrices in 8 or 4 bits")
     parser.add_argument("--template", **TEMPLATE)
@@ -69,23 +74,34 @@ def run_judge(options: argparse.Namespace) -> None:
 
 def _evaluator(options: argparse.Namespace) -> tuple[Judge, dict[str, Any]]:
     """What asks the evaluator, and by what its judgements are known."""
-    from k2mini.build import open_model
+    from k2mini.build import open_model, pick_device, set_threads
     from k2mini.data.chats import open_template
     from k2mini.dtypes import NAMES
     from k2mini.evaluation.endpoint import Endpoint
     from k2mini.evaluation.evaluate import digest
     from k2mini.evaluation.judge import judge_here, judge_there
+    from k2mini.evaluation.transformers_model import TransformersModel
     from k2mini.files import sha256
     from k2mini.weights.model_directory import model_directory
 
     if options.evaluator_url is not None:
         if given := [name for name in ("adapter", "quantize", "template") if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0]} is for an evaluator here; leave it out, or leave out --evaluator-url")
+        if options.backend != "k2mini":
+            raise ValueError("--backend is for an evaluator here; leave it out, or leave out --evaluator-url")
         endpoint = Endpoint(options.evaluator_url, options.evaluator)
         made_by = {"evaluator": options.evaluator, "url": options.evaluator_url}
         return partial(judge_there, endpoint, workers=options.batch_size), made_by
     wanted = {name: getattr(options, name) for name in ("adapter", "dtype", "quantize")}
-    model, directory = open_model(options.evaluator, options.device, options.threads, **wanted)
+    model: Llama | OtherModel
+    directory: ModelDirectory | OtherModel
+    if options.backend == "transformers":
+        if options.adapter or options.quantize:
+            raise ValueError("--adapter and --quantize do not go with --backend transformers")
+        set_threads(options.threads)
+        model = directory = TransformersModel(options.evaluator, options.dtype, pick_device(options.device))
+    else:
+        model, directory = open_model(options.evaluator, options.device, options.threads, **wanted)
     tokenizer = directory.require_tokenizer()
     template = options.template or (options.adapter and tuned_in(options.adapter))
     template = open_template(template, directory.path, tokenizer)
@@ -94,7 +110,7 @@ def _evaluator(options: argparse.Namespace) -> tuple[Judge, dict[str, Any]]:
         "evaluator": directory.fingerprint(),
         "adapter": digest([(file.name, sha256(file)) for file in adapter]),
         "quantize": options.quantize,
-        "dtype": NAMES[model.dtype],
+        "dtype": model.dtype and NAMES[model.dtype],
         "shape": digest(model.config.features()),
         "tokenizer": tokenizer.fingerprint(),
         "template": template.name + template.digest,

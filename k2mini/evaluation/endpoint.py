@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -85,7 +86,8 @@ class Endpoint:
             places = [max(place - shift, 0) for place in places]
             found = [TextToken(*token) for token in zip(names, places, values, strict=True)]
             own = [token for token in found if token.place < len(text)]
-            if len(own) < len(found) or choice["finish_reason"] != "length":  # or else the new token is missing
+            new = len(found) - len(own)
+            if new == 1 or (new == 0 and choice["finish_reason"] != "length"):  # EOS may be one, and may not
                 pairs = own
         if len(pairs) < 2 or any(not isinstance(token.logprob, float | int) for token in pairs[1:]):
             raise ValueError(
@@ -106,12 +108,11 @@ def _shift(names: list[str], places: list[int], text: str) -> int:
     """How many characters of tokens' texts come before the prompt's, where places count them.
 
     They do in vLLM, which counts BOS as it is written, and in llama.cpp, which counts the space that LLaMA's tokenizer
-    puts before a text.
+    puts before a text. Raises ValueError where the tokens are not the text's.
     """
     sums = [0, *accumulate(map(len, names))][: len(places)]
-    if places[:2] != sums[:2]:
-        return 0
-    return max("".join(names).find(text[:16]), 0)
+    begin = re.match("[ -~]{0,16}", text)
+    return "".join(names).index(begin[0]) if begin and places[:2] == sums[:2] else 0
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -122,6 +122,7 @@ class TransformersModel:
         with torch.no_grad():
             pair = self._model(torch.tensor([[0, 1], [0, 2]], device=self.device), use_cache=True)
         first, second = pair.logits[:, 0].float()
+        self._finite(first.sum())
         if not torch.allclose(first, second, atol=1e-3):
             raise ValueError(f"{self.path} is not causal: a token's logits depend on those that follow")
         cache = pair.get("past_key_values")
@@ -187,7 +188,7 @@ class TransformersModel:
 
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
-        """See `OtherModel`; greedy, a prompt at a time. Ids that are no token (padded embeddings) are not made."""
+        """See `OtherModel`; greedy, a prompt at a time, and never an id of the embedding's that is no token."""
         spare = [*range(self.require_tokenizer().vocab_size, self._of_text.vocab_size)] or None
         for prompt in prompts:
             new = room(len(prompt), decoding.max_new_tokens, self.config.max_seq_len)
@@ -203,6 +204,6 @@ def _loaded(kind: Any, path: Path, **how: Any) -> Any:
     """What transformers makes of a directory. Raises ValueError with the first line of what it says."""
     try:
         return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False, **how)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # what it raises for a field of a wrong type, say, is no ValueError
         said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ValueError(f"{path}: transformers can't read it ({short(said)})") from None

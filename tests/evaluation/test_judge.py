@@ -240,6 +240,17 @@ def test_by_a_server_as_by_the_model_here(tiny_directory, runs, tmp_path, run, m
     }
 
 
+def test_by_transformers_as_by_the_model_here(tiny_directory, runs, run):
+    pytest.importorskip("transformers")
+    command = [*runs, "--evaluator", tiny_directory]
+    ours, theirs = (judged(run, *command, *more)["tasks"] for more in ([], ["--backend", "transformers"]))
+    for one, two in zip(ours, theirs, strict=True):
+        for values, others in zip(one["runs"], two["runs"], strict=True):
+            assert others == {
+                key: value if key == "run" else pytest.approx(value, abs=1e-4) for key, value in values.items()
+            }
+
+
 def test_evaluators_and_aspects_have_names_of_their_own(tiny_directory, runs, tmp_path, run):
     """Scores of another evaluator, or by another definition, are never taken for these."""
     (tmp_path / "aspects.json").write_text('{"correctness": "The answer is right.", "depth": "It goes deep."}')
@@ -298,6 +309,10 @@ def test_mistakes(tiny_directory, runs, tmp_path, run, monkeypatch):
     assert "name two, or more" in refused(runs[0], *here, "--only", "preference")
     assert "--batch-size must be at least 1" in refused(runs[0], *here, "--batch-size", 0)
     assert "--adapter is for an evaluator here" in refused(*runs, *THERE, "--adapter", "a")
+    assert "--backend is for an evaluator here" in refused(*runs, *THERE, "--backend", "transformers")
+    assert "do not go with --backend transformers" in refused(
+        *runs, *here, "--backend", "transformers", "--adapter", "a"
+    )
     for content, said in (
         ("[]", "must hold a JSON object of aspects"),
         ('{"depth": ""}', "depth must have a sentence that defines it"),
