@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -72,10 +73,11 @@ def same_number(answer: str, reference: str, tolerance: float = 0.0, relative_to
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text; None where there is none."""
+    """The last number in a text; None where there is none, or it is too large."""
     text = _RAISED.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]), text).replace("−", "-")
     found = _NUMBER.findall(text)
     if not found:
         return None
     plain, exponent, power = found[-1]
-    return float(f"{plain.replace(',', '')}e{exponent or power or 0}")
+    number = float(f"{plain.replace(',', '')}e{exponent or power or 0}")
+    return number if math.isfinite(number) else None

@@ -26,11 +26,12 @@ from k2mini.nn.llama import Llama
 
 
 class OpenQuestion(NamedTuple):
-    """A question, the reference answer, and, where that can be decided, what says whether an answer is right."""
+    """A question, the reference answer, and, where that can be decided, what says if an answer is right, and how."""
 
     question: str
     reference: str
     is_right: Callable[[str], bool] | None = None
+    match: str = ""
 
 
 Pair = tuple[str, str] | OpenQuestion
@@ -59,8 +60,8 @@ def run_subjective(
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
     answers; `perplexity`, exp of its negative; `left_out`, how many questions were not asked because they or their
-    reference are empty or too long for the context; `accuracy` with its interval, where it can be decided. None of
-    these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where another model scores the answer.
+    reference are empty or too long for the context; where it can be decided what is right, `accuracy` with its interval
+    and `match`, how. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166): there another model scores answers.
 
     Raises ValueError where no question is left, or `out` holds answers to others.
     """
@@ -91,7 +92,7 @@ def run_subjective(
         texts = _answers(asked, prompts, answer, path, world)
     found = []
     for number, (place, text) in enumerate(zip(kept, texts, strict=True)):
-        question, reference, is_right = OpenQuestion(*pairs[place])
+        question, reference, is_right, match = OpenQuestion(*pairs[place])
         scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
         scores["likelihood"] = logprobs[number][0] / lengths[number]
         scores |= {"accuracy": float(is_right(text))} if is_right is not None else {}
@@ -100,10 +101,12 @@ def run_subjective(
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    return _summary(found, len(pairs) - len(kept), likelihood, template.name)
+    return _summary(found, len(pairs) - len(kept), likelihood, template.name, match)
 
 
-def _summary(found: Sequence[OpenAnswer], left_out: int, likelihood: float, template: str) -> dict[str, Any]:
+def _summary(
+    found: Sequence[OpenAnswer], left_out: int, likelihood: float, template: str, match: str
+) -> dict[str, Any]:
     number, right = len(found), [answer.scores["accuracy"] == 1 for answer in found if "accuracy" in answer.scores]
     return {
         "task": found[0].task,
@@ -111,7 +114,7 @@ def _summary(found: Sequence[OpenAnswer], left_out: int, likelihood: float, temp
         "left_out": left_out,
         "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
         "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
-        **(accuracy(right) if right else {}),
+        **({**accuracy(right), "match": match} if right else {}),
         "words": sum(len(words(answer.answer)) for answer in found) / number,
         "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
         "likelihood": likelihood,
@@ -199,7 +202,7 @@ def subjective_table(summaries: Sequence[dict[str, Any]]) -> str:
         )
         if "accuracy" in row:
             right, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
-            lines.append(f"{row['task']}: {right} % are right (95 % interval {low} – {high} %)")
+            lines.append(f"{row['task']}: {right} % are right by {row['match']} (95 % interval {low} – {high} %)")
         if row["left_out"]:
             lines.append(f"{row['task']}: {row['left_out']} were left out, empty or too long for the model's context")
     return "\n".join(lines)

@@ -50,8 +50,8 @@ class TaskConfig:
     relative_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if "{question}" not in self.prompt:
-            raise ValueError("prompt must have {question} where the question stands")
+        if "{question}" not in self.prompt or not self.name.strip():
+            raise ValueError("prompt must have {question} where the question stands, and name at least a letter")
         if self.fields is not None and (self.layout is not None or not {"question", "answer"} <= self.fields.keys()):
             raise ValueError("fields must name question and answer, and are for files without a layout")
         if self.match is not None and not self.is_open:
@@ -91,7 +91,11 @@ class TaskConfig:
         for each in references if self.match in ("words", "number") else ():
             if (self.match == "words" and not words(each)) or (self.match == "number" and last_number(each) is None):
                 raise ValueError(f"answer {short(each)} has no {self.match}, which match compares")
-        return OpenQuestion(question, references[0], partial(self.is_right, references) if self.match else None)
+        if self.match is None:
+            return OpenQuestion(question, references[0])
+        how = {name: getattr(self, name) for name in ("pattern", "tolerance", "relative_tolerance")}
+        said = ", ".join([self.match, *(f"{name} {value}" for name, value in how.items() if value)])
+        return OpenQuestion(question, references[0], partial(self.is_right, references), said)
 
 
 class Task(NamedTuple):

@@ -181,6 +181,7 @@ def test_records_that_are_refused(tmp_path, name, content, said):
         ("1,2,3", 3),
         ("see Fig.5", None),
         ("none", None),
+        ("1e999", None),
         ("", None),
     ],
 )
@@ -316,7 +317,7 @@ def test_yaml_that_is_refused(tmp_path, change, said):
 def test_eval_of_tasks(tiny_directory, tmp_path, run):
     """Choices and a gap in one run: results kept, the gap's answers right or wrong, gone on with."""
     mmlu = written(tmp_path / "rocks.csv", [(STEM, *TEXTS, "A"), ("Which is a tree?", *TEXTS, "B")])
-    gap = {"name": "rocks/gap", "about": "a gap", "file": "gap.jsonl", "match": "pattern", "pattern": ""}
+    gap = {"name": "rocks/gap", "about": "a gap", "file": "gap.jsonl", "match": "pattern", "pattern": "^"}
     gap["fields"] = {"question": "question", "answer": "answer"}
     written(tmp_path / "gap.jsonl", {"question": "Granite is a ().", "answer": "rock"})
     task, out = written(tmp_path / "gap.yaml", gap), tmp_path / "out"
@@ -325,7 +326,7 @@ def test_eval_of_tasks(tiny_directory, tmp_path, run):
     for _ in range(2):
         status, printed, err = run(*open_only)
         assert status == 0, err
-        assert "rocks/gap: 100.0 % are right (95 % interval 20.7 – 100.0 %)" in printed
+        assert "rocks/gap: 100.0 % are right by pattern, pattern ^ (95 % interval 20.7 – 100.0 %)" in printed
     (answer,) = read_answers(out)["rocks/gap"]
     assert answer.scores["accuracy"] == 1
     assert read_scores(out)["rocks/gap", "accuracy"] == {(answer.digest, 0): 1}
