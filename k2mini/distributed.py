@@ -195,9 +195,11 @@ def uneven(model: object, world: World) -> Iterator[None]:
         yield
         return
     shared: Any = model
-    hidden = shared.hidden
+    hidden, inference = shared.hidden, False  # what weights were gathered into in inference mode is used in no other
 
     def announce(*_: Any) -> None:
+        nonlocal inference
+        inference = torch.is_inference_mode_enabled()
         world.all_reduce(1)
 
     def announced(*arguments: Any, **how: Any) -> Tensor:
@@ -209,7 +211,7 @@ def uneven(model: object, world: World) -> Iterator[None]:
     try:
         yield
         while world.all_reduce(0)[0]:
-            with torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad():
                 hidden(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
     finally:
         hook.remove()

@@ -27,6 +27,7 @@ def answer_all(
 ) -> None:
     """Answer, then print or write the answers; where they can't be written, they are printed before that is said."""
     from k2mini.commands.ranks import agree
+    from k2mini.evaluation.evaluate import digest
     from k2mini.files import check_output, output, write_text
     from k2mini.inference.journal import Journal
 
@@ -40,7 +41,9 @@ def answer_all(
             check_output(path, file=True, force=True, inputs=read)
         made_by = "" if path is None and world.size == 1 else _made_by(options, opened, decoding)
         if world.size > 1:
-            agree(world, options, {"the hash of model and settings": made_by, "what is asked": asked})
+            agree(
+                world, options, {"the hash of model and settings": made_by, "the hash of what is asked": digest(asked)}
+            )
         journal = Journal(path, asked, made_by, force=options.force, world=world)
         done = len(journal.entries)
         try:

@@ -156,9 +156,7 @@ def run_generate(options: argparse.Namespace) -> None:
     opened = _open(options)
     if options.shard or "LOCAL_RANK" in os.environ:
         if options.input is None:
-            raise ValueError(
-                "several ranks answer the prompts of --input; of --prompt there is one, so leave out torchrun"
-            )
+            raise ValueError("one prompt is answered by one process; --input gives several ranks something to do")
         with joined(options) as world:
             answer_all(options, questions, opened, decoding, world)
     elif options.input is None and decoding.beams is None and not options.json and options.out is None:

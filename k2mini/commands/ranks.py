@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 from collections.abc import Iterator, Mapping
@@ -37,12 +38,14 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
     def stop(number: int, _frame: FrameType | None) -> None:
         raise StoppedBySignalError(number, f"what is done is kept in {options.out}")
 
+    if options.shard:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise ValueError("--shard spreads the weights over ranks; torchrun starts them, and there is one")
+        for name in ("--quantize-head", "--compile"):
+            if getattr(options, name[2:].replace("-", "_")):
+                raise ValueError(f"--shard spreads the weights over ranks; it does not go with {name}")
     try:
         with ranks(pick_device(options.device), ParallelSection()) as world:
-            if options.shard and (world.size == 1 or options.quantize_head or options.compile):
-                why = "--quantize-head" if options.quantize_head else "--compile"
-                why = f"it does not go with {why}" if world.size > 1 else "torchrun starts them, and there is one"
-                raise ValueError(f"--shard spreads the weights over ranks; {why}")
             if options.out is not None and world.is_main:
                 signal.signal(signal.SIGTERM, stop)
             yield world
