@@ -112,19 +112,9 @@ def llama_server(python: Path, model: Path, folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python, "-m", "llama_cpp.server", "--model", file, "--model_alias", "model", "--n_ctx", 1024]
-    command += [
-        "--logits_all",
-        "true",
-        "--interrupt_requests",
-        "false",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--n_threads",
-        torch.get_num_threads(),
-    ]
+    how = f"--n_ctx 1024 --logits_all true --interrupt_requests false --type_k 0 --type_v 0 --port {port}"  # 0: float32
+    command = [python, "-m", "llama_cpp.server", "--model", file, "--model_alias", "model", *how.split()]
+    command += ["--host", "127.0.0.1", "--n_threads", torch.get_num_threads()]
     with (folder / "llama.log").open("w") as log:
         server = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
         try:

@@ -45,13 +45,16 @@ class ApiModel:
 
     Context and option are sent as one text and tokenised there. The rule is that of `split_jointly`: an option is what
     comes after the tokens that the context, and it with each option, begin with. Requests are in `Characters`.
+
+    Attributes:
+        lengths: of each request that was scored, how many of the server's tokens its options have.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint, self.path = endpoint, Path(endpoint.url)
         self.config = OtherConfig(NO_LIMIT, {"url": endpoint.url, "model": endpoint.model})
         self.dtype: torch.dtype | None = None
-        self._lengths: dict[Request, list[int]] = {}
+        self.lengths: dict[Request, list[int]] = {}
 
     def require_tokenizer(self) -> Tokenizer:
         """One that keeps text as it is."""
@@ -60,10 +63,6 @@ class ApiModel:
     def fingerprint(self) -> str:
         """Its name and address, for its weights can't be seen."""
         return f"{self.endpoint.model} at {self.endpoint.url}"
-
-    def lengths(self, request: Request) -> list[int]:
-        """See `OtherModel`: in the server's tokens."""
-        return self._lengths[request]
 
     def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
         """As the function `score`, `batch_size` requests at a time.
@@ -81,7 +80,7 @@ class ApiModel:
         found = [[logprob for _, logprob in tokens[common:]] for tokens in joint]
         if not common:
             raise ValueError(f"{self.endpoint.url} gives no token of {short(context)} that an option could go on from")
-        self._lengths[request] = [len(logprobs) for logprobs in found]
+        self.lengths[request] = [len(logprobs) for logprobs in found]
         return [sum(logprob for logprob in logprobs if logprob is not None) for logprobs in found]
 
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:

@@ -72,9 +72,6 @@ class OtherModel(Protocol):
     def fingerprint(self) -> str:
         """By what its weights are known again."""
 
-    def lengths(self, request: Request) -> list[int]:
-        """How many tokens each option of a request has that was scored."""
-
     def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
         """As the function `score`."""
 
@@ -187,8 +184,8 @@ def score(
 
 
 def num_tokens(model: Llama | OtherModel, request: Request) -> list[int]:
-    """How many tokens each option of a request has, that was scored."""
-    return [len(option) for option in request.options] if isinstance(model, Llama) else model.lengths(request)
+    """How many tokens each option of a request has that was scored; an API's are its own."""
+    return getattr(model, "lengths", {}).get(request) or [len(option) for option in request.options]
 
 
 def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[int]:

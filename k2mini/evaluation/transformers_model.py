@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,34 +71,28 @@ class TransformersModel:
         """See `ModelDirectory.fingerprint`."""
         return self._directory.fingerprint()
 
+    @cache  # noqa: B019 (a model lives as long as its command)
     def require_tokenizer(self) -> Tokenizer:
         """Its tokenizer; of vocab.json and merges.txt, as GPT-2 and OPT have them, what transformers makes of them.
 
         Raises ValueError where there is none, or it has tokens that the model has not.
         """
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        if tokenizer_file(self.path) is not None:
-            tokenizer = open_tokenizer(self._directory.require_tokenizer_file())
-        else:
-            tokenizer = self._made_tokenizer()
-        if tokenizer.vocab_size > self._of_text.vocab_size:
-            sizes = f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {self._of_text.vocab_size:,}"
-            raise ValueError(f"{self.path}: {sizes}; this tokenizer belongs to another model")
-        return tokenizer
-
-    def _made_tokenizer(self) -> Tokenizer:
         from transformers import AutoTokenizer
 
-        if not (self.path / "vocab.json").is_file() or not (self.path / "merges.txt").is_file():
+        if tokenizer_file(self.path) is not None:
+            path = self._directory.require_tokenizer_file()
+        elif (self.path / "vocab.json").is_file() and (self.path / "merges.txt").is_file():
+            MADE.append(TemporaryDirectory())
+            _loaded(AutoTokenizer, self.path).save_pretrained(MADE[-1].name)
+            path = Path(MADE[-1].name) / "tokenizer.json"
+        else:
             names = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
             raise ValueError(f"{self.path} has no tokenizer ({names}); copy the one the model was trained with")
-        MADE.append(TemporaryDirectory())
-        _loaded(AutoTokenizer, self.path).save_pretrained(MADE[-1].name)
-        tokenizer = open_tokenizer(Path(MADE[-1].name) / "tokenizer.json")
+        tokenizer = open_tokenizer(path)
         tokenizer.add_stop_ids(read_config_json(self.path))
+        if tokenizer.vocab_size > (rows := self._of_text.vocab_size):
+            sizes = f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {rows:,}"
+            raise ValueError(f"{self.path}: {sizes}; this tokenizer belongs to another model")
         return tokenizer
 
     @cached_property
@@ -128,10 +122,6 @@ class TransformersModel:
         cache = pair.get("past_key_values")
         known = (DynamicLayer, DynamicSlidingWindowLayer)
         return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
-
-    def lengths(self, request: Request) -> list[int]:
-        """See `OtherModel`."""
-        return [len(option) for option in request.options]
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:

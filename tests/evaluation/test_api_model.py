@@ -8,7 +8,7 @@ import pytest
 
 from k2mini.evaluation.api_model import ApiModel
 from k2mini.evaluation.endpoint import Endpoint
-from k2mini.evaluation.score import score, split_jointly
+from k2mini.evaluation.score import Request, num_tokens, score, split_jointly
 from tests.serving.conftest import Server
 
 pytest.importorskip("uvicorn")
@@ -123,8 +123,6 @@ def test_offsets_of_other_servers(server, altered, form):
 @pytest.mark.parametrize("form", [lambda logprobs, _: logprobs, as_vllm, as_llama_cpp])
 def test_the_boundary_is_that_of_joint_tokenisation(server, altered, form):
     """White space that ends a context is scored with the option, for all options alike."""
-    from k2mini.evaluation.score import Request
-
     context, options = "granite is ", ["quartz", "a", "a rock", " crust", "ééé"]
     prefix, ids = split_jointly(server.tokenizer, context, options)
     expected = dict(score(server.model, [Request(tuple(prefix), tuple(map(tuple, ids)))]))[0]
@@ -134,7 +132,7 @@ def test_the_boundary_is_that_of_joint_tokenisation(server, altered, form):
     request = Request(tuple(context_ids), tuple(map(tuple, option_ids)))
     ((_, found),) = score(model, [request], batch_size=2)
     assert found == pytest.approx(expected, abs=1e-4)
-    assert model.lengths(request) == [len(option) for option in ids]
+    assert num_tokens(model, request) == [len(option) for option in ids]
 
 
 @pytest.mark.parametrize(
