@@ -219,3 +219,31 @@ def test_the_premise_of_a_chat_is_what_opens_the_answer(chat_directory, task, ru
     assert (row["scoring"], row["score_end"]) == ("pmi", False)
     template = open_template("own", chat_directory, ModelDirectory(chat_directory).require_tokenizer())
     assert EvalConfig("pmi", template).premise == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.slow
+def test_pmi_is_that_of_lm_evaluation_harness(smollm2_json, geobench):
+    """Given the token that an empty context is here, EOS where the tokenizer writes no BOS; theirs is any named BOS."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = load_model(smollm2_json)
+    asked = [q for q in read_benchmark(geobench["npee"]) if q.task == "npee/choice"][:12]
+    asked = [replace(question, texts=tuple(f" {text}" for text in question.texts)) for question in asked]
+    results = evaluate(model, tokenizer, asked, EvalConfig("pmi", get_template("none")))
+    peer = HFLM(
+        AutoModelForCausalLM.from_pretrained(smollm2_json),
+        tokenizer=AutoTokenizer.from_pretrained(smollm2_json),
+        prefix_token_id=tokenizer.eos_id,
+        device="cpu",
+    )
+    for question, result in zip(asked, results, strict=True):
+        pairs = [(context, text) for context in (question.stem, "") for text in question.texts]
+        requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+        theirs = [logprob for logprob, _ in peer.loglikelihood(requests, disable_tqdm=True)]
+        assert [*result.logprobs, *result.priors] == pytest.approx(theirs, abs=1e-3)
+        number = len(question.texts)
+        ratios = [theirs[place] - theirs[number + place] for place in range(number)]
+        assert result.prediction == question.labels[ratios.index(max(ratios))]
