@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,29 +38,32 @@ def krippendorff_alpha(units: Sequence[Sequence[float]], metric: str = "ordinal"
     return 1 - (float(total.sum()) - 1) * float((within * distance).sum()) / expected
 
 
-def resampled(values: Sequence[float], seed: int = 0) -> NDArray[np.float64]:
-    """The means of `SAMPLES` samples, each as large as the values and drawn from them with replacement."""
-    given, draw = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    size = max(1, 2**20 // len(given))  # samples at a time
-    rest = [min(size, SAMPLES - start) for start in range(0, SAMPLES, size)]
-    return np.concatenate([given[draw.integers(0, len(given), (number, len(given)))].mean(1) for number in rest])
+def _samples(values: Sequence[float]) -> Iterator[NDArray[np.float64]]:
+    """`SAMPLES` samples as large as the values, drawn from them with replacement: a row each, some rows at a time."""
+    given, draw = np.asarray(values, dtype=float), np.random.default_rng(0)
+    size = max(1, 2**20 // len(given))
+    for start in range(0, SAMPLES, size):
+        yield given[draw.integers(0, len(given), (min(size, SAMPLES - start), len(given)))]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """A mean, and the ends of its 95 % interval: percentiles of the bootstrap (Efron 1979)."""
-    low, high = np.quantile(resampled(values), (0.025, 0.975))
+    low, high = np.quantile(np.concatenate([sample.mean(1) for sample in _samples(values)]), (0.025, 0.975))
     return float(np.mean(values)), float(low), float(high)
 
 
 def paired_p(differences: Sequence[float]) -> float:
     """The two-sided p-value of a mean difference of zero, by the paired bootstrap (Efron & Tibshirani 1993, 16.4).
 
-    The share of samples of the centred differences whose mean is as far from zero. The bootstrap is too sure of few
-    pairs, so it is never below that of a sign test in which all n differences that are not zero agree, 2 / 2^n.
+    The share of samples of the centred differences whose mean, over its standard error, is as far from zero. It is
+    never below what n differences that are not zero can prove if all have one sign: 2 / 2^n, as in a sign test.
     """
-    mean, number = float(np.mean(differences)), sum(value != 0 for value in differences)
-    far = np.abs(resampled(differences) - mean) >= abs(mean) * (1 - 1e-12)
-    return min(1.0, max((1 + int(far.sum())) / (1 + SAMPLES), 2.0 ** (1 - number)))
+    given, far = np.asarray(differences, dtype=float), 0
+    mean, spread = abs(given.mean()), given.std()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for sample in _samples(given - given.mean()) if spread > 1e-9 * mean else ():  # or all are the same
+            far += int((abs(sample.mean(1)) / sample.std(1) >= mean / spread).sum())
+    return min(1.0, max((1 + far) / (1 + SAMPLES), 2.0 ** (1 - np.count_nonzero(given))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

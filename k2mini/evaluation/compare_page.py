@@ -22,7 +22,7 @@ main { max-width: 1180px; } main > p { margin-bottom: 14px; } section { margin-b
 h2 { margin-bottom: 8px; } h3 { font-size: 15px; margin: 14px 0 4px; }
 :root { --c0: #2563eb; --c1: #d9480f; --good: #1b7a4b; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --c0: #7aa7ff; --c1: #ff9a5c; --good: #5fd39a; --bad: #ff8f86; } }
-.wide { overflow-x: auto; } .wide .table { width: 100%; } .num { white-space: nowrap; }
+td b.num { font-weight: 700; } .wide { overflow-x: auto; } .wide .table { width: 100%; } .num { white-space: nowrap; }
 .table tr.head td { font-weight: 500; font-size: 14px; padding-top: 14px; }
 .track { position: relative; display: block; width: 170px; height: 14px; }
 .track::before { content: ""; position: absolute; inset: 6.5px 0; height: 1px; background: var(--line); }

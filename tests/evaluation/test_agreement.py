@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -61,9 +62,14 @@ def test_intervals_and_p_values_are_those_of_a_loop():
     differences = [draw.gauss(0.3, 1) for _ in range(40)]
     mean, low, high = interval(differences)
     assert mean == pytest.approx(sum(differences) / 40)
-    means = sorted(sum(draw.choices(differences, k=40)) / 40 for _ in range(4000))
-    assert (low, high) == pytest.approx((means[100], means[3900]), abs=0.03)
-    assert paired_p(differences) == pytest.approx(sum(abs(m - mean) >= abs(mean) for m in means) / 4000, abs=0.02)
+    means = sorted(sum(draw.choices(differences, k=40)) / 40 for _ in range(2000))
+    assert (low, high) == pytest.approx((means[50], means[1950]), abs=0.03)
+    centred = [value - mean for value in differences]
+    samples = [draw.choices(centred, k=40) for _ in range(2000)]
+    far = sum(
+        abs(statistics.fmean(s)) / statistics.pstdev(s) >= abs(mean) / statistics.pstdev(centred) for s in samples
+    )
+    assert paired_p(differences) == pytest.approx(far / 2000, abs=0.02)
     assert interval(differences) == (mean, low, high), "the same every time"
     assert paired_p([-value for value in differences]) == pytest.approx(paired_p(differences), abs=0.02)
 
@@ -71,8 +77,16 @@ def test_intervals_and_p_values_are_those_of_a_loop():
 def test_few_pairs_prove_nothing():
     assert paired_p([0.0] * 30) == 1
     assert paired_p([0.7]) == 1
-    assert paired_p([0.7, 0.0, 0.6, 0.8]) == 0.25
+    assert paired_p([0.7, 0.0, 0.6, 0.8]) >= 0.25
+    assert paired_p([0.1] * 5) == 2 / 2**5
+    assert paired_p([0.1, -0.1]) == 1
     assert paired_p([1.0, 1.1] * 50) < 1e-3
+
+
+def test_false_alarms_are_as_rare_as_they_are_said_to_be():
+    draw = random.Random(0)
+    alarms = sum(paired_p([draw.gauss(0, 1) for _ in range(12)]) < 0.05 for _ in range(200))
+    assert 2 <= alarms <= 20  # 10 are expected; outside of this once in a thousand times
 
 
 def test_holm_by_hand():
