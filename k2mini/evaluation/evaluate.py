@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,39 +57,29 @@ def evaluate(
     if world.size > 1:
         done = world.broadcast(done)
         journal = journal and rank_journal(journal, world.rank)
-    tasks = dict.fromkeys(question.task for question in questions)
-    builders = {
-        task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
-        for task in tasks
-    }
-    instances = [builders[q.task].build(q) for q in questions]
+    instances = _instances(questions, config, tokenizer, model.config.max_seq_len)
     asked = [entry for entry in instances if entry.request is not None]
     requests = [entry.request for entry in asked if entry.request is not None]
     pending = [place for place, entry in enumerate(asked) if _key(entry) not in done]
-    found = {
-        key: _result(entry, [], config) for entry in instances if not entry.request and (key := _key(entry)) not in done
-    }
+    unasked = [entry for entry in instances if entry.request is None and _key(entry) not in done]
+    found = {_key(entry): _result(entry, [], config) for entry in unasked}
     if config.scoring == "pmi":
         _score_priors(model, [asked[place] for place in pending], config, world)
-    file = journal.open("a", encoding="utf-8") if journal is not None and pending else None
-    try:
-        # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
-        tokens = tokens_to_run(requests, share=share)
-        total = sum(tokens[place] for place in pending) // world.size  # this rank's, or so
-        with progress_bar(total, label, "tokens", shown=world.rank == 0 and bool(pending)) as progress:
-            how: dict[str, Any] = {"batch_size": config.batch_size, "share": share, "wanted": pending, "world": world}
-            for place, logprobs in score(model, requests, **how):
-                if (key := _key(asked[place])) in done:
-                    continue
-                found[key] = _result(asked[place], logprobs, config)
-                if file is not None:
-                    file.write(found[key].line() + "\n")
-                    file.flush()
-                progress.set_postfix_str(f"{len(done) + len(found)}/{len(questions)} questions", refresh=False)
-                progress.update(tokens[place])
-    finally:
-        if file is not None:
-            file.close()
+    # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
+    tokens = tokens_to_run(requests, share=share)
+    total = sum(tokens[place] for place in pending) // world.size  # this rank's, or so
+    kept = journal.open("a", encoding="utf-8") if journal is not None and pending else nullcontext()
+    with kept as file, progress_bar(total, label, "tokens", shown=world.rank == 0 and bool(pending)) as progress:
+        how: dict[str, Any] = {"batch_size": config.batch_size, "share": share, "wanted": pending, "world": world}
+        for place, logprobs in score(model, requests, **how):
+            if (key := _key(asked[place])) in done:
+                continue
+            found[key] = _result(asked[place], logprobs, config)
+            if file is not None:
+                file.write(found[key].line() + "\n")
+                file.flush()
+            progress.set_postfix_str(f"{len(done) + len(found)}/{len(questions)} questions", refresh=False)
+            progress.update(tokens[place])
     for part in world.all_gather(found) if world.size > 1 else [found]:
         done |= part
     results = [done[question.task, question.index] for question in questions]
@@ -102,6 +92,16 @@ def evaluate(
 
 def _key(instance: Instance) -> tuple[str, int]:
     return instance.question.task, instance.question.index
+
+
+def _instances(
+    questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, max_seq_len: int
+) -> list[Instance]:
+    of_task: dict[str, list[Question]] = {}
+    for question in questions:
+        of_task.setdefault(question.task, []).append(question)
+    builders = {task: PromptBuilder(own, config, tokenizer, max_seq_len) for task, own in of_task.items()}
+    return [builders[question.task].build(question) for question in questions]
 
 
 def _score_priors(model: Llama | OtherModel, pending: Sequence[Instance], config: EvalConfig, world: World) -> None:

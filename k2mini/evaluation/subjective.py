@@ -73,9 +73,8 @@ def run_subjective(
         logprobs |= part
     lengths = [num_tokens(model, request)[0] for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
-    asked, path = [pairs[place][0] for place in kept], None
-    if out is not None:
-        path = out / f"answers_{task.replace('/', '_')}.jsonl"
+    asked = [pairs[place][0] for place in kept]
+    path = None if out is None else out / f"answers_{task.replace('/', '_')}.jsonl"
     ends = stop_ids(tokenizer, template)
 
     def answer(prompts: list[list[int]]) -> Iterator[str]:
@@ -90,18 +89,21 @@ def run_subjective(
 
     with kept_in(path):
         texts = _answers(asked, prompts, answer, path, world)
-    found = []
-    for number, (place, text) in enumerate(zip(kept, texts, strict=True)):
-        question, reference, is_right, match = OpenQuestion(*pairs[place])
-        scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
-        scores["likelihood"] = logprobs[number][0] / lengths[number]
-        scores |= {"accuracy": float(is_right(text))} if is_right is not None else {}
-        found.append(OpenAnswer(task, place, question, reference, text, scores))
+    likely = [logprobs[number][0] / length for number, length in enumerate(lengths)]
+    found = [_scored(task, pairs[own[0]], *own) for own in zip(kept, texts, likely, strict=True)]
     if out is not None and path is not None and world.rank == 0:
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+    match = OpenQuestion(*pairs[kept[-1]]).match
     return _summary(found, len(pairs) - len(kept), likelihood, template.name, match)
+
+
+def _scored(task: str, pair: Pair, place: int, answer: str, likelihood: float) -> OpenAnswer:
+    question, reference, is_right, _ = OpenQuestion(*pair)
+    scores = {"rouge_l": rouge_l(answer, reference), "token_f1": token_f1(answer, reference), "likelihood": likelihood}
+    scores |= {"accuracy": float(is_right(answer))} if is_right is not None else {}
+    return OpenAnswer(task, place, question, reference, answer, scores)
 
 
 def _summary(

@@ -27,8 +27,8 @@ from k2mini.evaluation.benchmarks import (
 from k2mini.evaluation.measures import last_number, same_number, same_words, words
 from k2mini.evaluation.subjective import OpenQuestion
 
-Fields = dict[Literal["question", "choices", "answer"], str]
-NAMES = ("question", "choices", "answer")
+Fields = dict[Literal["question", "choices", "answer", "topic"], str]
+NAMES = ("question", "choices", "answer", "topic")
 YAML = (".yaml", ".yml")
 FOLDER = Path(__file__).parents[2] / "configs" / "tasks"
 OPTION = re.compile(r"^([A-Z1-9])[.)] (.*)$", re.MULTILINE)
@@ -114,7 +114,7 @@ def parse_map(text: str) -> Fields:
     for name, (_, _, value) in zip(names, parts, strict=True):
         if name not in NAMES or not value.strip() or names.count(name) > 1:
             raise ValueError(
-                f"--map {short(text)}: {short(name)} is none of question, choices and answer, or has not one value; "
+                f"--map {short(text)}: {short(name)} is none of {', '.join(NAMES)}, or has not one value; "
                 "write question=FIELD,choices=FIELD,answer=FIELD"
             )
     if missing := {"question", "answer"}.difference(names):
@@ -233,7 +233,8 @@ def _choice(config: TaskConfig, is_table: bool, index: int, record: Any) -> Ques
         if len(meant) > 1:
             raise ValueError(f"answer {answer} may be the place of an option or another's text; give its letter")
         answer = meant.pop() if meant else answer
-    return make_question(config.name, index, {"question": stem, "choices": texts, "answer": answer})
+    topic = _value(record, fields["topic"]) if "topic" in fields else record.get("topic")
+    return make_question(config.name, index, {"question": stem, "choices": texts, "answer": answer, "topic": topic})
 
 
 def _options(raw: Any) -> tuple[list[str], list[Any]]:
