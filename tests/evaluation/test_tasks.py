@@ -126,8 +126,8 @@ def test_a_letter_that_is_also_an_options_text(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("quesion=stem,answer=key", "'quesion' is none of question, choices and answer"),
-        ("question=stem,answer=", "'answer' is none of question, choices and answer, or has not one value"),
+        ("quesion=stem,answer=key", "'quesion' is none of question, choices, answer, topic"),
+        ("question=stem,answer=", "'answer' is none of question, choices, answer, topic, or has not one value"),
         ("question=a,question=b,answer=c", "'question' is none of"),
         ("question=stem,choices=x", "does not say what the file calls answer"),
         ("", "'' is none of question"),
@@ -335,7 +335,7 @@ def test_eval_of_tasks(tiny_directory, tmp_path, run):
     assert [(row["task"], row["n"]) for row in json.loads(printed)["tasks"]] == [("rocks", 2)]
     for options, said in (
         (["--benchmark", mmlu], "there is no field 'question'"),
-        (["--benchmark", mmlu, "--map", "stem=0"], "'stem' is none of question, choices and answer"),
+        (["--benchmark", mmlu, "--map", "stem=0"], "'stem' is none of question, choices, answer, topic"),
         (["--benchmark", task, "--map", "question=0,answer=1"], "says itself how its file is read"),
         (["--benchmark", task, task, "--data", tmp_path], "the same benchmark is named twice"),
         (["--benchmark", task, "--data", tmp_path, "--tasks", "x"], "no such task; they have rocks/gap"),
