@@ -152,11 +152,12 @@ def run_generate(options: argparse.Namespace) -> None:
     from k2mini.distributed import ALONE
 
     # What costs nothing is checked before the model is loaded.
+    spread = options.shard or "LOCAL_RANK" in os.environ
+    if spread and options.input in (None, "-"):
+        raise ValueError("a prompt or standard input is for one process; --input FILE gives ranks something to do")
     decoding, questions = _decoding(options), _questions(options)
     opened = _open(options)
-    if options.shard or "LOCAL_RANK" in os.environ:
-        if options.input is None:
-            raise ValueError("one prompt is answered by one process; --input gives several ranks something to do")
+    if spread:
         with joined(options) as world:
             answer_all(options, questions, opened, decoding, world)
     elif options.input is None and decoding.beams is None and not options.json and options.out is None:

@@ -153,7 +153,7 @@ def test_what_ranks_are_not_for(world, forks):
     for line, rank, said in (
         (f"{generate} --input asked.txt --shard", {}, "torchrun starts them, and there is one"),
         (f"eval --model model {EVAL} --shard", {}, "torchrun starts them, and there is one"),
-        (f"{generate} --prompt rock", {"LOCAL_RANK": "0"}, "--input gives several ranks something to do"),
+        (f"{generate} --prompt rock", {"LOCAL_RANK": "0"}, "--input FILE gives ranks something to do"),
     ):
         end = forks.one(folder, line, environment=rank)
         assert (end.is_sentence, end.out) == (True, ""), end.err
