@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
+from k2mini.commands.ranks import check_same, joined, mesh_of
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
@@ -94,7 +95,6 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
-    from k2mini.commands.ranks import joined
     from k2mini.distributed import ALONE
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
@@ -122,7 +122,6 @@ def _evaluate(
     options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding, world: World
 ) -> None:
     from k2mini.build import empty_model, open_model
-    from k2mini.commands.ranks import agree, mesh_of
     from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.report import table
@@ -139,7 +138,7 @@ def _evaluate(
     wanted = {name: getattr(options, name) for name in LOADED}
     if world.size > 1:
         hashed = {"the hash of the questions": digest([[question.digest for question in questions], pairs])}
-        agree(world, options, {**made_by, **hashed})
+        check_same(world, options, {**made_by, **hashed})
         wanted |= mesh_of(world, options)
     if out is not None and world.rank == 0:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)

@@ -55,10 +55,12 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
         raise ValueError(f"another rank has ended; {again}") from error
 
 
-def agree(world: World, options: argparse.Namespace, files: Mapping[str, Any]) -> None:
+def check_same(world: World, options: argparse.Namespace, files: Mapping[str, Any]) -> None:
     """Raise ValueError on all ranks, naming what differs, where they have other options or files."""
+    from k2mini.training.run import agree
+
     given = {"--" + name.replace("_", "-"): str(value) for name, value in vars(options).items() if name != "run"}
-    world.agree({**given, **files})
+    agree({**given, **files}, world)
 
 
 def mesh_of(world: World, options: argparse.Namespace) -> dict[str, Any]:

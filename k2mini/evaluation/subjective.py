@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import ALONE, World, uneven
+from k2mini.distributed import ALONE, World
 from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
@@ -23,6 +24,7 @@ from k2mini.files import write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.decoding import Decoding
 from k2mini.nn.llama import Llama
+from k2mini.nn.uneven import uneven
 
 
 def run_subjective(
@@ -64,18 +66,7 @@ def run_subjective(
     asked, path = [pairs[place][0] for place in kept], None
     if out is not None:
         path = out / f"answers_{task.replace('/', '_')}.jsonl"
-    ends = stop_ids(tokenizer, template)
-
-    def answer(prompts: list[list[int]]) -> Iterator[str]:
-        if not isinstance(model, Llama):
-            yield from model.answers(prompts, decoding, ends) if prompts else ()
-            return
-        with uneven(model, world) if world.size > 1 else nullcontext():
-            if prompts:
-                label = task if world.rank == 0 else None
-                made = answers(model, tokenizer, prompts, decoding, label=label, stop_ids=ends)
-                yield from (text for text, _ in made)
-
+    answer = partial(_made, model, tokenizer, decoding, stop_ids(tokenizer, template), task, world)
     with kept_in(path):
         texts = _answers(asked, prompts, answer, path, world)
     found = []
@@ -88,14 +79,39 @@ def run_subjective(
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    number = len(kept)
+    return _summary(task, found, len(pairs) - len(kept), likelihood, template)
+
+
+def _made(
+    model: Llama | OtherModel,
+    tokenizer: Tokenizer,
+    decoding: Decoding,
+    ends: Sequence[int],
+    task: str,
+    world: World,
+    prompts: list[list[int]],
+) -> Iterator[str]:
+    """The answers to this rank's prompts."""
+    if not isinstance(model, Llama):
+        yield from model.answers(prompts, decoding, ends) if prompts else ()
+        return
+    with uneven(model, world) if world.size > 1 else nullcontext():
+        if prompts:
+            label = task if world.rank == 0 else None
+            yield from (text for text, _ in answers(model, tokenizer, prompts, decoding, label=label, stop_ids=ends))
+
+
+def _summary(
+    task: str, found: Sequence[OpenAnswer], left_out: int, likelihood: float, template: AnyTemplate
+) -> dict[str, Any]:
+    number = len(found)
     return {
         "task": task,
         "n": number,
-        "left_out": len(pairs) - number,
+        "left_out": left_out,
         "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
         "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
-        "words": sum(len(words(text)) for text in texts) / number,
+        "words": sum(len(words(answer.answer)) for answer in found) / number,
         "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
