@@ -63,6 +63,7 @@ def answer_all(
         try:
             if done < len(asked):
                 _answer(options, questions, opened, decoding, load(**mesh_of(world, options)), journal, world)
+            journal.finish()
             if world.rank:
                 return
             answered = [journal.entries[place] for place in range(len(asked))]
@@ -116,7 +117,6 @@ def _answer(
         found = answers(model, tokenizer, prompts, decoding, label, **how) if mine else ()
         for place, (text, completion) in zip(mine, found, strict=True):
             journal.add(place, text, completion)
-    journal.finish()
 
 
 def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> str:
