@@ -173,7 +173,7 @@ def test_what_ranks_are_not_for(world, forks):
 
 @pytest.mark.parametrize("lora", ["", " lora.rank=2"])
 def test_a_benchmark_while_training_uses_the_ranks(world, forks, lora):
-    """Of a model that they share and of adapters; each rank scores a part of the questions."""
+    """Of a model that they share, in passes of different numbers, and of adapters: one process's accuracies."""
     folder, _ = world
     values = {
         "run": {"dir": "x", "seed": 3}, "model": {"path": "model", "dtype": "float64"},
