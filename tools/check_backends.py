@@ -1,7 +1,7 @@
 """`k2mini eval` beside other programs on the same questions: answers the same, and how far log-probabilities differ.
 
     python tools/check_backends.py --model DIR --arc arc_sft.json --geobench FOLDER [--questions 100]
-    python tools/check_backends.py … --llama-python PYTHON [--llama-questions 50]
+    python tools/check_backends.py … --llama-python PYTHON [--llama-questions 50]   instead of these, llama.cpp
 
 ARC's questions are those of K2's instruction data; questions of the AP study, with a text of NPEE before each, stand in
 SciQ's form. lm-evaluation-harness asks them by its own tasks, arc_easy and sciq, over local files. `--backend
@@ -31,6 +31,7 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.prompts import get_template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.api_model import ApiModel
 from k2mini.evaluation.benchmarks import Question, load_geobench, load_subjective
 from k2mini.evaluation.endpoint import Endpoint
@@ -105,6 +106,19 @@ def harness(backend: Any, task: str, rows: Sequence[dict[str, Any]], folder: Pat
     return [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
 
 
+def harness_model(model: Path, tokenizer: Tokenizer, folder: Path) -> Any:
+    """The harness's model, whose tokenizer gives the ids of ours."""
+    from lm_eval.models.huggingface import HFLM
+
+    (folder / "hf").mkdir()
+    for file in model.iterdir():
+        (folder / "hf" / file.name).symlink_to(file.absolute())
+    if not (config := folder / "hf" / "tokenizer_config.json").exists():
+        config.write_text(json.dumps(tokenizer.hf_config()))
+    how = {"add_bos_token": tokenizer.bos_id is not None, "batch_size": 8, "dtype": "float32", "device": "cpu"}
+    return HFLM(str(folder / "hf"), **how)
+
+
 @contextmanager
 def llama_server(python: Path, model: Path, folder: Path) -> Iterator[str]:
     """llama-cpp-python's server over the model as GGUF, and keys and values, in float32; its address."""
@@ -162,39 +176,28 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options.model)
     assert tokenizer is not None
-    other = TransformersModel(options.model)
-    rows = {
-        "arc_easy": arc_rows(options.arc, options.questions),
-        "sciq": sciq_rows(options.geobench, options.questions),
-    }
+    number = options.questions
+    rows = {"arc_easy": arc_rows(options.arc, number), "sciq": sciq_rows(options.geobench, number)}
     questions = {task: questions_of(task, own) for task, own in rows.items()}
+    if options.llama_python:
+        questions = {"arc_easy": questions["arc_easy"][: options.llama_questions]}
     ours = {task: scores(model, tokenizer, own) for task, own in questions.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.llama_python:
+            with llama_server(options.llama_python, options.model, folder) as url:
+                peer = ApiModel(Endpoint(url, "model"))
+                found = scores(peer, peer.require_tokenizer(), questions["arc_easy"])
+            label = "arc_easy: k2mini, --backend api of llama-cpp-python"
+            say(label, questions["arc_easy"], ours["arc_easy"], found)
+            return
+        backend = harness_model(options.model, tokenizer, folder)
+        other = TransformersModel(options.model)
         for task, own in questions.items():
             found = scores(other, other.require_tokenizer(), own)
             say(f"{task}: k2mini, --backend transformers", own, ours[task], found)
-        try:
-            from lm_eval.models.huggingface import HFLM
-
-            (folder / "hf").mkdir()
-            for file in options.model.iterdir():
-                (folder / "hf" / file.name).symlink_to(file.absolute())
-            if not (config := folder / "hf" / "tokenizer_config.json").exists():
-                config.write_text(json.dumps(tokenizer.hf_config()))
-            how = {"add_bos_token": tokenizer.bos_id is not None, "batch_size": 8, "dtype": "float32", "device": "cpu"}
-            backend = HFLM(str(folder / "hf"), **how)
-            for task, own in questions.items():
-                found = harness(backend, task, rows[task], folder)
-                say(f"{task}: k2mini, lm-evaluation-harness", own, ours[task], found)
-        except ImportError:
-            print("lm-eval is not installed, so it was not asked")
-        if options.llama_python:
-            with llama_server(options.llama_python, options.model, folder) as url:
-                there = ApiModel(Endpoint(url, "model"))
-                own = questions["arc_easy"][: options.llama_questions]
-                found = scores(there, there.require_tokenizer(), own)
-                say("arc_easy: k2mini, --backend api of llama-cpp-python", own, ours["arc_easy"][: len(own)], found)
+            found = harness(backend, task, rows[task], folder)
+            say(f"{task}: k2mini, lm-evaluation-harness", own, ours[task], found)
 
 
 if __name__ == "__main__":
