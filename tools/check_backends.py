@@ -40,7 +40,7 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.transformers_model import TransformersModel
 from k2mini.weights.convert import convert
 
-CONFIG = EvalConfig("text", get_template("none"), answer_prefix="\nAnswer: ", normalize="none")
+CONFIG = EvalConfig("text", get_template("none"), answer_prefix="\nAnswer:", normalize="none")
 Scores = list[list[float]]
 
 
@@ -66,7 +66,7 @@ def sciq_rows(folder: Path, number: int) -> list[dict[str, Any]]:
         others = [text.strip() for text in texts.values() if text.strip()][:3]
         if right and len(others) == 3:
             names = {f"distractor{number + 1}": text for number, text in enumerate(others)}
-            support = " ".join(supports[place % len(supports)][1].split()[:60])
+            support = " ".join(supports[place % len(supports)][1].split()[:25])
             rows.append({"support": support, "question": question.stem.strip(), **names, "correct_answer": right})
     return rows[:number]
 
@@ -83,7 +83,8 @@ def questions_of(task: str, rows: Sequence[dict[str, Any]]) -> list[Question]:
             texts, labels = row["choices"]["text"], row["choices"]["label"]
             answer = chr(ord("A") + labels.index(row["answerKey"]))
         letters = tuple(chr(ord("A") + n) for n in range(len(texts)))
-        questions.append(Question(task, place, stem, letters, tuple(texts), answer))
+        # The space before an option is the option's, as in the harness.
+        questions.append(Question(task, place, stem, letters, tuple(f" {text}" for text in texts), answer))
     return questions
 
 
@@ -106,7 +107,7 @@ def harness(backend: Any, task: str, rows: Sequence[dict[str, Any]], folder: Pat
     return [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
 
 
-def harness_model(model: Path, tokenizer: Tokenizer, folder: Path) -> Any:
+def harness_model(model: Path, tokenizer: Tokenizer, folder: Path, dtype: str) -> Any:
     """The harness's model, whose tokenizer gives the ids of ours."""
     from lm_eval.models.huggingface import HFLM
 
@@ -115,7 +116,7 @@ def harness_model(model: Path, tokenizer: Tokenizer, folder: Path) -> Any:
         (folder / "hf" / file.name).symlink_to(file.absolute())
     if not (config := folder / "hf" / "tokenizer_config.json").exists():
         config.write_text(json.dumps(tokenizer.hf_config()))
-    how = {"add_bos_token": tokenizer.bos_id is not None, "batch_size": 8, "dtype": "float32", "device": "cpu"}
+    how = {"add_bos_token": tokenizer.bos_id is not None, "batch_size": 8, "dtype": dtype, "device": "cpu"}
     return HFLM(str(folder / "hf"), **how)
 
 
@@ -171,10 +172,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--llama-python", type=Path)
     parser.add_argument("--llama-questions", type=int, default=50)
+    parser.add_argument("--dtype", default="float32", help="float64 leaves no rounding (llama.cpp: float32 alone)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     assert tokenizer is not None
     number = options.questions
     rows = {"arc_easy": arc_rows(options.arc, number), "sciq": sciq_rows(options.geobench, number)}
@@ -191,8 +193,8 @@ def main() -> None:
             label = "arc_easy: k2mini, --backend api of llama-cpp-python"
             say(label, questions["arc_easy"], ours["arc_easy"], found)
             return
-        backend = harness_model(options.model, tokenizer, folder)
-        other = TransformersModel(options.model)
+        backend = harness_model(options.model, tokenizer, folder, options.dtype)
+        other = TransformersModel(options.model, options.dtype)
         for task, own in questions.items():
             found = scores(other, other.require_tokenizer(), own)
             say(f"{task}: k2mini, --backend transformers", own, ours[task], found)

@@ -8,6 +8,7 @@ import torch
 
 from k2mini.evaluation.score import Request, score
 from k2mini.evaluation.transformers_model import TransformersModel
+from tests.conftest import ROOT, asset
 from tests.evaluation.test_score import naive, random_requests
 
 transformers = pytest.importorskip("transformers")
@@ -71,6 +72,29 @@ def test_equals_naive_scores(tmp_path, kind):
     with torch.no_grad():
         for place, request in enumerate(requests):
             assert found[place] == pytest.approx(naive(lambda ids: reference(ids).logits, request), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_lm_evaluation_harness_gives_the_same(byte_level, tmp_path, monkeypatch, kind):
+    """100 questions of ARC and 100 in SciQ's form, by its own tasks."""
+    arc, geobench = asset("data", "instructions", "arc_sft.json"), asset("data", "geobench")
+    pytest.importorskip("lm_eval")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import check_backends
+
+    model = TransformersModel(byte_level / kind, "float64")
+    backend = check_backends.harness_model(byte_level / kind, model.require_tokenizer(), tmp_path, "float64")
+    for task, rows in (
+        ("arc_easy", check_backends.arc_rows(arc, 100)),
+        ("sciq", check_backends.sciq_rows(geobench, 100)),
+    ):
+        ours = check_backends.scores(model, model.require_tokenizer(), check_backends.questions_of(task, rows))
+        theirs = check_backends.harness(backend, task, rows, tmp_path)
+        assert len(ours) == 100
+        for one, two in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(two, rel=0, abs=1e-4)
+            assert one.index(max(one)) == two.index(max(two))
 
 
 @pytest.fixture
