@@ -146,6 +146,7 @@ def test_every_task_with_a_tokenizer_of_two_files(byte_level, geobench, tmp_path
         assert status == 0, err
         report = json.loads((out / scoring / "report.json").read_text())
         assert [(row["task"], row["n"]) for row in report["tasks"]] == [("npee/choice", 2), ("npee/tf", 2), ("ap", 2)]
+        assert report["versions"]["transformers"] == transformers.__version__
         assert [row["n"] + row["left_out"] for row in report["subjective"]] == [2] * 4
         assert all(len(set(result["logprobs"])) > 1 for result in results(out / scoring))
     before = (out / "text" / "results.jsonl").read_bytes()
