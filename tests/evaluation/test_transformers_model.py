@@ -237,3 +237,17 @@ def test_a_model_that_sees_what_comes_after_is_refused(tmp_path):
 def test_options_of_another_backend_are_refused(tiny_directory, rocks, run, options, said):
     status, _, err = run("eval", "--model", tiny_directory, "--benchmark", rocks, *options)
     assert (status, said in err) == (2, True), err
+
+
+def test_what_other_programs_store_beside_weights_has_a_fingerprint(byte_level, tmp_path):
+    """Single numbers and masks, as GPT-2's files of 2019 have them."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(byte_level / "gpt2", tmp_path / "model")
+    mask = torch.ones(1, 1, 4, 4).tril().bool()
+    extra = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4), "transformer.h.0.attn.bias": mask}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", {"format": "pt"})
+    model = TransformersModel(folder)
+    assert model.fingerprint() != TransformersModel(byte_level / "gpt2").fingerprint()
+    requests = random_requests()[:4]
+    assert dict(score(model, requests)) == dict(score(TransformersModel(byte_level / "gpt2"), requests))
