@@ -39,6 +39,7 @@ def load_model(
     *,
     merge: bool = False,
     quantize_head: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Load a Hugging Face directory of one of `architectures.ARCHITECTURES`, in evaluation mode.
 
@@ -54,6 +55,7 @@ def load_model(
             quantised weights says it by itself.
         merge: merge the adapter into the weights as they are read, in full precision.
         quantize_head: quantise the vocabulary projection too.
+        mesh: the ranks that share the weights, each of which reads its own.
 
     Returns: the model, and its tokenizer or None where the directory has no file of one.
 
@@ -70,7 +72,7 @@ def load_model(
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
-        check_memory(model.config.num_parameters(), dtype, stored, device)
+        check_memory(model.config.num_parameters() // (mesh.size() if mesh else 1), dtype, stored, device)
     model.to(dtype)
     if quantize is not None:
         quant.quantize_blocks(model.model.layers, quantize)
@@ -78,6 +80,9 @@ def load_model(
         reader = merged_reader(opened, [model_directory(adapter)])
     elif adapter is not None:
         attach(model, section := checked_adapter(model_directory(adapter), opened))
+    if mesh is not None:
+        shard(model, model.units(), ("hidden", "logits"), mesh, None, ParallelSection())
+        model.to_empty(device=device).gathered_dtype, model.gathered_device = dtype, device
     _materialise(model, reader, device)
     if adapter is not None and not merge:
         load_adapter(model, model_directory(adapter), section)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def open_other(options: argparse.Namespace) -> OtherModel:
     if options.backend == "transformers":
         set_threads(options.threads)
         return TransformersModel(options.model, options.dtype, pick_device(options.device))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--backend api asks a server, --batch-size questions at a time; start one process, not ranks")
     if not options.url:
         raise ValueError("--backend api needs --url, such as http://localhost:8000/v1")
     if options.scoring == "text" and options.normalize == "token":
