@@ -114,7 +114,7 @@ def results(folder):
 
 def test_a_llamas_scores_and_answers_are_k2minis(tiny_directory, rocks, tmp_path, run, geobench):
     """Letters and texts, with examples; the open task's answers and likelihood."""
-    for scoring in ("letter", "text"):
+    for scoring in ("letter", "text", "pmi"):
         for backend in ("k2mini", "transformers"):
             task = ("--scoring", scoring, "--shots", 2, "--out", tmp_path / f"{backend} {scoring}", "--limit", 3)
             files = ("--benchmark", rocks, geobench["npee"], "--tasks", "rocks", "npee/noun", "--max-new-tokens", 6)
