@@ -22,7 +22,7 @@ LIMITS = {
     "training, core": (8, 1220),  # with offload, and the dtype of an embedding that trains beside adapters
     "generate": (17, None),  # with the scheduler, which answers many at once, and chat templates
     "generate, core": (8, 1430),
-    "eval": (19, None),  # with chat templates
+    "eval": (20, None),  # with chat templates, and tasks of all kinds, which are read in a file of their own
     "delta": (9, None),
 }
 # The functions that make a core: a batch, its learning rate and the step; a token, from the logits before it to its id.
