@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
 from k2mini.data.tokenizer import Tokenizer
@@ -249,7 +248,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
             quant.fill(model.get_submodule(stem), name, reader.rows, device, stored=stored)
         if parameter.dtype in quant.PARTS or part == "scale":  # filled with its matrix
             continue
-        if isinstance(parameter, DTensor):
+        if hasattr(parameter, "placements"):  # see `distributed.is_dtensor`
             if name in reader.files:
                 local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
             continue
