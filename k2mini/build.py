@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.cpu import why_slow
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
@@ -95,7 +96,13 @@ def open_model(
     model, _ = load_model(directory, device=pick_device(device), **wanted)
     millions = model.config.num_parameters() / 1e6
     log.info("%s: %.1f M parameters, %s, on %s", directory.path, millions, NAMES[model.dtype], model.device)
+    _warn_if_slow(model.dtype, model.device)
     return model, directory
+
+
+def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cpu" and dtype.itemsize == 2 and (why := why_slow(dtype)) is not None:
+        log.warning("%s", why)
 
 
 def set_threads(number: int | None) -> None:
@@ -192,6 +199,7 @@ def training_model(
     Raises ValueError as `load_model` does, and where the directory has no tokenizer.
     """
     directory = _open(section.path)
+    _warn_if_slow(DTYPES[section.dtype], world.device)
     model = empty_model(directory)
     check_stored(directory.path, directory.quantized, section.quantize)
     directory.require_tokenizer_file()

@@ -149,8 +149,13 @@ def shard(
             and the optimiser's state are kept in the host's memory, where AdamW runs, too; what is gathered is sent to
             the device, and what is reduced comes back (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840).
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     policy = MixedPrecisionPolicy(
         param_dtype=compute,

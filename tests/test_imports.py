@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "k2mini"
 LAYERS = [
     {"architectures", "config", "errors", "files", "page", "sizes"},
     {"dtypes", "hub", "model_config"},
-    {"config_file", "distributed", "gpu"},
+    {"config_file", "cpu", "distributed", "gpu"},
     {"nn"},
     {"corpus"},
     {"data"},

@@ -5,8 +5,8 @@
 With `--first-token` a model's command line is started in turns with a Python that imports torch and reads the weights'
 files through a small buffer, and prints a letter. Both are measured until something comes out.
 
-Else writes a sparse fp16 checkpoint of LLaMA-7B's shape (13.5 GB in name, next to nothing on disk), opens it on the CPU as
-it is stored, and prints seconds and resident memory. Sparse zeros read like any file that is in the page cache.
+Else writes a sparse fp16 checkpoint of LLaMA-7B's shape (13.5 GB in name, next to nothing on disk), opens it on the CPU
+as it is stored, and prints seconds and resident memory. Sparse zeros read like any file that is in the page cache.
 """
 
 from __future__ import annotations
