@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,6 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from k2mini.config import ParallelSection
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor  # takes half a second; only what is sharded needs it
 
 
 @dataclass(frozen=True)
@@ -149,27 +146,23 @@ def shard(
             and the optimiser's state are kept in the host's memory, where AdamW runs, too; what is gathered is sent to
             the device, and what is reduced comes back (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840).
     """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import fsdp
 
-    policy = MixedPrecisionPolicy(
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=compute,
         reduce_dtype=None if compute is None else torch.float32,
         cast_forward_inputs=False,  # the embedding comes out as it should, and rotary tables stay in float32
     )
-    kept = OffloadPolicy() if section.offload is None else CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    kept = fsdp.OffloadPolicy()
+    if section.offload is not None:
+        kept = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     how: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": kept}
     for unit in units:
-        fully_shard(unit, **how, reshard_after_forward=section.reshard_after_forward)
+        fsdp.fully_shard(unit, **how, reshard_after_forward=section.reshard_after_forward)
     # The rest (final norm, head) ends the forward pass and begins the backward pass, so freeing it between is no use.
-    fully_shard(model, **how, reshard_after_forward=False)
+    fsdp.fully_shard(model, **how, reshard_after_forward=False)
     for name in forward_methods:
-        register_fsdp_forward_method(model, name)
+        fsdp.register_fsdp_forward_method(model, name)
 
 
 def reshard(model: nn.Module) -> None:
@@ -181,7 +174,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def is_dtensor(parameter: Tensor) -> TypeGuard[DTensor]:
+def is_dtensor(parameter: Tensor) -> TypeGuard[Any]:
     """Whether it is sharded; without the class, which takes half a second to import."""
     return hasattr(parameter, "placements")
 
