@@ -76,7 +76,7 @@ def describe() -> str:
     name = info.get("model name") or platform.processor() or platform.machine()
     model = f", model {info['model']}" if "model" in info else ""
     measured = [f"{_name(dtype)} {rate(dtype):.2f}" for dtype in NARROW]
-    sets = ", ".join(instruction_sets()) or "no AVX2"
+    sets = ", ".join(instruction_sets()) or f"none of {', '.join(SETS.values())}"
     return f"{name}{model} ({sets}); products, float32's rate being 1: {', '.join(measured)}"
 
 
