@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
-from k2mini.cpu import why_slow
+from k2mini.cpu import warn_if_slow
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
@@ -39,6 +39,7 @@ def load_model(
     *,
     merge: bool = False,
     quantize_head: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Load a Hugging Face directory of one of `architectures.ARCHITECTURES`, in evaluation mode.
 
@@ -54,6 +55,7 @@ def load_model(
             quantised weights says it by itself.
         merge: merge the adapter into the weights as they are read, in full precision.
         quantize_head: quantise the vocabulary projection too.
+        mesh: the ranks that share the weights, each of which reads its own.
 
     Returns: the model, and its tokenizer or None where the directory has no file of one.
 
@@ -70,7 +72,7 @@ def load_model(
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):
-        check_memory(model.config.num_parameters(), dtype, stored, device)
+        check_memory(model.config.num_parameters() // (mesh.size() if mesh else 1), dtype, stored, device)
     model.to(dtype)
     if quantize is not None:
         quant.quantize_blocks(model.model.layers, quantize)
@@ -78,6 +80,9 @@ def load_model(
         reader = merged_reader(opened, [model_directory(adapter)])
     elif adapter is not None:
         attach(model, section := checked_adapter(model_directory(adapter), opened))
+    if mesh is not None:
+        shard(model, model.units(), ("hidden", "logits"), mesh, None, ParallelSection())
+        model.to_empty(device=device).gathered_dtype, model.gathered_device = dtype, device
     _materialise(model, reader, device)
     if adapter is not None and not merge:
         load_adapter(model, model_directory(adapter), section)
@@ -96,13 +101,9 @@ def open_model(
     model, _ = load_model(directory, device=pick_device(device), **wanted)
     millions = model.config.num_parameters() / 1e6
     log.info("%s: %.1f M parameters, %s, on %s", directory.path, millions, NAMES[model.dtype], model.device)
-    _warn_if_slow(model.dtype, model.device)
+    if model.device.type == "cpu" and model.dtype.itemsize == 2:
+        warn_if_slow(model.dtype)
     return model, directory
-
-
-def _warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    if device.type == "cpu" and dtype.itemsize == 2 and (why := why_slow(dtype)) is not None:
-        log.warning("%s", why)
 
 
 def set_threads(number: int | None) -> None:
@@ -199,7 +200,8 @@ def training_model(
     Raises ValueError as `load_model` does, and where the directory has no tokenizer.
     """
     directory = _open(section.path)
-    _warn_if_slow(DTYPES[section.dtype], world.device)
+    if world.device.type == "cpu" and section.dtype == "bfloat16":
+        warn_if_slow(torch.bfloat16)
     model = empty_model(directory)
     check_stored(directory.path, directory.quantized, section.quantize)
     directory.require_tokenizer_file()

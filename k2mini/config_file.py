@@ -25,6 +25,7 @@ from k2mini.errors import short
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
+Filled = TypeVar("Filled")  # one of these, or what a task of `eval` says
 
 
 MOST = 2**17  # bytes of a file
@@ -45,7 +46,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{short(key)} stands twice", node.start_mark)
 
 
-def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(kind: type[Filled], path: Path, overrides: Sequence[str] = ()) -> Filled:
     """Read a YAML file into `kind`, with `section.key=value` overrides.
 
     Raises ValueError with every error found, a line each: unknown keys (and the nearest right one), missing ones,
@@ -93,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
     except _INVALID as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold sections such as run, model, data and train")
+        raise ValueError(f"{path} must hold sections such as run, model, data and train, or of a task its keys")
     return raw
 
 

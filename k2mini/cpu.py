@@ -7,6 +7,7 @@ half of float32's rate, AMD's Zen 4 at twice that rate; and without either it is
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import platform
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # By PyTorch's names.
@@ -59,14 +62,15 @@ def _product(x: Tensor) -> Tensor:
     return F.linear(x, x)
 
 
-def why_slow(dtype: torch.dtype) -> str | None:
-    """What to say of computing in a dtype of 16 bits where its products are slower than float32's; else None."""
-    if (share := rate(dtype)) >= PAYS:
-        return None
-    return (
-        f"{_name(dtype)}: on this processor products of many rows (prompts, scores, training) run at {share:.2f} of "
-        "float32's rate, as measured; float32 takes twice the memory and is faster"
-    )
+def warn_if_slow(dtype: torch.dtype) -> None:
+    """Say where products in a dtype of 16 bits are slower than float32's, and by how much."""
+    if (share := rate(dtype)) < PAYS:
+        log.warning(
+            "%s: on this processor products of many rows (prompts, scores, training) run at %.2f of float32's rate, as "
+            "measured; float32 takes twice the memory and is faster",
+            _name(dtype),
+            share,
+        )
 
 
 def describe() -> str:

@@ -36,6 +36,7 @@ DATA = re.compile(rf"hf://(?>(?P<datasets>datasets/)?){_REPO}(@(?P<revision>refs
 # What is read of a model or an adapter: files, and of each group of patterns the first that the repository has.
 FILES = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
 FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "adapter_config.json", "manifest.json"]
+FIRST_FILES = ["vocab.json", "merges.txt"]  # of GPT-2 and OPT where they have no tokenizer.json
 WEIGHTS = (
     (
         r"model\.safetensors",
@@ -98,7 +99,8 @@ def _needed(name: str, there: list[str], path: str, weights: bool) -> list[str]:
     else:
         forms = [[[f for f in there if re.fullmatch(form, f)] for form in group] for group in WEIGHTS if weights]
         found = [file for group in forms for file in next(filter(None, group), [])]
-        needed = [*found, *(file for file in FILES if file in there)] if found or not weights else []
+        side = FILES + FIRST_FILES * (not {"tokenizer.json", "tokenizer.model"} & {*there})
+        needed = [*found, *(file for file in side if file in there)] if found or not weights else []
     if not needed:
         raise ValueError(f"{name}: the hub has nothing there that k2mini reads; its files are {some(there) or 'none'}")
     return needed

@@ -29,12 +29,12 @@ th { color: var(--soft); font-weight: 500; text-align: left; }
 """
 
 
-def document(title: str, style: str, body: str) -> str:
+def document(title: str, style: str, body: str, policy: str = POLICY) -> str:
     """A whole page of a title (text), a style sheet and what stands under the title (HTML)."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{style}</style></head>\n'
         f"<body><main><h1>{escape(title)}</h1>{body}\n</main></body></html>\n"
     )

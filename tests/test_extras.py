@@ -493,3 +493,12 @@ def test_the_hub_by_hand(without, run, monkeypatch, tmp_path, arguments, missing
     assert err.startswith(f"k2mini: {missing}")
     assert f"download it first (pip install huggingface_hub): hf download {by_hand}; or {need_extra('hub')}" in err
     assert len(err.splitlines()) == 1
+
+
+def test_other_models_without_their_extra(tiny_directory, tmp_path, run, without):
+    without("reference")
+    (tmp_path / "rocks.jsonl").write_text('{"question": "a rock?", "choices": ["granite", "a fruit"], "answer": "A"}\n')
+    command = ("eval", "--model", tiny_directory, "--benchmark", tmp_path / "rocks.jsonl", "--backend", "transformers")
+    status, _, err = run(*command)
+    assert status == 2
+    assert str(need_extra("reference")) in err

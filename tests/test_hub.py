@@ -204,6 +204,15 @@ def test_only_what_is_needed(server, cache, there, taken):
     assert not [path for path in server.paths() if "README" in path]
 
 
+def test_a_tokenizer_of_two_files(server, cache):
+    """As OPT has; where there is a tokenizer.json they are not needed."""
+    pair = {"vocab.json": b"{}", "merges.txt": b"#"}
+    server.add("o/opt", TINY | pair | {"tokenizer.model": b""})
+    assert not {*pair} & {path.name for path in hub.fetch("o/opt").iterdir()}
+    server.add("o/gpt2", {name: content for name, content in TINY.items() if name != "tokenizer.model"} | pair)
+    assert {*pair} <= {path.name for path in hub.fetch("o/gpt2").iterdir()}
+
+
 def test_without_weights(server, cache, run, tiny_directory):
     """For `plan`, `prepare` and `preview`; the weights come when they are asked for."""
     server.add("o/m", TINY | {"config.json": (tiny_directory / "config.json").read_bytes()})

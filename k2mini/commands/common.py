@@ -34,6 +34,8 @@ TEMPLATE_HELP = f"{', '.join((*TEMPLATES, *CHAT_TEMPLATES))}, or own, the model'
 _DEFAULT = "the adapter's run's, else own, else alpaca"
 TEMPLATE: Any = {"metavar": "NAME", "help": f"{TEMPLATE_HELP} (default: {_DEFAULT})"}
 
+SHARD: Any = {"action": "store_true", "help": "of ranks (torchrun): each keeps a part of the weights, not all of them"}
+
 DEBUG = argparse.ArgumentParser(add_help=False)
 DEBUG.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

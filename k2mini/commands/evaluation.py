@@ -5,26 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST, LOADED, TEMPLATE, tuned_in
+from k2mini.commands.backends import open_other
+from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
+from k2mini.commands.tasks import ARGUMENTS, read_inputs
+from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
 if TYPE_CHECKING:
-    from k2mini.data.prompts import AnyTemplate
-    from k2mini.evaluation.benchmarks import Question
-    from k2mini.evaluation.instances import EvalConfig
+    from k2mini.commands.tasks import Inputs, Pairs
+    from k2mini.distributed import World
+    from k2mini.evaluation.score import OtherModel
     from k2mini.inference.decoding import Decoding
+    from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
 
-    Inputs = tuple[EvalConfig, list[Question], dict[str, list[tuple[str, str]]], list[str]]
-
 log = logging.getLogger("k2mini.commands")
+BACKENDS = ("k2mini", "transformers", "api")
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +41,19 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer",
+        help="geobench_npee.json and geobench_apstudy.json, as published; or .jsonl of question, choices, answer; or "
+        "a task's .yaml (--list)",
     )
-    parser.add_argument(
-        "--tasks", **LIST, metavar="TASK", help="npee/choice, npee/tf, ap (default: these), npee/noun, …"
-    )
+    what = "npee/choice, npee/tf, ap (default: these), npee/noun, npee/subjective, …"
+    parser.add_argument("--tasks", **LIST, metavar="TASK", help=what)
+    for name, settings in ARGUMENTS.items():
+        parser.add_argument(name, **settings)
     parser.add_argument(
         "--scoring",
         choices=SCORINGS,
         default=EvalConfig.scoring,
-        help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code "
-        f"(default: {EvalConfig.scoring})",
+        help="letter: options listed, p(letter); text: not listed, p(their texts); k2: as K2's code; "
+        f"pmi: text, less what it gets without the question (default: {EvalConfig.scoring})",
     )
     parser.add_argument(
         "--normalize",
@@ -55,7 +61,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         default=EvalConfig.normalize,
         help=f"of text: divide by the option's length or not (default: {EvalConfig.normalize})",
     )
-    parser.add_argument("--score-end", action="store_true", help="of text: score the answer's end too")
+    parser.add_argument("--score-end", action="store_true", help="of text, pmi: score the answer's end too")
     parser.add_argument("--template", **TEMPLATE)
     parser.add_argument(
         "--answer-prefix",
@@ -84,84 +90,144 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perplexity", **LIST, default=[], type=Path, metavar="FILE", help="text files to predict")
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
+    for name, settings in UNCERTAINTY.items():
+        parser.add_argument(name, **settings)
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="transformers: any causal language model that it knows (extra: reference); api: the one called --model at "
+        f"--url (default: {BACKENDS[0]})",
+    )
+    parser.add_argument("--url", help="of api: OpenAI's, of a server that scores prompts, as http://localhost:8000/v1")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep results there, and go on with them")
+    parser.add_argument("--shard", **SHARD)
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run_eval)
 
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    from k2mini.commands.ranks import joined
+    from k2mini.distributed import ALONE
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
     from k2mini.inference.decoding import Decoding
     from k2mini.weights.model_directory import ModelDirectory
 
     decoding = Decoding(options.max_new_tokens, seed=options.seed or 0, batch_size=options.batch_size)
-    directory = ModelDirectory(options.model)
+    own = options.backend == BACKENDS[0] and not options.url
+    directory: ModelDirectory | OtherModel = ModelDirectory(options.model) if own else open_other(options)
     name = options.template or (options.adapter and tuned_in(options.adapter))
-    inputs = _read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
+    inputs = read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
+    read += options.corpus
     created = options.out is not None and not options.out.exists()
-    try:
-        with output(options.out, mark=MARK, inputs=[path for path in read if path is not None]):
-            _evaluate(options, directory, inputs, decoding)
-    finally:
-        if created:
-            with suppress(OSError):  # it has something in it, unless nothing came of it
-                options.out.rmdir()
+    with joined(options) if options.shard or "LOCAL_RANK" in os.environ else nullcontext(ALONE) as world:
+        out = options.out if world.rank == 0 else None
+        try:
+            with output(out, mark=MARK, inputs=[path for path in read if path is not None]):
+                _evaluate(options, directory, inputs, decoding, world)
+        finally:
+            if created and out is not None:
+                with suppress(OSError):  # it has something in it, unless nothing came of it
+                    out.rmdir()
 
 
-def _evaluate(options: argparse.Namespace, directory: ModelDirectory, inputs: Inputs, decoding: Decoding) -> None:
-    from k2mini.build import empty_model, open_model
-    from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
+def _evaluate(
+    options: argparse.Namespace,
+    directory: ModelDirectory | OtherModel,
+    inputs: Inputs,
+    decoding: Decoding,
+    world: World,
+) -> None:
+    from k2mini.build import empty_model
+    from k2mini.commands.ranks import agree, mesh_of
+    from k2mini.commands.uncertainty import add_uncertainty, check_uncertainty
+    from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
-    from k2mini.evaluation.report import table
-    from k2mini.evaluation.subjective import run_subjective, subjective_table
-    from k2mini.inference.compile import compile_decoding
+    from k2mini.evaluation.subjective import run_subjective
+    from k2mini.nn.llama import Llama
+    from k2mini.weights.model_directory import ModelDirectory
 
-    (config, questions, pairs, texts), out = inputs, options.out
-    directory.require_model()
+    (config, questions, pairs, texts, taken), out = inputs, options.out
+    uncertain = options.robust is not None or options.chart is not None
+    if uncertain:
+        check_uncertainty(options, questions)
     tokenizer = directory.require_tokenizer()
-    empty_model(directory)  # the fingerprint wants tensors of the right shapes
+    if isinstance(directory, ModelDirectory):
+        directory.require_model()
+        empty_model(directory)  # the fingerprint wants tensors of the right shapes
     made_by = kept_by(options, directory.fingerprint(), pairs, texts)
     if pairs and (ends := stop_ids(tokenizer, config.template)) != (tokenizer.eos_id,):
         made_by["stop_ids"] = list(ends)
-    if out is not None:  # before the model, which takes longer
+    mesh = {}
+    if world.size > 1:
+        hashed = {"the hash of the questions": digest([[question.digest for question in questions], pairs])}
+        agree(world, options, {**made_by, **hashed})
+        mesh = mesh_of(world, options)
+    if out is not None and world.rank == 0:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)
-    wanted = {name: getattr(options, name) for name in LOADED}
-    model, _ = open_model(directory, options.device, options.threads, **wanted)
-    if options.compile:
-        compile_decoding(model)
+    model = _open(options, directory, mesh)
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
-    report, results = run_benchmark(model, tokenizer, questions, config, name=name, out=out, made_by=made_by)
+    told: dict[str, Any] = {"out": out, "world": world}
+    report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
+    if uncertain:
+        add_uncertainty(options, report, world, model, tokenizer, questions, results, config)
     if pairs:
         report["subjective"] = [
-            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, out=out)
+            run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, **told)
             for task in pairs
         ]
-    if texts:
-        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride)
+    if texts and isinstance(model, Llama):  # `open_other` refuses them of others
+        found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride, world=world)
         report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
+    if world.rank:
+        return
+    if taken:
+        report["decontamination"] = taken
     try:
-        if options.json:
-            print(json.dumps(report, ensure_ascii=False))
-        elif questions:
-            print(table(report["tasks"]))
-        if pairs and not options.json:
-            print(subjective_table(report["subjective"]))
-        if texts and not options.json:
-            sums = f"perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits a byte"
-            print(f"{sums}, over {found.tokens:,} tokens")
-        sys.stdout.flush()
+        _print(options, report)
     finally:  # whoever reads what is printed may have gone
         if out is not None:
             write_report(out, report, results)
             log.info("the results are in %s", out)
 
 
-def kept_by(
-    options: argparse.Namespace, fingerprint: str, pairs: dict[str, list[tuple[str, str]]], texts: list[str]
-) -> dict[str, Any]:
+def _open(options: argparse.Namespace, directory: ModelDirectory | OtherModel, mesh: Any) -> Llama | OtherModel:
+    from k2mini.build import open_model
+    from k2mini.inference.compile import compile_decoding
+    from k2mini.weights.model_directory import ModelDirectory
+
+    if not isinstance(directory, ModelDirectory):
+        return directory
+    wanted = {name: getattr(options, name) for name in LOADED}
+    model, _ = open_model(directory, options.device, options.threads, **wanted, **mesh)
+    if options.compile:
+        compile_decoding(model)
+    return model
+
+
+def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    from k2mini.evaluation.report import table
+    from k2mini.evaluation.subjective import subjective_table
+
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        if report["tasks"]:
+            print(table(report["tasks"]))
+        if "subjective" in report:
+            print(subjective_table(report["subjective"]))
+        if found := report.get("perplexity"):
+            sums = f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits a byte"
+            print(f"{sums}, over {found['tokens']:,} tokens")
+        for entry in report.get("decontamination", ()):
+            print(entry["said"])
+    sys.stdout.flush()
+
+
+def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: list[str]) -> dict[str, Any]:
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import sha256
@@ -178,55 +244,3 @@ def kept_by(
     if texts:
         made_by |= {"perplexity": digest(texts), "window": options.window, "stride": options.stride}
     return made_by
-
-
-def _read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
-    """Read before the model is: how to ask, the questions, the open tasks' with their references, the texts."""
-    from k2mini.data.documents import read_user_text
-    from k2mini.evaluation.benchmarks import SUBJECTIVE, read_benchmark
-    from k2mini.evaluation.instances import EvalConfig
-
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    if not options.benchmark and not options.perplexity:
-        raise ValueError("name what to evaluate on: --benchmark FILE or --perplexity FILE")
-    config = EvalConfig(
-        options.scoring,
-        template,
-        options.answer_prefix.replace("\\n", "\n"),
-        options.normalize,
-        options.score_end,
-        options.shots,
-        options.shots_file,
-        options.seed or 0,
-        options.batch_size,
-    )
-    questions = [question for path in options.benchmark for question in read_benchmark(path)]
-    tasks = list(dict.fromkeys(question.task for question in questions))
-    wanted = set(options.tasks or [])
-    if wanted:
-        questions = [question for question in questions if question.task in wanted]
-    if options.limit is not None:
-        questions = [question for question in questions if question.index < options.limit]
-    if len({(question.task, question.index) for question in questions}) < len(questions):
-        raise ValueError("the same benchmark is named twice")
-    open_tasks = {f"npee/{kind}": kind for kind in SUBJECTIVE if f"npee/{kind}" in wanted}
-    unknown = wanted - {*tasks} - {*open_tasks}
-    if unknown:
-        if any(task.startswith("npee/") for task in tasks):
-            tasks += [f"npee/{kind}" for kind in SUBJECTIVE]
-        known = ", ".join(tasks) or "none, since --benchmark names no file"
-        raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
-    texts = [read_user_text(path) for path in options.perplexity]
-    pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
-    return config, questions, pairs, texts
-
-
-def _open_pairs(options: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
-    from k2mini.evaluation.benchmarks import load_subjective
-
-    for path in options.benchmark:
-        pairs = load_subjective(path, kind)
-        if pairs is not None:
-            return pairs[: options.limit]
-    raise ValueError(f"npee/{kind} is in geobench_npee.json, which is not among the benchmarks")

@@ -35,7 +35,7 @@ def benchmark(config: RunConfig, world: World) -> Benchmark:
     questions = [question for question in questions if section.limit is None or question.index < section.limit]
 
     def benchmark(model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
-        results = evaluate(model, tokenizer, questions, eval_config, shown=world.is_main)
+        results = evaluate(model, tokenizer, questions, eval_config, world=world)
         summaries = summarise(questions, results, eval_config.settings())
         return {f"{ACCURACY}{row['task']}": row["accuracy"] for row in summaries}
 

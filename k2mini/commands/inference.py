@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
-import signal
+import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LOADED, TEMPLATE, tuned_in
+from k2mini.commands.common import LOADED, SHARD, TEMPLATE, tuned_in
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import encode_prompt, room, utf8
-from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
     from k2mini.data.prompts import AnyTemplate
@@ -53,6 +50,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the answers there: a .jsonl as they come, else JSON in the end. After a stop it goes on",
     )
     parser.add_argument("--force", action="store_true", help="replace FILE of --out")
+    parser.add_argument("--shard", **SHARD)
     parser.add_argument("--json", action="store_true", help="print [{prompt, answer, tokens, finish}] and nothing else")
     parser.set_defaults(run=run_generate)
 
@@ -104,12 +102,12 @@ def _open(options: argparse.Namespace) -> Asked:
     return directory, tokenizer, open_template(name, directory.path, tokenizer)
 
 
-def _load(options: argparse.Namespace, directory: ModelDirectory) -> Llama:
-    """The model, as the options want it."""
+def load(options: argparse.Namespace, directory: ModelDirectory, **wanted: Any) -> Llama:
+    """The model, as the options want it, and `wanted` of `load_model`."""
     from k2mini.build import open_model
     from k2mini.inference.compile import compile_decoding
 
-    wanted = {name: getattr(options, name) for name in LOADED}
+    wanted |= {name: getattr(options, name) for name in LOADED}
     model, _ = open_model(directory, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
@@ -157,81 +155,22 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
+    from k2mini.commands.answering import answer_all
+    from k2mini.commands.ranks import joined
+    from k2mini.distributed import ALONE
+
     # What costs nothing is checked before the model is loaded.
     decoding, questions = _decoding(options), _questions(options)
     opened = _open(options)
-    if options.input is None and decoding.beams is None and not options.json and options.out is None:
+    if options.shard or "LOCAL_RANK" in os.environ:
+        if options.input is None:
+            raise ValueError("one prompt is answered by one process; --input gives several ranks something to do")
+        with joined(options) as world:
+            answer_all(options, questions, opened, decoding, world)
+    elif options.input is None and decoding.beams is None and not options.json and options.out is None:
         _print_answer(options, questions[0], opened, decoding)
     else:
-        _answer_all(options, questions, opened, decoding)
-
-
-def _answer_all(
-    options: argparse.Namespace, questions: list[tuple[str, str]], opened: Asked, decoding: Decoding
-) -> None:
-    """Answer, then print or write the answers; where they can't be written, they are printed before that is said."""
-    from k2mini.files import check_output, output, write_text
-    from k2mini.inference.answers import Journal, answers
-
-    directory, tokenizer, template = opened
-    asked = [{"prompt": question, **({"input": context} if context else {})} for question, context in questions]
-    read = [path for path in (options.model, options.adapter, options.input) if path not in (None, "-")]
-    out, by_line = options.out, options.out is not None and options.out.suffix.lower() == ".jsonl"
-    with output(out, file=True, force=options.force or by_line, inputs=read):
-        # What is not by line grows in a .part beside it, until all answers are there.
-        path = out if out is None or by_line else out.with_name(f"{out.name}.part")
-        if path is not None:
-            check_output(path, file=True, force=True, inputs=read)
-        made_by = "" if path is None else _made_by(options, opened, decoding)
-        journal = Journal(path, asked, made_by, force=options.force)
-        done = len(journal.entries)
-        try:
-            if done < len(asked):
-                model = _load(options, directory)
-                prompts = []
-                for number, question in enumerate(questions):
-                    where = "" if options.input is None else f"{options.input}, question {number}: "
-                    try:
-                        prompts.append(encode_prompt(tokenizer, template, *question))
-                    except ValueError as error:
-                        raise ValueError(f"{where}{error}") from None
-                    room(len(prompts[-1]), decoding.max_new_tokens, model.config.max_seq_len, where)
-                label, ends = "answering" if len(prompts) > 1 else None, stop_ids(tokenizer, template)
-                for found in answers(model, tokenizer, prompts, decoding, label, first=done, stop_ids=ends):
-                    journal.add(*found)
-            if path != out:
-                write_text(out, json.dumps(journal.entries, ensure_ascii=False, indent=1) + "\n")
-                path.unlink()
-        except OSError:
-            if path is not None and len(journal.entries) > done:
-                print(json.dumps(journal.entries, ensure_ascii=False))
-            raise
-        except KeyboardInterrupt:
-            if path is None or not journal.kept or not path.exists():
-                raise
-            number = path.read_bytes()[: journal.kept].count(b"\n")
-            kept = f"{number} of {len(asked)} answers are in {path}"
-            raise StoppedBySignalError(signal.SIGINT, kept) from None
-    as_text = options.input is None and not options.json
-    if out is not None and options.json:
-        log.info("the answers are in %s", out)
-        out = None
-    print(out or (journal.entries[0]["answer"] if as_text else json.dumps(journal.entries, ensure_ascii=False)))
-
-
-def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> str:
-    """A digest of all that answers follow from, but for what is asked."""
-    from k2mini.build import empty_model, pick_device, resolve_dtype
-    from k2mini.commands.evaluation import kept_by
-    from k2mini.evaluation.evaluate import digest
-
-    directory, tokenizer, template = opened
-    empty_model(directory)  # says what is missing
-    stored = directory.reader.dtype("model.embed_tokens.weight")
-    dtype = str(resolve_dtype(options.dtype, stored, pick_device(options.device)))
-    model = [kept_by(options, directory.fingerprint(), {}, []), directory.config.features(), dtype]
-    ends = [stop_ids(tokenizer, template)] * (stop_ids(tokenizer, template) != (tokenizer.eos_id,))
-    return digest([model, tokenizer.fingerprint(), template.name + template.digest, asdict(decoding), *ends])
+        answer_all(options, questions, opened, decoding, ALONE)
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -261,7 +200,7 @@ def _print_answer(options: argparse.Namespace, question: tuple[str, str], opened
     from k2mini.inference.generate import generate
 
     directory, tokenizer, template = opened
-    prompt, model = encode_prompt(tokenizer, template, *question), _load(options, directory)
+    prompt, model = encode_prompt(tokenizer, template, *question), load(options, directory)
     stream, context = TextStream(tokenizer, decoding.stop), model.config.max_seq_len
     new = room(len(prompt), decoding.max_new_tokens, context)
 
@@ -283,4 +222,4 @@ def run_chat(options: argparse.Namespace) -> None:
 
     decoding = _decoding(options)
     directory, tokenizer, template = _open(options)
-    terminal.chat(terminal.Conversation(_load(options, directory), tokenizer, template, decoding))
+    terminal.chat(terminal.Conversation(load(options, directory), tokenizer, template, decoding))

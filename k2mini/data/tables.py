@@ -12,10 +12,11 @@ from k2mini.errors import short
 SUFFIXES = (".csv", ".tsv")
 
 
-def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]]:
+def read_table(path: Path, on_error: OnError, *, header: bool = True) -> list[tuple[str, dict[str, str]]]:
     """(place, record) of each row, where the place is the row's first line: 'line 2', …
 
     Args:
+        header: the first row has the columns' names; if not, they are '0', '1', …
         on_error: called with one sentence for each row with more or fewer cells than the header; it may raise.
 
     Raises ValueError naming the file where it is missing, not UTF-8 or not CSV, or has no row or a column twice.
@@ -30,6 +31,8 @@ def read_table(path: Path, on_error: OnError) -> list[tuple[str, dict[str, str]]
     try:
         for row in rows:
             place, line, below = f"line {line}", rows.line_num + 1, below + bool(columns and row)
+            if not columns and not header:
+                columns, below = [str(place) for place in range(len(row))], 1
             if not columns:
                 columns = [name.strip() for name in row]
             elif row and len(row) != len(columns):

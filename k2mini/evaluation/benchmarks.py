@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from k2mini.data.documents import data_path, read_entries
 from k2mini.errors import short
@@ -18,8 +18,12 @@ NPEE_MARK = "Choose from:"
 CHOICE_LINE = re.compile(r"^([A-Z])\. *(.*)$", re.MULTILINE)
 K2_CAPITALS = re.compile(r"(?<=[^\w\-])[A-Z](?=[^\w\-])")
 SUBJECTIVE = ("noun", "qa", "discussion", "completion")
+# K2's "all 939 subjective questions in NPEE" (its README): 454 + 150 + 335. `qa`, 153 more, is not among them.
+ALL_SUBJECTIVE = ("noun", "completion", "discussion")
 EXPECTED = "expected is geobench_npee.json or geobench_apstudy.json as published"
 DOWNLOAD = "pip install huggingface_hub; hf download daven3/geobench --repo-type dataset --local-dir geobench"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Question:
         stem: what is asked, without the options.
         labels, texts: the options in their published order ('A' and 'Basalt'; for true/false both are the word).
         answer: the published key. It may be no label at all: one key of NPEE is.
+        topic: of a user's question that has one, by which `compare --html` sorts.
     """
 
     task: str
@@ -40,14 +45,15 @@ class Question:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     answer: str
+    topic: str = ""
 
-    def listed(self) -> str:
-        """The question with its options, as K2 laid it out."""
+    def listed(self, mark: str = NPEE_MARK, true_false: str = "True or false?") -> str:
+        """The question with its options, as K2 laid it out; the line before its options, or before a statement."""
         if self.is_true_false:
-            return f"True or false?\n{self.stem}"
+            return f"{true_false}\n{self.stem}"
         gap = "\n\n" if self.task == "npee/choice" else "\n"  # NPEE's published text has an empty line there
         options = "\n".join(f"{label}. {text}" for label, text in zip(self.labels, self.texts, strict=True))
-        return f"{self.stem}\n{NPEE_MARK}{gap}{options}"
+        return f"{self.stem}\n{mark}{gap}{options}"
 
     @property
     def is_true_false(self) -> bool:
@@ -125,6 +131,8 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     path = data_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the files in it: {EXPECTED}")
+    if path.suffix.lower() in (".yaml", ".yml", ".csv", ".tsv"):
+        raise ValueError(f"{path}: `k2mini eval` alone reads tasks' YAML and tables; name JSON or JSONL here")
     if not path.is_file():
         raise ValueError(f"there is no benchmark file {path}; {EXPECTED}, which you get by: {DOWNLOAD}")
     return read_entries(path)
@@ -143,13 +151,14 @@ def _geobench(path: Path, entries: list[tuple[str, Any]]) -> list[Question]:
     try:
         if isinstance(first, dict) and "choice" in first:
             return [*_npee_choice(_field(first, "choice", dict)), *_npee_tf(_field(first, "tf", dict))]
-        return _each(entries, _ap)
+        return each_question(entries, _ap)
     except ValueError as error:
         raise ValueError(f"{path} is not a GeoBench file ({error}); {EXPECTED}") from None
 
 
-def _each(entries: list[tuple[str, Any]], make: Callable[[int, Any], Question]) -> list[Question]:
-    questions: list[Question] = []
+def each_question(entries: list[tuple[str, Any]], make: Callable[[int, Any], T]) -> list[T]:
+    """What `make` makes of the place of each entry and the entry. Raises ValueError naming the record."""
+    questions: list[T] = []
     for place, entry in entries:
         try:
             questions.append(make(len(questions), entry))
@@ -173,13 +182,16 @@ def _field(record: Any, name: str, kind: type) -> Any:
 def load_subjective(path: Path, kind: str) -> list[tuple[str, str]] | None:
     """(question, reference answer) of one of NPEE's open tasks; None where the file is not geobench_npee.json.
 
+    `subjective` is K2's set of 939, the tasks of `ALL_SUBJECTIVE` one after the other.
+
     Raises ValueError where it is, and has no such task.
     """
     first = _read(path)[0][1]
     if not isinstance(first, dict) or "choice" not in first:
         return None
     try:
-        return _pairs(_field(first, kind, dict))
+        kinds = ALL_SUBJECTIVE if kind == "subjective" else (kind,)
+        return [pair for each in kinds for pair in _pairs(_field(first, each, dict))]
     except ValueError as error:
         raise ValueError(
             f"{path} has no {kind!r} of questions and answers ({error}); expected is geobench_npee.json"
@@ -238,12 +250,13 @@ def _users(path: Path, entries: list[tuple[str, Any]]) -> list[Question]:
     while task.lower().endswith((".json", ".jsonl")):
         task = task.rpartition(".")[0]
     try:
-        return _each(entries, partial(_question, task))
+        return each_question(entries, partial(make_question, task))
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from None
 
 
-def _question(task: str, index: int, raw: Any) -> Question:
+def make_question(task: str, index: int, raw: Any) -> Question:
+    """A record of question, choices and answer. Raises ValueError saying what is wrong with it."""
     stem, texts = _field(raw, "question", str), _field(raw, "choices", list)
     answer = _field(raw, "answer", object)
     if not stem.strip():
@@ -265,4 +278,5 @@ def _question(task: str, index: int, raw: Any) -> Question:
     if len(meant) > 1:
         which = " and ".join(labels[place] for place in sorted(meant))
         raise ValueError(f"answer {answer!r} may mean {which} of the options; give the place of the right one, from 0")
-    return Question(task, index, stem, labels, tuple(texts), labels[meant.pop()])
+    topic = raw["topic"] if isinstance(raw.get("topic"), str) else ""
+    return Question(task, index, stem, labels, tuple(texts), labels[meant.pop()], topic)

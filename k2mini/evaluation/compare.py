@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from k2mini.evaluation.report import accuracy, read_results
+from k2mini.evaluation.agreement import holm, interval, paired_p
+from k2mini.evaluation.report import accuracy
+from k2mini.evaluation.scores import read_scores
 from k2mini.files import new_file, read_json
 from k2mini.training.plot import short_names
 
@@ -28,41 +29,60 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each task's accuracies, and of every run but the first a paired test against the first.
+    """Each task's accuracies and other scores, and of every run but the first a paired test against the first.
 
     Questions are paired by their text and key, wherever they stand; what some run does not have is left out.
 
-    Returns: dicts of `task`, `n` (questions that all runs have) and `runs`: a list of `run`, `model`, `accuracy`,
-    `low`, `high`, `left_out` (its questions that another run lacks) and, but of the first, `better` and `worse`
-    (questions) and `p`.
+    Returns: dicts of `task`, `measure`, `n` (questions that all runs have) and `runs`: a list of `run`, `model`,
+    `accuracy` (of another measure: `mean`), `low`, `high`, `left_out` (its questions that another run lacks) and, but
+    of the first, `difference`, `difference_low`, `difference_high`, `better` and `worse` (questions), `p` (McNemar's;
+    of another measure: the paired bootstrap's) and `p_holm`, corrected for all comparisons that are returned.
 
     Raises ValueError where a directory is no run of `eval`, or the runs have no question in common.
     """
     if len(runs) < 2:
         raise ValueError("compare needs at least two runs")
     models = [_model(run) for run in runs]
-    rights = [_rights(run) for run in runs]
-    found = []
-    for task in dict.fromkeys(key[0] for right in rights for key in right):
-        keys = [key for key in rights[0] if key[0] == task and all(key in right for right in rights)]
+    scores = [read_scores(run) for run in runs]
+    found: list[dict[str, Any]] = []
+    for task, measure in dict.fromkeys(same for score in scores for same in score):
+        of_runs = [score.get((task, measure), {}) for score in scores]
+        keys = [key for key in of_runs[0] if all(key in values for values in of_runs)]
         if not keys:
-            log.warning("%s is left out: no question of it, with the same key, is in all runs", task)
+            what = task if measure == "accuracy" else f"{task}, {measure},"
+            log.warning("%s is left out: no question of it, with the same key, is in all runs", what)
             continue
-        entries = []
-        for run, model, right in zip(runs, models, rights, strict=True):
-            left_out = sum(key[0] == task for key in right) - len(keys)
-            entry = {"run": str(run), "model": model, **accuracy([right[key] for key in keys]), "left_out": left_out}
-            if run is not runs[0]:
-                better = sum(right[key] and not rights[0][key] for key in keys)
-                worse = sum(rights[0][key] and not right[key] for key in keys)
-                entry |= {"better": better, "worse": worse, "p": mcnemar(worse, better)}
-            entries.append(entry)
-        found.append({"task": task, "n": len(keys), "runs": entries})
+        first, entries = [of_runs[0][key] for key in keys], []
+        for place, (run, model) in enumerate(zip(runs, models, strict=True)):
+            own = [of_runs[place][key] for key in keys]
+            left_out, against = len(of_runs[place]) - len(own), _against(first, own, measure) if place else {}
+            entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": left_out}
+            entries.append({**entry, **against})
+        found.append({"task": task, "measure": measure, "n": len(keys), "runs": entries})
     if not found:
         raise ValueError(
             f"{', '.join(map(str, runs))} have no question in common; were --benchmark, --limit and --tasks the same?"
         )
+    tested = [entry for task in found for entry in task["runs"][1:]]
+    for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+        entry["p_holm"] = p
     return found
+
+
+def _mean(values: list[float], measure: str) -> dict[str, float | None]:
+    if measure == "accuracy":
+        return accuracy([value == 1 for value in values])
+    return dict(zip(("mean", "low", "high"), interval(values), strict=True))
+
+
+def _against(first: list[float], own: list[float], measure: str) -> dict[str, float]:
+    """What distinguishes a run from the first."""
+    differences = [value - other for value, other in zip(own, first, strict=True)]
+    better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    mean, low, high = interval(differences)
+    p = mcnemar(worse, better) if measure == "accuracy" else paired_p(differences)
+    counts = {"better": better, "worse": worse, "p": p}
+    return {"difference": mean, "difference_low": low, "difference_high": high, **counts}
 
 
 def _model(run: Path) -> str:
@@ -75,39 +95,40 @@ def _model(run: Path) -> str:
     return str(report["model"])
 
 
-def _rights(run: Path) -> dict[tuple[str, str, str, int], bool]:
-    """(task, question's digest, key, how many of the same stand before it) -> whether the answer is right."""
-    path, copies = run / "results.jsonl", Counter[tuple[str, str, str]]()
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    rights = {}
-    for result in read_results(path):
-        same = (result.task, result.digest, result.answer)
-        rights[*same, copies[same]] = result.is_right
-        copies[same] += 1
-    return rights
-
-
 def comparison_table(found: Sequence[dict[str, Any]]) -> str:
     """The comparison as text."""
-    lines = []
+    lines, number = [], sum(len(task["runs"]) - 1 for task in found)
     for task in found:
-        lines.append(f"{task['task']} ({task['n']} questions)")
+        of_measure = "" if task["measure"] == "accuracy" else f", {task['measure']}"
+        lines.append(f"{task['task']}{of_measure} ({task['n']} questions)")
         for entry in task["runs"]:
-            line = f"  {100 * entry['accuracy']:5.1f} %  ({100 * entry['low']:.1f} – {100 * entry['high']:.1f})  "
-            line += entry["run"]
+            line = f"  {shown(entry)}  {entry['run']}"
             if "p" in entry:
                 line += f": {entry['better']} better, {entry['worse']} worse than the first, p = {entry['p']:.3g}"
+                line += f" (corrected: {entry['p_holm']:.3g})" if number > 1 else ""
             if entry["left_out"]:
                 line += f" ({entry['left_out']} questions are left out: not all runs have them, with the same key)"
             lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines + [f"p is corrected for all {number} comparisons by Holm's method"] * (number > 1))
+
+
+def shown(entry: dict[str, Any]) -> str:
+    """A run's value with its interval: accuracy in percent, another measure in its own unit."""
+    if "accuracy" in entry:
+        return f"{100 * entry['accuracy']:5.1f} %  ({100 * entry['low']:.1f} – {100 * entry['high']:.1f})"
+    return f"{entry['mean']:7.3f}  ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """A bar chart with 95 % intervals and chance, in a file that `check_picture` allows."""
+    """A bar chart of accuracies with 95 % intervals and chance, in a file that `check_picture` allows.
+
+    Raises ValueError where no task has an accuracy.
+    """
     from matplotlib.figure import Figure
 
+    found = [task for task in found if task["measure"] == "accuracy"]
+    if not found:
+        raise ValueError(f"{path}: the runs have no accuracy in common to draw; --html shows other scores")
     number = len(found[0]["runs"])
     figure = Figure(figsize=(max(5.0, 3.5 + len(found) * max(1.2, 0.5 * number)), 4), layout="constrained")
     axes = figure.add_subplot()

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from k2mini.errors import short
 from k2mini.files import parse_json
 
 TRIES, TIMEOUT = 4, 600.0  # seconds: a long prompt on a CPU
+
+
+class TextToken(NamedTuple):
+    """A token of a prompt: its text, where it begins in the prompt, in characters, and its log-probability in nats."""
+
+    text: str
+    place: int
+    logprob: float | None
 
 
 @dataclass(frozen=True)
@@ -61,25 +71,48 @@ class Endpoint:
             return answer
         raise AssertionError("the last try returns or raises")
 
-    def token_logprobs(self, text: str) -> list[tuple[int, float | None]]:
-        """Of every token of `text` where it begins, in characters, and its log-probability in nats; the first has none.
+    def tokens(self, text: str) -> list[TextToken]:
+        """The tokens of `text`, as the endpoint makes and scores them; BOS is the first of them where it shows one.
 
         Raises ValueError where the endpoint gives no log-probabilities of a prompt, as chat endpoints and OpenAI's do.
         """
         asked = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
         answer = self.post("completions", asked)
-        try:
-            found = answer["choices"][0]["logprobs"]
-            offsets, values = found["text_offset"], found["token_logprobs"]
-            pairs = [(int(offset), value) for offset, value in zip(offsets, values, strict=True) if offset < len(text)]
-        except (KeyError, IndexError, TypeError, ValueError):
-            pairs = []
-        if len(pairs) < 2 or any(not isinstance(value, float | int) for _, value in pairs[1:]):
+        pairs = []
+        with suppress(KeyError, IndexError, TypeError, ValueError):
+            choice = answer["choices"][0]
+            names, places, values = (choice["logprobs"][key] for key in ("tokens", "text_offset", "token_logprobs"))
+            shift = _shift(names, places, text)
+            places = [max(place - shift, 0) for place in places]
+            found = [TextToken(*token) for token in zip(names, places, values, strict=True)]
+            own = [token for token in found if token.place < len(text)]
+            new = len(found) - len(own)
+            if new == 1 or (new == 0 and choice["finish_reason"] != "length"):  # EOS may be one, and may not
+                pairs = own
+        if len(pairs) < 2 or any(not isinstance(token.logprob, float | int) for token in pairs[1:]):
             raise ValueError(
                 f"{self.url} gives no log-probabilities of the prompt (`echo` with `logprobs` of /completions), which "
-                "scoring needs; k2mini serve, vLLM and llama.cpp's Python server do"
+                "scoring needs; k2mini serve, vLLM and llama-cpp-python (--logits_all true, of a model with BOS) do"
             )
         return pairs
+
+    def token_logprobs(self, text: str) -> list[tuple[int, float | None]]:
+        """Of every token of `text` where it begins, in characters, and its log-probability in nats; the first has none.
+
+        Raises ValueError as `tokens` does.
+        """
+        return [(token.place, token.logprob) for token in self.tokens(text)]
+
+
+def _shift(names: list[str], places: list[int], text: str) -> int:
+    """How many characters of tokens' texts come before the prompt's, where places count them.
+
+    They do in vLLM, which counts BOS as it is written, and in llama.cpp, which counts the space that LLaMA's tokenizer
+    puts before a text. Raises ValueError where the tokens are not the text's.
+    """
+    sums = [0, *accumulate(map(len, names))][: len(places)]
+    begin = re.match("[ -~]{0,16}", text)
+    return "".join(names).index(begin[0]) if begin and places[:2] == sums[:2] else 0
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from k2mini.data.documents import data_path
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ALONE, World
 from k2mini.dtypes import NAMES
 from k2mini.errors import StoppedBySignalError
 from k2mini.evaluation.benchmarks import Question
@@ -39,80 +40,138 @@ def evaluate(
     *,
     share: bool = True,
     journal: Path | None = None,
-    shown: bool = True,
+    world: World = ALONE,
 ) -> list[Result]:
     """Answer every question with the option of the highest score.
 
     Args:
         label: of the progress bar.
         share: compute the prefix that prompts have in common once.
-        journal: a file to which each result is added as it comes; questions whose results it holds are not scored
-            again.
-        shown: show the progress bar.
+        journal: a file to which each result is added as it comes (of rank 2, NAME.2.jsonl beside it); questions whose
+            results it holds are not scored again, but where they share a batch with others.
+        world: its ranks divide the questions among themselves; all of them call this, and get all results.
 
     Raises ValueError naming the question that can't be asked, or the line of the journal that is no result of one.
     """
-    done = _read_journal(journal, questions) if journal is not None else {}
-    if journal is not None and journal.exists():
-        write_text(journal, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
-    tasks = dict.fromkeys(question.task for question in questions)
-    builders = {
-        task: PromptBuilder([q for q in questions if q.task == task], config, tokenizer, model.config.max_seq_len)
-        for task in tasks
-    }
-    instances = [builders[q.task].build(q) for q in questions if (q.task, q.index) not in done]
-    pending = [entry for entry in instances if entry.request is not None]
-    for entry in instances:
-        if entry.request is None:
-            result = _result(entry, [], config)
-            done[result.task, result.index] = result
-    requests = [entry.request for entry in pending if entry.request is not None]
-    file = journal.open("a", encoding="utf-8") if journal is not None and pending else None
-    try:
-        # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
-        tokens = tokens_to_run(requests, share=share)
-        with progress_bar(sum(tokens), label, "tokens", shown=shown and bool(pending)) as progress:
-            for place, logprobs in score(model, requests, batch_size=config.batch_size, share=share):
-                result = _result(pending[place], logprobs, config)
-                done[result.task, result.index] = result
-                if file is not None:
-                    file.write(result.line() + "\n")
-                    file.flush()
-                progress.set_postfix_str(f"{len(done)}/{len(questions)} questions", refresh=False)
-                progress.update(tokens[place])
-    finally:
-        if file is not None:
-            file.close()
-    return [done[question.task, question.index] for question in questions]
+    done = _read_journals(journal, questions) if journal is not None and world.rank == 0 else {}
+    if world.size > 1:
+        done = world.broadcast(done)
+        journal = journal and rank_journal(journal, world.rank)
+    instances = _instances(questions, config, tokenizer, model.config.max_seq_len)
+    asked = [entry for entry in instances if entry.request is not None]
+    requests = [entry.request for entry in asked if entry.request is not None]
+    pending = [place for place, entry in enumerate(asked) if _key(entry) not in done]
+    unasked = [entry for entry in instances if entry.request is None and _key(entry) not in done]
+    found = {_key(entry): _result(entry, [], config) for entry in unasked}
+    if config.scoring == "pmi":
+        _score_priors(model, [asked[place] for place in pending], config, world)
+    # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
+    tokens = tokens_to_run(requests, share=share)
+    total = sum(tokens[place] for place in pending) // world.size  # this rank's, or so
+    kept = journal.open("a", encoding="utf-8") if journal is not None and pending else nullcontext()
+    with kept as file, progress_bar(total, label, "tokens", shown=world.rank == 0 and bool(pending)) as progress:
+        how: dict[str, Any] = {"batch_size": config.batch_size, "share": share, "wanted": pending, "world": world}
+        for place, logprobs in score(model, requests, **how):
+            if (key := _key(asked[place])) in done:
+                continue
+            found[key] = _result(asked[place], logprobs, config)
+            if file is not None:
+                file.write(found[key].line() + "\n")
+                file.flush()
+            progress.set_postfix_str(f"{len(done) + len(found)}/{len(questions)} questions", refresh=False)
+            progress.update(tokens[place])
+    for part in world.all_gather(found) if world.size > 1 else [found]:
+        done |= part
+    results = [done[question.task, question.index] for question in questions]
+    if world.size > 1 and world.rank == 0 and journal is not None:
+        write_text(journal, "".join(result.line() + "\n" for result in results))
+        for path in other_journals(journal):
+            path.unlink()
+    return results
+
+
+def _key(instance: Instance) -> tuple[str, int]:
+    return instance.question.task, instance.question.index
+
+
+def _instances(
+    questions: Sequence[Question], config: EvalConfig, tokenizer: Tokenizer, max_seq_len: int
+) -> list[Instance]:
+    of_task: dict[str, list[Question]] = {}
+    for question in questions:
+        of_task.setdefault(question.task, []).append(question)
+    builders = {task: PromptBuilder(own, config, tokenizer, max_seq_len) for task, own in of_task.items()}
+    return [builders[question.task].build(question) for question in questions]
+
+
+def _score_priors(model: Llama | OtherModel, pending: Sequence[Instance], config: EvalConfig, world: World) -> None:
+    """Score what 'pmi' subtracts, each distinct request once."""
+    distinct = list(dict.fromkeys(entry.prior for entry in pending if entry.prior is not None))
+    found = dict(score(model, distinct, batch_size=config.batch_size, world=world))
+    for part in world.all_gather(found) if world.size > 1 else ():
+        found |= part
+    priors = {request: found[place] for place, request in enumerate(distinct)}
+    for entry in pending:
+        if entry.prior is not None:
+            entry.priors = priors[entry.prior]
 
 
 def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> Result:
     question = instance.question
     logprobs: list[float | None] = [None] * len(question.labels)
     token_ids: list[list[int]] = [[] for _ in question.labels]
+    priors: list[float | None] = [None] * len(question.labels) if instance.prior is not None else []
     prediction = None
     lengths = [1] * len(scores)
     for number, (place, ids, logprob) in enumerate(zip(instance.places, instance.ids, scores, strict=True)):
         if place is None:
             continue
         logprobs[place], token_ids[place] = logprob, ids
+        if instance.priors:
+            priors[place] = instance.priors[number]
         if config.scoring == "text" and not question.is_true_false and config.normalize != "none":
             text = question.texts[place]
             lengths[number] = len(text.encode()) if config.normalize == "byte" else len(ids)
     if scores:
-        normalised = [logprob / length for logprob, length in zip(scores, lengths, strict=True)]
+        corrected = zip(scores, instance.priors or [0.0] * len(scores), lengths, strict=True)
+        normalised = [(logprob - prior) / length for logprob, prior, length in corrected]
         prediction = instance.answers[normalised.index(max(normalised))]
     asked, cut = (question.task, question.index, question.answer), (instance.dropped, instance.cut)
-    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **_text(question))
+    kept = {**_text(question), "priors": priors}
+    return Result(*asked, prediction, logprobs, token_ids, *cut, question.digest, **kept)
 
 
 def _text(question: Question) -> dict[str, Any]:
     """What a reader of a result wants to see of its question."""
-    return {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
+    shown = {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
+    return {**shown, "topic": question.topic}
+
+
+def rank_journal(journal: Path, rank: int) -> Path:
+    """Where a rank keeps what it finds until all of it is found: the first one in the journal, the others beside it."""
+    return journal.with_suffix(f".{rank}.jsonl") if rank else journal
+
+
+def other_journals(journal: Path) -> list[Path]:
+    """The journals beside it that ranks have left."""
+    return sorted(journal.parent.glob(f"{journal.stem}.[0-9]*.jsonl"))
+
+
+def _read_journals(journal: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
+    """The results that an earlier start wrote, on any number of ranks; they are all in the first journal now."""
+    others = other_journals(journal)
+    done = _read_journal(journal, questions)
+    for path in others:
+        done |= _read_journal(path, questions)
+    if journal.exists() or others:
+        write_text(journal, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
+    for path in others:
+        path.unlink()
+    return done
 
 
 def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
-    """The results that an earlier start wrote, each compared with the question that is asked now."""
+    """The results in a file, each compared with the question that is asked now."""
     if not os.path.lexists(path):
         return {}
     asked = {(question.task, question.index): question for question in questions}
@@ -135,30 +194,33 @@ def run_benchmark(
     *,
     name: str,
     out: Path | None = None,
-    label: str = "eval",
     made_by: Mapping[str, Any] | None = None,
+    world: World = ALONE,
+    **how: Any,
 ) -> tuple[dict[str, Any], list[Result]]:
     """Evaluate. The directory `out`, where given, keeps each result as it comes; the rest is `write_report`'s.
 
     Args:
         name: of the model, for the report.
-        label: of the progress bar.
         made_by: what else results in `out` are known by: `model`, the fingerprint of its weights, `adapter` and so on.
+        world: as of `evaluate`, which takes `how`.
 
     Returns: the report, and the results in the order of the questions. Raises ValueError before the long run where
     `out` can't be written, or holds results of another model, of other questions, or of questions asked in another way.
     """
-    journal, made_by = None, made_by or {}
-    with output(out, mark=MARK):
-        if out is not None:
-            journal, shape = out / RESULTS, digest(model.config.features())
-            of_model = {"config": shape, "dtype": NAMES[model.dtype]}
+    journal, made_by = None if out is None else out / RESULTS, made_by or {}
+    with output(out if world.rank == 0 else None, mark=MARK):
+        if out is not None and world.rank == 0:
+            of_model = {
+                "config": digest(model.config.features()),
+                "dtype": NAMES[model.dtype] if model.dtype else "unknown",
+            }
             settings = {"model": name, **made_by, **of_model, **_asking(tokenizer, questions, config)}
             _check_settings(out, settings)
             if not (out / SETTINGS).is_file():
                 write_text(out / SETTINGS, json.dumps(settings, ensure_ascii=False) + "\n")
         with kept_in(journal):
-            results = evaluate(model, tokenizer, questions, config, label, journal=journal)
+            results = evaluate(model, tokenizer, questions, config, journal=journal, world=world, **how)
     report = {
         "model": name,
         "fingerprint": made_by.get("model"),
@@ -183,7 +245,8 @@ def check_kept(
     """Raise ValueError where `out` holds results of something else, as far as it is known without the model."""
     if (out / SETTINGS).is_file():
         _check_settings(out, {**made_by, **_asking(tokenizer, questions, config)}, later=("config", "dtype"))
-        _read_journal(out / RESULTS, questions)
+        for path in (out / RESULTS, *other_journals(out / RESULTS)):
+            _read_journal(path, questions)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from k2mini.config import EvalSection
@@ -11,15 +11,24 @@ from k2mini.data.batches import shuffled
 from k2mini.data.documents import data_path, read_user_text
 from k2mini.data.prompts import TEMPLATES, AnyTemplate, ChatTemplate
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.benchmarks import Question
+from k2mini.evaluation.benchmarks import NPEE_MARK, Question
 from k2mini.evaluation.score import Request, split_jointly
 
-SCORINGS = ("letter", "text", "k2")
+SCORINGS = ("letter", "text", "k2", "pmi")
 NORMALIZATIONS = ("byte", "token", "none")
 # LLaMA's ids of '▁A' … '▁H', '▁True' and '▁False' (github:davendw49/k2, evaluation/post_process.py).
 K2_LETTERS = {"A": 319, "B": 350, "C": 315, "D": 360, "E": 382, "F": 383, "G": 402, "H": 379}
 K2_WORDS = {"True": 5852, "False": 7700}
 GAP = "\n\n\n"  # between examples: two blank lines, as in K2's own
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The phrases around a question: before it, before its options, and before a statement to be judged."""
+
+    question: str = ""
+    options: str = NPEE_MARK
+    true_false: str = "True or false?"
 
 
 @dataclass(frozen=True)
@@ -29,15 +38,17 @@ class EvalConfig:
     Args:
         scoring: 'letter' lists the options and scores log p(label); 'text' asks the bare question and scores
             log p(option's text); 'k2' is K2's own: the softmax at the last position over fixed ids, for comparison with
-            published figures.
+            published figures; 'pmi' is 'text' less what the options get without the question: log p(text | question) -
+            log p(text | premise), PMI_DC of Holtzman et al. 2021, arXiv 2104.08315.
         answer_prefix: the beginning of the answer, given, with the space before it where the template has one.
         normalize: of 'text': 'byte' divides by the option's length in UTF-8, 'token' in tokens, so that long options
             are not at a disadvantage; 'none' does not.
-        score_end: of 'text': the end of the answer is scored as well, as a tuned model writes it: EOS, or the token
-            that ends it in a chat template.
+        score_end: of 'text' and 'pmi': the end of the answer is scored as well, as a tuned model writes it: EOS, or
+            the token that ends it in a chat template.
         num_fewshot: examples before the question, drawn by `seed` from the same task.
         fewshot_file: a file whose text stands before every question instead.
         batch_size: questions at a time; it changes no result.
+        wording: the phrases around the question, which `robust` varies.
 
     Raises ValueError where a value is not one of these.
     """
@@ -51,6 +62,7 @@ class EvalConfig:
     fewshot_file: str | None = None
     seed: int = 0
     batch_size: int = 16
+    wording: Wording = Wording()
 
     def __post_init__(self) -> None:
         for name, known in (("scoring", SCORINGS), ("normalize", NORMALIZATIONS)):
@@ -66,6 +78,18 @@ class EvalConfig:
             raise ValueError(f"there is no file of examples {self.fewshot_file}")
 
     @property
+    def premise(self) -> str:
+        """What stands between question and answer, which 'pmi' scores the options after. With template 'none' and no
+        prefix it is empty, as in lm-evaluation-harness' acc_mutual_info.
+        """
+        return self.template.prompt("basalt").rpartition("basalt")[2] + self.answer_prefix
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the options' texts are scored, and not listed."""
+        return self.scoring in ("text", "pmi")
+
+    @property
     def lead(self) -> str:
         """What the template writes before an answer whose beginning is not given; it is scored with the answer."""
         return "" if self.answer_prefix else self.template.lead
@@ -78,7 +102,9 @@ class EvalConfig:
             "answer_prefix": self.answer_prefix,
         }
         if self.scoring == "text":
-            values |= {"normalize": self.normalize, "score_end": self.score_end}
+            values["normalize"] = self.normalize
+        if self.by_text:
+            values["score_end"] = self.score_end
         values["shots"] = self.num_fewshot
         if self.fewshot_file is not None:
             values["shots_file"] = self.fewshot_file
@@ -88,14 +114,16 @@ class EvalConfig:
 
     def options(self, question: Question) -> tuple[str, ...]:
         """The texts that are scored as answers, one an option."""
-        return question.texts if self.scoring == "text" else question.labels
+        return question.texts if self.by_text else question.labels
 
     def instruction(self, question: Question) -> str:
         """The question as the template gets it: without its options where their texts are scored."""
-        bare = self.scoring == "text" and not question.is_true_false
         if self.template.name.startswith("k2") and question.is_true_false:
             return question.stem
-        return question.stem if bare else question.listed()
+        listed = question.listed(self.wording.options, self.wording.true_false)
+        if question.is_true_false:
+            return listed
+        return self.wording.question + (question.stem if self.by_text else listed)
 
     def prompt(self, question: Question, examples: Sequence[str] = ()) -> str:
         """One question after examples, up to where the answer begins. A chat has all of them in one user's turn."""
@@ -123,6 +151,7 @@ class Instance:
             empty option is not scored.
         ids: the tokens scored of each continuation.
         dropped, cut: examples left out, and tokens cut from the left, to fit the model's context.
+        prior, priors: of 'pmi': the request that scores the same options after the premise, and what came of it.
     """
 
     question: Question
@@ -132,6 +161,8 @@ class Instance:
     ids: list[list[int]]
     dropped: int = 0
     cut: int = 0
+    prior: Request | None = None
+    priors: list[float] = field(default_factory=list)
 
 
 class PromptBuilder:
@@ -182,7 +213,11 @@ class PromptBuilder:
             prefix = prefix[:kept] + prefix[kept + cut :]  # BOS stays
         group = self._groups.setdefault(tuple(examples[dropped:]), len(self._groups))
         request = Request(tuple(prefix), tuple(map(tuple, ids)), group)
-        return Instance(question, request, answers, places, ids, dropped, cut)
+        prior = None
+        if self.config.scoring == "pmi":
+            bare, options = self._split(question, self.config.premise)
+            prior = Request(tuple(bare), tuple(map(tuple, options)))
+        return Instance(question, request, answers, places, ids, dropped, cut, prior)
 
     def _encode(
         self, question: Question, examples: Sequence[str], answers: list[str]
@@ -197,7 +232,12 @@ class PromptBuilder:
             fixed = K2_LETTERS | K2_WORDS
             ids = self.tokenizer.encode(context, bos=template.bos, eos=False, special=template.special)
             return ids, [[fixed[answer]] for answer in answers]
-        end = self.config.scoring == "text" and not question.is_true_false and self.config.score_end
+        return self._split(question, context)
+
+    def _split(self, question: Question, context: str) -> tuple[list[int], list[list[int]]]:
+        """The tokens of a context, and of every option after it."""
+        template = self.config.template
+        end = self.config.by_text and not question.is_true_false and self.config.score_end
         mark = template.end if end and isinstance(template, ChatTemplate) else ""
         texts = [self.config.lead + text + mark for text in self.config.options(question) if text.strip()]
         how = {"eos": end and not mark, "bos": template.bos, "special": template.special}

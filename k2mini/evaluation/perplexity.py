@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ALONE, World, uneven
 from k2mini.evaluation.score import split_jointly
 from k2mini.inference.decoding import not_finite
 from k2mini.nn.layers import log_softmax
@@ -47,28 +49,43 @@ def perplexity(model: Llama, documents: Sequence[Sequence[int]], batch_size: int
     return from_loss(validation_loss(model, examples, batch_size))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_perplexity(
-    model: Llama, tokenizer: Tokenizer, texts: Sequence[str], *, window: int | None = None, stride: int | None = None
+    model: Llama,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    world: World = ALONE,
 ) -> Perplexity:
     """Token-weighted over texts of any length; every token but BOS is predicted once.
 
     Args:
         window: tokens that a prediction may rest on, BOS among them; None: the model's context.
         stride: tokens by which the window moves; a token then sees at least window - stride before it. None: half.
+        world: its ranks divide the windows among themselves; all of them call this.
 
     Raises ValueError where there is no text, window and stride do not fit, or the logits are not finite.
     """
     nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
-    for text in texts:
-        num_bytes += len(text.encode())
-        # As lm-evaluation-harness has it where no BOS is named; it takes one that is, though no text begins with it.
-        before = [tokenizer.eos_id] if tokenizer.bos_id is None else []
-        ids = before + tokenizer.encode(text, bos=True, eos=False)
-        for own, _ in _predicted(model, ids, 1, window, stride):
-            nats = nats - own.sum()
-            tokens += len(own)
-        _finite(model, nats)  # a GPU is waited for here, once a text
+    number, own = 0, dict[int, Tensor]()  # of windows; the log-probability of each that is this rank's
+    with uneven(model, world) if world.size > 1 else nullcontext():
+        for text in texts:
+            num_bytes += len(text.encode())
+            # As lm-evaluation-harness has it where no BOS is named, which takes one that is, though no text begins so.
+            before = [tokenizer.eos_id] if tokenizer.bos_id is None else []
+            ids = before + tokenizer.encode(text, bos=True, eos=False)
+            for row, new in _windows(model, ids, 1, window, stride):
+                if number % world.size == world.rank:
+                    own[number] = _predicted(model, row, new)[0].sum()
+                    nats = nats - own[number]
+                number, tokens = number + 1, tokens + new.stop - new.start
+            _finite(model, nats)  # a GPU is waited for here, once a text
+    if world.size > 1:  # summed in one process's order
+        parts = world.all_gather({place: total.item() for place, total in own.items()})
+        totals = {place: total for part in parts for place, total in part.items()}
+        nats = -torch.tensor(sum(totals[place] for place in range(number)), dtype=torch.float64)
     return _summary(_finite(model, nats), tokens, num_bytes)
 
 
@@ -84,30 +101,38 @@ def score_text(
     """
     before, (ids,) = split_jointly(tokenizer, context, [text])
     nats, entries = torch.zeros((), dtype=torch.float64, device=model.device), list[tuple[float, int]]()
-    for own, logprobs in _predicted(model, [*before, *ids], len(before)):
+    for row, new in _windows(model, [*before, *ids], len(before)):
+        own, logprobs = _predicted(model, row, new)
         nats = nats - own.sum()
         entries += zip(own[:, 0].tolist(), (logprobs > own).sum(dim=-1).tolist(), strict=True)
     found = _summary(_finite(model, nats), len(ids), len(text.encode()))
     return found, [(token, *entry) for token, entry in zip(ids, entries, strict=True)]
 
 
-def _predicted(
+def _windows(
     model: Llama, ids: list[int], scored: int, window: int | None = None, stride: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of all tokens but the first `scored`, window by window: the log-probabilities (T, 1), and their rows' (T, V)."""
+) -> Iterator[tuple[list[int], slice]]:
+    """Windows in which all tokens but the first `scored` are predicted: a window's tokens, and of which to which.
+
+    A prediction's place is that of the token before.
+    """
     window = model.config.max_seq_len if window is None else min(window, model.config.max_seq_len)
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride < window:
         raise ValueError(f"--stride must be at least 1 and below the window of {window} tokens, not {stride}")
     for start in range(0, len(ids), stride):
-        row = torch.tensor(ids[start : start + window]).to(model.device, non_blocking=True)
+        row = ids[start : start + window]
         if scored < start + len(row):
-            new = slice(max(0, scored - start - 1), len(row) - 1)
-            hidden = model.model(row[None, :-1])[0, new]  # (T, D)
-            logprobs = log_softmax(model.logits(hidden))
-            own = logprobs.gather(-1, row[1:][new, None])  # (T, 1)
-            yield own, logprobs
+            yield row, slice(max(0, scored - start - 1), len(row) - 1)
             scored = start + len(row)
+
+
+def _predicted(model: Llama, ids: list[int], new: slice) -> tuple[Tensor, Tensor]:
+    """Of a window's predictions: the log-probabilities (T, 1), and those of their rows (T, V)."""
+    row = torch.tensor(ids).to(model.device, non_blocking=True)
+    hidden = model.hidden(row[None, :-1])[0, new]  # (T, D)
+    logprobs = log_softmax(model.logits(hidden))
+    return logprobs.gather(-1, row[1:][new, None]), logprobs
 
 
 def _finite(model: Llama, total: Tensor) -> float:

@@ -22,6 +22,8 @@ class Result:
     Attributes:
         digest: of the question that was asked (`Question.digest`).
         question, labels, choices: its text and options, in the order of `logprobs`; an older k2mini kept none of them.
+        priors: of 'pmi': the options' log-probabilities without the question.
+        topic: the question's, kept where it has one.
     """
 
     task: str
@@ -36,10 +38,13 @@ class Result:
     question: str = ""
     labels: list[str] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
+    priors: list[float | None] = field(default_factory=list)
+    topic: str = ""
 
     def line(self) -> str:
         """As one line of results.jsonl."""
-        return sealed(asdict(self))
+        later = ("priors", "topic")  # written where there is one
+        return sealed({name: value for name, value in asdict(self).items() if name not in later or value})
 
     @property
     def is_right(self) -> bool:
@@ -50,6 +55,21 @@ class Result:
     def mass(self) -> float:
         """The probability that all options get together."""
         return sum(math.exp(logprob) for logprob in self.logprobs if logprob is not None)
+
+    @property
+    def confidence(self) -> float | None:
+        """The prediction's part of the probability that all options get; with priors, of their ratios.
+
+        None where the prediction is no option, as K2's scoring has it.
+        """
+        if self.prediction not in self.labels:
+            return None
+        priors = [prior or 0.0 for prior in self.priors] or [0.0] * len(self.logprobs)
+        pairs = zip(self.logprobs, priors, strict=True)
+        scores = [-math.inf if logprob is None else logprob - prior for logprob, prior in pairs]
+        most = max(scores)
+        weights = [math.exp(score - most) for score in scores]
+        return weights[self.labels.index(self.prediction)] / sum(weights)
 
 
 def sealed(fields: Mapping[str, Any]) -> str:
@@ -77,7 +97,7 @@ def read_sealed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_results(path: Path) -> list[Result]:
     """The results in a results.jsonl. Raises ValueError as `read_sealed` does, and where a question has two."""
     found: dict[tuple[str, int], Result] = {}
-    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices"}
+    known, newer = {*Result.__dataclass_fields__}, {"question", "labels", "choices", "priors", "topic"}
     for where, raw in read_sealed(path):
         if not known - newer <= raw.keys() <= known or (raw["task"], raw["index"]) in found:
             raise ValueError(f"{where} is no result of a question, or one that has another already")
@@ -136,6 +156,7 @@ def summarise(
                 "conflicting": checked.conflicting,
                 "impossible": checked.impossible,
                 "mass": sum(result.mass for result in of_task) / n,
+                "calibration": calibration(of_task),
                 "keys": dict(sorted(Counter(result.answer for result in of_task).items())),
                 "given": dict(sorted(Counter(result.prediction or "none" for result in of_task).items())),
                 "confusion": {key: dict(sorted(counts.items())) for key, counts in sorted(confusion.items())},
@@ -152,6 +173,27 @@ def accuracy(right: Sequence[bool]) -> dict[str, float | None]:
         return {"accuracy": None, "low": None, "high": None}
     low, high = wilson_interval(sum(right), len(right))
     return {"accuracy": sum(right) / len(right), "low": low, "high": high}
+
+
+def calibration(results: Sequence[Result], num_bins: int = 10) -> dict[str, Any]:
+    """How far the model's confidence in its answers is from how often they are right.
+
+    `ece` is the expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) over bins of equal width of
+    `Result.confidence`, which hold their upper ends; `bins` has those with an answer. `n` answers have a confidence;
+    where there is none, `ece` and `confidence`, the mean, are None.
+    """
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(num_bins)]
+    for result in results:
+        if (confidence := result.confidence) is not None:
+            bins[max(0, math.ceil(confidence * num_bins) - 1)].append((confidence, result.is_right))
+    shown, n = [], sum(map(len, bins))
+    for place, held in enumerate(bins):
+        if held:
+            confidence, right = (sum(values) / len(held) for values in zip(*held, strict=True))
+            shown.append({"low": place / num_bins, "n": len(held), "confidence": confidence, "accuracy": right})
+    ece = sum(row["n"] / n * abs(row["accuracy"] - row["confidence"]) for row in shown) if n else None
+    mean = sum(row["n"] / n * row["confidence"] for row in shown) if n else None
+    return {"n": n, "ece": ece, "confidence": mean, "bins": shown}
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -180,7 +222,21 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
         for key, what in (("examples_dropped", "asked with fewer examples"), ("cut", "cut from the left")):
             if row[key]:
                 lines.append(f"{row['task']}: {row[key]} questions were {what}, to fit the model's context")
+        if "robust" in row:
+            lines.append(f"{row['task']}: {_spread(row['robust'])}")
+        if row["calibration"]["n"]:
+            ece, mean = (100 * row["calibration"][key] for key in ("ece", "confidence"))
+            lines.append(f"{row['task']}: calibration error (ECE) {ece:.1f} %, at a mean confidence of {mean:.1f} %")
     return "\n".join(lines)
+
+
+def _spread(robust: Mapping[str, Any]) -> str:
+    """What `--robust` found, in a line."""
+    low, high, mean = (100 * robust[key] for key in ("lowest", "highest", "mean"))
+    return (
+        f"options and wording changed {len(robust['accuracies'])} times: {low:.1f} – {high:.1f} % (mean {mean:.1f} %); "
+        f"{100 * robust['stays']:.1f} % of the choices stay, in {100 * robust['always']:.1f} % of the questions always"
+    )
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -199,5 +255,6 @@ def markdown(report: Mapping[str, Any]) -> str:
         for key, counts in row["confusion"].items():
             lines.append(f"| {key} | " + " | ".join(str(counts.get(column, 0)) for column in columns) + " |")
         lines.append("")
+    lines += [f"{entry['said']}.\n" for entry in report.get("decontamination", [])]
     lines.append(f"Model fingerprint {report.get('fingerprint')}, {report.get('versions')}.")
     return "\n".join(lines) + "\n"

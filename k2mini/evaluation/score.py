@@ -7,9 +7,11 @@ the model once, and a context once for all its options; an option of one token i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ALONE, World, uneven
 from k2mini.inference.decoding import Decoding, not_finite
 from k2mini.nn.kv_cache import KVCache, extend, pad_right
 from k2mini.nn.layers import log_softmax, product
@@ -41,20 +44,34 @@ class Request:
     group: int = 0
 
 
-class OtherConfig(Protocol):
-    """Of a model's shape what is asked here."""
+@dataclass(frozen=True)
+class OtherConfig:
+    """Of a model's shape what is asked here: its context, and what results are known by beside the weights."""
 
     max_seq_len: int
+    shape: dict[str, Any]
 
     def features(self) -> dict[str, Any]:
-        """What results are known by, beside the weights."""
+        return self.shape
 
 
 class OtherModel(Protocol):
-    """A model that is not k2mini's own, of transformers or behind an API, with what evaluation asks of a `Llama`."""
+    """A model that is not k2mini's own, of transformers or behind an API, with what evaluation asks of a `Llama`.
 
+    Attributes:
+        path: of its directory.
+        dtype: None where it is not known.
+    """
+
+    path: Path
     config: OtherConfig
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises ValueError where there is none."""
+
+    def fingerprint(self) -> str:
+        """By what its weights are known again."""
 
     def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
         """As the function `score`."""
@@ -93,23 +110,38 @@ def split_jointly(
             raise ValueError("an option is empty")
         joint.append(tokenizer.encode(context + option, bos=bos, eos=eos, special=special))
     first = tokenizer.encode(context, bos=bos, eos=False, special=special)
-    common = min(len(first), *(len(ids) - 1 for ids in joint))  # an option keeps at least one token
-    for ids in joint:
-        common = next((i for i in range(common) if ids[i] != first[i]), common)
+    common = boundary(first, joint)
     return first[:common] or [tokenizer.eos_id], [ids[common:] for ids in joint]
+
+
+def boundary(context: Sequence[Any], joint: Sequence[Sequence[Any]]) -> int:
+    """How many tokens a context and all that goes on from it begin with, which leaves each at least one of its own."""
+    common = min(len(context), *(len(tokens) - 1 for tokens in joint))
+    for tokens in joint:
+        common = next((i for i in range(common) if tokens[i] != context[i]), common)
+    return common
 
 
 @torch.no_grad()  # not inference_mode: what sharded weights are gathered into is trained with afterwards
 def score(
-    model: Llama | OtherModel, requests: Sequence[Request], *, batch_size: int = 16, share: bool = True
+    model: Llama | OtherModel,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 16,
+    share: bool = True,
+    wanted: Collection[int] | None = None,
+    world: World = ALONE,
 ) -> Iterator[tuple[int, list[float]]]:
     """Score many requests, the longest first.
 
     Args:
         batch_size: contexts at a time, at most.
         share: run what a group's contexts begin with once.
+        wanted: the places that must be scored; None: all. The others run where they share a batch with one of these:
+            batches stay the same, and with them the last bits of what is yielded.
+        world: its ranks divide the batches among themselves; all of them call this.
 
-    Yields: a request's place, and the summed log-probability of each of its options, in nats.
+    Yields: a request's place, and the summed log-probability of each of its options, in nats; of ranks, this one's.
 
     Raises ValueError where context and option do not fit the model's context, or the logits are not finite.
     """
@@ -120,24 +152,41 @@ def score(
                 f"request {place}: context and option are {over} tokens more than the model's "
                 f"{model.config.max_seq_len}"
             )
+    wanted = {*(range(len(requests)) if wanted is None else wanted)}
     if not isinstance(model, Llama):
-        yield from model.score(requests, batch_size)
+        mine = sorted(wanted)[world.rank :: world.size]
+        found = model.score([requests[place] for place in mine], batch_size)
+        yield from ((mine[number], logprobs) for number, logprobs in found)
         return
-    make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
-    for places, common in _groups(requests, share):
-        shared = None
-        if common:
-            shared = make(1, capacity=common)
-            extend(model.hidden, [requests[places[0]].prefix[:common]], shared)
-        for batch in _batches(places, requests, common, batch_size):
-            rows = [list(requests[place].prefix) for place in batch]
-            if shared is None:
-                cache = make(len(batch), capacity=max(map(len, rows)))
-            else:
-                cache = shared.select(torch.zeros(len(batch), dtype=torch.int64, device=model.device))
-                rows = [row[common:] for row in rows]
-            after = log_softmax(model.logits(extend(model.hidden, rows, cache), precise_product))  # (B, V)
-            yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
+    tokens = tokens_to_run(requests, share=share) if world.size > 1 else []
+    make, load = partial(KVCache, model.config, dtype=model.dtype, device=model.device), [0] * world.size
+    with uneven(model, world) if world.size > 1 else nullcontext():
+        for places, common in _groups(requests, share):
+            shared = None
+            for batch in _batches(places, requests, common, batch_size):
+                rank = load.index(min(load))
+                if wanted.isdisjoint(batch):
+                    continue
+                if world.size > 1:
+                    load[rank] += sum(tokens[place] for place in batch)
+                if rank != world.rank:
+                    continue
+                rows = [list(requests[place].prefix) for place in batch]
+                if common and shared is None:
+                    shared = make(1, capacity=common)
+                    extend(model.hidden, [rows[0][:common]], shared)
+                if shared is None:
+                    cache = make(len(batch), capacity=max(map(len, rows)))
+                else:
+                    cache = shared.select(torch.zeros(len(batch), dtype=torch.int64, device=model.device))
+                    rows = [row[common:] for row in rows]
+                after = log_softmax(model.logits(extend(model.hidden, rows, cache), precise_product))  # (B, V)
+                yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
+
+
+def num_tokens(model: Llama | OtherModel, request: Request) -> list[int]:
+    """How many tokens each option of a request has that was scored; an API's are its own."""
+    return getattr(model, "lengths", {}).get(request) or [len(option) for option in request.options]
 
 
 def precise_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.evaluation.evaluate import kept_in
+from k2mini.distributed import ALONE, World, uneven
+from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
-from k2mini.evaluation.report import read_sealed, sealed
-from k2mini.evaluation.score import OtherModel, Request, score, split_jointly
+from k2mini.evaluation.report import accuracy, read_sealed, sealed
+from k2mini.evaluation.score import OtherModel, Request, num_tokens, score, split_jointly
 from k2mini.evaluation.scores import OpenAnswer, write_answers
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
@@ -23,73 +25,103 @@ from k2mini.inference.decoding import Decoding
 from k2mini.nn.llama import Llama
 
 
+class OpenQuestion(NamedTuple):
+    """A question, the reference answer, and, where that can be decided, what says if an answer is right, and how."""
+
+    question: str
+    reference: str
+    is_right: Callable[[str], bool] | None = None
+    match: str = ""
+
+
+Pair = tuple[str, str] | OpenQuestion
+
+
 def run_subjective(
     model: Llama | OtherModel,
     tokenizer: Tokenizer,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[Pair],
     decoding: Decoding,
     *,
     task: str,
     template: AnyTemplate,
     out: Path | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Answer open questions, compare the answers with the references, and measure how likely the references are.
 
     Args:
-        pairs: (question, reference answer).
+        pairs: (question, reference answer), or `OpenQuestion`s.
         out: a directory for the answers, as K2 lays them out: a JSON list of `question` and `answer`. Each is added to
             a .jsonl beside as it comes, and those that stand there from an earlier start are not made again. Scores,
             question by question, are in `open_TASK.jsonl`.
+        world: its ranks divide the questions among themselves; all of them call this, and the first one writes.
 
     Returns: a summary: `rouge_l` and `token_f1` of the answers; `words` and `reference_words`, the mean lengths;
     `likelihood`, the mean log-probability of a reference's token in nats, given the question, under the model that
     answers; `perplexity`, exp of its negative; `left_out`, how many questions were not asked because they or their
-    reference are empty or too long for the context. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166), where
-    another model scores the answer.
+    reference are empty or too long for the context; where it can be decided what is right, `accuracy` with its interval
+    and `match`, how. None of these is GPTScore (Fu et al. 2023, arXiv 2302.04166): there another model scores answers.
 
     Raises ValueError where no question is left, or `out` holds answers to others.
     """
     kept, requests, prompts = _prepare(model, tokenizer, pairs, template)
     if not kept:
         raise ValueError(f"{task}: no question fits the model's context of {model.config.max_seq_len} tokens")
-    logprobs = dict(score(model, requests, batch_size=decoding.batch_size))
-    lengths = [len(request.options[0]) for request in requests]
+    logprobs = dict(score(model, requests, batch_size=decoding.batch_size, world=world))
+    for part in world.all_gather(logprobs) if world.size > 1 else []:
+        logprobs |= part
+    lengths = [num_tokens(model, request)[0] for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
-    asked, path = [pairs[place][0] for place in kept], None
-    if out is not None:
-        path = out / f"answers_{task.replace('/', '_')}.jsonl"
+    asked = [pairs[place][0] for place in kept]
+    path = None if out is None else out / f"answers_{task.replace('/', '_')}.jsonl"
     ends = stop_ids(tokenizer, template)
 
     def answer(prompts: list[list[int]]) -> Iterator[str]:
         if not isinstance(model, Llama):
-            return model.answers(prompts, decoding, ends)
-        made = answers(model, tokenizer, prompts, decoding, label=task, stop_ids=ends)
-        return (text for text, _ in made)
+            yield from model.answers(prompts, decoding, ends) if prompts else ()
+            return
+        with uneven(model, world) if world.size > 1 else nullcontext():
+            if prompts:
+                label = task if world.rank == 0 else None
+                made = answers(model, tokenizer, prompts, decoding, label=label, stop_ids=ends)
+                yield from (text for text, _ in made)
 
     with kept_in(path):
-        texts = _answers(asked, prompts, answer, path)
-    found = []
-    for number, (place, text) in enumerate(zip(kept, texts, strict=True)):
-        question, reference = pairs[place]
-        scores = {"rouge_l": rouge_l(text, reference), "token_f1": token_f1(text, reference)}
-        scores["likelihood"] = logprobs[number][0] / lengths[number]
-        found.append(OpenAnswer(task, place, question, reference, text, scores))
-    if out is not None and path is not None:
+        texts = _answers(asked, prompts, answer, path, world)
+    likely = [logprobs[number][0] / length for number, length in enumerate(lengths)]
+    found = [_scored(task, pairs[own[0]], *own) for own in zip(kept, texts, likely, strict=True)]
+    if out is not None and path is not None and world.rank == 0:
         write_answers(out, task, found)
         entries = [{"question": question, "answer": text} for question, text in zip(asked, texts, strict=True)]
         write_text(path.with_suffix(".json"), json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    number = len(kept)
+    match = OpenQuestion(*pairs[kept[-1]]).match
+    return _summary(found, len(pairs) - len(kept), likelihood, template.name, match)
+
+
+def _scored(task: str, pair: Pair, place: int, answer: str, likelihood: float) -> OpenAnswer:
+    question, reference, is_right, _ = OpenQuestion(*pair)
+    scores = {"rouge_l": rouge_l(answer, reference), "token_f1": token_f1(answer, reference), "likelihood": likelihood}
+    scores |= {"accuracy": float(is_right(answer))} if is_right is not None else {}
+    return OpenAnswer(task, place, question, reference, answer, scores)
+
+
+def _summary(
+    found: Sequence[OpenAnswer], left_out: int, likelihood: float, template: str, match: str
+) -> dict[str, Any]:
+    number, right = len(found), [answer.scores["accuracy"] == 1 for answer in found if "accuracy" in answer.scores]
     return {
-        "task": task,
+        "task": found[0].task,
         "n": number,
-        "left_out": len(pairs) - number,
+        "left_out": left_out,
         "rouge_l": sum(answer.scores["rouge_l"] for answer in found) / number,
         "token_f1": sum(answer.scores["token_f1"] for answer in found) / number,
-        "words": sum(len(words(text)) for text in texts) / number,
+        **({**accuracy(right), "match": match} if right else {}),
+        "words": sum(len(words(answer.answer)) for answer in found) / number,
         "reference_words": sum(len(words(answer.reference)) for answer in found) / number,
         "likelihood": likelihood,
         "perplexity": from_loss(-likelihood),
-        "template": template.name,
+        "template": template,
     }
 
 
@@ -98,42 +130,58 @@ def _answers(
     prompts: list[list[int]],
     answer: Callable[[list[list[int]]], Iterator[str]],
     journal: Path | None,
+    world: World,
 ) -> list[str]:
-    """The answers, of which the journal keeps each."""
-    if journal is None:
-        return list(answer(prompts))
-    texts = _read_journal(journal, questions)
+    """The answers, of which the journal keeps each: of ranks, each its own until all of them are there."""
+    texts: dict[int, str] = {}
 
-    def line(question: str, text: str) -> str:
-        return sealed({"question": question, "answer": text}) + "\n"
+    def line(place: int) -> str:
+        return sealed({"question": questions[place], "answer": texts[place]}) + "\n"
 
-    write_text(journal, "".join(map(line, questions, texts)))
-    if new := prompts[len(texts) :]:
-        with journal.open("a", encoding="utf-8") as file:
-            for text in answer(new):
-                file.write(line(questions[len(texts)], text))
-                file.flush()
-                texts.append(text)
-    return texts
+    def gather(journal: Path) -> None:
+        others = other_journals(journal)
+        for path in (journal, *others):
+            _read_journal(path, questions, texts)
+        write_text(journal, "".join(map(line, sorted(texts))))
+        for path in others:
+            path.unlink()
+
+    if journal is not None and world.rank == 0:
+        gather(journal)
+    texts |= world.broadcast(texts) if world.size > 1 else {}
+    mine = [place for place in range(len(prompts)) if place not in texts][world.rank :: world.size]
+    if mine or world.size > 1:  # ranks that share a model call it together
+        own = journal and rank_journal(journal, world.rank)
+        with own.open("a", encoding="utf-8") if own is not None else nullcontext() as file:
+            for place, text in zip(mine, answer([prompts[place] for place in mine]), strict=True):
+                texts[place] = text
+                if file is not None:
+                    file.write(line(place))
+                    file.flush()
+    for part in world.all_gather(texts) if world.size > 1 else []:
+        texts |= part
+    if journal is not None and world.rank == 0:
+        gather(journal)
+    return [texts[place] for place in range(len(prompts))]
 
 
-def _read_journal(path: Path, questions: list[str]) -> list[str]:
-    """The answers that an earlier start wrote, to the first of the questions; a last line that was cut is left out."""
-    texts: list[str] = []
+def _read_journal(path: Path, questions: list[str], texts: dict[int, str]) -> None:
+    """Add the answers that an earlier start wrote, by their questions' places; a last line that was cut is left out."""
     for where, raw in read_sealed(path) if os.path.lexists(path) else ():
-        if raw.get("question") != next(iter(questions[len(texts) :]), None):
+        places = [place for place, question in enumerate(questions) if question == raw.get("question")]
+        if not places:
             raise ValueError(f"{where} answers another question than is asked now; name another --out")
-        texts.append(raw["answer"])
-    return texts
+        if free := [place for place in places if place not in texts]:
+            texts[free[0]] = raw["answer"]
 
 
 def _prepare(
-    model: Llama | OtherModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], template: AnyTemplate
+    model: Llama | OtherModel, tokenizer: Tokenizer, pairs: Sequence[Pair], template: AnyTemplate
 ) -> tuple[list[int], list[Request], list[list[int]]]:
     """The places of the pairs that can be asked, the requests that score their references, and the prompts."""
     flags = {"bos": template.bos, "special": template.special}
     kept, requests, prompts = [], [], []
-    for place, (question, reference) in enumerate(pairs):
+    for place, (question, reference, *_) in enumerate(pairs):
         if not question.strip() or not reference.strip():
             continue
         prompt = template.prompt(question)
@@ -154,6 +202,9 @@ def subjective_table(summaries: Sequence[dict[str, Any]]) -> str:
             f"{row['task']:<16} {row['n']:>4}  {100 * row['rouge_l']:>5.1f} %  {100 * row['token_f1']:>6.1f} %  "
             f"{row['words']:>5.0f} {'(' + format(row['reference_words'], '.0f') + ')':>11}  {row['perplexity']:>10.1f}"
         )
+        if "accuracy" in row:
+            right, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
+            lines.append(f"{row['task']}: {right} % are right by {row['match']} (95 % interval {low} – {high} %)")
         if row["left_out"]:
             lines.append(f"{row['task']}: {row['left_out']} were left out, empty or too long for the model's context")
     return "\n".join(lines)

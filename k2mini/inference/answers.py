@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from k2mini.data.documents import data_path, read_entries
 from k2mini.data.prompts import rooms
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import World
 from k2mini.errors import short, some
-from k2mini.files import parse_json, progress_bar
+from k2mini.files import progress_bar
 from k2mini.inference.beam import beam_search
 from k2mini.inference.decoding import Completion, Decoding, TextStream
 from k2mini.inference.generate import completions
 from k2mini.nn.llama import Llama
 
 log = logging.getLogger(__name__)
+Prompts = Sequence[Sequence[int]]
 
 FIELDS = ("question", "prompt", "instruction")
 # A list or an object; a line of text may begin with a bracket, but hardly so.
@@ -104,75 +102,16 @@ def _question(entry: Any, place: str) -> tuple[str, str]:
     return question, context or ""
 
 
-class Journal:
-    """Answers in a .jsonl, each added as it comes; a command that is started again goes on after them.
-
-    They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled,
-    in 16 bits, in w8a8.
-
-    Args:
-        path: None keeps them in memory only.
-        asked: what each is an answer to: `prompt`, and `input` where there is one.
-        made_by: a digest of what answers follow from besides: model and settings. A line's hash is of it and the line.
-        force: begin anew, once there is an answer, where the file holds something else.
-
-    Attributes:
-        entries: the answers so far.
-        kept: the bytes of the file that are theirs; what else it holds goes with the next answer.
-
-    Raises ValueError naming the first line that is not such an answer; a last one that a kill cut short is left out.
-    """
-
-    def __init__(self, path: Path | None, asked: list[dict[str, Any]], made_by: str, *, force: bool) -> None:
-        self.path, self.asked, self.made_by = path, asked, made_by
-        self.entries: list[dict[str, Any]] = []
-        lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
-        try:
-            self.entries = [entry for place, line in enumerate(lines) for entry in self._read(place, line)]
-        except ValueError:
-            if not force:
-                raise
-        if self.entries:
-            log.info("%s has %d of %d answers already", path, len(self.entries), len(asked))
-        self.kept = sum(len(self._line(entry)) for entry in self.entries)  # bytes
-
-    def add(self, text: str, completion: Completion) -> None:
-        """The next answer. Raises OSError where it can't be written."""
-        fields = {"answer": text, "tokens": completion.tokens, "finish": completion.finish}
-        self.entries.append({**self.asked[len(self.entries)], **fields})
-        if self.path is not None:
-            with self.path.open("ab") as file:
-                file.truncate(self.kept)
-                self.kept += file.write(self._line(self.entries[-1]))
-
-    def _line(self, entry: dict[str, Any]) -> bytes:
-        own = hashlib.sha256(json.dumps([self.made_by, entry]).encode()).hexdigest()
-        return json.dumps({**entry, "sha256": own}, ensure_ascii=False).encode() + b"\n"
-
-    def _read(self, place: int, line: bytes) -> list[dict[str, Any]]:
-        """The entry of a line; none where it is the beginning of one."""
-        asked = self.asked[place] if place < len(self.asked) else {}
-        begin = json.dumps({**asked, "answer": ""}, ensure_ascii=False).encode()[:-2]
-        if asked and not line.endswith(b"\n") and line[: len(begin)] == begin[: len(line)]:
-            return []
-        where = f"{self.path}, line {place + 1}"
-        with suppress(ValueError):
-            entry = parse_json(line, where) if asked and line.startswith(begin) else {}
-            if entry.pop("sha256", None) and self._line(entry) == line:
-                return [entry]
-        wanted = f"this model's answer, with these settings, to {short(asked['prompt'])}" if asked else "asked for"
-        raise ValueError(f"{where} is not {wanted}; name another place, or replace it with --force")
-
-
 def answers(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     decoding: Decoding,
     label: str | None = None,
     first: int = 0,
     *,
     stop_ids: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Completion]]:
     """Answer prompts, in their order.
 
@@ -180,24 +119,32 @@ def answers(
         label: show progress under this name, in tokens: those of the prompts, and the new ones that there may be.
         first: begin with this one, as if those before it had been answered too.
         stop_ids: each of them ends an answer; None: the tokenizer's.
+        places: answer these, in rising order; None: all from `first` on.
 
     Yields: each one's text and completion. How many were cut where the model's context ends is said at the end.
     """
     new, cut = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len), []
     tokens = [len(prompt) + number for prompt, number in zip(prompts, new, strict=True)]
+    wanted = range(first, len(prompts)) if places is None else places
     # A search's batches stay as they are: its scores' last bits depend on them.
-    start = first // decoding.batch_size * decoding.batch_size if decoding.beams else first
-    here, found = replace(decoding, seed=decoding.seed + start), _searched if decoding.beams else _continued
+    batches = {place // _unit(decoding) for place in wanted}
+    run = [place for place in range(len(prompts)) if place // _unit(decoding) in batches]
     how = {"stop_ids": tokenizer.stop_ids if stop_ids is None else stop_ids, "vocab_size": tokenizer.vocab_size}
-    with progress_bar(sum(tokens), label or "", "tokens", sum(tokens[:first]), shown=label is not None) as progress:
-        for place, completion in enumerate(found(model, tokenizer, prompts[start:], here, **how), start=start):
-            if place < first:
+    found = (_searched if decoding.beams else _continued)(model, tokenizer, prompts, run, decoding, **how)
+    done = len(prompts) - len(wanted)
+    done = done if [*wanted] == [*range(done, len(prompts))] else 0  # a part of them has its own progress
+    before, number = sum(tokens[:done]), done + len(wanted)
+    total = before + sum(tokens[place] for place in wanted)
+    with progress_bar(total, label or "", "tokens", before, shown=label is not None) as progress:
+        for place, completion in zip(run, found, strict=True):
+            if place not in wanted:
                 continue
             text = text_of(tokenizer, completion, decoding.stop)
             if completion.finish == "length" and new[place] < decoding.max_new_tokens:
                 cut.append(new[place])
             yield text, completion
-            progress.set_postfix_str(f"{place + 1}/{len(prompts)} answers", refresh=False)
+            done += 1
+            progress.set_postfix_str(f"{done}/{number} answers", refresh=False)
             progress.update(tokens[place])
     if cut:
         after = f"{min(cut)} to {max(cut)}" if min(cut) < max(cut) else cut[0]
@@ -205,24 +152,37 @@ def answers(
         log.warning(said, len(cut), len(prompts), after, model.config.max_seq_len)
 
 
+def rank_share(places: Sequence[int], decoding: Decoding, world: World) -> list[int]:
+    """Which of the places this rank answers: each so many, of a search each so many batches."""
+    batches = sorted({place // _unit(decoding) for place in places})[world.rank :: world.size]
+    return [place for place in places if place // _unit(decoding) in batches]
+
+
+def _unit(decoding: Decoding) -> int:
+    """How many prompts must be answered together."""
+    return decoding.batch_size if decoding.beams else 1
+
+
 def _searched(
-    model: Llama, _tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, **how: Any
+    model: Llama, _tokenizer: Tokenizer, prompts: Prompts, run: list[int], decoding: Decoding, **how: Any
 ) -> Iterator[Completion]:
-    for start in range(0, len(prompts), decoding.batch_size):
-        for best, *_ in beam_search(model, prompts[start : start + decoding.batch_size], decoding, **how):
+    for start in range(0, len(run), decoding.batch_size):
+        batch = [prompts[place] for place in run[start : start + decoding.batch_size]]
+        for best, *_ in beam_search(model, batch, decoding, **how):
             yield best
 
 
 def _continued(
-    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], decoding: Decoding, **how: Any
+    model: Llama, tokenizer: Tokenizer, prompts: Prompts, run: list[int], decoding: Decoding, **how: Any
 ) -> Iterator[Completion]:
-    streams = [TextStream(tokenizer, decoding.stop) for _ in prompts]
+    streams = [TextStream(tokenizer, decoding.stop) for _ in run]
 
     def stopping_criteria(row: int, token: int) -> bool:
         streams[row].push(token)
         return streams[row].stopped
 
-    return completions(model, prompts, decoding, **how, stopping_criteria=stopping_criteria if decoding.stop else None)
+    stopping = stopping_criteria if decoding.stop else None
+    return completions(model, [prompts[p] for p in run], decoding, **how, stopping_criteria=stopping, places=run)
 
 
 def text_of(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ def completions(
     stop_ids: Sequence[int],
     vocab_size: int | None = None,
     stopping_criteria: StoppingCriteria | None = None,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Completion]:
     """Continue prompts of any lengths; none's result depends on the others (on a GPU, but for rounding).
 
@@ -40,6 +41,7 @@ def completions(
         stop_ids: an answer ends before the first of these (usually EOS).
         vocab_size: ids from here on are never chosen (rows of the embedding that no token has).
         stopping_criteria: called with a prompt's number and its new token; the answer ends where it returns True.
+        places: of the prompts among more, for what they draw with; None: 0, 1, 2, …
 
     Yields: each prompt's completion, as soon as it and those before it are there.
 
@@ -64,7 +66,7 @@ def completions(
     while given < len(prompts):
         # What is done waits for those before it: not for too long, since an interruption loses it.
         while begun < min(len(prompts), given + AHEAD * slots) and scheduler.free:
-            own = replace(decoding, seed=decoding.seed + begun)
+            own = replace(decoding, seed=decoding.seed + (begun if places is None else places[begun]))
             scheduler.admit(Request([*prompts[begun]], own, tuple(stop_ids), partial(deliver, begun)))
             begun += 1
         scheduler.step()

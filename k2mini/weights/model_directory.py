@@ -127,7 +127,7 @@ class ModelDirectory:
         for name in sorted(reader.names()):
             shape = reader.shape(name)
             digest.update(f"{name}{shape}".encode())
-            for start, stop in [(0, shape[0])] if len(shape) == 1 else [(0, 1), (shape[0] - 1, shape[0])]:
+            for start, stop in [(0, 1), (shape[0] - 1, shape[0])] if len(shape) > 1 else [(0, size) for size in shape]:
                 digest.update(reader.rows(name, start, stop).to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 

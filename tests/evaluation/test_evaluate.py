@@ -206,7 +206,11 @@ def test_bad_input(tiny_directory, task, run, options, said):
 def test_tasks_that_there_are(tiny_directory, task, geobench, run):
     """All of them, open ones too where the benchmark has them; and what is scored is one of them."""
     for task_name, benchmarks, there in (
-        ("npee/foo", [geobench["npee"]], "npee/choice, npee/tf, npee/noun, npee/qa, npee/discussion, npee/completion"),
+        (
+            "npee/foo",
+            [geobench["npee"]],
+            "npee/choice, npee/tf, npee/noun, npee/qa, npee/discussion, npee/completion, npee/subjective",
+        ),
         ("ap2", [geobench["ap"], task], "ap, rocks"),
     ):
         status, out, err = run("eval", "--model", tiny_directory, "--benchmark", *benchmarks, "--tasks", task_name)
