@@ -199,10 +199,9 @@ def training_model(
 
     Raises ValueError as `load_model` does, and where the directory has no tokenizer.
     """
-    directory = _open(section.path)
+    model = empty_model(directory := _open(section.path))
     if world.device.type == "cpu" and section.dtype == "bfloat16":
         warn_if_slow(torch.bfloat16)
-    model = empty_model(directory)
     check_stored(directory.path, directory.quantized, section.quantize)
     directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
