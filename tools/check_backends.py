@@ -1,7 +1,7 @@
 """`k2mini eval` beside other programs on the same questions: answers the same, and how far log-probabilities differ.
 
     python tools/check_backends.py --model DIR --arc arc_sft.json --geobench FOLDER [--questions 100]
-    python tools/check_backends.py … --llama-python PYTHON [--llama-questions 50]
+    python tools/check_backends.py … --llama-python PYTHON [--llama-questions 50]   instead of these, llama.cpp
 
 ARC's questions are those of K2's instruction data; questions of the AP study, with a text of NPEE before each, stand in
 SciQ's form. lm-evaluation-harness asks them by its own tasks, arc_easy and sciq, over local files. `--backend
@@ -31,6 +31,7 @@ import torch
 
 from k2mini.build import load_model
 from k2mini.data.prompts import get_template
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.evaluation.api_model import ApiModel
 from k2mini.evaluation.benchmarks import Question, load_geobench, load_subjective
 from k2mini.evaluation.endpoint import Endpoint
@@ -39,7 +40,7 @@ from k2mini.evaluation.instances import EvalConfig
 from k2mini.evaluation.transformers_model import TransformersModel
 from k2mini.weights.convert import convert
 
-CONFIG = EvalConfig("text", get_template("none"), answer_prefix="\nAnswer: ", normalize="none")
+CONFIG = EvalConfig("text", get_template("none"), answer_prefix="\nAnswer:", normalize="none")
 Scores = list[list[float]]
 
 
@@ -65,7 +66,7 @@ def sciq_rows(folder: Path, number: int) -> list[dict[str, Any]]:
         others = [text.strip() for text in texts.values() if text.strip()][:3]
         if right and len(others) == 3:
             names = {f"distractor{number + 1}": text for number, text in enumerate(others)}
-            support = " ".join(supports[place % len(supports)][1].split()[:60])
+            support = " ".join(supports[place % len(supports)][1].split()[:25])
             rows.append({"support": support, "question": question.stem.strip(), **names, "correct_answer": right})
     return rows[:number]
 
@@ -82,7 +83,8 @@ def questions_of(task: str, rows: Sequence[dict[str, Any]]) -> list[Question]:
             texts, labels = row["choices"]["text"], row["choices"]["label"]
             answer = chr(ord("A") + labels.index(row["answerKey"]))
         letters = tuple(chr(ord("A") + n) for n in range(len(texts)))
-        questions.append(Question(task, place, stem, letters, tuple(texts), answer))
+        # The space before an option is the option's, as in the harness.
+        questions.append(Question(task, place, stem, letters, tuple(f" {text}" for text in texts), answer))
     return questions
 
 
@@ -103,6 +105,19 @@ def harness(backend: Any, task: str, rows: Sequence[dict[str, Any]], folder: Pat
     found = run(backend, {task: ConfigurableTask(config=own)}, log_samples=True, bootstrap_iters=0)
     samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
     return [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
+
+
+def harness_model(model: Path, tokenizer: Tokenizer, folder: Path, dtype: str) -> Any:
+    """The harness's model, whose tokenizer gives the ids of ours."""
+    from lm_eval.models.huggingface import HFLM
+
+    (folder / "hf").mkdir()
+    for file in model.iterdir():
+        (folder / "hf" / file.name).symlink_to(file.absolute())
+    if not (config := folder / "hf" / "tokenizer_config.json").exists():
+        config.write_text(json.dumps(tokenizer.hf_config()))
+    how = {"add_bos_token": tokenizer.bos_id is not None, "batch_size": 8, "dtype": dtype, "device": "cpu"}
+    return HFLM(str(folder / "hf"), **how)
 
 
 @contextmanager
@@ -157,44 +172,34 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--llama-python", type=Path)
     parser.add_argument("--llama-questions", type=int, default=50)
+    parser.add_argument("--dtype", default="float32", help="float64 leaves no rounding (llama.cpp: float32 alone)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     assert tokenizer is not None
-    other = TransformersModel(options.model)
-    rows = {
-        "arc_easy": arc_rows(options.arc, options.questions),
-        "sciq": sciq_rows(options.geobench, options.questions),
-    }
+    number = options.questions
+    rows = {"arc_easy": arc_rows(options.arc, number), "sciq": sciq_rows(options.geobench, number)}
     questions = {task: questions_of(task, own) for task, own in rows.items()}
+    if options.llama_python:
+        questions = {"arc_easy": questions["arc_easy"][: options.llama_questions]}
     ours = {task: scores(model, tokenizer, own) for task, own in questions.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.llama_python:
+            with llama_server(options.llama_python, options.model, folder) as url:
+                peer = ApiModel(Endpoint(url, "model"))
+                found = scores(peer, peer.require_tokenizer(), questions["arc_easy"])
+            label = "arc_easy: k2mini, --backend api of llama-cpp-python"
+            say(label, questions["arc_easy"], ours["arc_easy"], found)
+            return
+        backend = harness_model(options.model, tokenizer, folder, options.dtype)
+        other = TransformersModel(options.model, options.dtype)
         for task, own in questions.items():
             found = scores(other, other.require_tokenizer(), own)
             say(f"{task}: k2mini, --backend transformers", own, ours[task], found)
-        try:
-            from lm_eval.models.huggingface import HFLM
-
-            (folder / "hf").mkdir()
-            for file in options.model.iterdir():
-                (folder / "hf" / file.name).symlink_to(file.absolute())
-            if not (config := folder / "hf" / "tokenizer_config.json").exists():
-                config.write_text(json.dumps(tokenizer.hf_config()))
-            how = {"add_bos_token": tokenizer.bos_id is not None, "batch_size": 8, "dtype": "float32", "device": "cpu"}
-            backend = HFLM(str(folder / "hf"), **how)
-            for task, own in questions.items():
-                found = harness(backend, task, rows[task], folder)
-                say(f"{task}: k2mini, lm-evaluation-harness", own, ours[task], found)
-        except ImportError:
-            print("lm-eval is not installed, so it was not asked")
-        if options.llama_python:
-            with llama_server(options.llama_python, options.model, folder) as url:
-                there = ApiModel(Endpoint(url, "model"))
-                own = questions["arc_easy"][: options.llama_questions]
-                found = scores(there, there.require_tokenizer(), own)
-                say("arc_easy: k2mini, --backend api of llama-cpp-python", own, ours["arc_easy"][: len(own)], found)
+            found = harness(backend, task, rows[task], folder)
+            say(f"{task}: k2mini, lm-evaluation-harness", own, ours[task], found)
 
 
 if __name__ == "__main__":

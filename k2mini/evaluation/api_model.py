@@ -84,12 +84,11 @@ class ApiModel:
         return [sum(logprob for logprob in logprobs if logprob is not None) for logprobs in found]
 
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
-        """See `OtherModel`; what ends an answer, but for `decoding.stop`, is the server's to know."""
+        """See `OtherModel`; greedy. What ends an answer, but for `decoding.stop`, is the server's to know."""
         yield from _at_a_time(decoding.batch_size, partial(self._answer, decoding), prompts)
 
     def _answer(self, decoding: Decoding, prompt: list[int]) -> str:
-        asked: dict[str, Any] = {"prompt": _text(prompt), "max_tokens": decoding.max_new_tokens}
-        asked |= {"temperature": decoding.sampling.temperature, "seed": decoding.seed}
+        asked: dict[str, Any] = {"prompt": _text(prompt), "max_tokens": decoding.max_new_tokens, "temperature": 0}
         answer = self.endpoint.post("completions", asked | ({"stop": list(decoding.stop)} if decoding.stop else {}))
         try:
             text = answer["choices"][0]["text"]

@@ -225,7 +225,7 @@ def run_benchmark(
         "model": name,
         "fingerprint": made_by.get("model"),
         "seed": config.seed,
-        "versions": {"k2mini": version("k2mini"), "torch": torch.__version__},
+        "versions": {"k2mini": version("k2mini"), "torch": torch.__version__} | getattr(model, "versions", {}),
         "tasks": summarise(questions, results, config.settings()),
     }
     return report, results

@@ -47,6 +47,7 @@ class TransformersModel:
             raise need_extra("reference") from None
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        self.versions = {"transformers": transformers.__version__}  # for the report
         self._directory, self.device = ModelDirectory(path), torch.device(device)
         self._directory.require_model()
         self.path = self._directory.path

@@ -42,7 +42,7 @@ def results(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("scoring", ["letter", "text"])
+@pytest.mark.parametrize("scoring", ["letter", "text", "pmi"])
 def test_through_our_own_server_results_are_those_of_eval(
     server, tiny_directory, rocks, tmp_path, run, geobench, scoring
 ):

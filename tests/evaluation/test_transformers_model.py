@@ -8,6 +8,7 @@ import torch
 
 from k2mini.evaluation.score import Request, score
 from k2mini.evaluation.transformers_model import TransformersModel
+from tests.conftest import ROOT, asset
 from tests.evaluation.test_score import naive, random_requests
 
 transformers = pytest.importorskip("transformers")
@@ -73,6 +74,29 @@ def test_equals_naive_scores(tmp_path, kind):
             assert found[place] == pytest.approx(naive(lambda ids: reference(ids).logits, request), abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_lm_evaluation_harness_gives_the_same(byte_level, tmp_path, monkeypatch, kind):
+    """100 questions of ARC and 100 in SciQ's form, by its own tasks."""
+    arc, geobench = asset("data", "instructions", "arc_sft.json"), asset("data", "geobench")
+    pytest.importorskip("lm_eval")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import check_backends
+
+    model = TransformersModel(byte_level / kind, "float64")
+    backend = check_backends.harness_model(byte_level / kind, model.require_tokenizer(), tmp_path, "float64")
+    for task, rows in (
+        ("arc_easy", check_backends.arc_rows(arc, 100)),
+        ("sciq", check_backends.sciq_rows(geobench, 100)),
+    ):
+        ours = check_backends.scores(model, model.require_tokenizer(), check_backends.questions_of(task, rows))
+        theirs = check_backends.harness(backend, task, rows, tmp_path)
+        assert len(ours) == 100
+        for one, two in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(two, rel=0, abs=1e-4)
+            assert one.index(max(one)) == two.index(max(two))
+
+
 @pytest.fixture
 def rocks(tmp_path):
     path, words = tmp_path / "rocks.jsonl", WORDS.split()
@@ -90,7 +114,7 @@ def results(folder):
 
 def test_a_llamas_scores_and_answers_are_k2minis(tiny_directory, rocks, tmp_path, run, geobench):
     """Letters and texts, with examples; the open task's answers and likelihood."""
-    for scoring in ("letter", "text"):
+    for scoring in ("letter", "text", "pmi"):
         for backend in ("k2mini", "transformers"):
             task = ("--scoring", scoring, "--shots", 2, "--out", tmp_path / f"{backend} {scoring}", "--limit", 3)
             files = ("--benchmark", rocks, geobench["npee"], "--tasks", "rocks", "npee/noun", "--max-new-tokens", 6)
@@ -122,6 +146,7 @@ def test_every_task_with_a_tokenizer_of_two_files(byte_level, geobench, tmp_path
         assert status == 0, err
         report = json.loads((out / scoring / "report.json").read_text())
         assert [(row["task"], row["n"]) for row in report["tasks"]] == [("npee/choice", 2), ("npee/tf", 2), ("ap", 2)]
+        assert report["versions"]["transformers"] == transformers.__version__
         assert [row["n"] + row["left_out"] for row in report["subjective"]] == [2] * 4
         assert all(len(set(result["logprobs"])) > 1 for result in results(out / scoring))
     before = (out / "text" / "results.jsonl").read_bytes()
@@ -212,3 +237,17 @@ def test_a_model_that_sees_what_comes_after_is_refused(tmp_path):
 def test_options_of_another_backend_are_refused(tiny_directory, rocks, run, options, said):
     status, _, err = run("eval", "--model", tiny_directory, "--benchmark", rocks, *options)
     assert (status, said in err) == (2, True), err
+
+
+def test_what_other_programs_store_beside_weights_has_a_fingerprint(byte_level, tmp_path):
+    """Single numbers and masks, as GPT-2's files of 2019 have them."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(byte_level / "gpt2", tmp_path / "model")
+    mask = torch.ones(1, 1, 4, 4).tril().bool()
+    extra = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4), "transformer.h.0.attn.bias": mask}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", {"format": "pt"})
+    model = TransformersModel(folder)
+    assert model.fingerprint() != TransformersModel(byte_level / "gpt2").fingerprint()
+    requests = random_requests()[:4]
+    assert dict(score(model, requests)) == dict(score(TransformersModel(byte_level / "gpt2"), requests))
