@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.cpu import warn_if_slow
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import World, device_mesh, local_part, local_rows, shard
 from k2mini.dtypes import DTYPES, NAMES
@@ -101,6 +101,8 @@ def open_model(
     model, _ = load_model(directory, device=pick_device(device), **wanted)
     millions = model.config.num_parameters() / 1e6
     log.info("%s: %.1f M parameters, %s, on %s", directory.path, millions, NAMES[model.dtype], model.device)
+    if model.device.type == "cpu" and model.dtype.itemsize == 2:
+        warn_if_slow(model.dtype)
     return model, directory
 
 
@@ -197,8 +199,9 @@ def training_model(
 
     Raises ValueError as `load_model` does, and where the directory has no tokenizer.
     """
-    directory = _open(section.path)
-    model = empty_model(directory)
+    model = empty_model(directory := _open(section.path))
+    if world.device.type == "cpu" and section.dtype == "bfloat16":
+        warn_if_slow(torch.bfloat16)
     check_stored(directory.path, directory.quantized, section.quantize)
     directory.require_tokenizer_file()
     if lora is not None and lora.init_adapter is not None:
@@ -254,7 +257,7 @@ def _materialise(model: Llama, reader: CheckpointReader, device: torch.device) -
             quant.fill(model.get_submodule(stem), name, reader.rows, device, stored=stored)
         if parameter.dtype in quant.PARTS or part == "scale":  # filled with its matrix
             continue
-        if isinstance(parameter, DTensor):
+        if hasattr(parameter, "placements"):  # see `distributed.is_dtensor`
             if name in reader.files:
                 local_part(parameter).copy_(reader.rows(name, *local_rows(parameter)))
             continue

@@ -7,23 +7,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from k2mini.config import ParallelSection
 
@@ -156,39 +146,52 @@ def shard(
             and the optimiser's state are kept in the host's memory, where AdamW runs, too; what is gathered is sent to
             the device, and what is reduced comes back (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840).
     """
-    policy = MixedPrecisionPolicy(
+    from torch.distributed import fsdp
+
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=compute,
         reduce_dtype=None if compute is None else torch.float32,
         cast_forward_inputs=False,  # the embedding comes out as it should, and rotary tables stay in float32
     )
-    kept = OffloadPolicy() if section.offload is None else CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    kept = fsdp.OffloadPolicy()
+    if section.offload is not None:
+        kept = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     how: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": kept}
     for unit in units:
-        fully_shard(unit, **how, reshard_after_forward=section.reshard_after_forward)
+        fsdp.fully_shard(unit, **how, reshard_after_forward=section.reshard_after_forward)
     # The rest (final norm, head) ends the forward pass and begins the backward pass, so freeing it between is no use.
-    fully_shard(model, **how, reshard_after_forward=False)
+    fsdp.fully_shard(model, **how, reshard_after_forward=False)
     for name in forward_methods:
-        register_fsdp_forward_method(model, name)
+        fsdp.register_fsdp_forward_method(model, name)
 
 
 def reshard(model: nn.Module) -> None:
     """Free the parameters that a forward pass without a backward pass has left gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
+def is_dtensor(parameter: Tensor) -> TypeGuard[Any]:
+    """Whether it is sharded; without the class, which takes half a second to import."""
+    return hasattr(parameter, "placements")
+
+
 def local_rows(parameter: Tensor) -> tuple[int, int]:
     """The rows of a parameter that this rank keeps: the first one, and one past the last."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return 0, parameter.shape[0]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return offset[0], offset[0] + shape[0]
 
 
 def local_part(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter, as a plain tensor that shares its memory."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if is_dtensor(parameter) else parameter
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:

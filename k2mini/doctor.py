@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from k2mini import cpu
 from k2mini.build import load_model, make_trainable, pick_device
 from k2mini.config import (
     IGNORE_INDEX,
@@ -80,7 +81,7 @@ def find_device(wanted: str) -> str:
     device = pick_device(wanted)
     torch.ones(1, device=device).sum().item()  # a card that is too old for this PyTorch fails here
     if device.type == "cpu":
-        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        return f"cpu, {torch.get_num_threads()} threads, {cpu.describe()}"
     name, room = torch.cuda.get_device_name(device), [readable(size) for size in torch.cuda.mem_get_info(device)]
     return f"{device}, {name}, CUDA {torch.version.cuda}, {' of '.join(room)} free"
 

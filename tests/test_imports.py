@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "k2mini"
 LAYERS = [
     {"architectures", "config", "errors", "files", "page", "sizes"},
     {"dtypes", "hub", "model_config"},
-    {"config_file", "distributed", "gpu"},
+    {"config_file", "cpu", "distributed", "gpu"},
     {"nn"},
     {"corpus"},
     {"data"},
@@ -109,6 +109,21 @@ def test_only_runtime_packages_at_module_level():
 
 def test_packages_reexport_nothing():
     assert all(path.read_text() == "" for path in PACKAGE.rglob("__init__.py"))
+
+
+def test_an_answer_needs_neither_the_compiler_nor_what_shards():
+    """They take longer to import than a small model to load. And the garbage collector works again."""
+    code = (
+        "import argparse, gc, sys\n"
+        "from k2mini.commands.inference import generate_arguments\n"
+        "generate_arguments(argparse.ArgumentParser())\n"
+        "assert gc.isenabled() and gc.get_freeze_count()\n"
+        "import k2mini.build, k2mini.evaluation.evaluate, k2mini.inference.answers\n"
+        "late = {'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'torch.distributed.fsdp', 'sympy'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_imports_nothing_heavy():

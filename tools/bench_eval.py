@@ -1,11 +1,13 @@
 """NPEE's choice questions with K2's own four examples, beside K2's loop over transformers and lm-eval's backend.
 
-    python tools/bench_eval.py --model DIR --geobench FOLDER [--pairs 3] [--questions 60]
+    python tools/bench_eval.py --model DIR --geobench FOLDER [--pairs 3] [--questions 60] [--dtype bfloat16]
     python tools/bench_eval.py --model DIR --geobench FOLDER --ranks 2 [--pairs 3] [--questions 182]
 
 K2's loop (github:davendw49/k2, evaluation/run_eval.py) runs every question with its whole prefix through the model, one
 at a time. lm-evaluation-harness (where lm-eval is installed) scores each option by log-likelihood in its HF backend,
-in batches, longest first. All get the same prompts and threads; answers are compared question by question.
+in batches, longest first. All get the same prompts and threads; answers are compared question by question. With
+`--dtype` only k2mini computes in it, the peers in float32; and its answers to all of NPEE are compared with its own in
+float32.
 
 With --ranks nothing is compared with others: that many processes of one thread share the questions, and in turns one
 of them answers all, while the others wait. Results are compared to the last bit.
@@ -98,6 +100,20 @@ def compare(
     )
 
 
+def differences(
+    model: Llama, exact: Llama, tokenizer: Tokenizer, questions: list[Question], config: EvalConfig
+) -> None:
+    """Print on how many questions two dtypes answer alike; and of each other one the answers and how near they were."""
+    ours, right = ([*evaluate(each, tokenizer, questions, config)] for each in (model, exact))
+    pairs = [(a, b) for a, b in zip(ours, right, strict=True) if a.prediction != b.prediction]
+    alike = len(ours) - len(pairs)
+    print(f"the same answer as float32 to {alike} of {len(ours)} questions, {100 * alike / len(ours):.1f} %")
+    for a, b in pairs:
+        best = sorted((each for each in b.logprobs if each is not None), reverse=True)
+        gap = f"whose two best are {best[0] - best[1]:.4f} nats apart"
+        print(f"  {a.task} {a.index}: {a.prediction}, in float32 {b.prediction}, {gap}", flush=True)
+
+
 def over_ranks(options: argparse.Namespace) -> None:
     """One of the ranks, which torchrun started."""
     torch.set_num_threads(1)
@@ -142,6 +158,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--ranks", type=int, default=1)
     options = parser.parse_args()
     if "LOCAL_RANK" in os.environ:
@@ -152,7 +169,7 @@ def main() -> None:
         subprocess.run([sys.executable, *launch, *sys.argv], check=True)
         return
     torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     assert tokenizer is not None
     reference = transformers_model(options.model)
     questions = npee_choice(options)
@@ -182,6 +199,10 @@ def main() -> None:
                 lambda r: harness(backend, tokenizer, r),
                 options.pairs,
             )
+    if options.dtype != "float32":
+        exact, _ = load_model(options.model, dtype="float32")
+        every = load_geobench(options.geobench / "geobench_npee.json")
+        differences(model, exact, tokenizer, every, EvalConfig("letter", get_template("alpaca")))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tools/bench_inference.py --model DIR [--pairs 3] [--threads 2]     a real model, such as SmolLM2-135M
     python tools/bench_inference.py --shape 1.1b                             random weights of TinyLlama's shape
+    python tools/bench_inference.py --model DIR --dtype bfloat16             that dtype beside float32, and nothing else
 
 Each measurement is taken in turns, ours and theirs, in one process with the same threads; medians, and the range of
 the ratios pair by pair. Decoding: 32 greedy tokens after a prompt of 512. llama.cpp reads a GGUF from `k2mini convert`.
@@ -23,6 +24,7 @@ import torch
 from gpu_models import begun
 
 from k2mini.build import load_model
+from k2mini.cpu import describe
 from k2mini.inference.beam import Beams, beam_search, prefill
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
@@ -231,18 +233,40 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=Path("../shared/assets/llama_tokenizer.model"))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or build_random(Path(scratch) / "model", options.tokenizer)
+        if options.dtype is not None:
+            narrow(folder, options.dtype, options.pairs)
+            return
         run(folder, Path(scratch), options.pairs, options.threads, small=options.model is not None)
+
+
+def narrow(folder: Path, dtype: str, number: int) -> None:
+    """A dtype of 16 bits beside our float32 and beside the same tensors in transformers."""
+    (full, _), (half, _) = load_model(folder), load_model(folder, dtype=dtype)
+    reference, config = reference_of(half), half.config
+    print(f"{config.num_parameters() / 1e6:.0f} M parameters, {torch.get_num_threads()} threads; {describe()}")
+    print(f"{'tokens a second':52} {dtype:>8} {'other':>8}  ratio")
+    pairs("prefill / our float32", lambda: our_prefill(half), lambda: our_prefill(full), number)
+    pairs(
+        "prefill / transformers, same dtype",
+        lambda: our_prefill(half),
+        lambda: their_prefill(reference, config),
+        number,
+    )
+    pairs("decode / our float32", lambda: our_decode(half), lambda: our_decode(full), number)
 
 
 def run(folder: Path, scratch: Path, number: int, threads: int, *, small: bool) -> None:
     """All measurements of one model."""
     eager, _ = load_model(folder)
     config = eager.config
-    print(f"{config.num_parameters() / 1e6:.0f} M parameters, {threads} threads, torch {torch.__version__}")
+    print(
+        f"{config.num_parameters() / 1e6:.0f} M parameters, {threads} threads, torch {torch.__version__}; {describe()}"
+    )
     print(f"read bandwidth: {(read := bandwidth()):.1f} GB/s")
     print(f"{'tokens a second':52} {'k2mini':>8} {'peer':>8}  ratio")
     reference = reference_of(eager)

@@ -1,7 +1,12 @@
 """How long a LLaMA-7B checkpoint takes to open, and how much memory it takes: python tools/bench_load.py
 
-Writes a sparse fp16 checkpoint of LLaMA-7B's shape (13.5 GB in name, next to nothing on disk), opens it on the CPU as
-it is stored, and prints seconds and resident memory. Sparse zeros read like any file that is in the page cache.
+    python tools/bench_load.py --first-token DIR [--pairs 5]     from shell to `k2mini generate`'s first token
+
+With `--first-token` a model's command line is started in turns with a Python that imports torch and reads the weights'
+files through a small buffer, and prints a letter. Both are measured until something comes out.
+
+Else writes a sparse fp16 checkpoint of LLaMA-7B's shape (13.5 GB in name, next to nothing on disk), opens it on the CPU
+as it is stored, and prints seconds and resident memory. Sparse zeros read like any file that is in the page cache.
 """
 
 from __future__ import annotations
@@ -9,6 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,11 +56,53 @@ def resident() -> dict[str, float]:
     return {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile")}
 
 
+# What no program that answers can do without: torch, and the weights' bytes.
+LEAST = """
+import sys, torch
+buffer = bytearray(1 << 20)
+for name in sys.argv[1:]:
+    with open(name, "rb", buffering=0) as file:
+        while file.readinto(buffer): pass
+print(".")
+"""
+
+
+def until_first_byte(arguments: list[str]) -> float:
+    """Seconds from the start of a Python with these arguments to its first byte of output."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        first, seconds = process.stdout.read(1), time.perf_counter() - start
+        process.stdout.read()
+    if not first or process.returncode:
+        sys.exit(f"{' '.join(arguments)[:200]} failed")
+    return seconds
+
+
+def first_token(model: Path, number: int) -> None:
+    """Print the seconds of both, and the ratio pair by pair."""
+    prompt = ["--prompt", "What is granite?", "--max-new-tokens", "1", "--device", "cpu"]
+    ours = ["-m", "k2mini", "generate", "--model", str(model), *prompt]
+    least = ["-c", LEAST, *map(str, model.glob("*.safetensors"))]
+    until_first_byte(ours), until_first_byte(least)  # files into the page cache
+    seconds = [(until_first_byte(ours), until_first_byte(least)) for _ in range(number)]
+    for name, values in zip(("k2mini generate", "torch and reading"), zip(*seconds, strict=True), strict=True):
+        print(f"{name:<18} {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f}, {number} runs)")
+    ratios = [a / b for a, b in seconds]
+    print(f"{'ratio':<18} {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def main() -> None:
-    """Write the checkpoint, open it twice, and print seconds and memory."""
+    """Write the checkpoint, open it twice, and print seconds and memory; or measure the first token."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="llama-7b", choices=PRESETS)
-    preset = parser.parse_args().preset
+    parser.add_argument("--first-token", type=Path, metavar="DIR", help="start `k2mini generate` with this model")
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    if options.first_token is not None:
+        first_token(options.first_token, options.pairs)
+        return
+    preset = options.preset
     with tempfile.TemporaryDirectory() as folder:
         size = write_sparse(Path(folder), preset)
         before = resident()

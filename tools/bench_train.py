@@ -21,17 +21,20 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from k2mini.config import CheckpointSection, LoraSection, TrainSection
+from k2mini.build import make_trainable
+from k2mini.config import CheckpointSection, LoraSection, ModelSection, ParallelSection, TrainSection
+from k2mini.cpu import describe
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.data.packing import Example, PackedExamples
-from k2mini.distributed import ALONE
+from k2mini.distributed import ALONE, device_mesh, fill, ranks
 from k2mini.model_config import ModelConfig
 from k2mini.nn.init import init_weights
 from k2mini.nn.llama import Llama
@@ -74,8 +77,23 @@ def matrix_rate(size: int = 512) -> float:
     return 2 * size**3 / best
 
 
-def pretrain(number: int, steps: int) -> None:
-    """Full training, in float32, of the same model on the same batches; the reference is transformers' Trainer."""
+def narrow_model(values: dict[str, torch.Tensor], dtype: Any, stack: ExitStack) -> Llama:
+    """The model as it trains in 16 bits: sharded, if over one rank, with weights in float32."""
+    world = stack.enter_context(ranks(torch.device("cpu"), ParallelSection(), alone_too=True))
+    model, parallel, section = Llama(CONFIG).to("meta"), ParallelSection(), TrainSection(lr=1e-5, max_steps=1)
+    mesh = device_mesh(world, parallel)
+    make_trainable(model, ModelSection("", dtype=dtype), section, parallel, None, world.device, mesh)
+    model.to_empty(device=world.device)
+    for name, value in values.items():
+        fill(model.get_parameter(name), value)
+    return model
+
+
+def pretrain(number: int, steps: int, dtype: str) -> None:
+    """Full training of the same model on the same batches; the reference is transformers' Trainer.
+
+    dtype: of products. The weights are in float32; in bfloat16, the Trainer has autocast, and is measured without, too.
+    """
     from transformers import Trainer, TrainingArguments
 
     from k2mini.weights.model_files import save_model
@@ -89,6 +107,9 @@ def pretrain(number: int, steps: int) -> None:
         from transformers import LlamaForCausalLM
 
         reference = LlamaForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    stack = ExitStack()
+    if dtype != "float32":
+        model = narrow_model(model.state_dict(), dtype, stack)
     section = TrainSection(lr=1e-5, global_batch_size=ROWS, micro_batch_size=ROWS, max_steps=steps)
     samples = Blocks(Documents(rows[:, :-1].tolist()), LENGTH, document_mask=False, seed=None)
     optimizer = build_optimizer(model.train(), section)
@@ -100,26 +121,23 @@ def pretrain(number: int, steps: int) -> None:
         return steps * ROWS * LENGTH / (time.perf_counter() - start)
 
     data = [{"input_ids": row, "labels": row} for row in rows[:, :LENGTH]]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=ROWS,
-            max_steps=steps,
-            learning_rate=1e-5,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=1000,
-            disable_tqdm=True,
-        )
+    with stack, tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = dict.fromkeys(("use_cpu", "disable_tqdm"), True)
+        settings |= {"output_dir": folder, "per_device_train_batch_size": ROWS, "max_steps": steps}
+        settings |= {"learning_rate": 1e-5, "report_to": [], "save_strategy": "no", "logging_steps": 1000}
 
-        def theirs() -> float:
+        def theirs(autocast: bool) -> float:
+            arguments = TrainingArguments(**settings, bf16=autocast)
             trainer = Trainer(model=reference, args=arguments, train_dataset=data)
             start = time.perf_counter()
             trainer.train()
             return steps * ROWS * LENGTH / (time.perf_counter() - start)
 
-        pairs(ours, theirs, number)
+        for autocast in (False, True)[: 1 if dtype == "float32" else 2]:
+            print(f"{dtype}, the Trainer in {'bfloat16' if autocast else 'float32'}")
+            pairs(ours, partial(theirs, autocast), number)
+    if dtype != "float32":
+        return
     rate = statistics.median(ours() for _ in range(3))
     used = (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.dim) * 6 * rate
     peak = matrix_rate()
@@ -309,11 +327,12 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of pretrain")
     options = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; {describe()}")
     match options.what:
         case "pretrain":
-            pretrain(options.pairs, options.steps)
+            pretrain(options.pairs, options.steps, options.dtype)
         case "finetune":
             finetune(options.pairs)
         case "memory":

@@ -17,23 +17,21 @@ from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
 
+from k2mini.cpu import describe
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "peft", "bitsandbytes", "lm_eval", "llama_cpp_python")
-FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI", "amx_tile": "AMX"}
 
 
 def header(command: list[str]) -> dict[str, str]:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = dict(re.findall(r"^(model name|model|flags)\s*: (.*)$", info, re.MULTILINE))
-    has = ", ".join(label for flag, label in FLAGS.items() if flag in cpu.get("flags", "").split())
     found = {each.metadata["Name"].replace("-", "_"): each.version for each in distributions()}
     versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit or "unknown",
-        "processor": f"{cpu.get('model name', platform.machine())}, model {cpu.get('model', '?')} ({has})",
+        "processor": describe(),
         "threads": f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
         "command": shlex.join(command),

@@ -30,8 +30,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from k2mini.distributed import is_dtensor
 from k2mini.nn.layers import Hook, Mask
 from k2mini.nn.llama import Llama
 
@@ -124,7 +124,7 @@ def _attached(
     model: Llama, points: Sequence[str], handler: Callable[[str, Tensor], Tensor], *, edits: bool
 ) -> Iterator[None]:
     """Call `handler` with the name and activation of each point, inside the context; what it returns goes on."""
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
         raise ValueError("a sharded model takes no hooks; load it in one process")
     if any(block._compiled_call_impl is not None for block in model.model.layers):
         raise ValueError("a compiled model takes no hooks; load it without compiling")

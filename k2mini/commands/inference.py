@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -27,9 +28,9 @@ log = logging.getLogger("k2mini.commands")
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
+    _decoding_arguments(parser)
     from k2mini.inference.decoding import Decoding
 
-    _decoding_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=utf8, metavar="TEXT", help="the instruction; '-' reads standard input")
     source.add_argument(
@@ -62,9 +63,16 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """What `generate` and `chat` share: the template, and the fields of `Decoding`, whose defaults they are."""
+    starts = "torch" not in sys.modules
+    if starts:  # what is imported stays: to look through PyTorch's objects again and again took a tenth of the start
+        gc.disable()
     from k2mini.inference.beam import Beams
     from k2mini.inference.decoding import Decoding
     from k2mini.inference.sampling import Sampling
+
+    if starts:
+        gc.freeze()
+        gc.enable()
 
     def number(option: str, kind: type, default: float, metavar: str, what: str) -> None:
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{what} (default: {default:g})")

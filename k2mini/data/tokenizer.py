@@ -72,7 +72,9 @@ class _SentencePiece:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        return {self.piece(token): token for token in range(self.vocab_size) if self.kind(token) in SPECIAL}
+        ids = list(range(self.vocab_size))  # asked about all at once: one by one takes a tenth of a second
+        said = zip(ids, self._model.is_control(ids), self._model.is_unknown(ids), strict=True)
+        return {self.piece(token): token for token, *special in said if any(special)}
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:

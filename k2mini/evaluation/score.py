@@ -22,13 +22,14 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
 from k2mini.inference.decoding import Decoding, not_finite
 from k2mini.nn.kv_cache import KVCache, extend, pad_right
-from k2mini.nn.layers import log_softmax
+from k2mini.nn.layers import log_softmax, product
 from k2mini.nn.llama import Llama
 from k2mini.nn.uneven import uneven
 
 TOKEN_BUDGET = 8192  # tokens, padding included, that run at a time
 CACHE_BUDGET = 16384  # slots of the key/value cache: 8 GB of LLaMA-7B's in 16 bits
 SHARED_AT_LEAST = 16
+HEAD_ROWS = 4096  # of the vocabulary projection, converted at a time
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,24 @@ def score(
                 else:
                     cache = shared.select(torch.zeros(len(batch), dtype=torch.int64, device=model.device))
                     rows = [row[common:] for row in rows]
-                after = log_softmax(model.logits(extend(model.hidden, rows, cache)))  # (B, V)
+                after = log_softmax(model.logits(extend(model.hidden, rows, cache), precise_product))  # (B, V)
                 yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
 
 
 def num_tokens(model: Llama | OtherModel, request: Request) -> list[int]:
     """How many tokens each option of a request has that was scored; an API's are its own."""
     return getattr(model, "lengths", {}).get(request) or [len(option) for option in request.options]
+
+
+def precise_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T; of 16 bits on a CPU in float32, as it is summed: once rounded, logits of many options are the same number.
+
+    x: (…, in); weight: (out, in). Returns (…, out).
+    """
+    if x.dtype.itemsize > 2 or x.device.type != "cpu":
+        return product(x, weight)
+    rows = x.float()
+    return torch.cat([product(rows, part.float()) for part in weight.split(HEAD_ROWS)], dim=-1)
 
 
 def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[int]:
@@ -263,7 +275,9 @@ def _rest(model: Llama, cache: KVCache, rows: Tensor, options: Sequence[Sequence
     hidden = model.hidden(tokens[:, :-1], positions, cache.select(rows))  # (N, T-1, D)
     scored = [row * hidden.shape[1] + i for row, option in enumerate(options) for i in range(len(option) - 1)]
     places = _sent(scored, model)  # of N * (T-1)
-    logprobs = log_softmax(model.logits(hidden.flatten(0, 1)[places]))  # only what is scored meets the vocabulary
+    logprobs = log_softmax(
+        model.logits(hidden.flatten(0, 1)[places], precise_product)
+    )  # only what is scored meets the vocabulary
     picked = torch.zeros(positions.numel(), dtype=logprobs.dtype, device=logprobs.device)
     picked[places] = logprobs.gather(-1, tokens[:, 1:].flatten()[places, None]).squeeze(-1)
     return picked.view_as(positions).sum(dim=-1)

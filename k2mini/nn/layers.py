@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k2mini.cpu import ONEDNN
 from k2mini.model_config import ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
 from k2mini.nn.packed import causal_mask, varlen
@@ -28,8 +29,6 @@ Mask = Tensor | list[int] | None
 
 # Reads or replaces an activation (audit/hooks.py): called with its name and value, returns the value to go on with.
 Hook = Callable[[str, Tensor], Tensor]
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):

@@ -167,9 +167,9 @@ class Llama(nn.Module):
         """The final norm's output, of which `forward` makes logits: (B, T, D)."""
         return self.model(tokens, positions, cache)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The vocabulary projection of the final norm's output: (…, D) -> (…, V)."""
-        return product(hidden, self.head_weight) if self.quantized_head is None else self.quantized_head(hidden)
+    def logits(self, hidden: Tensor, by: Callable[[Tensor, Tensor], Tensor] = product) -> Tensor:
+        """The vocabulary projection of the final norm's output: (…, D) -> (…, V); `by`: which product makes it."""
+        return by(hidden, self.head_weight) if self.quantized_head is None else self.quantized_head(hidden)
 
     def loss(
         self, tokens: Tensor, positions: Tensor | None, labels: Tensor, places: Tensor | None = None, mask: Mask = None

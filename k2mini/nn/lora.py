@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from k2mini.config import LORA_TARGETS, LoraSection
-from k2mini.distributed import World, fill, local_part
+from k2mini.distributed import World, fill, is_dtensor, local_part
 from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import Linear, product
 from k2mini.nn.llama import Llama
@@ -119,7 +118,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 
 def average_gradients(model: nn.Module, world: World) -> None:
     """Average over the ranks, in one message, the gradients of what each of them keeps whole; FSDP does the rest."""
-    whole = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    whole = [p.grad for p in model.parameters() if p.grad is not None and not is_dtensor(p)]
     if whole:
         summed = torch.cat([gradient.flatten() for gradient in whole])
         dist.all_reduce(summed)

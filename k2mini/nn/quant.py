@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from k2mini.distributed import local_part, local_rows
+from k2mini.distributed import is_dtensor, local_part, local_rows
 from k2mini.nn import nf4
 from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
@@ -192,7 +191,7 @@ def fill(
         parts = [values[slice(*bounds)] for values, bounds in zip(whole, kept.values(), strict=True)]
     for part, values in zip(kept, parts, strict=True):
         parameter = getattr(module, part)
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             local_part(parameter).copy_(values)
         else:
             setattr(module, part, nn.Parameter(values, requires_grad=False))

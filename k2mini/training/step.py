@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from k2mini.config import TrainSection
 from k2mini.data.batches import Batch, Samples
-from k2mini.distributed import ALONE, World, send
+from k2mini.distributed import ALONE, World, is_dtensor, send
 from k2mini.nn.llama import Llama, document_bounds
 from k2mini.nn.lora import average_gradients
 from k2mini.nn.loss import supervised
@@ -150,7 +149,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     Returns: the norm before, () float64, the same on all ranks.
     """
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+    return (norm.full_tensor() if is_dtensor(norm) else norm).double()
 
 
 def loss_sum(model: Llama, batch: Batch) -> torch.Tensor:

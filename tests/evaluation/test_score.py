@@ -154,6 +154,24 @@ def test_progress_counts_the_tokens_that_run(monkeypatch, share):
     assert min(tokens_to_run(requests, share=share)) > 0
 
 
+def test_sixteen_bits_do_not_tie_the_scores():
+    """The hidden state is of bfloat16, its products with the vocabulary are not rounded to it."""
+    model = tiny_llama(tiny_config())
+    model.model.norm.weight.data *= 100  # logits of some hundreds, which bfloat16 has in steps of 1
+    model, prefix, tokens = model.bfloat16().eval(), (1, *range(5, 25)), range(3, 60)
+    ((_, found),) = score(model, [Request(prefix, tuple((token,) for token in tokens))])
+    with torch.no_grad():
+        exact = (model.hidden(torch.tensor([prefix]))[0, -1].double() @ model.head_weight.double().T).log_softmax(-1)
+        rounded = model(torch.tensor([prefix]))[0, -1].float().log_softmax(-1)
+    assert found == pytest.approx(exact[tokens].tolist(), abs=1e-4)
+    assert len(set(rounded[tokens].tolist())) < len(tokens) == len(set(found))
+    ((_, found),) = score(model, [Request(prefix, ((7, 8, 9),))])
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor([[*prefix, 7, 8]]))[0, -3:].double()
+        logprobs = (hidden @ model.head_weight.double().T).log_softmax(-1)
+    assert found[0] == pytest.approx(logprobs[range(3), [7, 8, 9]].sum().item(), rel=0.01)
+
+
 def test_a_batch_is_read_once():
     model, requests = tiny_llama(), random_requests()
     with HostWaits() as waits:

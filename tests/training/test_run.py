@@ -13,7 +13,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
+from k2mini import cpu
 from k2mini.config import LoraSection, PretrainConfig
 from k2mini.config_file import load_config
 from k2mini.model_config import tensor_shapes
@@ -503,6 +505,32 @@ def test_embedding_and_head_are_saved_resumed_and_exported(settings, tmp_path, r
     assert (status, "has its own embed_tokens and lm_head" in err) == (2, True)
     status, told, _ = run("audit", "diff", tiny_directory, tmp_path / "run/adapter", "--json")
     assert (status, "lm_head.weight" in told, "embed_tokens" in told) == (0, True, True)
+
+
+def test_bfloat16_is_resumed_bit_for_bit(settings, tmp_path, run, monkeypatch):
+    """On a CPU, whose processor is said to be slow at it: a warning, weights and moments in float32, the same bits."""
+    monkeypatch.setattr(cpu, "rate", lambda _: 0.5)
+    status, _, err = run("pretrain", settings, "model.dtype=bfloat16")
+    assert (status, err.count("bfloat16: on this processor products")) == (0, 1)
+    last, step = tmp_path / "run/checkpoints/step_0000004", read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    kept, exported = read_state(last)["files"], load_file(tmp_path / "run/model/model.safetensors")
+    stored = FileSystemReader(last).read_metadata().state_dict_metadata.values()
+    assert {each.properties.dtype for each in stored if hasattr(each, "properties")} == {torch.float32}
+    for folder in (last, tmp_path / "run/model"):
+        shutil.rmtree(folder)
+    monkeypatch.setattr(cpu, "rate", lambda _: 2.0)
+    status, _, err = run("pretrain", settings, "model.dtype=bfloat16")
+    assert (status, "on this processor" in err) == (0, False)
+    again = read_state(last)["files"]
+    assert {name: kept[name] for name in kept if name != ".metadata"} == {
+        name: again[name] for name in kept if name != ".metadata"
+    }
+    fields = ("step", "loss", "grad_norm")
+    now = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert [now[field] for field in fields] == [step[field] for field in fields]
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    assert all(torch.equal(after[name], exported[name]) for name in exported)
+    assert {values.dtype for values in after.values()} == {torch.bfloat16}
 
 
 def test_room_for_embedding_and_head_is_counted(settings, base, tmp_path, run, monkeypatch):
