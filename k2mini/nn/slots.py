@@ -31,7 +31,8 @@ class SlotLayer(NamedTuple):
         slots, places: (N,) int64, of each token.
         singles: so many tokens come first that are alone in their slots.
         mask: (s, 1, 1, W) bool, which places of slots `first` and following their queries attend to.
-        chunks: of prompts, after them, each with its mask; None: causal.
+        chunks: of prompts, after all single tokens, each with its mask; None: causal.
+        more: `singles`, `first` and `mask` of single tokens that follow others of their slots, some at a time.
     """
 
     keys: Tensor
@@ -42,21 +43,21 @@ class SlotLayer(NamedTuple):
     first: int
     mask: Tensor
     chunks: list[tuple[Chunk, Tensor | None]]
+    more: list[tuple[int, int, Tensor]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new keys and values, each (1, N, K, E), and attend. q: (1, N, H, E) -> (1, N, H, E)."""
         q, k, v = q[0], k[0], v[0]
         self.keys[self.slots, :, self.places] = k
         self.values[self.slots, :, self.places] = v
-        parts, done = [], self.singles
-        if done:
-            number, width = self.mask.shape[0], self.mask.shape[-1]
-            own = self.slots[:done] - self.first
-            spread = q.new_zeros(number, *q.shape[1:]).index_copy_(0, own, q[:done])
-            rows = slice(self.first, self.first + number)
-            parts.append(
-                attend_singles(spread, self.keys[rows, :, :width], self.values[rows, :, :width], self.mask)[own]
-            )
+        parts, done = [], 0
+        for singles, first, seen in [(self.singles, self.first, self.mask), *self.more] if self.singles else []:
+            number, width, here = seen.shape[0], seen.shape[-1], slice(done, done + singles)
+            own = self.slots[here] - first
+            spread = q.new_zeros(number, *q.shape[1:]).index_copy_(0, own, q[here])
+            rows = slice(first, first + number)
+            parts.append(attend_singles(spread, self.keys[rows, :, :width], self.values[rows, :, :width], seen)[own])
+            done += singles
         for (slot, start, end), mask in self.chunks:
             each = q[done : done + end - start].transpose(0, 1).unsqueeze(0)  # (1, H, T, E), over (1, K, end, E)
             width = end if mask is None else mask.shape[1]
@@ -104,12 +105,12 @@ def attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class SlotBatch:
-    """The tokens of one pass through the model, of several slots: a new token of each of some, then chunks of prompts.
+    """The tokens of one pass through the model, of several slots: new tokens of some, then chunks of prompts.
 
     It stands in a `KVCache`'s place. The tokens are one row, (1, N), in this order.
 
     Args:
-        rows: (slot, place) of each single token.
+        rows: (slot, place) of each single token; further ones of the same slots follow, a token of each at a time.
         chunks: of prompts.
         pad: a token that is alone gets another beside it, which is none of any slot.
         fixed: the pass runs compiled code, if the model has any: shapes are of few kinds.
@@ -133,15 +134,19 @@ class SlotBatch:
         self._cache, self._singles, self._first = cache, len(rows), 0
         both = torch.tensor([*zip(*tokens, strict=True)])  # (2, N)
         self._slots, self.places = both.to(device, non_blocking=True)
-        self._mask = torch.empty(0)
-        if rows:
-            used = [slot for slot, _ in rows]
-            self._first, last = (min(used), max(used)) if not fixed or len(rows) == 1 else (0, cache.number - 1)
-            ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
-            for slot, place in rows:
-                ends[slot - self._first] = place
+        self._mask, self._more = torch.empty(0), list[tuple[int, int, Tensor]]()
+        apart = _apart(rows)
+        for part in apart:
+            used = [slot for slot, _ in part]
+            whole = fixed and len(rows) > len(apart) == 1
+            first, last = (0, cache.number - 1) if whole else (min(used), max(used))
+            ends = torch.zeros(last + 1 - first, dtype=torch.int64)  # idle slots: their first place
+            for slot, place in part:
+                ends[slot - first] = place
             width = (int(ends.max()) // WIDTH + 1) * WIDTH
-            self._mask = attended(ends, width, cache.window).to(device, non_blocking=True)
+            self._more.append((len(part), first, attended(ends, width, cache.window).to(device, non_blocking=True)))
+        if apart:
+            self._singles, self._first, self._mask = self._more.pop(0)
         if fixed:  # `layer` gives the part of the cache from there on
             self._slots = self._slots - self._first
         self.chunks = [(chunk, _mask(chunk, cache.window, device)) for chunk in chunks]
@@ -151,7 +156,8 @@ class SlotBatch:
         """A token of every slot, at `places` (S,) int64, under a mask over `width` places; of tensors alone."""
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
-        new._slots, new.places, new.chunks = torch.arange(cache.number, device=places.device), places, []
+        new._slots, new.places = torch.arange(cache.number, device=places.device), places
+        new.chunks, new._more = [], []
         new._mask = attended(places.clamp(max=width - 1), width, cache.window)  # idle slots stand beyond the width
         return new
 
@@ -169,8 +175,24 @@ class SlotBatch:
         if self.fixed and len(self._mask) < self._cache.number:  # code that is compiled for one slot does for all
             rows = slice(first, first + len(self._mask))
             keys, values, first = keys[rows], values[rows], 0
-        where = (self._slots, self.places, self._singles, first, self._mask, self.chunks)
+            more = [(singles, 0, mask) for singles, _, mask in self._more]  # of this slot, too
+        else:
+            more = self._more
+        where = (self._slots, self.places, self._singles, first, self._mask, self.chunks, more)
         return SlotLayer(keys, values, *where)
+
+
+def _apart(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Rows, (slot, place), in groups that have one place of each slot."""
+    groups: list[list[tuple[int, int]]] = []
+    places: dict[int, int] = {}
+    for slot, place in rows:
+        if not groups or places.get(slot, place) != place:
+            groups.append([])
+            places.clear()
+        groups[-1].append((slot, place))
+        places[slot] = place
+    return groups
 
 
 def attended(ends: Tensor, width: int, window: int | None = None) -> Tensor:
