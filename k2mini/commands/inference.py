@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import LOADED, TEMPLATE, tuned_in
+from k2mini.commands.common import LOADED, TEMPLATE, drafting, tuned_in
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import encode_prompt, room, utf8
 from k2mini.errors import StoppedBySignalError
@@ -101,10 +101,14 @@ def _load(options: argparse.Namespace, directory: ModelDirectory) -> Llama:
     from k2mini.build import open_model
     from k2mini.inference.compile import compile_decoding
 
-    wanted = {name: getattr(options, name) for name in LOADED}
+    wanted, draft = {name: getattr(options, name) for name in LOADED}, None
+    if options.speculate or options.draft_model:
+        draft = drafting(options, directory.require_tokenizer())
     model, _ = open_model(directory, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
+    if draft is not None:
+        draft(model)
     return model
 
 
@@ -133,6 +137,8 @@ def _decoding(options: argparse.Namespace) -> Decoding:
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
     elif idle and options.temperature == 0:
         log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
+    if beams is not None and (options.speculate or options.draft_model):
+        log.warning("--speculate: no effect with --num-beams %d, whose steps are not drafted", beams.num_beams)
     idle = ["--length-penalty"] * (options.length_penalty != Beams.length_penalty)
     idle += ["--early-stopping"] * options.early_stopping
     if beams is None and idle:

@@ -182,7 +182,7 @@ class Scheduler:
         """A step of one token of each row that decodes, and of what is read of prompts."""
         can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
         can_compile = can_compile and max(row.length for _, row in singles) < LONGEST_SUM
-        can_compile = can_compile and len({slot.number for slot, _ in singles}) in (1, len(singles))
+        can_compile = can_compile and len({slot.number for slot, _ in singles}) == len(singles)  # nothing is drafted
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.decoding import Step
 from k2mini.inference.rows import Row, Slot, choose
 from k2mini.nn.llama import Llama
+from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import Chunk, SlotBatch, Slots
 
 if TYPE_CHECKING:
@@ -45,8 +47,21 @@ def speculate(model: Llama, draft: Llama | None = None) -> None:
     """Let a model's answers be drafted: by a smaller model of the same tokenizer, or (None) from what stands before.
 
     It holds for every `Scheduler` made from now on. Beams are not drafted.
+
+    Raises ValueError where the model's single rows are computed otherwise than several.
     """
+    if any(isinstance(module, DynamicLinear) for module in model.modules()):
+        raise ValueError("drafts do not go with w8a8, which computes a single row in another way; take int8")
     model.speculation = lambda scheduler: Drafts(scheduler, draft)
+
+
+def check_vocabulary(tokenizer: Tokenizer, other: Tokenizer, name: str) -> None:
+    """Raise ValueError where a draft model's tokens, of the directory called `name`, are not the model's."""
+    if (number := other.vocab_size) != tokenizer.vocab_size:
+        raise ValueError(f"{name} has {number} tokens, and the model {tokenizer.vocab_size}: it can't draft for it")
+    if odd := [token for token in range(number) if tokenizer.piece(token) != other.piece(token)]:
+        named = [repr(each.piece(odd[0])) for each in (other, tokenizer)]
+        raise ValueError(f"{name}: token {odd[0]} is {named[0]}, the model's {named[1]}: it can't draft for it")
 
 
 @dataclass
@@ -129,7 +144,7 @@ class Drafts:
             self._token_cost = draft.config.num_parameters() / scheduler.model.config.num_parameters()
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Rows, then the same rows as they will be after their first drafted token, then after the second, and so on."""
+        """Rows, then the same rows as they will be after their first drafted token, after the second, and so on."""
         drafts = [known.draft for known in self._drafted(pairs)]
         out = [*pairs]
         for number in range(1, max(map(len, drafts), default=0) + 1):
