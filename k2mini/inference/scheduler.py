@@ -181,8 +181,7 @@ class Scheduler:
     def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
         can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
-        can_compile = can_compile and max(row.length for _, row in singles) < LONGEST_SUM
-        can_compile = can_compile and len({slot.number for slot, _ in singles}) == len(singles)  # nothing is drafted
+        can_compile = can_compile and all(row is slot.row and row.length < LONGEST_SUM for slot, row in singles)
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]
@@ -195,8 +194,7 @@ class Scheduler:
         places = [(slot.number, row.length) for slot, row in [*singles, *again]]
         pad = self._exact and not compiled
         batch = SlotBatch(self.cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
-        tokens += [0] * batch.padded
-        sent = torch.tensor([tokens]).to(self.model.device, non_blocking=True)
+        sent = torch.tensor([tokens + [0] * batch.padded]).to(self.model.device, non_blocking=True)
         hidden = self.model.hidden(sent, cache=batch)[0]  # (N, D)
         wanted, ends, begin = [*singles], list(range(len(singles))), len(singles)
         for _, row in singles:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.inference.decoding import Step
+from k2mini.inference.decoding import Step, can_replay
 from k2mini.inference.rows import Row, Slot, choose
 from k2mini.nn.llama import Llama
 from k2mini.nn.quant import DynamicLinear
@@ -40,7 +40,16 @@ PRIOR = (0.7, 0.4, 0.6, 0.8, 0.9)  # how likely a drafted token is right, before
 WEIGHT = 2.0  # of it, in tokens
 FORGET = 0.8  # of what earlier drafts say, with each draft
 ROW = {"cpu": 0.05}  # what another row of a pass costs, of a pass of one; on a GPU next to nothing
+FASTER = 3.0  # times as fast are passes without drafts, where these are compiled or replayed
 READ = 512  # tokens of a prompt that a draft model reads at a time
+
+
+class Costs(NamedTuple):
+    """What things cost, in passes of one row: another row of a pass, a drafted token, a pass with drafts."""
+
+    row: float
+    token: float = 0.0
+    drafted: float = 1.0
 
 
 def speculate(model: Llama, draft: Llama | None = None) -> None:
@@ -98,24 +107,20 @@ class _Known:
         self.draft, self.base = [], len(row.new)
         return row.prompt + row.new
 
-    def length(self, most: int, rows: int, row_cost: float, token_cost: float = 0.0) -> int:
-        """How many tokens to draft: as many as give the most tokens for the time.
-
-        Args:
-            rows: of the pass, without drafts.
-            row_cost, token_cost: of a pass' cost, that of another row and of drafting a token.
-        """
+    def length(self, most: int, rows: int, costs: Costs) -> int:
+        """How many tokens to draft, of a pass of so many rows: as many as give the most tokens for the time."""
         rate = self.right[self.kind] / self.tried[self.kind]
         best, length, expected, reached = 0.0, 0, 0.0, 1.0
         for number in range(most + 1):
             expected += reached  # tokens, one more than are right
             reached *= rate
-            value = expected / (1 + row_cost * (rows * (number + 1) - 1) + token_cost * number)
+            cost = 1 + costs.row * (rows * (number + 1) - 1)
+            value = expected / (cost * (costs.drafted if number else 1) + costs.token * number)
             if value > best:
                 best, length = value, number
         return length
 
-    def look_up(self, tokens: Sequence[int], most: int, rows: int, row_cost: float) -> list[int]:
+    def look_up(self, tokens: Sequence[int], most: int, rows: int, costs: Costs) -> list[int]:
         """What followed the last tokens where they stood before; at the end, it goes on with itself."""
         for end in range(self.read, len(tokens) - 1):
             for size in range(1, min(NGRAM, end + 1) + 1):
@@ -127,7 +132,7 @@ class _Known:
                 found = [*tokens[start : start + MOST]]
                 while len(found) < most:
                     found += found[: most - len(found)]
-                return found[: self.length(most, rows, row_cost)]
+                return found[: self.length(most, rows, costs)]
         return []
 
 
@@ -137,11 +142,13 @@ class Drafts:
     def __init__(self, scheduler: Scheduler, draft: Llama | None) -> None:
         self._scheduler, self._draft = scheduler, draft
         self._known: dict[int, _Known] = {}
-        self._row_cost = ROW.get(scheduler.model.device.type, 0.0)
+        model = scheduler.model
+        faster = model.model.decode_blocks is not None or can_replay(model)
+        self._costs = Costs(ROW.get(model.device.type, 0.0), drafted=FASTER if faster else 1.0)
         if draft is not None:
             number, held = len(scheduler.slots), min(scheduler.cache.spare, draft.config.max_seq_len)
             self._cache = Slots(draft.config, number, held, dtype=draft.dtype, device=draft.device)
-            self._token_cost = draft.config.num_parameters() / scheduler.model.config.num_parameters()
+            self._costs = self._costs._replace(token=draft.config.num_parameters() / model.config.num_parameters())
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Rows, then the same rows as they will be after their first drafted token, after the second, and so on."""
@@ -163,12 +170,12 @@ class Drafts:
             tokens, most = known.learn(), min(MOST, row.most - len(row.new) - 1)
             found.append(known)
             if self._draft is None:
-                draft = known.look_up(tokens, most, len(pairs), self._row_cost)
+                draft = known.look_up(tokens, most, len(pairs), self._costs)
                 ends = (place for place, token in enumerate(draft) if token in row.request.stop_ids)
                 known.draft = draft[: next(ends, None)]
             else:
                 most = min(most, self._draft.config.max_seq_len - len(tokens))
-                asked.append((slot.number, known, known.length(most, len(pairs), self._row_cost, self._token_cost)))
+                asked.append((slot.number, known, known.length(most, len(pairs), self._costs)))
         if asked:
             self._continue(asked)
         return found
