@@ -37,8 +37,8 @@ Pair = tuple[Slot, Row]
 MOST = 15  # tokens of a draft
 NGRAM = 4  # the most tokens that are looked for
 PRIOR = (0.7, 0.4, 0.6, 0.8, 0.9)  # how likely a drafted token is right, before any was: of a model; by n-gram
-WEIGHT = 2.0  # of it, in tokens
-FORGET = 0.8  # of what earlier drafts say, with each draft
+WEIGHT = 6.0  # of it, in tokens
+FORGET = 0.9  # of what earlier drafts say, with each draft
 ROW = {"cpu": 0.05}  # what another row of a pass costs, of a pass of one; on a GPU next to nothing
 FASTER = 3.0  # times as fast are passes without drafts, where these are compiled or replayed
 READ = 512  # tokens of a prompt that a draft model reads at a time
@@ -151,13 +151,11 @@ class Drafts:
             self._costs = self._costs._replace(token=draft.config.num_parameters() / model.config.num_parameters())
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Rows, then the same rows as they will be after their first drafted token, after the second, and so on."""
-        drafts = [known.draft for known in self._drafted(pairs)]
+        """Rows; then, row by row, the same as they will be after the first drafted token, after two, and so on."""
         out = [*pairs]
-        for number in range(1, max(map(len, drafts), default=0) + 1):
-            for (slot, row), draft in zip(pairs, drafts, strict=True):
-                if len(draft) >= number:
-                    out.append((slot, replace(row, length=row.length + number, new=row.new + draft[:number])))
+        for (slot, row), known in zip(pairs, self._drafted(pairs), strict=True):
+            for number in range(1, len(known.draft) + 1):
+                out.append((slot, replace(row, length=row.length + number, new=row.new + known.draft[:number])))
         return out
 
     def _drafted(self, pairs: Sequence[Pair]) -> list[_Known]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ class SlotLayer(NamedTuple):
         slots, places: (N,) int64, of each token.
         singles: so many tokens come first that are alone in their slots.
         mask: (s, 1, 1, W) bool, which places of slots `first` and following their queries attend to.
-        chunks: of prompts, after all single tokens, each with its mask; None: causal.
-        more: `singles`, `first` and `mask` of single tokens that follow others of their slots, some at a time.
+        more: tokens that follow, in some of these slots, by slot, each with a mask of its own, (t, 1, 1, W).
+        chunks: of prompts, after them, each with its mask; None: causal.
     """
 
     keys: Tensor
@@ -42,22 +43,28 @@ class SlotLayer(NamedTuple):
     singles: int
     first: int
     mask: Tensor
+    more: list[tuple[int, Tensor]]
     chunks: list[tuple[Chunk, Tensor | None]]
-    more: list[tuple[int, int, Tensor]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new keys and values, each (1, N, K, E), and attend. q: (1, N, H, E) -> (1, N, H, E)."""
         q, k, v = q[0], k[0], v[0]
         self.keys[self.slots, :, self.places] = k
         self.values[self.slots, :, self.places] = v
-        parts, done = [], 0
-        for singles, first, seen in [(self.singles, self.first, self.mask), *self.more] if self.singles else []:
-            number, width, here = seen.shape[0], seen.shape[-1], slice(done, done + singles)
-            own = self.slots[here] - first
-            spread = q.new_zeros(number, *q.shape[1:]).index_copy_(0, own, q[here])
-            rows = slice(first, first + number)
-            parts.append(attend_singles(spread, self.keys[rows, :, :width], self.values[rows, :, :width], seen)[own])
-            done += singles
+        parts, done = [], self.singles
+        if done:
+            number, width = self.mask.shape[0], self.mask.shape[-1]
+            own = self.slots[:done] - self.first
+            spread = q.new_zeros(number, *q.shape[1:]).index_copy_(0, own, q[:done])
+            rows = slice(self.first, self.first + number)
+            parts.append(
+                attend_singles(spread, self.keys[rows, :, :width], self.values[rows, :, :width], self.mask)[own]
+            )
+        for slot, seen in self.more:
+            own, width = q[done : done + len(seen)], seen.shape[-1]
+            keys, values = self.keys[slot : slot + 1, :, :width], self.values[slot : slot + 1, :, :width]
+            parts.append(attend_singles(own, keys, values, seen))
+            done += len(own)
         for (slot, start, end), mask in self.chunks:
             each = q[done : done + end - start].transpose(0, 1).unsqueeze(0)  # (1, H, T, E), over (1, K, end, E)
             width = end if mask is None else mask.shape[1]
@@ -79,13 +86,18 @@ class SlotLayer(NamedTuple):
 
 
 def attend_singles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query a row. q: (S, H, E); k, v: (S, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E)."""
+    """Attention of one query a row, or of several of one. q: (S, H, E); k, v: (S or 1, K, W, E); mask: (S, 1, 1, W)
+    bool. Returns (S, H, E).
+    """
     each = q.unsqueeze(2)  # (S, H, 1, E)
     if torch.compiler.is_dynamo_compiling() and attends_once(each, k):
         return attend_once(each, k, v, mask).squeeze(2)
     if q.device.type == "cpu" and q.dtype == torch.promote_types(q.dtype, torch.float32):
         return attend_written(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
+    if len(k) < len(q):
+        rows, mask = q.transpose(0, 1).unsqueeze(0), mask.transpose(0, 2)  # (1, H, S, E), (1, 1, S, W)
+        return F.scaled_dot_product_attention(rows, k, v, mask, enable_gqa=grouped)[0].transpose(0, 1)
     return F.scaled_dot_product_attention(each, k, v, mask, enable_gqa=grouped).squeeze(2)
 
 
@@ -94,14 +106,20 @@ def attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     (PyTorch's fused attention divides rows and heads among threads, and a product divides a long sum, by its length.)
 
-    q: (S, H, E); k, v: (S, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E).
+    q: (S, H, E); k, v: (S or 1, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E).
     """
     num_slots, _, head_dim = q.shape
-    groups = q.view(num_slots, k.shape[1], -1, head_dim) * head_dim**-0.5  # (S, K, H/K, E)
-    scores = (groups @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))  # (S, K, H/K, W)
+    groups = q.reshape(num_slots, k.shape[1], -1, head_dim) * head_dim**-0.5  # (S, K, H/K, E)
+    scores = _products(groups, k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))  # (S, K, H/K, W)
     weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1).to(v.dtype)
-    sums = [part @ values for part, values in zip(weights.split(WIDTH, dim=-1), v.split(WIDTH, dim=-2), strict=True)]
+    parts = zip(weights.split(WIDTH, dim=-1), v.split(WIDTH, dim=-2), strict=True)
+    sums = [_products(part, values) for part, values in parts]
     return sum(sums[1:], sums[0]).reshape(q.shape)
+
+
+def _products(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(S, …) @ (S or 1, …): of several rows with one matrix one by one, as of a row alone: so are its bits."""
+    return rows @ matrices if len(rows) == len(matrices) else torch.cat([row @ matrices for row in rows.split(1)])
 
 
 class SlotBatch:
@@ -110,7 +128,7 @@ class SlotBatch:
     It stands in a `KVCache`'s place. The tokens are one row, (1, N), in this order.
 
     Args:
-        rows: (slot, place) of each single token; further ones of the same slots follow, a token of each at a time.
+        rows: (slot, place) of each single token; after one of each slot may follow more of these slots, slot by slot.
         chunks: of prompts.
         pad: a token that is alone gets another beside it, which is none of any slot.
         fixed: the pass runs compiled code, if the model has any: shapes are of few kinds.
@@ -131,22 +149,24 @@ class SlotBatch:
         tokens = [*rows, *((slot, place) for slot, start, end in chunks for place in range(start, end))]
         self.padded, self.fixed = pad and len(tokens) == 1, fixed
         tokens += [(0, cache.spare)] * self.padded
-        self._cache, self._singles, self._first = cache, len(rows), 0
+        self._cache, self._first, slots = cache, 0, {slot for slot, _ in rows}
+        self._singles = len(rows) if fixed else len(slots)
         both = torch.tensor([*zip(*tokens, strict=True)])  # (2, N)
         self._slots, self.places = both.to(device, non_blocking=True)
-        self._mask, self._more = torch.empty(0), list[tuple[int, int, Tensor]]()
-        apart = _apart(rows)
-        for part in apart:
-            used = [slot for slot, _ in part]
-            whole = fixed and len(rows) > len(apart) == 1
-            first, last = (0, cache.number - 1) if whole else (min(used), max(used))
-            ends = torch.zeros(last + 1 - first, dtype=torch.int64)  # idle slots: their first place
-            for slot, place in part:
-                ends[slot - first] = place
+        self._mask, self._more = torch.empty(0), list[tuple[int, Tensor]]()
+        if rows:
+            rows, more = rows[: self._singles], rows[self._singles :]
+            used = [slot for slot, _ in rows]
+            self._first, last = (min(used), max(used)) if not fixed or len(rows) == 1 else (0, cache.number - 1)
+            ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
+            for slot, place in rows:
+                ends[slot - self._first] = place
             width = (int(ends.max()) // WIDTH + 1) * WIDTH
-            self._more.append((len(part), first, attended(ends, width, cache.window).to(device, non_blocking=True)))
-        if apart:
-            self._singles, self._first, self._mask = self._more.pop(0)
+            self._mask = attended(ends, width, cache.window).to(device, non_blocking=True)
+            for slot, own in itertools.groupby(more, key=lambda row: row[0]):
+                ends = torch.tensor([place for _, place in own])
+                seen = attended(ends, (int(ends.max()) // WIDTH + 1) * WIDTH, cache.window)
+                self._more.append((slot, seen.to(device, non_blocking=True)))
         if fixed:  # `layer` gives the part of the cache from there on
             self._slots = self._slots - self._first
         self.chunks = [(chunk, _mask(chunk, cache.window, device)) for chunk in chunks]
@@ -157,7 +177,7 @@ class SlotBatch:
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
         new._slots, new.places = torch.arange(cache.number, device=places.device), places
-        new.chunks, new._more = [], []
+        new._more, new.chunks = [], []
         new._mask = attended(places.clamp(max=width - 1), width, cache.window)  # idle slots stand beyond the width
         return new
 
@@ -175,24 +195,8 @@ class SlotBatch:
         if self.fixed and len(self._mask) < self._cache.number:  # code that is compiled for one slot does for all
             rows = slice(first, first + len(self._mask))
             keys, values, first = keys[rows], values[rows], 0
-            more = [(singles, 0, mask) for singles, _, mask in self._more]  # of this slot, too
-        else:
-            more = self._more
-        where = (self._slots, self.places, self._singles, first, self._mask, self.chunks, more)
+        where = (self._slots, self.places, self._singles, first, self._mask, self._more, self.chunks)
         return SlotLayer(keys, values, *where)
-
-
-def _apart(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Rows, (slot, place), in groups that have one place of each slot."""
-    groups: list[list[tuple[int, int]]] = []
-    places: dict[int, int] = {}
-    for slot, place in rows:
-        if not groups or places.get(slot, place) != place:
-            groups.append([])
-            places.clear()
-        groups[-1].append((slot, place))
-        places[slot] = place
-    return groups
 
 
 def attended(ends: Tensor, width: int, window: int | None = None) -> Tensor:
