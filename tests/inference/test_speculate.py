@@ -47,18 +47,25 @@ def passes(model, prompt, decoding):
     return scheduler.counts.steps, scheduler.counts, asked
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 20}, {"qk_norm": True, "num_kv_heads": 2}], ids=str)
-@pytest.mark.parametrize("drafter", ["lookup", "itself", "another"])
-def test_answers_are_those_without(changes, drafter, eager):
+@pytest.mark.parametrize(
+    ("drafter", "changes"),
+    [
+        ("lookup", {}),
+        ("lookup", {"sliding_window": 20}),
+        ("itself", {"qk_norm": True, "num_kv_heads": 2}),
+        ("another", {}),
+    ],
+)
+def test_answers_are_those_without(drafter, changes, eager):
     """Greedy, drawn, penalised: tokens, how they end, and log-probabilities to the bit."""
     model = tiny_llama(config(**changes))
     draft = {"lookup": None, "itself": model, "another": tiny_llama(config(num_layers=1, max_seq_len=100), 5)}[drafter]
     for seed, sampling in enumerate(SETTINGS):
-        decoding = Decoding(40, sampling, seed=seed, batch_size=3, top_logprobs=2)
+        decoding = Decoding(24, sampling, seed=seed, batch_size=2, top_logprobs=2)
         model.speculation = None
-        expected = generate(model, prompts(5, seed), decoding, stop_ids=STOPS)
+        expected = generate(model, prompts(3, seed), decoding, stop_ids=STOPS)
         speculate(model, draft)
-        assert generate(model, prompts(5, seed), decoding, stop_ids=STOPS) == expected
+        assert generate(model, prompts(3, seed), decoding, stop_ids=STOPS) == expected
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
@@ -82,7 +89,7 @@ def test_an_engine_answers_as_without(eager):
         engine.submit(each.request)
         engine.step()
     finish(engine)
-    assert engine.counts.drafted_tokens > 10
+    assert engine.counts.drafted_tokens > 0
     for each, parts in zip(asked, expected, strict=True):
         assert each.parts[:-1] == parts[:-1]
         assert each.end.reason == parts[-1].reason
@@ -99,15 +106,14 @@ def test_a_draft_that_holds_saves_passes(eager):
 
 
 def test_what_stood_before_is_drafted():
-    """A model that goes round in circles, as random ones do when greedy, is soon drafted in whole."""
-    model = tiny_llama(config(max_seq_len=600))
-    steps, _, expected = passes(model, [1, 5, 9], Decoding(300))
+    """A model that goes round in circles, as random ones of few tokens do when greedy, is soon drafted in whole."""
+    model = tiny_llama(config(vocab_size=6, num_layers=1))
+    steps, _, expected = passes(model, [1, 5], Decoding(200))
     speculate(model)
-    fewer, counts, asked = passes(model, [1, 5, 9], Decoding(300))
+    fewer, counts, asked = passes(model, [1, 5], Decoding(200))
     assert asked.tokens == expected.tokens
-    assert len(asked.tokens) == 300
-    assert counts.drafted_tokens + fewer == steps
-    assert fewer < steps / 3
+    assert counts.drafted_tokens + fewer == steps == 200
+    assert fewer < 60
 
 
 @pytest.mark.parametrize("drafter", ["lookup", "itself"])
@@ -148,13 +154,13 @@ def talk(scheduler, decoding, stop_ids, stops):
     return asked.parts + again.parts
 
 
-def test_drawn_answers_have_the_models_distribution():
+def test_drawn_answers_have_the_models_distribution(eager):
     """20,000 answers of three tokens, drafted, against the product of the model's own probabilities: chi squared."""
     model = tiny_llama(tiny_config(vocab_size=6, num_layers=1, dim=16, num_heads=1, num_kv_heads=1))
-    prompt, number = [1, 2, 3, 4, 5, 2, 3, 4, 5, 2, 3], 20_000
+    prompt, number = [1, 2, 3, 4, 2, 3], 20_000
     speculate(model)
     sampling = Sampling(temperature=0.7)
-    scheduler = Scheduler(model, slots=250, capacity=16)
+    scheduler = Scheduler(model, slots=250, capacity=16, keep_answers=True)
     found, seeds = dict.fromkeys(itertools.product(range(6), repeat=3), 0), itertools.count(1_000_000)
 
     def begin():
@@ -188,7 +194,7 @@ def test_drawn_answers_have_the_models_distribution():
     statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
     p = torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2)
     assert p > 0.01
-    assert scheduler.counts.drafted_tokens > number / 10
+    assert scheduler.counts.drafted_tokens > number / 20
 
 
 def test_drafts_are_as_long_as_pays():
@@ -215,6 +221,7 @@ def test_lookup_finds_the_last_occurrence_of_the_longest_ngram():
     assert known.kind == 1
 
 
+@pytest.mark.slow
 def test_compiled_decoding_goes_with_drafts():
     """Near ties apart, which compiled code may decide otherwise; here there is none."""
     model = tiny_llama(config(num_layers=1))
