@@ -1,5 +1,7 @@
 """Speculation: the same tokens as without, in fewer passes."""
 
+import argparse
+import io
 import itertools
 import random
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 
 from k2mini.build import load_model
+from k2mini.commands.common import ANSWER
+from k2mini.commands.serving import _engine, serve_arguments
 from k2mini.inference import speculate as speculation
 from k2mini.inference.compile import compile_decoding
 from k2mini.inference.decoding import Decoding
@@ -16,6 +20,7 @@ from k2mini.inference.request import Request
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import Scheduler
 from k2mini.inference.speculate import MOST, PRIOR, Costs, _Known, check_vocabulary, speculate
+from k2mini.weights.model_directory import ModelDirectory
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import quantised
 from tests.inference.test_engine import SETTINGS, STOPS, Asked, adapter, answered, config, finish, mixed
@@ -269,3 +274,25 @@ def test_a_draft_model_has_the_models_tokens(tiny_tokenizer, llama_tokenizer):
     check_vocabulary(tiny_tokenizer, tiny_tokenizer, "draft")
     with pytest.raises(ValueError, match="draft has 32000 tokens, and the model 400"):
         check_vocabulary(tiny_tokenizer, llama_tokenizer, "draft")
+
+
+def test_chat_says_the_same_with_drafts(run, tiny_directory, monkeypatch):
+    said = []
+    for how in ([], ["--speculate"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("granite is made of\nquartz quartz quartz\n"))
+        said.append(run("chat", "--model", tiny_directory, "--max-new-tokens", 24, *how)[:2])
+    assert said[0] == said[1]
+    assert said[0][0] == 0
+
+
+def test_serve_drafts(tiny_directory):
+    parser = argparse.ArgumentParser(parents=[ANSWER])
+    serve_arguments(parser)
+    for how in ([], ["--speculate"], ["--draft-model", str(tiny_directory)]):
+        options = parser.parse_args(["--model", str(tiny_directory), "--device", "cpu", *how])
+        engine = _engine(options, ModelDirectory(str(tiny_directory)), {})
+        assert (engine.model.speculation is not None) == bool(how)
+        asked = Asked([1, 5, 9, 5, 9], Decoding(8))
+        engine.submit(asked.request)
+        finish(engine)
+        assert len(asked.tokens) == 8 or asked.end.reason == "eos"
