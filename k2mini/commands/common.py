@@ -93,8 +93,6 @@ def drafting(options: argparse.Namespace, tokenizer: Tokenizer) -> Callable[[Lla
     from k2mini.inference.speculate import check_vocabulary, speculate
     from k2mini.weights.model_directory import ModelDirectory
 
-    if options.quantize == "w8a8":
-        raise ValueError("--speculate does not go with w8a8, which computes a single row in another way; take int8")
     if options.draft_model is None:
         return speculate
     directory = ModelDirectory(options.draft_model)

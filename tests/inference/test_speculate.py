@@ -20,6 +20,7 @@ from k2mini.inference.request import Request
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import Scheduler
 from k2mini.inference.speculate import MOST, PRIOR, Costs, _Known, check_vocabulary, speculate
+from k2mini.nn.slots import attend_singles, attended
 from k2mini.weights.model_directory import ModelDirectory
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import quantised
@@ -202,6 +203,16 @@ def test_drawn_answers_have_the_models_distribution(eager):
     assert scheduler.counts.drafted_tokens > number / 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_several_queries_of_a_slot_attend_as_each_alone(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*s, generator=generator).to(dtype) for s in ((5, 4, 64), (1, 2, 512, 64), (1, 2, 512, 64)))
+    mask = attended(torch.arange(253, 258), 512)
+    together = attend_singles(q, k, v, mask)
+    alone = torch.cat([attend_singles(q[i : i + 1], k, v, mask[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(together, alone, **({} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}))
+
+
 def test_drafts_are_as_long_as_pays():
     known = _Known(None)
     known.kind = 4
@@ -263,7 +274,7 @@ def test_what_can_not_be_drafted_is_said(run, tiny_directory, tmp_path):
     status, out, err = run(*common, "--speculate", "--quantize", "w8a8")
     assert (status, out) == (2, "")
     assert "does not go with w8a8" in err
-    with pytest.raises(ValueError, match="do not go with w8a8"):
+    with pytest.raises(ValueError, match="does not go with w8a8"):
         speculate(quantised(tiny_llama(config()), "w8a8"))
     status, out, err = run(*common, "--draft-model", tmp_path / "none")
     assert (status, out) == (2, "")
