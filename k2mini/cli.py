@@ -32,7 +32,7 @@ from k2mini.commands import (
     training,
     weights,
 )
-from k2mini.commands.common import COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
+from k2mini.commands.common import ANSWER, COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
 from k2mini.errors import ESCAPE, STOPPED, end
 
 
@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("demo", demo.demo_arguments, "the whole pipeline in miniature, in minutes: start here", DEBUG)
     add("doctor", doctor.doctor_arguments, "whether this machine computes what it should, in under a minute", DEBUG)
-    add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, COMPUTE)
-    add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, COMPUTE)
-    add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", COMPUTE)
+    add("generate", inference.generate_arguments, "answer a prompt, or a list", MODEL, ANSWER)
+    add("chat", inference.chat_arguments, "a conversation in the terminal", MODEL, ANSWER)
+    add("serve", serving.serve_arguments, "a page and OpenAI's API, for a model and adapters (extra: serve)", ANSWER)
     add("prepare", training.prepare_arguments, "documents into a corpus for pretrain", TARGET)
     add("corpus", corpus.corpus_arguments, "papers and documents into clean text (extra: corpus)", DEBUG)
     add("signals", signals.signals_arguments, "instruction data out of what a corpus and tables state", DEBUG)

@@ -9,11 +9,17 @@ import argparse
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from k2mini.config import DTYPE_NAMES, QUANTIZE_NAMES
 from k2mini.data.chats import CHAT_TEMPLATES
 from k2mini.data.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.nn.llama import Llama
 
 log = logging.getLogger("k2mini.commands")
 
@@ -72,10 +78,34 @@ MODEL.add_argument("--quantize-head", action="store_true", help="the vocabulary 
 MODEL.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")
 LOADED = ("adapter", "dtype", "quantize", "merge", "quantize_head")
 
+# The same of one that answers, and how its answers are drafted ahead (inference/speculate.py).
+ANSWER = argparse.ArgumentParser(add_help=False, parents=[COMPUTE])
+ANSWER.add_argument("--speculate", action="store_true", help="draft what stood before, and check it: the same, sooner")
+ANSWER.add_argument("--draft-model", metavar="DIR", help="draft with this smaller model, which has the same tokenizer")
+
 # The configuration of a run.
 CONFIG = argparse.ArgumentParser(add_help=False)
 CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as those in configs/")
 CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
+
+
+def drafting(options: argparse.Namespace, tokenizer: Tokenizer) -> Callable[[Llama], None]:
+    """What lets a model's answers be drafted as `ANSWER` says; made before it is loaded, for what can't be is found."""
+    from k2mini.build import open_model
+    from k2mini.inference.speculate import check_vocabulary, speculate
+    from k2mini.weights.model_directory import ModelDirectory
+
+    if options.draft_model is None:
+        return speculate
+    directory = ModelDirectory(options.draft_model)
+    directory.require_model()
+    check_vocabulary(tokenizer, directory.require_tokenizer(), str(directory.path))
+
+    def begin(model: Llama) -> None:
+        draft, _ = open_model(directory, options.device, options.threads, dtype=options.dtype)
+        speculate(model, draft)
+
+    return begin
 
 
 def tuned_in(*adapters: str | Path) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.answering import answer_all
-from k2mini.commands.common import LOADED, SHARD, TEMPLATE, tuned_in
+from k2mini.commands.common import LOADED, SHARD, TEMPLATE, drafting, tuned_in
 from k2mini.commands.ranks import joined
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import encode_prompt, room, utf8
@@ -108,9 +108,14 @@ def _load(options: argparse.Namespace, directory: ModelDirectory, **wanted: Any)
     from k2mini.inference.compile import compile_decoding
 
     wanted |= {name: getattr(options, name) for name in LOADED}
+    draft = None
+    if options.speculate or options.draft_model:
+        draft = drafting(options, directory.require_tokenizer())
     model, _ = open_model(directory, options.device, options.threads, **wanted)
     if options.compile:
         compile_decoding(model)
+    if draft is not None:
+        draft(model)
     return model
 
 
@@ -139,6 +144,8 @@ def _decoding(options: argparse.Namespace) -> Decoding:
             log.warning("%s: no effect with --num-beams %d, which searches and does not sample", names, beams.num_beams)
     elif idle and options.temperature == 0:
         log.warning("%s: no effect without --temperature, which is 0: the likeliest token is taken", names)
+    if beams is not None and (options.speculate or options.draft_model):
+        log.warning("--speculate: no effect with --num-beams %d, whose steps are not drafted", beams.num_beams)
     idle = ["--length-penalty"] * (options.length_penalty != Beams.length_penalty)
     idle += ["--early-stopping"] * options.early_stopping
     if beams is None and idle:

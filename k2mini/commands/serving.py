@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2mini.commands.common import TEMPLATE_HELP, tuned_in
+from k2mini.commands.common import TEMPLATE_HELP, drafting, tuned_in
 from k2mini.config import QUANTIZE_NAMES
 from k2mini.data.chats import CHAT_TEMPLATES, open_template
 from k2mini.data.prompts import TEMPLATES
@@ -148,7 +148,11 @@ def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: di
     from k2mini.weights.adapter import load_adapters
 
     wanted = {name: getattr(options, name) for name in ("dtype", "quantize", "quantize_head")}
+    drafted = options.speculate or options.draft_model
+    draft = drafting(options, directory.require_tokenizer()) if drafted else None
     model, directory = open_model(directory, options.device, options.threads, **wanted)
+    if draft is not None:
+        draft(model)
     config = model.config
     room = 0.8 * free_memory(model.device)
     capacity = int(min(config.max_seq_len, room // (options.slots * token_bytes(config, model.dtype))))

@@ -74,4 +74,5 @@ class Counts:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
+    drafted_tokens: int = 0  # of the new ones, with `speculate`
     steps: int = 0

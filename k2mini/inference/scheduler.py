@@ -64,12 +64,13 @@ class Scheduler:
         self.model, self.capacity = model, min(capacity, model.config.max_seq_len)
         self.adapters, self.counts = list(adapters or {}), Counts()
         self.slots = [Slot(number) for number in range(slots)]
-        self._vocab_size, self._admitted = vocab_size, 0
+        self.vocab_size, self._admitted = vocab_size, 0
         self._adapted = stack_adapters(model, list(adapters.values())) if adapters else []
         self._on_cpu = model.device.type == "cpu"
         self._grain = CHUNK if self._on_cpu and not keep_answers else 1
         self.cache = Slots(model.config, slots, reserve or self.capacity, dtype=model.dtype, device=model.device)
         self._graphs: SlotGraphs | None = None
+        self._drafts = model.speculation(self) if model.speculation is not None else None
         # W8A8 is of single rows, and not exact in any case.
         self._exact = self._on_cpu and not any(isinstance(module, DynamicLinear) for module in model.modules())
 
@@ -109,10 +110,11 @@ class Scheduler:
         singles = sorted((pair for pair in busy if pair[1].decodes), key=lambda pair: pair[1].adapter)
         prompts = sorted((pair for pair in busy if not pair[1].decodes), key=lambda pair: pair[1].number)
         self.counts.steps += 1
-        if not prompts and can_replay(self.model):
+        drafted = singles if self._drafts is None else self._drafts(singles)
+        if not prompts and len(drafted) == len(singles) and can_replay(self.model):
             self._replay(singles)
         else:
-            self._run(singles, self._chunks(prompts, READ[not singles]))
+            self._run(drafted, self._chunks(prompts, READ[not singles]))
         return True
 
     def admit(self, request: Request) -> None:
@@ -179,7 +181,7 @@ class Scheduler:
     def _run(self, singles: list[tuple[Slot, Row]], chunks: Sequence[tuple[Slot, Row, Chunk]]) -> None:
         """A step of one token of each row that decodes, and of what is read of prompts."""
         can_compile = self._on_cpu and not chunks and self.model.model.decode_blocks is not None
-        can_compile = can_compile and max(row.length for _, row in singles) < LONGEST_SUM
+        can_compile = can_compile and all(row is slot.row and row.length < LONGEST_SUM for slot, row in singles)
         compiled = compiled_rows(self.model, len(singles)) if can_compile else 0
         again = singles[-1:] * (compiled - len(singles))  # once more, and not looked at
         tokens = [row.new[-1] for _, row in [*singles, *again]]
@@ -192,8 +194,7 @@ class Scheduler:
         places = [(slot.number, row.length) for slot, row in [*singles, *again]]
         pad = self._exact and not compiled
         batch = SlotBatch(self.cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
-        tokens += [0] * batch.padded
-        sent = torch.tensor([tokens]).to(self.model.device, non_blocking=True)
+        sent = torch.tensor([tokens + [0] * batch.padded]).to(self.model.device, non_blocking=True)
         hidden = self.model.hidden(sent, cache=batch)[0]  # (N, D)
         wanted, ends, begin = [*singles], list(range(len(singles))), len(singles)
         for _, row in singles:
@@ -205,7 +206,7 @@ class Scheduler:
                 ends.append(end - 1)
             begin = end
         if compiled and self.model.decode_logits is not None:
-            logits = self.model.decode_logits(self.model, hidden)[: len(singles), : self._vocab_size]
+            logits = self.model.decode_logits(self.model, hidden)[: len(singles), : self.vocab_size]
         elif wanted:
             logits = self._logits(hidden[torch.tensor(ends).to(hidden.device, non_blocking=True)])
         if wanted:
@@ -215,7 +216,7 @@ class Scheduler:
         """A step of one token of each row, on a GPU."""
         rows = [row for _, row in singles]
         settings = {row.request.decoding.sampling for row in rows}
-        self._graphs = self._graphs or SlotGraphs(self.model, self.cache, self._vocab_size)
+        self._graphs = self._graphs or SlotGraphs(self.model, self.cache, self.vocab_size)
         self._route([], self._graphs.adapters)
         logits, chosen = self._graphs(singles, settings.pop() if len(settings) == 1 else None)
         for row in rows:
@@ -233,7 +234,7 @@ class Scheduler:
     def _logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V), from two rows on."""
         doubled = hidden.expand(2, -1) if self._exact and len(hidden) == 1 else hidden
-        return self.model.logits(doubled)[: len(hidden), : self._vocab_size]
+        return self.model.logits(doubled)[: len(hidden), : self.vocab_size]
 
     def _note(self, slot: Slot, row: Row, chunk: Chunk, hidden: Tensor) -> bool:
         """Note a chunk that has been read. Returns whether the row's first token is to be chosen now."""
@@ -268,6 +269,11 @@ class Scheduler:
     def _take(self, wanted: Sequence[tuple[Slot, Row]], steps: Sequence[Step | None]) -> None:
         """Give each row its next token."""
         for (slot, row), step in zip(wanted, steps, strict=True):
+            if (own := slot.row) is not row:  # as it would be after a draft, which must be what came
+                if own is None or own.new != row.new:
+                    continue
+                own.length, row = row.length, own
+                self.counts.drafted_tokens += 1
             if step is None:
                 self._end(slot, "error", str(not_finite(self.model)), keep=False)
             elif step.token in row.request.stop_ids:

@@ -8,6 +8,7 @@ Switches, all off in a new model:
     by_document         Decoder    how packed rows attend on a CPU; set by build.make_trainable
     gathered_dtype      Llama      the dtype weights are computed in (`gathered_device`); set by build.make_trainable
     quantized_head      Llama      an int8 vocabulary projection; set by build.load_model(quantize_head=True)
+    speculation         Llama      what drafts answers ahead; set by inference.speculate
     decode_blocks       Decoder    compiled decoding, with `decode_logits` of Llama; set by inference.compile
     hook                all parts  reads or replaces activations; set by audit.hooks while it is in use
     attention_override  Attention  the same for attention patterns; set by audit.hooks while it is in use
@@ -16,6 +17,7 @@ Switches, all off in a new model:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +145,7 @@ class Llama(nn.Module):
         # A tied head has no parameter of its own, so that loading, sharding and casting can't untie it.
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.decode_logits: Callable[..., Tensor] | None = None  # `logits`, compiled
+        self.speculation: Callable[..., Any] | None = None  # makes what drafts the answers of a Scheduler's slots
         self.quantized_head: Linear | None = None  # answers in the head's place, at inference
         self.gathered_dtype: torch.dtype | None = None  # weights are cast to it as they are gathered, or used
         self.gathered_device: torch.device | None = None  # and sent to it, where they are offloaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class SlotLayer(NamedTuple):
         slots, places: (N,) int64, of each token.
         singles: so many tokens come first that are alone in their slots.
         mask: (s, 1, 1, W) bool, which places of slots `first` and following their queries attend to.
+        more: tokens that follow, in some of these slots, by slot, each with a mask of its own, (t, 1, 1, W).
         chunks: of prompts, after them, each with its mask; None: causal.
     """
 
@@ -41,6 +43,7 @@ class SlotLayer(NamedTuple):
     singles: int
     first: int
     mask: Tensor
+    more: list[tuple[int, Tensor]]
     chunks: list[tuple[Chunk, Tensor | None]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,6 +60,11 @@ class SlotLayer(NamedTuple):
             parts.append(
                 attend_singles(spread, self.keys[rows, :, :width], self.values[rows, :, :width], self.mask)[own]
             )
+        for slot, seen in self.more:
+            own, width = q[done : done + len(seen)], seen.shape[-1]
+            keys, values = self.keys[slot : slot + 1, :, :width], self.values[slot : slot + 1, :, :width]
+            parts.append(attend_singles(own, keys, values, seen))
+            done += len(own)
         for (slot, start, end), mask in self.chunks:
             each = q[done : done + end - start].transpose(0, 1).unsqueeze(0)  # (1, H, T, E), over (1, K, end, E)
             width = end if mask is None else mask.shape[1]
@@ -78,13 +86,18 @@ class SlotLayer(NamedTuple):
 
 
 def attend_singles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query a row. q: (S, H, E); k, v: (S, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E)."""
+    """Attention of one query a row, or of several of one. q: (S, H, E); k, v: (S or 1, K, W, E); mask: (S, 1, 1, W)
+    bool. Returns (S, H, E).
+    """
     each = q.unsqueeze(2)  # (S, H, 1, E)
     if torch.compiler.is_dynamo_compiling() and attends_once(each, k):
         return attend_once(each, k, v, mask).squeeze(2)
     if q.device.type == "cpu" and q.dtype == torch.promote_types(q.dtype, torch.float32):
         return attend_written(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
+    if len(k) < len(q):
+        rows, mask = q.transpose(0, 1).unsqueeze(0), mask.transpose(0, 2)  # (1, H, S, E), (1, 1, S, W)
+        return F.scaled_dot_product_attention(rows, k, v, mask, enable_gqa=grouped)[0].transpose(0, 1)
     return F.scaled_dot_product_attention(each, k, v, mask, enable_gqa=grouped).squeeze(2)
 
 
@@ -93,23 +106,29 @@ def attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     (PyTorch's fused attention divides rows and heads among threads, and a product divides a long sum, by its length.)
 
-    q: (S, H, E); k, v: (S, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E).
+    q: (S, H, E); k, v: (S or 1, K, W, E); mask: (S, 1, 1, W) bool. Returns (S, H, E).
     """
     num_slots, _, head_dim = q.shape
-    groups = q.view(num_slots, k.shape[1], -1, head_dim) * head_dim**-0.5  # (S, K, H/K, E)
-    scores = (groups @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))  # (S, K, H/K, W)
+    groups = q.reshape(num_slots, k.shape[1], -1, head_dim) * head_dim**-0.5  # (S, K, H/K, E)
+    scores = _products(groups, k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))  # (S, K, H/K, W)
     weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1).to(v.dtype)
-    sums = [part @ values for part, values in zip(weights.split(WIDTH, dim=-1), v.split(WIDTH, dim=-2), strict=True)]
+    parts = zip(weights.split(WIDTH, dim=-1), v.split(WIDTH, dim=-2), strict=True)
+    sums = [_products(part, values) for part, values in parts]
     return sum(sums[1:], sums[0]).reshape(q.shape)
 
 
+def _products(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(S, …) @ (S or 1, …): of several rows with one matrix one by one, as of a row alone: so are its bits."""
+    return rows @ matrices if len(rows) == len(matrices) else torch.cat([row @ matrices for row in rows.split(1)])
+
+
 class SlotBatch:
-    """The tokens of one pass through the model, of several slots: a new token of each of some, then chunks of prompts.
+    """The tokens of one pass through the model, of several slots: new tokens of some, then chunks of prompts.
 
     It stands in a `KVCache`'s place. The tokens are one row, (1, N), in this order.
 
     Args:
-        rows: (slot, place) of each single token.
+        rows: (slot, place) of each single token; after one of each slot may follow more of these slots, slot by slot.
         chunks: of prompts.
         pad: a token that is alone gets another beside it, which is none of any slot.
         fixed: the pass runs compiled code, if the model has any: shapes are of few kinds.
@@ -130,11 +149,13 @@ class SlotBatch:
         tokens = [*rows, *((slot, place) for slot, start, end in chunks for place in range(start, end))]
         self.padded, self.fixed = pad and len(tokens) == 1, fixed
         tokens += [(0, cache.spare)] * self.padded
-        self._cache, self._singles, self._first = cache, len(rows), 0
+        self._cache, self._first, slots = cache, 0, {slot for slot, _ in rows}
+        self._singles = len(rows) if fixed else len(slots)
         both = torch.tensor([*zip(*tokens, strict=True)])  # (2, N)
         self._slots, self.places = both.to(device, non_blocking=True)
-        self._mask = torch.empty(0)
+        self._mask, self._more = torch.empty(0), list[tuple[int, Tensor]]()
         if rows:
+            rows, more = rows[: self._singles], rows[self._singles :]
             used = [slot for slot, _ in rows]
             self._first, last = (min(used), max(used)) if not fixed or len(rows) == 1 else (0, cache.number - 1)
             ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
@@ -142,6 +163,10 @@ class SlotBatch:
                 ends[slot - self._first] = place
             width = (int(ends.max()) // WIDTH + 1) * WIDTH
             self._mask = attended(ends, width, cache.window).to(device, non_blocking=True)
+            for slot, own in itertools.groupby(more, key=lambda row: row[0]):
+                ends = torch.tensor([place for _, place in own])
+                seen = attended(ends, (int(ends.max()) // WIDTH + 1) * WIDTH, cache.window)
+                self._more.append((slot, seen.to(device, non_blocking=True)))
         if fixed:  # `layer` gives the part of the cache from there on
             self._slots = self._slots - self._first
         self.chunks = [(chunk, _mask(chunk, cache.window, device)) for chunk in chunks]
@@ -151,7 +176,8 @@ class SlotBatch:
         """A token of every slot, at `places` (S,) int64, under a mask over `width` places; of tensors alone."""
         new = object.__new__(cls)
         new.padded, new.fixed, new._cache, new._singles, new._first = False, True, cache, cache.number, 0
-        new._slots, new.places, new.chunks = torch.arange(cache.number, device=places.device), places, []
+        new._slots, new.places = torch.arange(cache.number, device=places.device), places
+        new._more, new.chunks = [], []
         new._mask = attended(places.clamp(max=width - 1), width, cache.window)  # idle slots stand beyond the width
         return new
 
@@ -169,7 +195,7 @@ class SlotBatch:
         if self.fixed and len(self._mask) < self._cache.number:  # code that is compiled for one slot does for all
             rows = slice(first, first + len(self._mask))
             keys, values, first = keys[rows], values[rows], 0
-        where = (self._slots, self.places, self._singles, first, self._mask, self.chunks)
+        where = (self._slots, self.places, self._singles, first, self._mask, self._more, self.chunks)
         return SlotLayer(keys, values, *where)
 
 
