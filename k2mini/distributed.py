@@ -153,9 +153,8 @@ def shard(
         reduce_dtype=None if compute is None else torch.float32,
         cast_forward_inputs=False,  # the embedding comes out as it should, and rotary tables stay in float32
     )
-    kept = fsdp.OffloadPolicy()
-    if section.offload is not None:
-        kept = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    pinned = mesh.device_type == "cuda"
+    kept = fsdp.OffloadPolicy() if section.offload is None else fsdp.CPUOffloadPolicy(pin_memory=pinned)
     how: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": kept}
     for unit in units:
         fsdp.fully_shard(unit, **how, reshard_after_forward=section.reshard_after_forward)
