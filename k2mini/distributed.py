@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -69,15 +69,6 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.patient)
         return values
-
-    def agree(self, values: Mapping[str, Any]) -> None:
-        """Raise ValueError on all ranks, naming what differs, unless all of them have the same values."""
-        first, *others = self.all_gather(dict(values))
-        for rank, other in enumerate(others, start=1):
-            for name in first:
-                if other.get(name) != first[name]:
-                    found = f"{first[name]} on rank 0, {other.get(name)} on rank {rank}"
-                    raise ValueError(f"{name} is {found}; start all ranks with the same configuration and files")
 
     def barrier(self) -> None:
         """Wait until all ranks have called it."""
@@ -178,44 +169,6 @@ def shard(
     fully_shard(model, **how, reshard_after_forward=False)
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
-
-
-@contextmanager
-def uneven(model: object, world: World) -> Iterator[None]:
-    """Let each rank run its own data through a sharded model, in as many passes as that takes.
-
-    A pass gathers weights from all ranks. So each is announced, and a rank that has left the block runs one token for
-    every pass that others announce, until nobody does. In the block there are no other collectives. A model that is
-    not sharded needs nothing of this.
-
-    Args:
-        model: a `Llama`, or what stands in its place.
-    """
-    if world.size == 1 or not isinstance(model, FSDPModule):
-        yield
-        return
-    shared: Any = model
-    hidden, inference = shared.hidden, False  # what weights were gathered into in inference mode is used in no other
-
-    def announce(*_: Any) -> None:
-        nonlocal inference
-        inference = torch.is_inference_mode_enabled()
-        world.all_reduce(1)
-
-    def announced(*arguments: Any, **how: Any) -> Tensor:
-        announce()
-        return hidden(*arguments, **how)
-
-    shared.hidden = announced
-    hook = shared.register_forward_pre_hook(announce, prepend=True)  # before FSDP's own, which gathers weights
-    try:
-        yield
-        while world.all_reduce(0)[0]:
-            with torch.inference_mode(inference), torch.no_grad():
-                hidden(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
-    finally:
-        hook.remove()
-        shared.hidden = hidden
 
 
 def reshard(model: nn.Module) -> None:

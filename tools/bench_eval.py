@@ -1,16 +1,23 @@
 """NPEE's choice questions with K2's own four examples, beside K2's loop over transformers and lm-eval's backend.
 
     python tools/bench_eval.py --model DIR --geobench FOLDER [--pairs 3] [--questions 60]
+    python tools/bench_eval.py --model DIR --geobench FOLDER --ranks 2 [--pairs 3] [--questions 182]
 
 K2's loop (github:davendw49/k2, evaluation/run_eval.py) runs every question with its whole prefix through the model, one
 at a time. lm-evaluation-harness (where lm-eval is installed) scores each option by log-likelihood in its HF backend,
 in batches, longest first. All get the same prompts and threads; answers are compared question by question.
+
+With --ranks nothing is compared with others: that many processes of one thread share the questions, and in turns one
+of them answers all, while the others wait. Results are compared to the last bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +26,10 @@ from typing import Any
 import torch
 
 from k2mini.build import load_model
+from k2mini.config import ParallelSection
 from k2mini.data.prompts import get_template
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ranks
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
@@ -89,6 +98,42 @@ def compare(
     )
 
 
+def over_ranks(options: argparse.Namespace) -> None:
+    """One of the ranks, which torchrun started."""
+    torch.set_num_threads(1)
+    with ranks(torch.device("cpu"), ParallelSection()) as world:
+        model, tokenizer = load_model(options.model)
+        assert tokenizer is not None
+        questions = npee_choice(options)
+        file = options.geobench / "multiple_choice_samples.txt"
+        config = EvalConfig("letter", get_template("k2"), fewshot_file=str(file))
+        alone, together, same = [], [], True
+        for _ in range(options.pairs + 1):  # the first pair warms up
+            world.barrier()
+            start = time.perf_counter()
+            one = evaluate(model, tokenizer, questions, config) if world.is_main else []
+            alone.append(time.perf_counter() - start)
+            world.barrier()
+            start = time.perf_counter()
+            many = evaluate(model, tokenizer, questions, config, world=world)
+            together.append(time.perf_counter() - start)
+            same = same and (one == many or not world.is_main)
+    if world.is_main:
+        ratios = [a / b for a, b in zip(alone[1:], together[1:], strict=True)]
+        seconds = f"{statistics.median(alone[1:]):.1f} s alone, {statistics.median(together[1:]):.1f} s together"
+        print(
+            f"{len(questions)} questions, {world.size} processes of one thread: {statistics.median(ratios):.2f} times"
+        )
+        print(f"the rate of one ({min(ratios):.2f} to {max(ratios):.2f}; {seconds});", end=" ")
+        print(f"results {'the same' if same else 'DIFFER'}")
+
+
+def npee_choice(options: argparse.Namespace) -> list[Question]:
+    """NPEE's first choice questions."""
+    choice = [q for q in load_geobench(options.geobench / "geobench_npee.json") if q.task == "npee/choice"]
+    return choice[: options.questions]
+
+
 def main() -> None:
     """Measure both forms of K2's examples against every peer that is installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,13 +142,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1)
     options = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:
+        over_ranks(options)
+        return
+    if options.ranks > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+        subprocess.run([sys.executable, *launch, *sys.argv], check=True)
+        return
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options.model)
     assert tokenizer is not None
     reference = transformers_model(options.model)
-    choice = [q for q in load_geobench(options.geobench / "geobench_npee.json") if q.task == "npee/choice"]
-    questions = choice[: options.questions]
+    questions = npee_choice(options)
     try:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer

@@ -6,27 +6,42 @@ import argparse
 import json
 import logging
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from k2mini.commands.ranks import check_same, mesh_of
 from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import encode_prompt, room
 from k2mini.errors import StoppedBySignalError
 
 if TYPE_CHECKING:
-    from k2mini.commands.inference import Asked
+    from k2mini.data.prompts import AnyTemplate
+    from k2mini.data.tokenizer import Tokenizer
     from k2mini.distributed import World
     from k2mini.inference.decoding import Decoding
     from k2mini.inference.journal import Journal
+    from k2mini.nn.llama import Llama
+    from k2mini.weights.model_directory import ModelDirectory
+
+    Asked = tuple[ModelDirectory, Tokenizer, AnyTemplate]
 
 log = logging.getLogger("k2mini.commands")
 
 
 def answer_all(
-    options: argparse.Namespace, questions: list[tuple[str, str]], opened: Asked, decoding: Decoding, world: World
+    options: argparse.Namespace,
+    questions: list[tuple[str, str]],
+    opened: Asked,
+    decoding: Decoding,
+    load: Callable[..., Llama],
+    world: World,
 ) -> None:
-    """Answer, then print or write the answers; where they can't be written, they are printed before that is said."""
-    from k2mini.commands.ranks import agree
+    """Answer, then print or write the answers; where they can't be written, they are printed before that is said.
+
+    Args:
+        load: the model as the options want it, once it is needed.
+    """
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import check_output, output, write_text
     from k2mini.inference.journal import Journal
@@ -41,14 +56,14 @@ def answer_all(
             check_output(path, file=True, force=True, inputs=read)
         made_by = "" if path is None and world.size == 1 else _made_by(options, opened, decoding)
         if world.size > 1:
-            agree(
-                world, options, {"the hash of model and settings": made_by, "the hash of what is asked": digest(asked)}
-            )
+            hashes = {"the hash of model and settings": made_by, "the hash of what is asked": digest(asked)}
+            check_same(world, options, hashes)
         journal = Journal(path, asked, made_by, force=options.force, world=world)
         done = len(journal.entries)
         try:
             if done < len(asked):
-                _answer(options, questions, opened, decoding, journal, world)
+                _answer(options, questions, opened, decoding, load(**mesh_of(world, options)), journal, world)
+            journal.finish()
             if world.rank:
                 return
             answered = [journal.entries[place] for place in range(len(asked))]
@@ -77,17 +92,16 @@ def _answer(
     questions: list[tuple[str, str]],
     opened: Asked,
     decoding: Decoding,
+    model: Llama,
     journal: Journal,
     world: World,
 ) -> None:
     """Let a journal have the answers that it lacks, each rank a share of them."""
-    from k2mini.commands.inference import load
-    from k2mini.commands.ranks import mesh_of
-    from k2mini.distributed import uneven
     from k2mini.inference.answers import answers, rank_share
+    from k2mini.nn.uneven import uneven
 
-    directory, tokenizer, template = opened
-    model, prompts = load(options, directory, **mesh_of(world, options)), []
+    _, tokenizer, template = opened
+    prompts = []
     for number, question in enumerate(questions):
         where = "" if options.input is None else f"{options.input}, question {number}: "
         try:
@@ -103,7 +117,6 @@ def _answer(
         found = answers(model, tokenizer, prompts, decoding, label, **how) if mine else ()
         for place, (text, completion) in zip(mine, found, strict=True):
             journal.add(place, text, completion)
-    journal.finish()
 
 
 def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2mini.commands.backends import open_other
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
+from k2mini.commands.ranks import check_same, joined, mesh_of
 from k2mini.commands.tasks import ARGUMENTS, read_inputs
 from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
 from k2mini.data.chats import open_template, stop_ids
@@ -108,7 +109,6 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
-    from k2mini.commands.ranks import joined
     from k2mini.distributed import ALONE
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
@@ -142,7 +142,6 @@ def _evaluate(
     world: World,
 ) -> None:
     from k2mini.build import empty_model
-    from k2mini.commands.ranks import agree, mesh_of
     from k2mini.commands.uncertainty import add_uncertainty, check_uncertainty
     from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
@@ -163,7 +162,7 @@ def _evaluate(
     mesh = {}
     if world.size > 1:
         hashed = {"the hash of the questions": digest([[question.digest for question in questions], pairs])}
-        agree(world, options, {**made_by, **hashed})
+        check_same(world, options, {**made_by, **hashed})
         mesh = mesh_of(world, options)
     if out is not None and world.rank == 0:  # before the model, which takes longer
         check_kept(out, questions, config, tokenizer, made_by)

@@ -6,21 +6,21 @@ import argparse
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2mini.commands.answering import answer_all
 from k2mini.commands.common import LOADED, SHARD, TEMPLATE, tuned_in
+from k2mini.commands.ranks import joined
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import encode_prompt, room, utf8
 
 if TYPE_CHECKING:
-    from k2mini.data.prompts import AnyTemplate
-    from k2mini.data.tokenizer import Tokenizer
+    from k2mini.commands.answering import Asked
     from k2mini.inference.decoding import Decoding
     from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
-
-    Asked = tuple[ModelDirectory, Tokenizer, AnyTemplate]
 
 log = logging.getLogger("k2mini.commands")
 
@@ -94,7 +94,7 @@ def _open(options: argparse.Namespace) -> Asked:
     return directory, tokenizer, open_template(name, directory.path, tokenizer)
 
 
-def load(options: argparse.Namespace, directory: ModelDirectory, **wanted: Any) -> Llama:
+def _load(options: argparse.Namespace, directory: ModelDirectory, **wanted: Any) -> Llama:
     """The model, as the options want it, and `wanted` of `load_model`."""
     from k2mini.build import open_model
     from k2mini.inference.compile import compile_decoding
@@ -147,22 +147,21 @@ def _decoding(options: argparse.Namespace) -> Decoding:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print an answer as it is made, or the answers to many as JSON."""
-    from k2mini.commands.answering import answer_all
-    from k2mini.commands.ranks import joined
     from k2mini.distributed import ALONE
 
     # What costs nothing is checked before the model is loaded.
+    spread = options.shard or "LOCAL_RANK" in os.environ
+    if spread and options.input in (None, "-"):
+        raise ValueError("a prompt or standard input is for one process; --input FILE gives ranks something to do")
     decoding, questions = _decoding(options), _questions(options)
     opened = _open(options)
-    if options.shard or "LOCAL_RANK" in os.environ:
-        if options.input is None:
-            raise ValueError("one prompt is answered by one process; --input gives several ranks something to do")
+    if spread:
         with joined(options) as world:
-            answer_all(options, questions, opened, decoding, world)
+            answer_all(options, questions, opened, decoding, partial(_load, options, opened[0]), world)
     elif options.input is None and decoding.beams is None and not options.json and options.out is None:
         _print_answer(options, questions[0], opened, decoding)
     else:
-        answer_all(options, questions, opened, decoding, ALONE)
+        answer_all(options, questions, opened, decoding, partial(_load, options, opened[0]), ALONE)
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -192,7 +191,7 @@ def _print_answer(options: argparse.Namespace, question: tuple[str, str], opened
     from k2mini.inference.generate import generate
 
     directory, tokenizer, template = opened
-    prompt, model = encode_prompt(tokenizer, template, *question), load(options, directory)
+    prompt, model = encode_prompt(tokenizer, template, *question), _load(options, directory)
     stream, context = TextStream(tokenizer, decoding.stop), model.config.max_seq_len
     new = room(len(prompt), decoding.max_new_tokens, context)
 
@@ -214,4 +213,4 @@ def run_chat(options: argparse.Namespace) -> None:
 
     decoding = _decoding(options)
     directory, tokenizer, template = _open(options)
-    terminal.chat(terminal.Conversation(load(options, directory), tokenizer, template, decoding))
+    terminal.chat(terminal.Conversation(_load(options, directory), tokenizer, template, decoding))

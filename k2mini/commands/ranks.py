@@ -6,8 +6,9 @@ import argparse
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ LOST = re.compile(r"gloo|NCCL|Store|[Cc]onnection (was )?(closed|reset|refused)|
 def joined(options: argparse.Namespace) -> Iterator[World]:
     """Join the ranks that torchrun started, until the block ends.
 
-    torchrun ends the others where one is lost: the first says then that what is done is kept.
+    torchrun ends the others where one is lost: the first, or else the second, says then that what is done is kept.
 
     Raises ValueError where a rank was lost, or `--shard` has no ranks to spread the model over.
     """
@@ -35,18 +36,18 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
     set_threads(options.threads)
     again = "start again" if options.out is None else f"what is done is kept in {options.out}, start again to go on"
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise StoppedBySignalError(number, f"what is done is kept in {options.out}")
-
-    if options.shard:
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            raise ValueError("--shard spreads the weights over ranks; torchrun starts them, and there is one")
-        for name in ("--quantize-head", "--compile"):
-            if getattr(options, name[2:].replace("-", "_")):
-                raise ValueError(f"--shard spreads the weights over ranks; it does not go with {name}")
     try:
         with ranks(pick_device(options.device), ParallelSection()) as world:
-            if options.out is not None and world.is_main:
+            first = world.broadcast(os.getpid())
+
+            def stop(number: int, _frame: FrameType | None) -> None:
+                with suppress(ProcessLookupError):
+                    if not world.is_main:
+                        os.kill(first, 0)  # it is there, and says it
+                        sys.exit(128 + number)
+                raise StoppedBySignalError(number, f"what is done is kept in {options.out}")
+
+            if options.out is not None and world.rank == int(os.environ["LOCAL_RANK"]) < 2:
                 signal.signal(signal.SIGTERM, stop)
             yield world
     except RuntimeError as error:
@@ -55,10 +56,12 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
         raise ValueError(f"another rank has ended; {again}") from error
 
 
-def agree(world: World, options: argparse.Namespace, files: Mapping[str, Any]) -> None:
+def check_same(world: World, options: argparse.Namespace, files: Mapping[str, Any]) -> None:
     """Raise ValueError on all ranks, naming what differs, where they have other options or files."""
+    from k2mini.training.run import agree
+
     given = {"--" + name.replace("_", "-"): str(value) for name, value in vars(options).items() if name != "run"}
-    world.agree({**given, **files})
+    agree({**given, **files}, world)
 
 
 def mesh_of(world: World, options: argparse.Namespace) -> dict[str, Any]:

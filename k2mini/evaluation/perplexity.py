@@ -12,11 +12,12 @@ from torch import Tensor
 
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import ALONE, World, uneven
+from k2mini.distributed import ALONE, World
 from k2mini.evaluation.score import OtherModel, Request, split_jointly
 from k2mini.inference.decoding import not_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
+from k2mini.nn.uneven import uneven
 from k2mini.training.validation import validation_loss
 
 

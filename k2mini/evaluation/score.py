@@ -19,11 +19,12 @@ from torch import Tensor
 
 from k2mini.data.prompts import shared_prefix
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import ALONE, World, uneven
+from k2mini.distributed import ALONE, World
 from k2mini.inference.decoding import Decoding, not_finite
 from k2mini.nn.kv_cache import KVCache, extend, pad_right
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
+from k2mini.nn.uneven import uneven
 
 TOKEN_BUDGET = 8192  # tokens, padding included, that run at a time
 CACHE_BUDGET = 16384  # slots of the key/value cache: 8 GB of LLaMA-7B's in 16 bits

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
-from k2mini.distributed import ALONE, World, uneven
+from k2mini.distributed import ALONE, World
 from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
@@ -23,6 +24,7 @@ from k2mini.files import write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.decoding import Decoding
 from k2mini.nn.llama import Llama
+from k2mini.nn.uneven import uneven
 
 
 class OpenQuestion(NamedTuple):
@@ -75,18 +77,7 @@ def run_subjective(
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
     asked = [pairs[place][0] for place in kept]
     path = None if out is None else out / f"answers_{task.replace('/', '_')}.jsonl"
-    ends = stop_ids(tokenizer, template)
-
-    def answer(prompts: list[list[int]]) -> Iterator[str]:
-        if not isinstance(model, Llama):
-            yield from model.answers(prompts, decoding, ends) if prompts else ()
-            return
-        with uneven(model, world) if world.size > 1 else nullcontext():
-            if prompts:
-                label = task if world.rank == 0 else None
-                made = answers(model, tokenizer, prompts, decoding, label=label, stop_ids=ends)
-                yield from (text for text, _ in made)
-
+    answer = partial(_made, model, tokenizer, decoding, stop_ids(tokenizer, template), task, world)
     with kept_in(path):
         texts = _answers(asked, prompts, answer, path, world)
     likely = [logprobs[number][0] / length for number, length in enumerate(lengths)]
@@ -104,6 +95,25 @@ def _scored(task: str, pair: Pair, place: int, answer: str, likelihood: float) -
     scores = {"rouge_l": rouge_l(answer, reference), "token_f1": token_f1(answer, reference), "likelihood": likelihood}
     scores |= {"accuracy": float(is_right(answer))} if is_right is not None else {}
     return OpenAnswer(task, place, question, reference, answer, scores)
+
+
+def _made(
+    model: Llama | OtherModel,
+    tokenizer: Tokenizer,
+    decoding: Decoding,
+    ends: Sequence[int],
+    task: str,
+    world: World,
+    prompts: list[list[int]],
+) -> Iterator[str]:
+    """The answers to this rank's prompts."""
+    if not isinstance(model, Llama):
+        yield from model.answers(prompts, decoding, ends) if prompts else ()
+        return
+    with uneven(model, world) if world.size > 1 else nullcontext():
+        if prompts:
+            label = task if world.rank == 0 else None
+            yield from (text for text, _ in answers(model, tokenizer, prompts, decoding, label=label, stop_ids=ends))
 
 
 def _summary(

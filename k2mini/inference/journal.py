@@ -22,8 +22,8 @@ class Journal:
     """Answers in a .jsonl, each added as it comes; a command that is started again goes on after them.
 
     They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled,
-    in 16 bits, in w8a8. Ranks keep theirs in NAME.RANK beside it, each line after the answer's place, until all are
-    there; a start on any number of ranks goes on with those of another.
+    in 16 bits, in w8a8. Ranks keep theirs beside it in NAME.rank0 and so on, each line after the answer's place, until
+    all are there; a start on any number of ranks goes on with those of another.
 
     Args:
         path: None keeps them in memory only.
@@ -69,7 +69,7 @@ class Journal:
         if self.path is not None and self._world.size == 1:
             self._write(self.path)
         elif self.path is not None:
-            with self.path.with_name(f"{self.path.name}.{self._world.rank}").open("ab") as file:
+            with self.path.with_name(f"{self.path.name}.rank{self._world.rank}").open("ab") as file:
                 file.write(b"%d\t" % place + self._line(self.entries[place]))
 
     def finish(self) -> None:
@@ -92,7 +92,7 @@ class Journal:
 
     def _others(self, path: Path) -> list[Path]:
         """What ranks have left beside the file."""
-        named = re.compile(rf"{re.escape(path.name)}\.\d+")
+        named = re.compile(rf"{re.escape(path.name)}\.rank\d+")
         return [other for other in sorted(path.parent.iterdir()) if named.fullmatch(other.name)]
 
     def _read_all(self, path: Path) -> None:

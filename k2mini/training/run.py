@@ -137,7 +137,7 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
     Raises ValueError where ranks differ, it holds something else, or another process writes it.
     """
     values = {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in (part or {}).items()}
-    world.agree(values)
+    agree(values, world)
     if config.train.compile:
         check_compiler(world.device)  # before a corpus is prepared, which may take hours
     if config.run.tensorboard or config.run.wandb:
@@ -164,6 +164,16 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
 def _write_config(config: RunConfig) -> None:
     # JSON is YAML, so this file can be given back to the command.
     write_text(Path(config.run.dir) / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
+
+
+def agree(values: dict[str, Any], world: World) -> None:
+    """Raise ValueError on all ranks, naming what differs, unless all of them have the same values."""
+    first, *others = world.all_gather(values)
+    for rank, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                found = f"{first[name]} on rank 0, {other.get(name)} on rank {rank}"
+                raise ValueError(f"{name} is {found}; start all ranks with the same configuration and files")
 
 
 def _is_complete(config: RunConfig, out: Path, world: World) -> bool:
@@ -230,7 +240,7 @@ def _identity(config: RunConfig, known_by: dict[str, Any], base: ModelDirectory,
     # The directory is opened anew, since files that have been read stay mapped.
     fingerprint, tokenizer = ModelDirectory(base.path).fingerprint(), base.tokenizer_hash()
     files = {"model.path": fingerprint, "data.path": known_by["content"], "tokenizer.model": tokenizer}
-    world.agree({f"the hash of {name}": digest for name, digest in files.items()})
+    agree({f"the hash of {name}": digest for name, digest in files.items()}, world)
     data = {key: value for key, value in settings["data"].items() if not key.endswith("path")}
     return {
         "schedule": settings["train"],

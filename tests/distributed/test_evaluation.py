@@ -107,7 +107,7 @@ def test_generate_on_ranks_and_after_kills_is_that_of_one_process(world, forks, 
     assert killed[1].status == -signal.SIGKILL
     assert killed[0].is_sentence, killed[0].err
     assert "another rank has ended" in killed[0].last
-    assert len(list(folder.glob(f"{name}.{ends}*.[01]"))) == 2
+    assert len(list(folder.glob(f"{name}.{ends}*.rank[01]"))) == 2
     killed = start(forks, 3, folder, f"{common}.{ends}", 0, 0)
     assert killed[0].status == -signal.SIGKILL
     then = 2 if more else 1
@@ -129,12 +129,20 @@ def _entries(path):
 def test_answers_of_another_model_beside_the_file_are_refused(world, forks):
     folder, _ = world
     line = "generate --model model --input asked.txt --max-new-tokens 3 --out beside.jsonl"
-    (folder / "beside.jsonl.1").write_text('7\t{"prompt": "What is quartz?"}\n')
+    (folder / "beside.jsonl.rank1").write_text('7\t{"prompt": "What is quartz?"}\n')
     end = forks.one(folder, line)
     assert end.is_sentence
-    assert "beside.jsonl.1, line 1 is not this model's answer" in end.last
+    assert "beside.jsonl.rank1, line 1 is not this model's answer" in end.last
     assert forks.one(folder, f"{line} --force").status == 0
-    assert not (folder / "beside.jsonl.1").exists()
+    assert not (folder / "beside.jsonl.rank1").exists()
+    whole = (folder / "beside.jsonl").read_bytes()
+    lines = [b"%d\t" % place + answer for place, answer in enumerate(whole.splitlines(keepends=True))]
+    (folder / "beside.jsonl").unlink()
+    for rank in (0, 1):  # both were killed when all was there, and one within a line
+        (folder / f"beside.jsonl.rank{rank}").write_bytes(b"".join(lines[rank::2]) + lines[rank][:40] * rank)
+    assert forks.one(folder, line).status == 0
+    assert (folder / "beside.jsonl").read_bytes() == whole
+    assert not list(folder.glob("beside.jsonl.rank*"))
 
 
 def test_ranks_that_were_told_different_things(world, forks):
@@ -153,7 +161,7 @@ def test_what_ranks_are_not_for(world, forks):
     for line, rank, said in (
         (f"{generate} --input asked.txt --shard", {}, "torchrun starts them, and there is one"),
         (f"eval --model model {EVAL} --shard", {}, "torchrun starts them, and there is one"),
-        (f"{generate} --prompt rock", {"LOCAL_RANK": "0"}, "--input gives several ranks something to do"),
+        (f"{generate} --prompt rock", {"LOCAL_RANK": "0"}, "--input FILE gives ranks something to do"),
     ):
         end = forks.one(folder, line, environment=rank)
         assert (end.is_sentence, end.out) == (True, ""), end.err
@@ -165,7 +173,7 @@ def test_what_ranks_are_not_for(world, forks):
 
 @pytest.mark.parametrize("lora", ["", " lora.rank=2"])
 def test_a_benchmark_while_training_uses_the_ranks(world, forks, lora):
-    """Of a model that they share and of adapters; each rank scores a part of the questions."""
+    """Of a model that they share, in passes of different numbers, and of adapters: one process's accuracies."""
     folder, _ = world
     values = {
         "run": {"dir": "x", "seed": 3}, "model": {"path": "model", "dtype": "float64"},

@@ -12,6 +12,7 @@ from k2mini.build import load_model
 from k2mini.data.chats import encode_conversation, open_template
 from k2mini.data.prompts import get_template, shared_prefix
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import World
 from k2mini.evaluation.benchmarks import Question, load_geobench
 from k2mini.evaluation.evaluate import evaluate
 from k2mini.evaluation.instances import EvalConfig, PromptBuilder
@@ -159,6 +160,25 @@ def test_a_batch_is_read_once():
         found = list(score(model, requests, batch_size=64, share=False))
     assert len(found) == len(requests) > 20
     assert waits.found == ["tolist"] * 2  # one batch of each group
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_ranks_and_what_is_wanted_leave_batches_as_they_are(share):
+    """Each batch is scored by one rank, to the last bit as one process does; what has a score already may be left out.
+
+    The ranks get about as many tokens as each other.
+    """
+    model, requests = tiny_llama(), random_requests()
+    whole = list(score(model, requests, batch_size=3, share=share))
+    parts = [list(score(model, requests, batch_size=3, share=share, world=World(rank, 3))) for rank in range(3)]
+    assert sorted(found for part in parts for found in part) == sorted(whole)
+    tokens = tokens_to_run(requests, share=share)
+    loads = [sum(tokens[place] for place, _ in part) for part in parts]
+    assert max(loads) < 1.5 * min(loads)
+    wanted = {whole[4][0], whole[-1][0]}
+    some = list(score(model, requests, batch_size=3, share=share, wanted=wanted))
+    assert [found for found in some if found[0] in wanted] == [found for found in whole if found[0] in wanted]
+    assert len(some) <= 6
 
 
 def test_predictions_do_not_depend_on_batches_or_sharing(tiny_directory):
