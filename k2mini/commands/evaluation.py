@@ -146,7 +146,6 @@ def _evaluate(
     from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.subjective import run_subjective
-    from k2mini.nn.llama import Llama
     from k2mini.weights.model_directory import ModelDirectory
 
     (config, questions, pairs, texts, taken), out = inputs, options.out
@@ -178,7 +177,7 @@ def _evaluate(
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, **told)
             for task in pairs
         ]
-    if texts and isinstance(model, Llama):  # `open_other` refuses them of others
+    if texts:
         found = text_perplexity(model, tokenizer, texts, window=options.window, stride=options.stride, world=world)
         report["perplexity"] = {"files": [str(p).replace("hf:/", "hf://") for p in options.perplexity], **asdict(found)}
     if world.rank:

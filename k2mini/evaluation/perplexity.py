@@ -13,7 +13,7 @@ from torch import Tensor
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
-from k2mini.evaluation.score import split_jointly
+from k2mini.evaluation.score import OtherModel, Request, split_jointly
 from k2mini.inference.decoding import not_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -52,7 +52,7 @@ def perplexity(model: Llama, documents: Sequence[Sequence[int]], batch_size: int
 
 @torch.no_grad()
 def text_perplexity(
-    model: Llama,
+    model: Llama | OtherModel,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -69,7 +69,8 @@ def text_perplexity(
 
     Raises ValueError where there is no text, window and stride do not fit, or the logits are not finite.
     """
-    nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
+    device = model.device if isinstance(model, Llama) else "cpu"
+    nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     number, own = 0, dict[int, Tensor]()  # of windows; the log-probability of each that is this rank's
     with uneven(model, world) if world.size > 1 else nullcontext():
         for text in texts:
@@ -79,7 +80,7 @@ def text_perplexity(
             ids = before + tokenizer.encode(text, bos=True, eos=False)
             for row, new in _windows(model, ids, 1, window, stride):
                 if number % world.size == world.rank:
-                    own[number] = _predicted(model, row, new)[0].sum()
+                    own[number] = _summed(model, row, new)
                     nats = nats - own[number]
                 number, tokens = number + 1, tokens + new.stop - new.start
             _finite(model, nats)  # a GPU is waited for here, once a text
@@ -111,7 +112,7 @@ def score_text(
 
 
 def _windows(
-    model: Llama, ids: list[int], scored: int, window: int | None = None, stride: int | None = None
+    model: Llama | OtherModel, ids: list[int], scored: int, window: int | None = None, stride: int | None = None
 ) -> Iterator[tuple[list[int], slice]]:
     """Windows in which all tokens but the first `scored` are predicted: a window's tokens, and of which to which.
 
@@ -136,9 +137,18 @@ def _predicted(model: Llama, ids: list[int], new: slice) -> tuple[Tensor, Tensor
     return logprobs.gather(-1, row[1:][new, None]), logprobs
 
 
-def _finite(model: Llama, total: Tensor) -> float:
+def _summed(model: Llama | OtherModel, ids: list[int], new: slice) -> Tensor:
+    """The log-probability of all that a window predicts."""
+    if isinstance(model, Llama):
+        return _predicted(model, ids, new)[0].sum()
+    request = Request(tuple(ids[: new.start + 1]), (tuple(ids[new.start + 1 :]),))
+    ((_, (total,)),) = model.score([request], 1)
+    return torch.tensor(total)
+
+
+def _finite(model: Llama | OtherModel, total: Tensor) -> float:
     number = total.item()
-    if not math.isfinite(number):
+    if isinstance(model, Llama) and not math.isfinite(number):  # others say it themselves
         raise not_finite(model)
     return number
 

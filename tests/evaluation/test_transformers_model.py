@@ -130,6 +130,22 @@ def test_a_llamas_scores_and_answers_are_k2minis(tiny_directory, rocks, tmp_path
         assert b["likelihood"] == pytest.approx(a["likelihood"], abs=1e-4)
 
 
+def test_perplexity(tiny_directory, byte_level, tmp_path, run):
+    """A LLaMA's is k2mini's, window by window; GPT-2's is exp of the loss that transformers gives."""
+    file = tmp_path / "text.txt"
+    file.write_text("granite is made of quartz. " * 20)
+    windows = ("--perplexity", file, "--window", 64, "--stride", 16, "--json")
+    both = [run("eval", "--model", tiny_directory, "--backend", name, *windows) for name in ("k2mini", "transformers")]
+    ours, theirs = (json.loads(out)["perplexity"] for _, out, _ in both)
+    assert theirs == {**ours, "perplexity": pytest.approx(ours["perplexity"]), "bits_per_byte": theirs["bits_per_byte"]}
+    _, out, _ = run("eval", "--model", byte_level / "gpt2", "--backend", "transformers", "--perplexity", file, "--json")
+    ids = [0, *transformers.AutoTokenizer.from_pretrained(byte_level / "gpt2")(file.read_text()).input_ids]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(byte_level / "gpt2").eval()
+    with torch.no_grad():
+        loss = reference(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    assert json.loads(out)["perplexity"]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_every_task_with_a_tokenizer_of_two_files(byte_level, geobench, tmp_path, run, kind):
     """The ids are those of transformers; a finished run is not made again, and is not another backend's."""
