@@ -32,7 +32,7 @@ from k2mini.commands import (
     training,
     weights,
 )
-from k2mini.commands.common import ANSWER, COMPUTE, CONFIG, DEBUG, MODEL, TARGET, PrintVersion
+from k2mini.commands.common import ANSWER, COMPUTE, CONFIG, DEBUG, MODEL, TARGET, Print, version
 from k2mini.errors import ESCAPE, STOPPED, end
 
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. What it returns has `run`, the function of `commands/` that does the work."""
     about, epilog = "The K2 geoscience LLM pipeline in plain PyTorch.", "k2mini COMMAND --help explains a command."
     parser = argparse.ArgumentParser("k2mini", description=about, epilog=epilog)
-    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action=Print, nargs=0, const=version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
 
     def add(name: str, declare: Callable[[argparse.ArgumentParser], None], what: str, *parents: Any) -> None:

@@ -24,14 +24,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("k2mini.commands")
 
 
-class PrintVersion(argparse.Action):
-    """`--version`, which asks for the version only when it is wanted: that takes time."""
+class Print(argparse.Action):
+    """An option that prints what the function `const` returns, which may take time, and ends."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"k2mini {version('k2mini')}")
+        print(self.const())
         parser.exit()
+
+
+def version() -> str:
+    """The program's name and version."""
+    from importlib.metadata import version
+
+    return f"k2mini {version('k2mini')}"
 
 
 LIST: Any = {"nargs": "+", "action": "extend"}  # an option that takes several values, and more where it is repeated

@@ -12,11 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.backends import open_other
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
 from k2mini.commands.ranks import check_same, joined, mesh_of
 from k2mini.commands.tasks import ARGUMENTS, read_inputs
-from k2mini.commands.uncertainty import ARGUMENTS as UNCERTAINTY
 from k2mini.data.chats import open_template, stop_ids
 from k2mini.data.prompts import utf8
 
@@ -91,8 +89,6 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perplexity", **LIST, default=[], type=Path, metavar="FILE", help="text files to predict")
     parser.add_argument("--window", type=int, metavar="N", help="of --perplexity: tokens seen (default: the context)")
     parser.add_argument("--stride", type=int, metavar="N", help="of --perplexity: the window's step (default: half)")
-    for name, settings in UNCERTAINTY.items():
-        parser.add_argument(name, **settings)
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -109,6 +105,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
+    from k2mini.commands.backends import open_other
     from k2mini.distributed import ALONE
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output
@@ -142,16 +139,12 @@ def _evaluate(
     world: World,
 ) -> None:
     from k2mini.build import empty_model
-    from k2mini.commands.uncertainty import add_uncertainty, check_uncertainty
     from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
     from k2mini.evaluation.perplexity import text_perplexity
     from k2mini.evaluation.subjective import run_subjective
     from k2mini.weights.model_directory import ModelDirectory
 
     (config, questions, pairs, texts, taken), out = inputs, options.out
-    uncertain = options.robust is not None or options.chart is not None
-    if uncertain:
-        check_uncertainty(options, questions)
     tokenizer = directory.require_tokenizer()
     if isinstance(directory, ModelDirectory):
         directory.require_model()
@@ -170,8 +163,15 @@ def _evaluate(
     name = str(options.model) + (f" + {options.adapter}" if options.adapter else "")
     told: dict[str, Any] = {"out": out, "world": world}
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
-    if uncertain:
-        add_uncertainty(options, report, world, model, tokenizer, questions, results, config)
+    if options.robust is not None:
+        from k2mini.evaluation.robust import run_robust
+
+        spread = run_robust(model, tokenizer, questions, results, config, repeats=options.robust, **told)
+        report["tasks"] = [row | {"robust": spread[row["task"]]} for row in report["tasks"]]
+    if options.chart is not None and world.is_main:
+        from k2mini.evaluation.reliability import draw_reliability
+
+        draw_reliability(report["tasks"], options.chart)
     if pairs:
         report["subjective"] = [
             run_subjective(model, tokenizer, pairs[task], decoding, task=task, template=config.template, **told)
@@ -207,21 +207,9 @@ def _open(options: argparse.Namespace, directory: ModelDirectory | OtherModel, m
 
 
 def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    from k2mini.evaluation.report import table
-    from k2mini.evaluation.subjective import subjective_table
+    from k2mini.evaluation.report import text
 
-    if options.json:
-        print(json.dumps(report, ensure_ascii=False))
-    else:
-        if report["tasks"]:
-            print(table(report["tasks"]))
-        if "subjective" in report:
-            print(subjective_table(report["subjective"]))
-        if found := report.get("perplexity"):
-            sums = f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits a byte"
-            print(f"{sums}, over {found['tokens']:,} tokens")
-        for entry in report.get("decontamination", ()):
-            print(entry["said"])
+    print(json.dumps(report, ensure_ascii=False) if options.json else text(report))
     sys.stdout.flush()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from k2mini.commands.common import LIST
+from k2mini.commands.common import LIST, Print
 
 if TYPE_CHECKING:
     from k2mini.data.prompts import AnyTemplate
@@ -20,24 +20,28 @@ if TYPE_CHECKING:
     Asked = tuple[list[Question], Pairs, Path]
 
 
-class PrintTasks(argparse.Action):
-    """`--list`, for which no model is needed."""
+def _listed() -> str:
+    from k2mini.evaluation.tasks import listed
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from k2mini.evaluation.tasks import listed
-
-        print(listed())
-        parser.exit()
+    return listed()
 
 
-_FIELDS = "what JSON, JSONL, CSV or TSV calls these: question=stem,choices=A+B+C,answer=key; no choices: an open task"
+_FIELDS = (
+    "what all files of --benchmark, JSON, JSONL, CSV or TSV, call these: question=stem,choices=A+B+C,answer=key; no "
+    "choices: an open task. GeoBench's own files want a run of their own"
+)
+_ROBUST = "ask K times more, options shuffled by --seed, phrases changed: the spread, and the choices that stay"
+_CHART = "draw how often answers are right over how sure the model is (extra: plot)"
 _CORPUS = "the model's training text, of `corpus` or `prepare`: was the benchmark taken out of it?"
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "--list": {"action": PrintTasks, "nargs": 0, "help": "print the tasks of configs/tasks and exit"},
+    "--list": {"action": Print, "nargs": 0, "const": _listed, "help": "print the tasks of configs/tasks and exit"},
     "--map": {"metavar": "NAME=FIELD,…", "help": _FIELDS},
-    "--layout": {"choices": ("arc",), "help": "of --benchmark: ARC's own JSONL, or K2's arc_sft.json"},
+    "--layout": {"choices": ("arc",), "help": "of all of --benchmark: ARC's own JSONL, or K2's arc_sft.json"},
     "--data": {"type": Path, "metavar": "DIR", "help": "where the files are that tasks' .yaml name"},
     "--corpus": {**LIST, "default": [], "type": Path, "metavar": "DIR", "help": _CORPUS},
+    "--robust": {"type": int, "metavar": "K", "help": _ROBUST},
+    "--chart": {"type": Path, "metavar": "FILE.png", "help": _CHART},
+    "--force": {"action": "store_true", "help": "replace FILE.png, which a run that goes on may have drawn before"},
 }
 
 
@@ -83,6 +87,7 @@ def read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
             tasks += published
         known = ", ".join(tasks) or "none, since --benchmark names no file"
         raise ValueError(f"--tasks {sorted(unknown)[0]}: the benchmarks have no such task; they have {known}")
+    _check_uncertainty(options, questions)
     texts = [read_user_text(path) for path in options.perplexity]
     pairs: Pairs = {task: _open_pairs(options, kind) for task, kind in open_tasks.items()}
     pairs |= {task: opened[: options.limit] for task, opened in own.items() if not wanted or task in wanted}
@@ -92,6 +97,19 @@ def read_inputs(options: argparse.Namespace, template: AnyTemplate) -> Inputs:
 
         taken = decontamination(options.corpus, [file for _, _, file in read])
     return config, questions, pairs, texts, taken
+
+
+def _check_uncertainty(options: argparse.Namespace, questions: Sequence[Question]) -> None:
+    from k2mini.errors import check_picture
+    from k2mini.files import check_output
+
+    if options.robust is not None and options.robust < 1:
+        raise ValueError(f"--robust must be at least 1, not {options.robust}")
+    if (options.robust or options.chart) and not questions:
+        raise ValueError("--robust and --chart are of multiple-choice questions, and there are none to ask")
+    if options.chart is not None:
+        check_picture(options.chart)
+        check_output(options.chart, file=True, force=options.force, inputs=options.benchmark)
 
 
 def _is_other(options: argparse.Namespace, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from k2mini.corpus.shards import FORMAT
 from k2mini.files import read_json, sha256
 
+SHARD = re.compile(r"documents-\d{5,}\.jsonl")  # as k2mini corpus names what it writes
 TAKEN = {"drop": "documents that held its questions were dropped", "cut": "paragraphs that held its questions were cut"}
 
 
@@ -23,7 +25,7 @@ def decontamination(corpora: Sequence[Path], benchmarks: Sequence[Path]) -> list
     Raises ValueError where there is no manifest.
     """
     parts, found = [part for path in corpora for part in _parts(path)], []
-    for file in benchmarks:
+    for file in dict.fromkeys(benchmarks):  # tasks may share one
         digest, right, wrong = sha256(file), [], []
         for where, how, taken in parts:
             if digest in taken:
@@ -56,7 +58,9 @@ def _parts(path: Path) -> list[tuple[str, str, dict[str, str]]]:
             )
             for corpus in corpora
         ]
-        if prepared and len({Path(source["file"]).parent for source in manifest["sources"]}) > len(corpora):
+        files = [Path(source["file"]) for source in manifest["sources"]] if prepared else []
+        folders = {file.parent for file in files}
+        if len(folders) > len(corpora) or not all(SHARD.fullmatch(file.name) for file in files):
             parts.append((f"{path} holds text that k2mini corpus did not make", "", {}))
     except (LookupError, TypeError):
         raise ValueError(f"--corpus: {file} is no manifest of k2mini corpus or prepare") from None

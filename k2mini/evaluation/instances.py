@@ -118,8 +118,8 @@ class EvalConfig:
 
     def instruction(self, question: Question) -> str:
         """The question as the template gets it: without its options where their texts are scored."""
-        if self.template.name.startswith("k2") and question.is_true_false:
-            return question.stem
+        if self.template.name.startswith("k2") and question.is_true_false and self.wording == Wording():
+            return question.stem  # as K2 asks
         listed = question.listed(self.wording.options, self.wording.true_false)
         if question.is_true_false:
             return listed

@@ -26,7 +26,7 @@ def draw_reliability(summaries: Sequence[Mapping[str, Any]], path: Path) -> None
         sure = [100 * each["confidence"] for each in bins]
         axes.plot(sure, heights, "o", markersize=4, label="mean confidence")
         axes.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="calibrated")
-        ece = "no answers" if held["ece"] is None else f"ECE {100 * held['ece']:.1f} %"
+        ece = "no confidence" if held["ece"] is None else f"ECE {100 * held['ece']:.1f} %"
         axes.set_title(f"{row['task']}: {ece}", fontsize=10)
         axes.set_xlabel("confidence, %")
         axes.set_xlim(0, 100)

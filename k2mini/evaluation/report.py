@@ -125,6 +125,7 @@ def summarise(
     giving the commonest answer; `unanswerable` lists questions whose key is no option, or that have nothing to score:
     they count as wrong. `distinct` leaves out copies, questions whose copies disagree, and impossible ones.
     `confusion` counts predictions by key; `given` and `keys` are how often each option was given and was the key.
+    `calibration` is of no answer where log-probabilities divided by lengths decide, which are no probabilities.
     """
     summaries = []
     for task in dict.fromkeys(question.task for question in questions):
@@ -133,6 +134,7 @@ def summarise(
         n, checked = len(asked), check_keys(asked)
         clean = set(checked.clean(asked))
         confusion: dict[str, Counter[str]] = {}
+        by_length = settings.get("normalize", "none") != "none" and not all(q.is_true_false for q in asked)
         for result in of_task:
             confusion.setdefault(result.answer, Counter())[result.prediction or "none"] += 1
         summaries.append(
@@ -156,7 +158,7 @@ def summarise(
                 "conflicting": checked.conflicting,
                 "impossible": checked.impossible,
                 "mass": sum(result.mass for result in of_task) / n,
-                "calibration": calibration(of_task),
+                "calibration": calibration([] if by_length else of_task),
                 "keys": dict(sorted(Counter(result.answer for result in of_task).items())),
                 "given": dict(sorted(Counter(result.prediction or "none" for result in of_task).items())),
                 "confusion": {key: dict(sorted(counts.items())) for key, counts in sorted(confusion.items())},
@@ -223,26 +225,44 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
             if row[key]:
                 lines.append(f"{row['task']}: {row[key]} questions were {what}, to fit the model's context")
         if "robust" in row:
-            lines.append(f"{row['task']}: {_spread(row['robust'])}")
+            lines.append(f"{row['task']}: {_spread(row['robust'], row['n'])}")
         if row["calibration"]["n"]:
             ece, mean = (100 * row["calibration"][key] for key in ("ece", "confidence"))
             lines.append(f"{row['task']}: calibration error (ECE) {ece:.1f} %, at a mean confidence of {mean:.1f} %")
+        elif row.get("normalize", "none") != "none":
+            what = f"log-probabilities by {row['normalize']} decide, which are no confidence; --normalize none has one"
+            lines.append(f"{row['task']}: no calibration error (ECE): {what}")
     return "\n".join(lines)
 
 
-def _spread(robust: Mapping[str, Any]) -> str:
-    """What `--robust` found, in a line."""
+def _spread(robust: Mapping[str, Any], n: int) -> str:
+    """What `--robust` found of n questions, in a line."""
+    shuffled = robust["shuffled"]
+    options = f"options{f' (of {shuffled} questions)' if shuffled < n else ''} and " if shuffled else ""
     low, high, mean = (100 * robust[key] for key in ("lowest", "highest", "mean"))
     return (
-        f"options and wording changed {len(robust['accuracies'])} times: {low:.1f} – {high:.1f} % (mean {mean:.1f} %); "
+        f"{options}wording changed {len(robust['accuracies'])} times: {low:.1f} – {high:.1f} % (mean {mean:.1f} %); "
         f"{100 * robust['stays']:.1f} % of the choices stay, in {100 * robust['always']:.1f} % of the questions always"
     )
 
 
+def text(report: Mapping[str, Any]) -> str:
+    """What the report says, for people to read."""
+    from k2mini.evaluation.subjective import subjective_table
+
+    parts = [table(report["tasks"])] if report["tasks"] else []
+    if "subjective" in report:
+        parts.append(subjective_table(report["subjective"]))
+    if found := report.get("perplexity"):
+        sums = f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits a byte"
+        parts.append(f"{sums}, over {found['tokens']:,} tokens")
+    return "\n".join(parts + [entry["said"] for entry in report.get("decontamination", ())])
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown page."""
-    lines = [f"# {report['model']} on {', '.join(row['task'] for row in report['tasks'])}", "", "```"]
-    lines += [table(report["tasks"]), "```", ""]
+    tasks = ", ".join(row["task"] for row in (*report["tasks"], *report.get("subjective", ())))
+    lines = [f"# {report['model']} on {tasks}", "", "```", text(report), "```", ""]
     for row in report["tasks"]:
         asked = {key: row[key] for key in ("scoring", "template", "answer_prefix", "shots") if key in row}
         lines += [f"## {row['task']}", "", f"Asked with {json.dumps(asked, ensure_ascii=False)}.", ""]
@@ -255,6 +275,5 @@ def markdown(report: Mapping[str, Any]) -> str:
         for key, counts in row["confusion"].items():
             lines.append(f"| {key} | " + " | ".join(str(counts.get(column, 0)) for column in columns) + " |")
         lines.append("")
-    lines += [f"{entry['said']}.\n" for entry in report.get("decontamination", [])]
     lines.append(f"Model fingerprint {report.get('fingerprint')}, {report.get('versions')}.")
     return "\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,15 @@ def run_robust(
 
     Returns: of each task `accuracies`, one a repeat, their `lowest`, `highest`, `mean` and `sd` (None of one); `stays`,
     the part of all repeats' choices whose text is the published order's, and `always`, that of questions with no other;
-    `shuffled`, how many questions' options may change places; `wordings`. Raises ValueError as `evaluate` does.
+    `shuffled`, how many questions' options are listed and may change places. Raises ValueError as `evaluate` does.
     """
-    runs, wordings = [], [WORDINGS[repeat % len(WORDINGS)] for repeat in range(repeats)]
-    for repeat, wording in enumerate(wordings, start=1):
+    runs = []
+    for repeat in range(1, repeats + 1):
         asked = [reordered(question, repeat, config.seed) for question in questions]
         journal = out / f"robust_{repeat}.jsonl" if out is not None else None
         with kept_in(journal):
             label = f"repeat {repeat}/{repeats}"
-            how = replace(config, wording=wording)
+            how = replace(config, wording=WORDINGS[(repeat - 1) % len(WORDINGS)])
             runs.append(evaluate(model, tokenizer, asked, how, label, journal=journal, world=world))
     found = {}
     for task in dict.fromkeys(question.task for question in questions):
@@ -92,8 +92,7 @@ def run_robust(
             "sd": statistics.stdev(accuracies) if repeats > 1 else None,
             "stays": sum(map(sum, same)) / (len(places) * repeats),
             "always": sum(map(all, same)) / len(places),
-            "shuffled": sum(not _stands(questions[place]) for place in places),
-            "wordings": [asdict(wording) for wording in wordings],
+            "shuffled": sum(not (config.by_text or _stands(questions[place])) for place in places),
         }
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from k2mini.config_file import load_config
@@ -31,7 +32,8 @@ Fields = dict[Literal["question", "choices", "answer", "topic"], str]
 NAMES = ("question", "choices", "answer", "topic")
 YAML = (".yaml", ".yml")
 FOLDER = Path(__file__).parents[2] / "configs" / "tasks"
-OPTION = re.compile(r"^([A-Z1-9])[.)] (.*)$", re.MULTILINE)
+OPTION = re.compile(r"^[ \t]*([A-Z]|[1-9](?!.\d))[.)] ?", re.MULTILINE)
+ANSWER = re.compile(r"\n\s*The answer is:\s*\Z")  # after the options, in K2's arc_sft.json
 
 
 @dataclass
@@ -221,11 +223,15 @@ def _choice(config: TaskConfig, is_table: bool, index: int, record: Any) -> Ques
         labels, texts = _options(_value(record, names[0]))
     else:
         labels, texts = [*"ABCDEFGHIJ"] if _is_bare(config) else names, [_value(record, name) for name in names]
-    if len(names) > 1 and fields["answer"] in names:  # the right one has a place of its own, which is hidden
-        texts.sort(key=lambda text: hashlib.sha256(f"{stem}\n{text}".encode()).digest())
-        labels, answer = [], texts.index(answer)
+    if len({*labels}) < len(labels):
+        raise ValueError(f"{fields['choices']} has options of the same label: {', '.join(labels)}")
     while len(names) > 1 and texts and not texts[-1]:  # there are as many fields as the longest question has options
         texts.pop()
+    if len(names) > 1 and fields["answer"] in names:  # the right one has a place of its own, which is hidden
+        if texts.count(answer) != 1:
+            raise ValueError(f"{fields['answer']} is {short(answer)}, and of {fields['choices']} it must be one alone")
+        texts.sort(key=lambda text: hashlib.sha256(f"{stem}\n{text}".encode()).digest())
+        labels, answer = [], texts.index(answer)
     if labels[: len(texts)].count(str(answer)) == 1:
         answer = labels.index(str(answer))
     elif is_table and str(answer) == answer and answer.isdecimal():  # in a table all is text
@@ -239,8 +245,12 @@ def _choice(config: TaskConfig, is_table: bool, index: int, record: Any) -> Ques
 
 def _options(raw: Any) -> tuple[list[str], list[Any]]:
     """Labels, where there are some, and texts: of texts, of {label, text}, of {label: text}, of lines 'A. text'."""
-    if isinstance(raw, str):
-        raw = dict(OPTION.findall(raw))
+    if isinstance(raw, str) and OPTION.search(raw):
+        before, *found = OPTION.split(ANSWER.sub("", raw))
+        labels, texts = found[::2], [text.strip("\r\n") for text in found[1::2]]
+        if before.strip() or not any(order.startswith("".join(labels)) for order in (ascii_uppercase, "123456789")):
+            raise ValueError(f"the options {short(raw)} are not lines of A, B, C … or 1, 2, 3 …, each after the last")
+        return labels, [*texts]
     if isinstance(raw, dict) and isinstance(raw.get("text"), list) and isinstance(raw.get("label"), list):
         return [str(label) for label in raw["label"]], raw["text"]
     if isinstance(raw, dict):

@@ -51,6 +51,8 @@ class TransformersModel:
         self._directory, self.device = ModelDirectory(path), torch.device(device)
         self._directory.require_model()
         self.path = self._directory.path
+        if (self.path / "adapter_config.json").exists():  # transformers would load it, the fingerprint has it not
+            raise ValueError(f"{self.path} has an adapter beside its base; name the folder that `k2mini merge` makes")
         kind = (raw := read_config_json(self.path)).get("model_type")
         if kind not in transformers.CONFIG_MAPPING:
             why = f"model_type {short(kind)} is none that transformers {transformers.__version__} knows"

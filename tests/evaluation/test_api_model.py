@@ -160,6 +160,7 @@ def test_an_endpoint_without_log_probabilities_of_the_prompt(altered, rocks, run
         (("--template", "own"), "has no chat template"),
         (("--scoring", "text", "--score-end"), "an API scores plain text, without --score-end"),
         (("--scoring", "text", "--normalize", "token"), "--normalize token does not go with --backend api"),
+        (("--scoring", "pmi", "--template", "none"), "--scoring pmi through an API needs text before an answer"),
         (("--scoring", "k2"), "reads LLaMA's ids of the letters"),
         (("--model", "other"), "answers 404"),
     ],
@@ -174,6 +175,12 @@ def test_what_an_api_can_not_score_is_refused(server, rocks, run, options, said)
 
 def test_a_server_that_is_not_there(rocks, run):
     command = ("eval", "--model", "tiny", "--backend", "api", "--benchmark", rocks)
-    for url, said in (("http://127.0.0.1:9/v1", "can't be reached"), ("localhost", "is no address of a server")):
+    secret = "--url has no password and no query"
+    for url, said in (
+        ("http://127.0.0.1:9/v1", "can't be reached"),
+        ("localhost", "is no address of a server"),
+        ("http://me:pass@127.0.0.1:9/v1", secret),
+        ("http://127.0.0.1:9/v1?key=pass", secret),
+    ):
         status, _, err = run(*command, "--url", url)
-        assert (status, said in err) == (2, True), err
+        assert (status, said in err, "pass@" in err) == (2, True, False), err

@@ -12,7 +12,7 @@ from k2mini.data.chats import open_template
 from k2mini.data.prompts import get_template
 from k2mini.evaluation.benchmarks import Question, read_benchmark
 from k2mini.evaluation.evaluate import evaluate
-from k2mini.evaluation.instances import EvalConfig
+from k2mini.evaluation.instances import EvalConfig, Wording
 from k2mini.evaluation.report import Result, calibration, summarise, table
 from k2mini.evaluation.robust import WORDINGS, reordered
 from k2mini.weights.model_directory import ModelDirectory
@@ -146,7 +146,9 @@ def test_wordings_are_around_the_question(tiny_directory):
         assert config.prompt(question).startswith(f"{wording.question}{question.stem}\n{wording.options}\nA. granite\n")
         assert config.prompt(true) == f"{wording.true_false}\nGranite is a rock."
         assert replace(config, scoring="text").prompt(question) == wording.question + question.stem
-        assert replace(config, template=get_template("k2")).instruction(true) == true.stem
+        k2 = replace(config, template=get_template("k2"))
+        assert k2.instruction(true) == f"{wording.true_false}\n{true.stem}"
+        assert replace(k2, wording=Wording()).instruction(true) == true.stem  # as K2 asks
 
 
 def test_robust_says_the_spread_and_how_many_choices_stay(tiny_directory, task, tmp_path, run):
@@ -190,6 +192,30 @@ def test_robust_says_the_spread_and_how_many_choices_stay(tiny_directory, task, 
     assert "exists already" in run(*common, "--chart", chart)[2]
 
 
+@pytest.mark.parametrize(
+    ("scoring", "shuffled", "said"),
+    [
+        ("letter", 5, "options (of 5 questions) and wording changed 2 times"),
+        ("text", 0, "rocks: wording changed 2 times"),
+    ],
+)
+def test_robust_says_how_many_questions_options_changed(tiny_directory, tmp_path, run, scoring, shuffled, said):
+    """One has an option that speaks of others; texts that are scored are not listed."""
+    rows = [{"question": q.stem, "choices": [*q.texts[:3], "all of the above"][-4:], "answer": "A"} for q in rocks(1)]
+    rows += [{"question": q.stem, "choices": list(q.texts), "answer": q.answer} for q in rocks(6)[1:]]
+    (tmp_path / "rocks.json").write_text(json.dumps(rows))
+    ask = ["eval", "--model", tiny_directory, "--benchmark", tmp_path / "rocks.json", "--robust", 2]
+    status, out, err = run(*ask, "--scoring", scoring, "--out", tmp_path / "out")
+    assert (status, said in out) == (0, True), out + err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["tasks"][0]["robust"]["shuffled"] == shuffled
+    # Of log-probabilities divided by lengths there is no confidence.
+    assert (report["tasks"][0]["calibration"]["n"], "no calibration error (ECE)" in out) == (
+        6 if shuffled else 0,
+        not shuffled,
+    )
+
+
 def test_what_robust_and_chart_want(tiny_directory, task, tmp_path, run):
     common = ["eval", "--model", tiny_directory, "--benchmark", task]
     text = tmp_path / "text.txt"
@@ -210,6 +236,12 @@ def test_the_table_says_the_calibration_error():
     ]
     said = table(summarise(questions, results, {"scoring": "letter"}))
     assert "rocks: calibration error (ECE) 50.0 %, at a mean confidence of 100.0 %" in said
+    by_byte = summarise(questions, results, {"scoring": "text", "normalize": "byte"})
+    assert by_byte[0]["calibration"]["ece"] is None
+    assert "no calibration error (ECE): log-probabilities by byte decide" in table(by_byte)
+    true = [replace(q, labels=("True", "False"), texts=("True", "False"), answer="True") for q in questions]
+    given = [replace(r, labels=["True", "False"], logprobs=[0.0, -9.0], prediction="True") for r in results]
+    assert summarise(true, given, {"scoring": "text", "normalize": "byte"})[0]["calibration"]["n"] == 2
 
 
 def test_the_premise_of_a_chat_is_what_opens_the_answer(chat_directory, task, run):

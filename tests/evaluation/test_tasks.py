@@ -11,10 +11,13 @@ from dataclasses import fields
 import pytest
 
 from k2mini.config_file import load_config
+from k2mini.corpus.shards import FORMAT
 from k2mini.evaluation.benchmarks import load_geobench, load_subjective, read_benchmark
+from k2mini.evaluation.decontamination import decontamination
 from k2mini.evaluation.measures import last_number, same_number, same_words
 from k2mini.evaluation.scores import read_answers, read_scores
 from k2mini.evaluation.tasks import FOLDER, TaskConfig, listed, parse_map, read_task
+from k2mini.files import sha256
 from tests.conftest import ROOT, asset
 
 STEM, TEXTS = "Which is a rock?", ["basalt", "oak", "rain", "wool"]
@@ -121,6 +124,49 @@ def test_a_letter_that_is_also_an_options_text(tmp_path):
         read_task(
             written(tmp_path / "a.jsonl", record), None, parse_map("question=question,choices=choices,answer=answer")
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ("A. granite\nB.basalt\nC) chalk\n D. marl", ["granite", "basalt", "chalk", "marl"]),
+        ("A. granite\n  with quartz\nB. 2.5\nC. chalk\nD. marl\n\nThe answer is:", ["granite\n  with quartz", "2.5"]),
+        ("1. 1.5\n2. 2.5\n3. 3\n4. 4\n", ["1.5", "2.5", "3", "4"]),
+        ("A. granite\nB. basalt\nA. chalk\nD. marl", None),
+        ("A. granite\nC. chalk\nD. marl", None),
+        ("B. basalt\nC. chalk\nD. marl", None),
+        ("Choose:\nA. granite\nB. basalt\nD. marl", None),
+        ("Of these:\nA. granite\nB. basalt\nC. chalk\nD. marl", None),
+    ],
+)
+def test_options_given_as_one_text(tmp_path, options, texts):
+    """All lines count, whatever follows a label; none is lost, and no other takes its letter."""
+    path = written(tmp_path / "a.jsonl", {"instruction": STEM, "input": options, "output": "D"})
+    if texts is None:
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: the options .* are not lines of A, B, C"):
+            read_task(path, "arc")
+    else:
+        answer = "4" if options[0] == "1" else "D"
+        written(path, {"instruction": STEM, "input": options, "output": answer})
+        (question,) = read_task(path, "arc").questions
+        assert (question.texts[: len(texts)], question.labels, question.answer) == (tuple(texts), tuple("ABCD"), "D")
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "said"),
+    [
+        ({"c": "x", "d": "x", "e": "y"}, "choices=c+d+e,answer=c", "c is 'x', and of c+d+e it must be one alone"),
+        (
+            {"o": [{"label": each, "text": each} for each in "ABA"], "a": "A"},
+            "choices=o,answer=a",
+            "options of the same label: A, B, A",
+        ),
+    ],
+)
+def test_options_that_are_one_are_refused(tmp_path, record, fields, said):
+    path = written(tmp_path / "a.jsonl", {"q": STEM, **record})
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: .*{re.escape(said)}"):
+        read_task(path, None, parse_map(f"question=q,{fields}"))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +335,7 @@ def test_every_key_is_explained(tmp_path):
     ("change", "said"),
     [
         ({"fieldz": {}}, "unknown key fieldz; did you mean fields"),
-        ({"fields": {"question": "q", "answr": "a"}}, "fields must be {question, choices, answer}"),
+        ({"fields": {"question": "q", "answr": "a"}}, "fields must be {question, choices, answer, topic}"),
         ({"fields": {"question": "q"}}, "fields must name question and answer"),
         ({"layout": "arc", "fields": {"question": "q", "answer": "a"}}, "are for files without a layout"),
         ({"layout": "mmlu"}, "layout must be one of geobench, arc"),
@@ -326,7 +372,9 @@ def test_eval_of_tasks(tiny_directory, tmp_path, run):
     for _ in range(2):
         status, printed, err = run(*open_only)
         assert status == 0, err
-        assert "rocks/gap: 100.0 % are right by pattern, pattern ^ (95 % interval 20.7 – 100.0 %)" in printed
+        line = "rocks/gap: 100.0 % are right by pattern, pattern ^ (95 % interval 20.7 – 100.0 %)"
+        assert line in printed
+        assert line in (out / "report.md").read_text()
     (answer,) = read_answers(out)["rocks/gap"]
     assert answer.scores["accuracy"] == 1
     assert read_scores(out)["rocks/gap", "accuracy"] == {(answer.digest, 0): 1}
@@ -401,3 +449,20 @@ def test_decontamination_is_reported(tiny_directory, tiny_tokenizer, tmp_path, r
         status, printed, err = run(*common, tmp_path / "none", "--corpus", path)
         assert (status, printed, said in err.splitlines()[-1]) == (2, "", True), err
     assert not (tmp_path / "none").exists()
+
+
+def test_text_beside_a_corpus_shards_is_no_corpus(tmp_path):
+    """Nor is what the corpus rejected. Two tasks of one file are reported once."""
+    benchmark = written(tmp_path / "rocks.json", [{"question": STEM}])
+    made = {"fingerprint": "0" * 64, "contaminated": "drop"}
+    made["decontaminate"] = [{"file": benchmark.name, "sha256": sha256(benchmark)}]
+    for names, taken_out in (
+        (["documents-00000.jsonl", "documents-00001.jsonl"], True),
+        (["documents-00000.jsonl", "raw.json"], False),
+        (["documents-00000.jsonl", "rejected.jsonl"], False),
+    ):
+        sources = [{"file": f"corpus/{name}"} for name in names]
+        prepared = {"format": FORMAT, "splits": {}, "sources": sources, "corpora": [made]}
+        (entry,) = decontamination([written(tmp_path / "manifest.json", prepared)], [benchmark, benchmark])
+        assert entry["taken_out"] == taken_out
+        assert ("holds text that k2mini corpus did not make" in entry["said"]) != taken_out

@@ -208,6 +208,7 @@ def with_infinity(folder):
     ("damage", "said"),
     [
         (with_code, "model_type 'rocky' is none that transformers"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "has an adapter beside its base"),
         (with_code, "the repository's own code, which auto_map names, is never run"),
         (lambda folder: change(folder, model_type="rocky"), "model_type 'rocky' is none"),
         (lambda folder: change(folder, model_type="t5"), "transformers has no causal language model of type t5"),
