@@ -18,7 +18,7 @@ from k2mini.evaluation.endpoint import Endpoint
 from k2mini.evaluation.evaluate import digest, kept_in
 from k2mini.evaluation.report import read_sealed, sealed
 from k2mini.evaluation.score import OtherModel, Request, score, split_jointly
-from k2mini.evaluation.scores import Key, OpenAnswer, Score, read_answers, write_scores
+from k2mini.evaluation.scores import Key, OpenAnswer, Score, keyed, read_answers, write_scores
 from k2mini.files import progress_bar, read_json, write_text
 from k2mini.nn.llama import Llama
 from k2mini.training.plot import short_names
@@ -65,14 +65,11 @@ def read_runs(runs: Sequence[Path]) -> list[dict[Key, OpenAnswer]]:
     """
     found: list[dict[Key, OpenAnswer]] = []
     for run in runs:
-        answers, copies = [each for task in read_answers(run).values() for each in task], Counter[str]()
+        answers = keyed(each for task in read_answers(run).values() for each in task)
         if not answers:
             tasks = "evaluate with --tasks npee/noun and such, by this k2mini"
             raise ValueError(f"{run} has no open answers, open_TASK.jsonl of k2mini eval --out; {tasks}")
-        found.append({})
-        for answer in answers:
-            found[-1][answer.digest, copies[answer.digest]] = answer
-            copies[answer.digest] += 1
+        found.append({key: answer for (_, key), answer in answers.items()})
     shared = [{key: own[key] for key in own if all(key in other for other in found)} for own in found]
     if not shared[0]:
         names = ", ".join(map(str, runs))
@@ -188,7 +185,7 @@ def judge(
         scores = []
         for measure, of_run in found[-1].items():
             full = f"{measure}@{name}" + f"#{compared}" * (measure == PREFERENCE)
-            scores += [Score(own[key].task, own[key].index, key[0], full, value) for key, value in of_run.items()]
+            scores += [Score(own[key].task, own[key].index, key[0], full, x, key[1]) for key, x in of_run.items()]
         write_scores(runs[place], f"judge_{name}", scores)
     tasks = defaultdict[str, list[Key]](list)
     for key, answer in answers[0].items():

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from k2mini.evaluation.report import read_results, read_sealed, sealed
+from k2mini.evaluation.report import Result, read_results, read_sealed, sealed
 from k2mini.files import write_text
 
 Key = tuple[str, int]  # a question's digest, and how many of the same stand before it in its task
+AskedT = TypeVar("AskedT", "OpenAnswer", "Result", "OpenAnswer | Result")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class OpenAnswer:
 
 @dataclass(frozen=True)
 class Score:
-    """What a judge or a person gave to one answer; `digest` is the answer's question's."""
+    """What a judge or a person gave to one answer; `digest` and `copy` are the `Key` of the answer's question."""
 
     task: str
     index: int
     digest: str
     measure: str
     value: float
+    copy: int = 0
 
 
 def write_answers(run: Path, task: str, answers: Iterable[OpenAnswer]) -> None:
@@ -71,30 +73,41 @@ def write_scores(run: Path, name: str, scores: Iterable[Score]) -> None:
     write_text(run / f"scores_{name}.jsonl", "".join(sealed(asdict(score)) + "\n" for score in scores))
 
 
+def keyed(asked: Iterable[AskedT]) -> dict[tuple[str, Key], AskedT]:
+    """Answers by task and `Key`: the nth copy of a question in one run is the nth in another, scored or not.
+
+    A choice's digest is that of its question and options; of copies whose keys differ, each is a question of its own.
+    """
+    found: dict[tuple[str, Key], AskedT] = {}
+    copies = Counter[tuple[str, str]]()
+    for each in asked:
+        same = each.task, f"{each.digest} {each.answer}" if isinstance(each, Result) else each.digest
+        found[same[0], (same[1], copies[same])] = each
+        copies[same] += 1
+    return found
+
+
+def read_asked(run: Path) -> dict[tuple[str, Key], OpenAnswer | Result]:
+    """What was asked in a run and what the model made of it, `keyed`. Raises ValueError as `read_sealed` does."""
+    path = run / "results.jsonl"
+    asked: list[OpenAnswer | Result] = [*read_results(path)] if path.is_file() else []
+    return keyed(asked + [answer for answers in read_answers(run).values() for answer in answers])
+
+
 def read_scores(run: Path) -> dict[tuple[str, str], dict[Key, float]]:
     """(task, measure) -> the score of each of its questions; `accuracy` is 1 for a right answer and 0 for another.
 
     Raises ValueError where the directory holds no result of `eval`, or a line is not as it was written.
     """
     found: dict[tuple[str, str], dict[Key, float]] = {}
-    copies = Counter[tuple[str, str, str]]()
-
-    def add(task: str, measure: str, digest: str, value: float) -> None:
-        same = (task, measure, digest)
-        found.setdefault((task, measure), {})[digest, copies[same]] = value
-        copies[same] += 1
-
-    if (path := run / "results.jsonl").is_file():
-        for result in read_results(path):
-            add(result.task, "accuracy", f"{result.digest} {result.answer}", float(result.is_right))
-    for answers in read_answers(run).values():
-        for answer in answers:
-            for measure, value in answer.scores.items():
-                add(answer.task, measure, answer.digest, value)
+    for (task, key), asked in read_asked(run).items():
+        values = {"accuracy": float(asked.is_right)} if isinstance(asked, Result) else asked.scores
+        for measure, value in values.items():
+            found.setdefault((task, measure), {})[key] = value
     for path in sorted(run.glob("scores_*.jsonl")):
         for where, raw in read_sealed(path):
             score = _fields(Score, raw, where)
-            add(score.task, score.measure, score.digest, score.value)
+            found.setdefault((score.task, score.measure), {})[score.digest, score.copy] = score.value
     if not found:
         raise ValueError(f"{run} holds no result of k2mini eval --out")
     return found

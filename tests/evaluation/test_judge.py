@@ -8,7 +8,7 @@ import torch
 
 import k2mini.evaluation.judge
 from k2mini.evaluation.endpoint import Endpoint
-from k2mini.evaluation.judge import ASPECTS, JUDGED, LIKELY, verdict
+from k2mini.evaluation.judge import ASPECTS, JUDGED, LIKELY, judge, read_runs, verdict
 from k2mini.evaluation.report import sealed
 from k2mini.evaluation.scores import OpenAnswer, read_scores, write_answers
 from k2mini.weights.model_directory import ModelDirectory
@@ -286,6 +286,23 @@ def test_only_the_questions_of_all_runs_are_judged(runs, tmp_path, run, endpoint
     few = make_run(tmp_path / "few", lambda thing: "a rock")
     report = judged(run, runs[0], few, *THERE, "--only", "preference")
     assert [row["n"] for row in report["tasks"]] == [1, 3]
+
+
+def test_copies_of_a_question_are_paired_by_their_number_scored_or_not(tmp_path):
+    """One run left the first copy empty: its answer to the second is not compared with another's to the first."""
+    runs = []
+    for name, texts in (("one", ["", "good"]), ("two", ["bad", "good"])):
+        runs.append(tmp_path / name)
+        runs[-1].mkdir()
+        write_answers(runs[-1], "rocks", [OpenAnswer("rocks", n, "?", "ref", text, {}) for n, text in enumerate(texts)])
+
+    def asked(items):
+        yield from ((item, -1.0 if item[1] == "good" else -9.0) for item in items)
+
+    judge(runs, read_runs(runs), asked, {}, "judge", {"aspect": "It is good."}, pairs=False)
+    one, two = ([*read_scores(run).values()][0] for run in runs)
+    assert {copy: value for (_, copy), value in one.items()} == {1: -1}
+    assert {copy: value for (_, copy), value in two.items()} == {0: -9, 1: -1}
 
 
 def test_mistakes(tiny_directory, runs, tmp_path, run, monkeypatch):
