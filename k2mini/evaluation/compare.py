@@ -10,7 +10,7 @@ from typing import Any
 
 from k2mini.evaluation.agreement import holm, interval, paired_p
 from k2mini.evaluation.report import accuracy
-from k2mini.evaluation.scores import read_scores
+from k2mini.evaluation.scores import orders_line, read_orders, read_scores
 from k2mini.files import new_file, read_json
 from k2mini.training.plot import short_names
 
@@ -36,7 +36,8 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     Returns: dicts of `task`, `measure`, `n` (questions that all runs have) and `runs`: a list of `run`, `model`,
     `accuracy` (of another measure: `mean`), `low`, `high`, `left_out` (its questions that another run lacks) and, but
     of the first, `difference`, `difference_low`, `difference_high`, `better` and `worse` (questions), `p` (McNemar's;
-    of another measure: the paired bootstrap's) and `p_holm`, corrected for all comparisons that are returned.
+    of another measure: the paired bootstrap's) and `p_holm`, corrected for all comparisons that are returned. Of a
+    judge's preference `orders` too, its position bias.
 
     Raises ValueError where a directory is no run of `eval`, or the runs have no question in common.
     """
@@ -59,6 +60,8 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
             entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": left_out}
             entries.append({**entry, **against})
         found.append({"task": task, "measure": measure, "n": len(keys), "runs": entries})
+        if orders := read_orders(runs[0], measure).get(task):
+            found[-1]["orders"] = orders
     if not found:
         raise ValueError(
             f"{', '.join(map(str, runs))} have no question in common; were --benchmark, --limit and --tasks the same?"
@@ -109,6 +112,7 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
             if entry["left_out"]:
                 line += f" ({entry['left_out']} questions are left out: not all runs have them, with the same key)"
             lines.append(line)
+        lines += [f"  {orders_line(task['orders'])}"] if "orders" in task else []
     return "\n".join(lines + [f"p is corrected for all {number} comparisons by Holm's method"] * (number > 1))
 
 
