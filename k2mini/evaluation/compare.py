@@ -36,8 +36,8 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     Returns: dicts of `task`, `measure`, `n` (questions that all runs have) and `runs`: a list of `run`, `model`,
     `accuracy` (of another measure: `mean`), `low`, `high`, `left_out` (its questions that another run lacks) and, but
     of the first, `difference`, `difference_low`, `difference_high`, `better` and `worse` (questions), `p` (McNemar's;
-    of another measure: the paired bootstrap's) and `p_holm`, corrected for all comparisons that are returned. Of a
-    judge's preference `orders` too, its position bias.
+    of another measure: the paired bootstrap's) and `p_holm`, corrected for all comparisons that are returned.
+    Of a judge's preference also `orders`, its position bias.
 
     Raises ValueError where a directory is no run of `eval`, or the runs have no question in common.
     """
@@ -60,8 +60,6 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
             entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": left_out}
             entries.append({**entry, **against})
         found.append({"task": task, "measure": measure, "n": len(keys), "runs": entries})
-        if orders := read_orders(runs[0], measure).get(task):
-            found[-1]["orders"] = orders
     if not found:
         raise ValueError(
             f"{', '.join(map(str, runs))} have no question in common; were --benchmark, --limit and --tasks the same?"
@@ -69,6 +67,9 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     tested = [entry for task in found for entry in task["runs"][1:]]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = p
+    for row in found:
+        if orders := read_orders(runs[0], row["measure"]).get(row["task"]):
+            row["orders"] = orders
     return found
 
 
@@ -104,6 +105,7 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
     for task in found:
         of_measure = "" if task["measure"] == "accuracy" else f", {task['measure']}"
         lines.append(f"{task['task']}{of_measure} ({task['n']} questions)")
+        lines += [f"  {orders_line(task['orders'])}"] if "orders" in task else []
         for entry in task["runs"]:
             line = f"  {shown(entry)}  {entry['run']}"
             if "p" in entry:
@@ -112,7 +114,6 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
             if entry["left_out"]:
                 line += f" ({entry['left_out']} questions are left out: not all runs have them, with the same key)"
             lines.append(line)
-        lines += [f"  {orders_line(task['orders'])}"] if "orders" in task else []
     return "\n".join(lines + [f"p is corrected for all {number} comparisons by Holm's method"] * (number > 1))
 
 
