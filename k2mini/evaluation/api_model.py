@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
-from k2mini.evaluation.endpoint import Endpoint, at_a_time
+from k2mini.evaluation.endpoint import Endpoint, TooLongError, at_a_time
 from k2mini.evaluation.score import OtherConfig, Request, boundary
 from k2mini.inference.decoding import Decoding
 
@@ -73,7 +74,8 @@ class ApiModel:
     def _scores(self, request: Request) -> list[float]:
         context = _text(request.prefix)
         whole = [context, *(context + _text(option) for option in request.options)]
-        before, *joint = [[(token.text, token.logprob) for token in self.endpoint.tokens(text)] for text in whole]
+        with _naming(context):
+            before, *joint = [[(token.text, token.logprob) for token in self.endpoint.tokens(text)] for text in whole]
         names = [[name for name, _ in tokens] for tokens in (before, *joint)]
         common = boundary(names[0], names[1:])
         found = [[logprob for _, logprob in tokens[common:]] for tokens in joint]
@@ -88,7 +90,8 @@ class ApiModel:
 
     def _answer(self, decoding: Decoding, prompt: list[int]) -> str:
         asked: dict[str, Any] = {"prompt": _text(prompt), "max_tokens": decoding.max_new_tokens, "temperature": 0}
-        answer = self.endpoint.post("completions", asked | ({"stop": list(decoding.stop)} if decoding.stop else {}))
+        with _naming(asked["prompt"]):
+            answer = self.endpoint.post("completions", asked | ({"stop": list(decoding.stop)} if decoding.stop else {}))
         try:
             text = answer["choices"][0]["text"]
         except (KeyError, IndexError, TypeError):
@@ -96,6 +99,15 @@ class ApiModel:
         if not isinstance(text, str):
             raise ValueError(f"{self.endpoint.url} answers {short(answer)}, no completion")
         return text
+
+
+@contextmanager
+def _naming(text: str) -> Iterator[None]:
+    """Let an endpoint that finds a text too long say which: the question is at its end."""
+    try:
+        yield
+    except TooLongError as error:
+        raise ValueError(f"{error}; the text ends {text[-200:]!r}") from None
 
 
 def _text(characters: Sequence[int]) -> str:

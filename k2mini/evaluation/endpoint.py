@@ -9,11 +9,13 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -57,11 +59,18 @@ class Endpoint:
         url: with the version, as OpenAI's clients have it: `http://localhost:8000/v1`.
         model: its name at the server.
 
-    The key, where the server wants one, is the environment variable OPENAI_API_KEY.
+    The key, where the server wants one, is the environment variable OPENAI_API_KEY. Raises ValueError where the address
+    has one.
     """
 
     url: str
     model: str
+
+    def __post_init__(self) -> None:
+        if re.search("[@?#]", self.url):
+            raise ValueError(
+                "a server's address has no password or query here, for reports name it; OPENAI_API_KEY has"
+            )
 
     def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Ask `path` ("completions", "chat/completions") and return the JSON object that answers.
@@ -122,12 +131,29 @@ class Endpoint:
 
 
 def at_a_time(number: int, ask: Callable[[Any], Any], what: Sequence[Any]) -> Iterator[Any]:
-    """What `ask` returns for each, in their order, so many of them being asked at a time."""
-    pool = ThreadPoolExecutor(number)
+    """What `ask` returns for each, in their order, so many of them being asked at a time.
+
+    Its threads are daemons: the program would not end, at Ctrl-C, before those of an executor have their answers.
+    """
+    asked = [(Future[Any](), each) for each in what]
+    waiting = deque(asked)
+
+    def work() -> None:
+        with suppress(IndexError):  # there is no more to ask
+            while True:
+                future, each = waiting.popleft()
+                try:
+                    future.set_result(ask(each))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    for _ in asked[:number]:
+        Thread(target=work, daemon=True).start()
     try:
-        yield from pool.map(ask, what)
+        for future, _ in asked:
+            yield future.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        waiting.clear()
 
 
 def _shift(names: list[str], places: list[int], text: str) -> int:

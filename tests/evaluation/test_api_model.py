@@ -2,12 +2,15 @@
 
 import json
 import logging
+import subprocess
+import sys
+import time
 from itertools import pairwise
 
 import pytest
 
 from k2mini.evaluation.api_model import ApiModel
-from k2mini.evaluation.endpoint import Endpoint
+from k2mini.evaluation.endpoint import Endpoint, at_a_time
 from k2mini.evaluation.score import Request, num_tokens, score, split_jointly
 from tests.serving.conftest import Server
 
@@ -175,7 +178,7 @@ def test_what_an_api_can_not_score_is_refused(server, rocks, run, options, said)
 
 def test_a_server_that_is_not_there(rocks, run):
     command = ("eval", "--model", "tiny", "--backend", "api", "--benchmark", rocks)
-    secret = "--url has no password and no query"
+    secret = "a server's address has no password or query here"
     for url, said in (
         ("http://127.0.0.1:9/v1", "can't be reached"),
         ("localhost", "is no address of a server"),
@@ -184,3 +187,34 @@ def test_a_server_that_is_not_there(rocks, run):
     ):
         status, _, err = run(*command, "--url", url)
         assert (status, said in err, "pass@" in err) == (2, True, False), err
+
+
+def test_a_question_that_is_too_long_is_named(server, tmp_path, run):
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{"question": "granite " * 600 + "is?", "choices": ["oak", "rock"], "answer": 1}]))
+    command = ("eval", "--model", "tiny", "--backend", "api", "--url", f"{server.url}/v1", "--benchmark", path)
+    status, _, err = run(*command)
+    assert (status, "the text ends " in err, "granite is?" in err) == (2, True, True), err
+
+
+def test_what_is_asked_at_a_time_comes_in_order():
+    def ask(number):
+        time.sleep(0.01 * (number % 3))
+        if number == 7:
+            raise ValueError("seven")
+        return number
+
+    assert list(at_a_time(3, ask, range(7))) == [*range(7)]
+    assert list(at_a_time(3, ask, [])) == []
+    with pytest.raises(ValueError, match="seven"):
+        list(at_a_time(2, ask, range(10**6)))
+
+
+def test_ctrl_c_does_not_wait_for_answers():
+    code = (
+        "import threading; from k2mini.evaluation.endpoint import at_a_time; "
+        "answers = at_a_time(2, lambda number: number and threading.Event().wait(), [0, 1, 2]); "
+        "print(next(answers)); raise KeyboardInterrupt"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (ended.stdout, "KeyboardInterrupt" in ended.stderr) == ("0\n", True)
