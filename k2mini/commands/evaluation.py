@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2mini.commands.backends import open_other
 from k2mini.commands.common import LIST, LOADED, SHARD, TEMPLATE, tuned_in
 from k2mini.commands.ranks import check_same, joined, mesh_of
 from k2mini.commands.tasks import ARGUMENTS, read_inputs
@@ -105,7 +106,6 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Score the benchmarks; print a table or JSON, and keep all results where --out says."""
-    from k2mini.commands.backends import open_other
     from k2mini.distributed import ALONE
     from k2mini.evaluation.evaluate import MARK
     from k2mini.files import output

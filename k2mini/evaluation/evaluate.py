@@ -235,8 +235,7 @@ def write_report(out: Path, report: Mapping[str, Any], results: Sequence[Result]
     """Write what `run_benchmark` gave: results.jsonl in the order of the questions, report.json and report.md."""
     if results:
         write_text(out / RESULTS, "".join(result.line() + "\n" for result in results))
-    if report["tasks"] or "subjective" in report:
-        write_text(out / "report.md", markdown(report))
+    write_text(out / "report.md", markdown(report))
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -246,10 +246,24 @@ def _spread(robust: Mapping[str, Any], n: int) -> str:
     )
 
 
+def subjective_table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The summaries of open tasks as text."""
+    lines = [f"{'task':<16} {'n':>4}  ROUGE-L  token F1  words (reference)  perplexity of the reference"]
+    for row in summaries:
+        lines.append(
+            f"{row['task']:<16} {row['n']:>4}  {100 * row['rouge_l']:>5.1f} %  {100 * row['token_f1']:>6.1f} %  "
+            f"{row['words']:>5.0f} {'(' + format(row['reference_words'], '.0f') + ')':>11}  {row['perplexity']:>10.1f}"
+        )
+        if "accuracy" in row:
+            right, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
+            lines.append(f"{row['task']}: {right} % are right by {row['match']} (95 % interval {low} – {high} %)")
+        if row["left_out"]:
+            lines.append(f"{row['task']}: {row['left_out']} were left out, empty or too long for the model's context")
+    return "\n".join(lines)
+
+
 def text(report: Mapping[str, Any]) -> str:
     """What the report says, for people to read."""
-    from k2mini.evaluation.subjective import subjective_table
-
     parts = [table(report["tasks"])] if report["tasks"] else []
     if "subjective" in report:
         parts.append(subjective_table(report["subjective"]))
@@ -261,8 +275,9 @@ def text(report: Mapping[str, Any]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown page."""
-    tasks = ", ".join(row["task"] for row in (*report["tasks"], *report.get("subjective", ())))
-    lines = [f"# {report['model']} on {tasks}", "", "```", text(report), "```", ""]
+    asked_on = [row["task"] for row in (*report["tasks"], *report.get("subjective", ()))]
+    asked_on += report.get("perplexity", {}).get("files", [])
+    lines = [f"# {report['model']} on {', '.join(asked_on)}", "", "```", text(report), "```", ""]
     for row in report["tasks"]:
         asked = {key: row[key] for key in ("scoring", "template", "answer_prefix", "shots") if key in row}
         lines += [f"## {row['task']}", "", f"Asked with {json.dumps(asked, ensure_ascii=False)}.", ""]

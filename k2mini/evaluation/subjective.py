@@ -202,19 +202,3 @@ def _prepare(
             requests.append(Request(tuple(prefix), (tuple(ids),)))
             prompts.append(prompt_ids)
     return kept, requests, prompts
-
-
-def subjective_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """The summaries for people to read."""
-    lines = [f"{'task':<16} {'n':>4}  ROUGE-L  token F1  words (reference)  perplexity of the reference"]
-    for row in summaries:
-        lines.append(
-            f"{row['task']:<16} {row['n']:>4}  {100 * row['rouge_l']:>5.1f} %  {100 * row['token_f1']:>6.1f} %  "
-            f"{row['words']:>5.0f} {'(' + format(row['reference_words'], '.0f') + ')':>11}  {row['perplexity']:>10.1f}"
-        )
-        if "accuracy" in row:
-            right, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
-            lines.append(f"{row['task']}: {right} % are right by {row['match']} (95 % interval {low} – {high} %)")
-        if row["left_out"]:
-            lines.append(f"{row['task']}: {row['left_out']} were left out, empty or too long for the model's context")
-    return "\n".join(lines)
