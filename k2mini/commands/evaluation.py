@@ -164,10 +164,11 @@ def _evaluate(
     told: dict[str, Any] = {"out": out, "world": world}
     report, results = run_benchmark(model, tokenizer, questions, config, name=name, made_by=made_by, **told)
     if options.robust is not None:
-        from k2mini.evaluation.robust import run_robust
+        from k2mini.evaluation.robust import WORDINGS, run_robust
 
         spread = run_robust(model, tokenizer, questions, results, config, repeats=options.robust, **told)
         report["tasks"] = [row | {"robust": spread[row["task"]]} for row in report["tasks"]]
+        report["wordings"] = [asdict(wording) for wording in WORDINGS[: options.robust]]
     if options.chart is not None and world.is_main:
         from k2mini.evaluation.reliability import draw_reliability
 

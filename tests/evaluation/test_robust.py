@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -209,6 +209,7 @@ def test_robust_says_how_many_questions_options_changed(tiny_directory, tmp_path
     assert (status, said in out) == (0, True), out + err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["tasks"][0]["robust"]["shuffled"] == shuffled
+    assert report["wordings"] == [asdict(wording) for wording in WORDINGS[:2]]
     # Of log-probabilities divided by lengths there is no confidence.
     assert (report["tasks"][0]["calibration"]["n"], "no calibration error (ECE)" in out) == (
         6 if shuffled else 0,
