@@ -11,7 +11,7 @@ from typing import Any
 from k2mini.evaluation.agreement import interval
 from k2mini.evaluation.compare import shown
 from k2mini.evaluation.report import Result, read_results
-from k2mini.evaluation.scores import Key, OpenAnswer, read_answers, read_scores
+from k2mini.evaluation.scores import Key, OpenAnswer, orders_line, read_answers, read_scores
 from k2mini.page import STYLE, document, table
 from k2mini.training.plot import short_names
 
@@ -82,6 +82,7 @@ def _scores(found: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     rows = ""
     for task in found:
         of_measure = f"{task['task']}, {task['measure']} ({task['n']:,} questions)"
+        of_measure += f"; {orders_line(task['orders'])}" if "orders" in task else ""
         rows += f'<tr class="head"><td colspan="5">{escape(of_measure)}</td></tr>'
         low, high = min(entry["low"] for entry in task["runs"]), max(entry["high"] for entry in task["runs"])
         for place, (name, entry) in enumerate(zip(names, task["runs"], strict=True)):
