@@ -341,6 +341,7 @@ def test_the_page_is_inert_and_fits(made, visit):
         assert NASTY in page.locator(".answer .said").first.inner_text()
         assert page.evaluate("[window.hacked ?? 0, document.documentElement.scrollWidth]") == [0, 360]
         assert page.locator(".row button").first.bounding_box()["height"] >= 44
+        assert page.locator(".row", has_text="Scientificity").first.is_visible()
         page.locator("#map button").nth(4).click()
         assert page.locator("#where").inner_text().startswith("Question 5 of 8")
 
