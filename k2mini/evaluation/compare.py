@@ -11,7 +11,7 @@ from typing import Any
 
 from k2mini.evaluation.agreement import holm, interval, paired_p
 from k2mini.evaluation.report import accuracy
-from k2mini.evaluation.scores import Key
+from k2mini.evaluation.scores import Key, orders_line, read_orders
 from k2mini.files import new_file, read_json
 from k2mini.training.plot import short_names
 
@@ -61,7 +61,7 @@ def compare(runs: Sequence[Path], scores: Sequence[Scores]) -> list[dict[str, An
     `accuracy` (of another measure: `mean`), `low`, `high` (None where there is no `interval`), `left_out` (its
     questions that another run lacks) and, but of the first, `difference`, `difference_low`, `difference_high`, `better`
     and `worse` (questions), `p` (McNemar's; of another measure: the paired bootstrap's) and `p_holm`, corrected for all
-    comparisons that are returned.
+    comparisons that are returned. Of a judge's preference also `orders`, its position bias.
 
     Raises ValueError where a directory is no run of `eval`, or the runs have no question in common.
     """
@@ -89,6 +89,9 @@ def compare(runs: Sequence[Path], scores: Sequence[Scores]) -> list[dict[str, An
     tested = [entry for task in found for entry in task["runs"][1:]]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = p
+    for row in found:
+        if orders := read_orders(runs[0], row["measure"]).get(row["task"]):
+            row["orders"] = orders
     return found
 
 
@@ -124,6 +127,7 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
     for task in found:
         of_measure = "" if task["measure"] == "accuracy" else f", {task['measure']}"
         lines.append(f"{task['task']}{of_measure} ({task['n']} questions)")
+        lines += [f"  {orders_line(task['orders'])}"] if "orders" in task else []
         for entry in task["runs"]:
             line = f"  {shown(entry)}  {entry['run']}"
             if "p" in entry:

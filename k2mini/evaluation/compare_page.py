@@ -10,7 +10,7 @@ from typing import Any
 from k2mini.evaluation.agreement import interval
 from k2mini.evaluation.compare import COUNTED, Scores, ends, paired, shown
 from k2mini.evaluation.report import Result
-from k2mini.evaluation.scores import Key, OpenAnswer, read_asked
+from k2mini.evaluation.scores import Key, OpenAnswer, orders_line, read_asked
 from k2mini.page import STYLE, document, table
 from k2mini.training.plot import short_names
 
@@ -62,6 +62,7 @@ def _scores(found: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     rows = ""
     for task in found:
         of_measure = f"{task['task']}, {task['measure']} ({task['n']:,} questions)"
+        of_measure += f"; {orders_line(task['orders'])}" if "orders" in task else ""
         rows += f'<tr class="head"><td colspan="4">{escape(of_measure)}</td></tr>'
         for place, (name, entry) in enumerate(zip(names, task["runs"], strict=True)):
             cells = [escape(name), f'<span class="num">{shown(entry)}</span>', "", ""]

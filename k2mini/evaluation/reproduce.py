@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 SETTINGS = "reproduce.json"  # what a directory is known by
 COLUMNS = {"NPEE": "npee/choice", "APTest": "ap"}
 QUOTED_FROM = "arXiv 2401.00434v2 (GeoGalactica, by K2's authors), table 5; that of K2's paper could not be read"
-# Accuracies in percent, a column each, as printed: ChatGPT's 20.0 is Random's there, too. Models of K2's run_eval.py for which no figure could be read have None.
+# Accuracies in percent, a column each, as printed there: ChatGPT's 20.0 is Random's, too. Models of K2's run_eval.py
+# for which no figure could be read have None.
 QUOTED: dict[str, tuple[float, float] | None] = {
     "Random": (27.1, 20.0),
     "LLaMA-7B": (21.6, 27.6),
@@ -98,7 +99,7 @@ def reproduce(
         empty_model(directory := ModelDirectory(model))
         made_by[folder] = {"model": directory.fingerprint(), "adapter": hashes["adapter"] if added else None}
         check_kept(out / folder, questions, config, directory.require_tokenizer(), made_by[folder])
-    used = {}
+    used = dict[str, str]()
 
     def run(folder: str, model: str, added: str | None) -> dict[str, Any]:
         name, loaded = model + (f" + {added}" if added else ""), load(directory := ModelDirectory(model), added)
