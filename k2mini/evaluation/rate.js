@@ -117,11 +117,6 @@ function turn(at) {
   keep();
 }
 
-function nextOpen() {
-  const onwards = questions.map((_, step) => (state.at + 1 + step) % questions.length);
-  turn(onwards.find((number) => !isDone(questions[number])) ?? state.at);
-}
-
 function exportRatings() {
   const quoted = `"${state.rater.replaceAll('"', '""')}"`;
   const all = questions.flatMap(names).filter((name) => name in state.ratings);
@@ -137,8 +132,7 @@ function exportRatings() {
 
 const keys = {
   ArrowUp: () => line(-1), ArrowDown: () => line(1), ArrowLeft: () => turn(state.at - 1), ArrowRight: () => turn(state.at + 1),
-  0: () => rate(now, 0), u: nextOpen,
-  r: () => { $('reference').open = !$('reference').open; },
+  0: () => rate(now, 0), r: () => { $('reference').open = !$('reference').open; },
   '?': () => { $('guide').open = !$('guide').open; },
 };
 for (let value = 1; value <= most; value += 1) keys[value] = () => rate(now, value);

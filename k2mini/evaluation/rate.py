@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import secrets
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -72,9 +71,8 @@ def make_page(
             name = f"{number}{chr(ord('A') + letter)}"
             shown.append({"id": name, "text": text})
             items[name] = {"digest": key, "question": first.question, "answer": text, "runs": texts[text]}
-        questions.append(
-            {"task": first.task, "question": first.question, "reference": first.reference, "answers": shown}
-        )
+        asked = {field: getattr(first, field) for field in ("task", "question", "reference")}
+        questions.append({**asked, "answers": shown})
     shown_too = [{"name": name, "what": what, "levels": levels} for name, what, levels in ASPECTS]
     data: dict[str, Any] = {"aspects": shown_too, "questions": questions}
     data["page"] = "p" + hashlib.sha256(json.dumps(data).encode()).hexdigest()[:11]  # no number to a spreadsheet
@@ -165,12 +163,8 @@ def read_ratings(files: Sequence[Path], key: dict[str, Any]) -> Ratings:
         ratings[item, aspect][rater] = int(row["value"])
     if not any(ratings.values()):
         raise ValueError(f"{some([str(file) for file in files])}: there is no rating in them")
-    of_raters = defaultdict[str, list[tuple[Any, int]]](list)
-    for rated, given in ratings.items():
-        for rater, value in given.items():
-            of_raters[rater].append((rated, value))
-    for one, two in combinations(sorted(of_raters), 2):
-        if of_raters[one] == of_raters[two]:
+    for one, two in combinations(sorted({rater for given in ratings.values() for rater in given}), 2):
+        if all(given.get(one) == given.get(two) for given in ratings.values()):
             log.warning("%s and %s gave the same to everything: are they one person, or one a copy?", one, two)
     return ratings
 

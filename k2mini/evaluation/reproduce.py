@@ -88,18 +88,15 @@ def reproduce(
     write_text(out / SETTINGS, json.dumps(known, indent=2) + "\n")
     for note in (notes := _differences(config, questions)):
         log.info(note)
-    adapter, full = parts.get("adapter"), parts.get("full") or str(_further_pretrained(parts, out))
-    if adapter is not None:
-        _check_adapter(model_directory(adapter), ModelDirectory(full))
-    stages = {"LLaMA-7B": ("base", parts["base"], None), "K2-7B": ("k2", full, adapter)}
+    full = parts.get("full") or str(_further_pretrained(parts, out))
+    stages = {"LLaMA-7B": ("base", parts["base"], None), "K2-7B": ("k2", full, parts.get("adapter"))}
     if "delta" in parts:
         stages["LLaMA-7B + delta"] = ("delta", full, None)
-    made_by = {}
+    made_by, used = {}, dict[str, str]()
     for folder, model, added in stages.values():
-        empty_model(directory := ModelDirectory(model))
+        _check(directory := ModelDirectory(model), added)
         made_by[folder] = {"model": directory.fingerprint(), "adapter": hashes["adapter"] if added else None}
         check_kept(out / folder, questions, config, directory.require_tokenizer(), made_by[folder])
-    used = dict[str, str]()
 
     def run(folder: str, model: str, added: str | None) -> dict[str, Any]:
         name, loaded = model + (f" + {added}" if added else ""), load(directory := ModelDirectory(model), added)
@@ -111,10 +108,9 @@ def reproduce(
 
     found = {row: run(*stage) for row, stage in stages.items()}
     found["Random"] = {task: {"accuracy": row["chance"]} for task, row in found["LLaMA-7B"].items()}
-    asked = known | {"parts": dict(parts), "hashes": dict(hashes)}
-    versions = {name: version(name) for name in ("k2mini", "torch")}
-    report = {"rows": _rows(found), "quoted_from": QUOTED_FROM, "notes": notes, "settings": asked, "used": used}
-    report["versions"] = versions
+    report: dict[str, Any] = {"rows": _rows(found), "quoted_from": QUOTED_FROM, "notes": notes}
+    report["settings"] = known | {"parts": dict(parts), "hashes": dict(hashes)}
+    report |= {"used": used, "versions": {name: version(name) for name in ("k2mini", "torch")}}
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 
@@ -133,11 +129,12 @@ def _further_pretrained(parts: Mapping[str, str], out: Path) -> Path:
     return further
 
 
-def _check_adapter(adapter: Path, base: ModelDirectory) -> None:
-    """Raise ValueError where an adapter does not fit the base, without the base's values."""
-    model, section = empty_model(base), checked_adapter(adapter, base)
-    attach(model, section)
-    load_adapter(model, adapter, section)
+def _check(directory: ModelDirectory, adapter: str | None) -> None:
+    """Raise ValueError where tensors of a model, or of an adapter for it, are missing or of another shape."""
+    model = empty_model(directory)
+    if adapter is not None:
+        attach(model, section := checked_adapter(path := model_directory(adapter), directory))
+        load_adapter(model, path, section)
 
 
 def _rows(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -175,8 +175,6 @@ def test_copies_of_a_question_count_once_but_in_accuracy(tmp_path, run):
     assert two["p"] >= 2 / 2**8
     out = run("compare", *runs, "--html", tmp_path / "page.html")[1]
     assert "npee/noun, rouge_l (8 questions)" in out
-    said = (
-        "means over different questions, each counted once (report.json counts copies, and its likelihood is one"
-    )
+    said = "means over different questions, each counted once (report.json counts copies, and its likelihood is one"
     assert said in out
     assert said in (tmp_path / "page.html").read_text()

@@ -315,7 +315,7 @@ def test_a_rater_with_a_keyboard(made, visit, tmp_path, run):
         for _ in range(6):
             if page.locator(".row:has(button):not(:has([aria-pressed=true]))").count():
                 page.keyboard.press("1")
-        page.keyboard.press("u")
+        page.keyboard.press("ArrowRight")
     assert "All questions are rated" in page.locator("#said").inner_text()
     with page.expect_download() as download:
         page.locator("#export").click()
