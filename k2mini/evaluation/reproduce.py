@@ -89,9 +89,9 @@ def reproduce(
     for note in (notes := _differences(config, questions)):
         log.info(note)
     full = parts.get("full") or str(_further_pretrained(parts, out))
-    stages = {"LLaMA-7B": ("base", parts["base"], None), "K2-7B": ("k2", full, parts.get("adapter"))}
-    if "delta" in parts:
-        stages["LLaMA-7B + delta"] = ("delta", full, None)
+    stages: dict[str, tuple[str, str, str | None]] = {"LLaMA-7B": ("base", parts["base"], None)}
+    stages |= {"LLaMA-7B + delta": ("delta", full, None)} if "delta" in parts else {}
+    stages["K2-7B"] = ("k2", full, parts.get("adapter"))
     made_by, used = {}, dict[str, str]()
     for folder, model, added in stages.values():
         _check(directory := ModelDirectory(model), added)
