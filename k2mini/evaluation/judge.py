@@ -286,7 +286,7 @@ def _summary(
 
 def judge_table(report: Mapping[str, Any]) -> str:
     """The report for people to read."""
-    lines = [f"{run}: {OWN}" for run in report["own"]]
+    lines = [f"{', '.join(report['own'])}: {OWN}"] if report["own"] else []
     for row in report["tasks"]:
         runs = short_names(entry["run"] for entry in row["runs"])
         width, heads = max(map(len, runs)), [key.replace("_", " ") for key in row["runs"][0] if key != "run"]

@@ -277,6 +277,7 @@ def test_answers_that_an_evaluator_can_not_hold_are_left_out(runs, tmp_path, run
     assert [entry["left_out"] for entry in (*noun["runs"], *discussion["runs"])] == [1, 1, 0, 0]
     measure = next(measure for _, measure in read_scores(long) if measure.startswith("preference@"))
     assert len(read_scores(long)["npee/noun", measure]) == 3
+    assert '"value": null' not in (long / JUDGED).read_text(), "an evaluator of more context would be asked again"
     status, table, _ = run("judge", runs[0], long, "--evaluator", evaluator)
     assert status == 0
     assert [line.split()[-1] for line in table.splitlines() if line.startswith(("one", "long"))] == ["0", "0", "1", "1"]
@@ -355,6 +356,12 @@ def test_a_model_that_judges_its_own_answers_is_said(tiny_directory, runs, run):
     assert [each["own"] for each in told] == [False, True]
     assert told[0]["evaluator"]["evaluator"] == own
     assert told[0]["prompts"][0] == LIKELY
+
+
+def test_help_says_what_scores_are_worth(run):
+    said = " ".join(run("judge", "--help")[1].split())
+    for part in ("none of those that answered", "with prompts of k2mini's", "moves the 7th digit of scores"):
+        assert part in said
 
 
 def test_many_questions_and_long_replies_take_no_quadratic_time():
