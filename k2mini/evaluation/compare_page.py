@@ -69,7 +69,7 @@ def _scores(found: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             if place:
                 form, unit = ("+.1%", " points") if task["measure"] == "accuracy" else ("+.3f", "")
                 between = ends(entry["difference_low"], entry["difference_high"], form)
-                cells[2] = f'<span class="num">{entry["difference"]:{form}}{unit} ({between})</span>'
+                cells[2] = f'<span class="num">{entry["difference"]:{form}}{unit} ({between})</span>'.replace("%", "")
                 tag = "b" if entry["p_holm"] < 0.05 else "span"
                 cells[3] = f'<{tag} class="num">{entry["p"]:.3g} ({entry["p_holm"]:.3g})</{tag}>'
             rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

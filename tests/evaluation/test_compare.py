@@ -108,6 +108,7 @@ def test_the_page_has_topics_and_the_questions_where_two_differ(runs, tmp_path, 
     assert not re.findall(r"https?://|@import|url\(|<script", text)
     plain = html.unescape(re.sub("<.*?>", "", text))
     assert "the model of two" in plain
+    assert "+33.3 points (+14" in plain
     for topic in ("petrology", "hydrology"):
         (row,) = re.findall(rf"<tr><td>{topic}</td>(.*?)</tr>", text)
         assert re.findall(r"<td>(.*?)</td>", row)[0] == "15"
