@@ -332,13 +332,14 @@ def test_an_earlier_judges_scores_stay(runs, tmp_path, run, endpoint):
     assert f"{file} is not as k2mini judge writes it" in run("compare", *runs)[2]
 
 
-def test_gptscores_stay_when_another_run_answered_less(tiny_directory, runs, tmp_path, run):
+def test_gptscores_of_fewer_questions_take_nothing_away(tiny_directory, runs, tmp_path, run):
     few = make_run(tmp_path / "few", lambda thing: "a rock")
-    command = ["--evaluator", tiny_directory, "--only", "gptscore"]
-    judged(run, runs[0], *command)
-    before = read_scores(runs[0])
-    judged(run, runs[0], few, *command)
+    first = judged(run, *runs, "--evaluator", tiny_directory)
+    before, file = read_scores(runs[0]), runs[0] / f"judge_{first['name']}.json"
+    kept = file.read_text()
+    judged(run, runs[0], few, "--evaluator", tiny_directory, "--only", "gptscore")
     assert read_scores(runs[0]) == before
+    assert file.read_text() == kept
 
 
 def test_a_model_that_judges_its_own_answers_is_said(tiny_directory, runs, run):
