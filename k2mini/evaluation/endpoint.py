@@ -60,16 +60,16 @@ class Endpoint:
         model: its name at the server.
 
     The key, where the server wants one, is the environment variable OPENAI_API_KEY. Raises ValueError where the address
-    has one.
+    may hold one.
     """
 
     url: str
     model: str
 
     def __post_init__(self) -> None:
-        if re.search("[@?#]", self.url):
+        if re.search("//[^/]*@|[?#]", self.url):
             raise ValueError(
-                "a server's address has no password or query here, for reports name it; OPENAI_API_KEY has"
+                "a server's address may hold no password or query, for reports show it; see OPENAI_API_KEY"
             )
 
     def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
