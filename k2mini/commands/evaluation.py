@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -149,6 +150,8 @@ def _evaluate(
     from k2mini.weights.model_directory import ModelDirectory
 
     (config, questions, pairs, texts, taken), out = inputs, options.out
+    if out is not None:
+        check_names(pairs)
     uncertain = options.robust is not None or options.chart is not None
     if uncertain:
         check_uncertainty(options, questions)
@@ -223,6 +226,15 @@ def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
         for entry in report.get("decontamination", ()):
             print(entry["said"])
     sys.stdout.flush()
+
+
+def check_names(tasks: Iterable[str]) -> None:
+    """Raise ValueError where the answers to two open tasks would be kept in one file."""
+    files = dict[str, str]()
+    for task in tasks:
+        name = f"answers_{task.replace('/', '_')}.jsonl"
+        if (other := files.setdefault(name, task)) != task:
+            raise ValueError(f"{other!r} and {task!r} would both be kept in {name}; rename one, or run one at a time")
 
 
 def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -12,11 +13,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from k2mini.errors import StoppedBySignalError
+from k2mini.errors import StoppedBySignalError, sentence, short
 
 if TYPE_CHECKING:
     from k2mini.distributed import World
 
+log = logging.getLogger("k2mini.commands")
 # What gloo, NCCL and the store say to a rank that waits for one that has gone.
 LOST = re.compile(r"gloo|NCCL|Store|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe")
 
@@ -51,8 +53,9 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
                 signal.signal(signal.SIGTERM, stop)
             yield world
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if not LOST.search(str(error)) or sentence(error) is not None:  # a GPU that is full is no lost rank
             raise
+        log.warning("ranks could not reach each other: %s", short(str(error)))
         raise ValueError(f"another rank has ended; {again}") from error
 
 
