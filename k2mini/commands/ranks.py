@@ -37,7 +37,12 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
 
     set_threads(options.threads)
     again = "start again" if options.out is None else f"what is done is kept in {options.out}, start again to go on"
-
+    if options.shard:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise ValueError("--shard spreads the weights over ranks; torchrun starts them, and there is one")
+        for name in ("--quantize-head", "--compile", "--speculate", "--draft-model"):
+            if getattr(options, name[2:].replace("-", "_"), None):
+                raise ValueError(f"--shard spreads the weights over ranks; it does not go with {name}")
     try:
         with ranks(pick_device(options.device), ParallelSection()) as world:
             first = world.broadcast(os.getpid())

@@ -289,7 +289,7 @@ def test_every_key_is_explained(tmp_path):
     ("change", "said"),
     [
         ({"fieldz": {}}, "unknown key fieldz; did you mean fields"),
-        ({"fields": {"question": "q", "answr": "a"}}, "fields must be {question, choices, answer}"),
+        ({"fields": {"question": "q", "answr": "a"}}, "fields must be {question, choices, answer, topic}"),
         ({"fields": {"question": "q"}}, "fields must name question and answer"),
         ({"layout": "arc", "fields": {"question": "q", "answer": "a"}}, "are for files without a layout"),
         ({"layout": "mmlu"}, "layout must be one of geobench, arc"),
