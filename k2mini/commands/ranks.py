@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from k2mini.errors import StoppedBySignalError, sentence, short
+from k2mini.errors import StoppedBySignalError, sentence
 
 if TYPE_CHECKING:
     from k2mini.distributed import World
@@ -60,7 +60,7 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
     except RuntimeError as error:
         if not LOST.search(str(error)) or sentence(error) is not None:  # a GPU that is full is no lost rank
             raise
-        log.warning("ranks could not reach each other: %s", short(str(error)))
+        log.warning("ranks could not reach each other: %s", str(error).strip().splitlines()[0][:300])
         raise ValueError(f"another rank has ended; {again}") from error
 
 

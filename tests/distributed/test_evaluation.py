@@ -1,11 +1,15 @@
 """`eval` and `generate --input` on ranks: what one process finds, to the last byte, whoever was killed meanwhile."""
 
+import argparse
 import json
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 
+from k2mini.commands.ranks import joined
+from k2mini.distributed import ALONE
 from tests.faults.server import Request
 
 ROCKS = ["granite", "basalt", "quartz", "rock", "mineral", "crust"]
@@ -83,6 +87,24 @@ def test_eval_goes_on_after_a_kill_of_either_rank(world, forks, rank, number, th
     for end in start(forks, then, folder, line):
         assert end.status == 0, end.err
     same(folder, f"killed{rank}{number}")
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("NCCL error in: NCCLUtils.hpp:268, Failed to CUDA calloc 6291456 bytes: out of memory", False),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_what_else_goes_wrong(monkeypatch, caplog, said, lost):
+    """And what was heard of it is said before."""
+    monkeypatch.setattr("k2mini.distributed.ranks", lambda *_: nullcontext(ALONE))
+    options = argparse.Namespace(threads=None, out=None, shard=False, device="cpu")
+    with pytest.raises(ValueError if lost else RuntimeError) as raised, joined(options):
+        raise RuntimeError(said)
+    assert str(raised.value) == ("another rank has ended; start again" if lost else said)
+    assert ("Connection closed" in caplog.text) == lost
 
 
 def test_the_first_rank_says_what_is_kept_when_torchrun_ends_it(world, forks):
