@@ -52,9 +52,12 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
                     if not world.is_main:
                         os.kill(first, 0)  # it is there, and says it
                         sys.exit(128 + number)
-                raise StoppedBySignalError(number, f"what is done is kept in {options.out}")
+                kept = "nothing is kept without --out"
+                if options.out is not None:
+                    kept = f"what is done is kept in {options.out}"
+                raise StoppedBySignalError(number, kept)
 
-            if options.out is not None and world.rank == int(os.environ["LOCAL_RANK"]) < 2:
+            if world.rank == int(os.environ["LOCAL_RANK"]) < 2:
                 signal.signal(signal.SIGTERM, stop)
             yield world
     except RuntimeError as error:
