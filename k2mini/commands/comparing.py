@@ -22,6 +22,7 @@ def run_compare(options: argparse.Namespace) -> None:
     from k2mini.errors import check_picture
     from k2mini.evaluation.compare import compare, comparison_table, draw
     from k2mini.evaluation.compare_page import page
+    from k2mini.evaluation.scores import read_scores
     from k2mini.files import output, write_text
 
     if options.chart is not None:
@@ -30,9 +31,10 @@ def run_compare(options: argparse.Namespace) -> None:
         raise ValueError(f"--html {options.html}: a page's name ends in .html")
     wanted = {"file": True, "force": options.force, "inputs": options.runs}
     with output(options.chart, **wanted), output(options.html, **wanted):
-        found = compare(options.runs)
+        scores = [read_scores(run) for run in options.runs]
+        found = compare(options.runs, scores)
         print(json.dumps(found) if options.json else comparison_table(found))
         if options.chart is not None:
             draw(found, options.chart)
         if options.html is not None:
-            write_text(options.html, page(options.runs, found))
+            write_text(options.html, page(options.runs, found, scores))

@@ -240,14 +240,13 @@ def check_names(tasks: Iterable[str]) -> None:
 def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: list[str]) -> dict[str, Any]:
     """By what results that are kept are known, beside how questions are asked: the model, and what else it is to do."""
     from k2mini.evaluation.evaluate import digest
-    from k2mini.files import sha256
-    from k2mini.weights.model_directory import model_directory
 
     made_by: dict[str, Any] = {"model": fingerprint, "adapter": None}
     made_by |= {name: getattr(options, name) for name in ("merge", "quantize", "quantize_head")}
     if options.adapter is not None:
-        files = sorted(model_directory(options.adapter).glob("adapter_*"))
-        made_by["adapter"] = digest([(file.name, sha256(file)) for file in files])
+        from k2mini.weights.adapter import adapter_digest  # a file more on the road, for adapters alone
+
+        made_by["adapter"] = adapter_digest(options.adapter)
     if pairs:
         made_by |= {"open_tasks": list(pairs), "max_new_tokens": options.max_new_tokens}
         made_by["batch_size"] = options.batch_size  # an answer may vary with what it is made beside

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ def judge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `judge`."""
     from k2mini.evaluation.instances import EvalConfig
 
-    batch: Any = {"type": int, "default": EvalConfig.batch_size, "metavar": "N"}
+    size = f"answers at a time; moves the 7th digit of scores (default: {EvalConfig.batch_size})"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--out of eval, with open tasks")
-    what = "the model that judges; with --evaluator-url, its name there"
+    what = "the model that judges, none of those that answered; with --evaluator-url, its name there"
     parser.add_argument("--evaluator", required=True, metavar="DIR", help=what)
     there = "a server of OpenAI's API, as http://localhost:8000/v1; gptscore needs one that scores prompts"
     parser.add_argument("--evaluator-url", metavar="URL", help=there)
@@ -40,17 +39,18 @@ def judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", **TEMPLATE)
     file = "a JSON object, {aspect: sentence that defines it} (default: rationality, correctness, consistency)"
     parser.add_argument("--aspects", type=Path, metavar="FILE", help=file)
-    only = "gptscore: how likely each answer is, by aspect; preference: which of two runs' answers is better"
+    only = "gptscore: mean log-probability of each answer's tokens after an aspect's prompt, GPTScore's formula with "
+    only += "prompts of k2mini's; preference: which of two runs' answers is better, asked in both orders"
     parser.add_argument("--only", choices=("gptscore", "preference"), help=f"{only} (default: both)")
-    parser.add_argument("--batch-size", **batch, help=f"answers at a time (default: {EvalConfig.batch_size})")
+    parser.add_argument("--batch-size", type=int, default=EvalConfig.batch_size, metavar="N", help=size)
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run_judge)
 
 
 def run_judge(options: argparse.Namespace) -> None:
     """Judge the open answers of runs; print a table or JSON, and add the scores to the runs."""
-    from k2mini.evaluation.evaluate import MARK, digest
-    from k2mini.evaluation.judge import ASPECTS, LIKELY, PREFER, judge, judge_table, read_aspects, read_runs
+    from k2mini.evaluation.evaluate import MARK
+    from k2mini.evaluation.judge import ASPECTS, judge, judge_table, read_aspects, read_runs
     from k2mini.files import output
 
     if options.batch_size < 1:
@@ -64,12 +64,9 @@ def run_judge(options: argparse.Namespace) -> None:
         for run in options.runs:
             held.enter_context(output(run, mark=MARK))
         asked, made_by = _evaluator(options)
-        known = digest([made_by, aspects, LIKELY, PREFER])[:6]
-        name = re.sub(r"[^\w.-]", "_", Path(options.evaluator).absolute().name) + f"-{known}"
-        tasks = judge(options.runs, answers, asked, made_by, name, aspects, pairs)
-    report = {"name": name, "evaluator": made_by, "aspects": aspects, "tasks": tasks}
-    print(json.dumps(report, ensure_ascii=False) if options.json else judge_table(tasks, name))
-    log.info("the scores are in each run's scores_judge_%s.jsonl", name)
+        report = judge(options.runs, answers, asked, made_by, Path(options.evaluator).absolute().name, aspects, pairs)
+    print(json.dumps(report, ensure_ascii=False) if options.json else judge_table(report))
+    log.info("kept in each run: scores_judge_%s.jsonl and, who judged, judge_%s.json", *[report["name"]] * 2)
 
 
 def _evaluator(options: argparse.Namespace) -> tuple[Judge, dict[str, Any]]:
@@ -77,21 +74,20 @@ def _evaluator(options: argparse.Namespace) -> tuple[Judge, dict[str, Any]]:
     from k2mini.build import open_model, pick_device, set_threads
     from k2mini.data.chats import open_template
     from k2mini.dtypes import NAMES
+    from k2mini.evaluation.api_model import ApiModel
     from k2mini.evaluation.endpoint import Endpoint
     from k2mini.evaluation.evaluate import digest
     from k2mini.evaluation.judge import judge_here, judge_there
     from k2mini.evaluation.transformers_model import TransformersModel
-    from k2mini.files import sha256
-    from k2mini.weights.model_directory import model_directory
+    from k2mini.weights.adapter import adapter_digest
 
     if options.evaluator_url is not None:
-        if given := [name for name in ("adapter", "quantize", "template") if getattr(options, name) is not None]:
+        given = [name for name in ("adapter", "quantize", "template") if getattr(options, name) is not None]
+        if given := given + ["backend"] * (options.backend != "k2mini"):
             raise ValueError(f"--{given[0]} is for an evaluator here; leave it out, or leave out --evaluator-url")
-        if options.backend != "k2mini":
-            raise ValueError("--backend is for an evaluator here; leave it out, or leave out --evaluator-url")
         endpoint = Endpoint(options.evaluator_url, options.evaluator)
-        made_by = {"evaluator": options.evaluator, "url": options.evaluator_url}
-        return partial(judge_there, endpoint, workers=options.batch_size), made_by
+        known = {"evaluator": ApiModel(endpoint).fingerprint()}  # as a run of eval --backend api has it
+        return partial(judge_there, endpoint, workers=options.batch_size), known
     wanted = {name: getattr(options, name) for name in ("adapter", "dtype", "quantize")}
     model: Llama | OtherModel
     directory: ModelDirectory | OtherModel
@@ -105,10 +101,9 @@ def _evaluator(options: argparse.Namespace) -> tuple[Judge, dict[str, Any]]:
     tokenizer = directory.require_tokenizer()
     template = options.template or (options.adapter and tuned_in(options.adapter))
     template = open_template(template, directory.path, tokenizer)
-    adapter = sorted(model_directory(options.adapter).glob("adapter_*")) if options.adapter is not None else []
-    made_by = {
+    made_by: dict[str, Any] = {
         "evaluator": directory.fingerprint(),
-        "adapter": digest([(file.name, sha256(file)) for file in adapter]),
+        "adapter": options.adapter and adapter_digest(options.adapter),
         "quantize": options.quantize,
         "dtype": model.dtype and NAMES[model.dtype],
         "shape": digest(model.config.features()),

@@ -20,7 +20,7 @@ def rate_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="the page; its key stands beside it")
     make.add_argument("--sample", type=int, default=50, metavar="N", help="questions on the page (default: 50, as K2)")
     make.add_argument("--tasks", **LIST, default=[], metavar="TASK", help="such as npee/noun (default: all open ones)")
-    make.add_argument("--seed", type=int, default=0, metavar="N", help="of questions and orders (default: 0)")
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="of the questions (default: 0)")
     make.add_argument("--force", action="store_true", help="replace a page that exists, and its key")
     make.set_defaults(run=run_rate_make)
     read = actions.add_parser("read", help="what raters' files come to; also kept in the runs", parents=[DEBUG])

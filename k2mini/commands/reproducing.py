@@ -14,17 +14,16 @@ if TYPE_CHECKING:
     from k2mini.nn.llama import Llama
 
 GEOBENCH = [Path(f"hf://datasets/daven3/geobench/geobench_{name}.json") for name in ("npee", "apstudy")]
+PARTS = {"base": "huggyllama/llama-7b", "delta": "daven3/k2_fp_delta", "adapter": "daven3/k2_it_adapter"}
 
 
 def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `reproduce`; the defaults are K2's names on the hub, and how K2's code asks."""
     parser.add_argument("what", choices=("k2",), help="k2: LLaMA-7B, with K2's delta, and with its adapter")
-    for part, default, what in (
-        ("base", "huggyllama/llama-7b", "the base"),
-        ("delta", "daven3/k2_fp_delta", "what further pretraining added to it"),
-        ("adapter", "daven3/k2_it_adapter", "what instruction tuning added"),
+    for part, what in zip(
+        PARTS, ("the base", "what further pretraining added to it", "what instruction tuning added"), strict=True
     ):
-        parser.add_argument(f"--{part}", default=default, metavar="DIR", help=f"{what} (default: {default})")
+        parser.add_argument(f"--{part}", metavar="DIR", help=f"{what} (default: {PARTS[part]})")
     parser.add_argument(
         "--full", metavar="DIR", help="K2 in one, such as daven3/k2-v1, in the place of delta and adapter"
     )
@@ -55,8 +54,11 @@ def run_reproduce(options: argparse.Namespace) -> None:
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
-    wanted = ("base", "delta", "adapter") if options.full is None else ("base", "full")
-    parts = {part: getattr(options, part) for part in wanted}
+    parts = {part: getattr(options, part) or default for part, default in PARTS.items()}
+    if options.full is not None:
+        if options.delta or options.adapter:
+            raise ValueError("--full is K2 in one, in the place of --delta and --adapter; leave those out, or it")
+        parts = {"base": parts["base"], "full": options.full}
     config = EvalConfig(options.scoring, get_template("k2_wa"), fewshot_file=options.shots_file)
     files = options.benchmark or GEOBENCH
     questions = [question for path in files for question in read_benchmark(path)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.errors import short
-from k2mini.evaluation.endpoint import Endpoint
+from k2mini.evaluation.endpoint import Endpoint, at_a_time
 from k2mini.evaluation.score import OtherConfig, Request, boundary
 from k2mini.inference.decoding import Decoding
 
@@ -72,7 +71,7 @@ class ApiModel:
         Raises ValueError as `Endpoint.tokens` does, and where a context has no token before an option's first.
         """
         own = [place for place in range(len(requests)) if mine([place])]
-        yield from zip(own, _at_a_time(batch_size, self._scores, [requests[place] for place in own]), strict=True)
+        yield from zip(own, at_a_time(batch_size, self._scores, [requests[place] for place in own]), strict=True)
 
     def _scores(self, request: Request) -> list[float]:
         context = _text(request.prefix)
@@ -88,7 +87,7 @@ class ApiModel:
 
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
         """See `OtherModel`; greedy. What ends an answer, but for `decoding.stop`, is the server's to know."""
-        yield from _at_a_time(decoding.batch_size, partial(self._answer, decoding), prompts)
+        yield from at_a_time(decoding.batch_size, partial(self._answer, decoding), prompts)
 
     def _answer(self, decoding: Decoding, prompt: list[int]) -> str:
         asked: dict[str, Any] = {"prompt": _text(prompt), "max_tokens": decoding.max_new_tokens, "temperature": 0}
@@ -104,12 +103,3 @@ class ApiModel:
 
 def _text(characters: Sequence[int]) -> str:
     return "".join(map(chr, characters))
-
-
-def _at_a_time(number: int, ask: Callable[[Any], Any], what: Sequence[Any]) -> Iterator[Any]:
-    """What `ask` returns for each, in their order, so many of them being asked at a time."""
-    pool = ThreadPoolExecutor(number)
-    try:
-        yield from pool.map(ask, what)
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from k2mini.evaluation.agreement import holm, interval, paired_p
 from k2mini.evaluation.report import accuracy
-from k2mini.evaluation.scores import read_scores
+from k2mini.evaluation.scores import Key, orders_line, read_orders
 from k2mini.files import new_file, read_json
 from k2mini.training.plot import short_names
 
 log = logging.getLogger(__name__)
+
+Scores = dict[tuple[str, str], dict[Key, float]]  # as `read_scores` gives them
+COUNTED = (
+    "scores other than accuracy are means over different questions, each counted once (report.json counts copies, and "
+    "its likelihood is one over all references' tokens); – where too few differ for a 95 % interval"
+)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -28,37 +35,53 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
+def paired(of_runs: Sequence[dict[Key, float]], measure: str) -> dict[Key, list[float]]:
+    """Each question that all runs have, with the value of each run.
+
+    Copies of one question are no independent ones: they count once, with their mean; of `accuracy`, which is compared
+    over all questions as `eval` counts them, each by itself.
+    """
+    firsts, copies = dict[str, Key](), defaultdict[Key, list[list[float]]](list)
+    for key in of_runs[0]:
+        if all(key in values for values in of_runs):
+            same = key if measure == "accuracy" else firsts.setdefault(key[0], key)
+            copies[same].append([values[key] for values in of_runs])
+    return {key: [math.fsum(own) / len(own) for own in zip(*rows, strict=True)] for key, rows in copies.items()}
+
+
+def compare(runs: Sequence[Path], scores: Sequence[Scores]) -> list[dict[str, Any]]:
     """Each task's accuracies and other scores, and of every run but the first a paired test against the first.
 
-    Questions are paired by their text and key, wherever they stand; what some run does not have is left out.
+    Questions are `paired` by their text and key, wherever they stand; what some run does not have is left out.
+
+    Args:
+        scores: `read_scores` of each run.
 
     Returns: dicts of `task`, `measure`, `n` (questions that all runs have) and `runs`: a list of `run`, `model`,
-    `accuracy` (of another measure: `mean`), `low`, `high`, `left_out` (its questions that another run lacks) and, but
-    of the first, `difference`, `difference_low`, `difference_high`, `better` and `worse` (questions), `p` (McNemar's;
-    of another measure: the paired bootstrap's) and `p_holm`, corrected for all comparisons that are returned.
+    `accuracy` (of another measure: `mean`), `low`, `high` (None where there is no `interval`), `left_out` (its
+    questions that another run lacks) and, but of the first, `difference`, `difference_low`, `difference_high`, `better`
+    and `worse` (questions), `p` (McNemar's; of another measure: the paired bootstrap's) and `p_holm`, corrected for all
+    comparisons that are returned. Of a judge's preference also `orders`, its position bias.
 
     Raises ValueError where a directory is no run of `eval`, or the runs have no question in common.
     """
     if len(runs) < 2:
         raise ValueError("compare needs at least two runs")
     models = [_model(run) for run in runs]
-    scores = [read_scores(run) for run in runs]
     found: list[dict[str, Any]] = []
     for task, measure in dict.fromkeys(same for score in scores for same in score):
         of_runs = [score.get((task, measure), {}) for score in scores]
-        keys = [key for key in of_runs[0] if all(key in values for values in of_runs)]
-        if not keys:
+        values = paired(of_runs, measure)
+        if not values:
             what = task if measure == "accuracy" else f"{task}, {measure},"
             log.warning("%s is left out: no question of it, with the same key, is in all runs", what)
             continue
-        first, entries = [of_runs[0][key] for key in keys], []
-        for place, (run, model) in enumerate(zip(runs, models, strict=True)):
-            own = [of_runs[place][key] for key in keys]
-            left_out, against = len(of_runs[place]) - len(own), _against(first, own, measure) if place else {}
-            entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": left_out}
-            entries.append({**entry, **against})
-        found.append({"task": task, "measure": measure, "n": len(keys), "runs": entries})
+        columns, entries = [*zip(*values.values(), strict=True)], []
+        for place, (run, model, own) in enumerate(zip(runs, models, columns, strict=True)):
+            had = len({key if measure == "accuracy" else key[0] for key in of_runs[place]})
+            entry = {"run": str(run), "model": model, **_mean(own, measure), "left_out": had - len(own)}
+            entries.append(entry | (_against(columns[0], own, measure) if place else {}))
+        found.append({"task": task, "measure": measure, "n": len(values), "runs": entries})
     if not found:
         raise ValueError(
             f"{', '.join(map(str, runs))} have no question in common; were --benchmark, --limit and --tasks the same?"
@@ -66,16 +89,19 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     tested = [entry for task in found for entry in task["runs"][1:]]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = p
+    for row in found:
+        if orders := read_orders(runs[0], row["measure"]).get(row["task"]):
+            row["orders"] = orders
     return found
 
 
-def _mean(values: list[float], measure: str) -> dict[str, float | None]:
+def _mean(values: Sequence[float], measure: str) -> dict[str, float | None]:
     if measure == "accuracy":
         return accuracy([value == 1 for value in values])
     return dict(zip(("mean", "low", "high"), interval(values), strict=True))
 
 
-def _against(first: list[float], own: list[float], measure: str) -> dict[str, float]:
+def _against(first: Sequence[float], own: Sequence[float], measure: str) -> dict[str, Any]:
     """What distinguishes a run from the first."""
     differences = [value - other for value, other in zip(own, first, strict=True)]
     better, worse = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
@@ -101,6 +127,7 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
     for task in found:
         of_measure = "" if task["measure"] == "accuracy" else f", {task['measure']}"
         lines.append(f"{task['task']}{of_measure} ({task['n']} questions)")
+        lines += [f"  {orders_line(task['orders'])}"] if "orders" in task else []
         for entry in task["runs"]:
             line = f"  {shown(entry)}  {entry['run']}"
             if "p" in entry:
@@ -109,6 +136,7 @@ def comparison_table(found: Sequence[dict[str, Any]]) -> str:
             if entry["left_out"]:
                 line += f" ({entry['left_out']} questions are left out: not all runs have them, with the same key)"
             lines.append(line)
+    lines += [COUNTED] * any(task["measure"] != "accuracy" for task in found)
     return "\n".join(lines + [f"p is corrected for all {number} comparisons by Holm's method"] * (number > 1))
 
 
@@ -116,7 +144,12 @@ def shown(entry: dict[str, Any]) -> str:
     """A run's value with its interval: accuracy in percent, another measure in its own unit."""
     if "accuracy" in entry:
         return f"{100 * entry['accuracy']:5.1f} %  ({100 * entry['low']:.1f} – {100 * entry['high']:.1f})"
-    return f"{entry['mean']:7.3f}  ({entry['low']:.3f} to {entry['high']:.3f})"
+    return f"{entry['mean']:7.3f}  ({ends(entry['low'], entry['high'])})"
+
+
+def ends(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """An interval as text; – where there is none."""
+    return "–" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:

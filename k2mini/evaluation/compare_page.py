@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from k2mini.evaluation.agreement import interval
-from k2mini.evaluation.compare import shown
-from k2mini.evaluation.report import Result, read_results
-from k2mini.evaluation.scores import Key, OpenAnswer, read_answers, read_scores
+from k2mini.evaluation.compare import COUNTED, Scores, ends, paired, shown
+from k2mini.evaluation.report import Result
+from k2mini.evaluation.scores import Key, OpenAnswer, orders_line, read_asked
 from k2mini.page import STYLE, document, table
 from k2mini.training.plot import short_names
 
-Asked = dict[tuple[str, Key], Result | OpenAnswer]
 MOST = 25  # questions that are shown for each direction, those that differ most; of accuracy all
 OWN = """
 main { max-width: 1180px; } main > p { margin-bottom: 14px; } section { margin-bottom: 14px; padding: 14px 18px; }
@@ -24,11 +22,6 @@ h2 { margin-bottom: 8px; } h3 { font-size: 15px; margin: 14px 0 4px; }
 @media (prefers-color-scheme: dark) { :root { --c0: #7aa7ff; --c1: #ff9a5c; --good: #5fd39a; --bad: #ff8f86; } }
 td b.num { font-weight: 700; } .wide { overflow-x: auto; } .wide .table { width: 100%; } .num { white-space: nowrap; }
 .table tr.head td { font-weight: 500; font-size: 14px; padding-top: 14px; }
-.track { position: relative; display: block; width: 170px; height: 14px; }
-.track::before { content: ""; position: absolute; inset: 6.5px 0; height: 1px; background: var(--line); }
-.track i { position: absolute; top: 4px; height: 6px; border-radius: 3px; background: var(--c); opacity: 0.45; }
-.track b { position: absolute; top: 2px; width: 10px; height: 10px; margin-left: -5px; border-radius: 5px;
-  background: var(--c); }
 .a { --c: var(--c0); } .b { --c: var(--c1); } .good { color: var(--good); } .bad { color: var(--bad); }
 details { margin: 4px 0; } details > summary { padding: 4px 0; } summary b { color: var(--ink); }
 article { border-top: 1px solid var(--line); padding: 12px 0; } article ul { margin: 6px 0 0; padding-left: 20px; }
@@ -38,41 +31,28 @@ small { font-size: 12px; color: var(--soft); } .mark { color: var(--c); font-wei
 """
 
 
-def read_asked(run: Path) -> Asked:
-    """What was asked in a run and what it made of it, by task and by the key that `read_scores` has."""
-    found: Asked = {}
-    copies = Counter[tuple[str, str]]()
-    every: list[Result | OpenAnswer] = [answer for answers in read_answers(run).values() for answer in answers]
-    every += read_results(run / "results.jsonl") if (run / "results.jsonl").is_file() else []
-    for each in every:
-        digest = f"{each.digest} {each.answer}" if isinstance(each, Result) else each.digest
-        found[each.task, (digest, copies[each.task, digest])] = each
-        copies[each.task, digest] += 1
-    return found
-
-
-def page(runs: Sequence[Path], found: Sequence[dict[str, Any]]) -> str:
-    """The whole page of runs and what `compare` found of them."""
+def page(runs: Sequence[Path], found: Sequence[dict[str, Any]], scores: Sequence[Scores]) -> str:
+    """The whole page of runs, what `compare` found of them, and their scores, of which it did."""
     names = short_names(map(str, runs))
-    asked, scores = [read_asked(run) for run in runs], [read_scores(run) for run in runs]
+    asked = [read_asked(run) for run in runs]
     models = [[name, entry["model"]] for name, entry in zip(names, found[0]["runs"], strict=True)]
     number = sum(len(task["runs"]) - 1 for task in found)
     told = (
-        f"<p>The runs are compared with the first, {escape(names[0])}, question by question. Bars are 95 % intervals. "
+        f"<p>The runs are compared with the first, {escape(names[0])}, question by question, with 95 % intervals. "
         f"p: McNemar's exact test of accuracies, the paired bootstrap of other scores; corrected for all {number} "
-        "comparisons of this page by Holm's method. Bold: below 0.05 when corrected.</p>"
+        "comparisons of this page by Holm's method. Bold: below 0.05 when corrected. "
+        f"{COUNTED[0].upper()}{COUNTED[1:]}.</p>"
     )
     parts = [f"{told}<section class='wide'><h2>Runs</h2>{table(['run', 'model'], models)}</section>"]
     parts.append(f"<section class='wide'><h2>Scores</h2>{_scores(found, names)}</section>")
     for name in dict.fromkeys(task["task"] for task in found):
         content = ""
         for each in (task for task in found if task["task"] == name):
-            values = [score[name, each["measure"]] for score in scores]
-            keys = [key for key in values[0] if all(key in value for value in values)]
-            content += f"<h3>{escape(each['measure'])}</h3>{_topics(name, keys, values, asked[0], names)}"
-            most = len(keys) if each["measure"] == "accuracy" else MOST
+            values = paired([score[name, each["measure"]] for score in scores], each["measure"])
+            content += f"<h3>{escape(each['measure'])}</h3>{_topics(name, values, asked[0], names)}"
+            most = len(values) if each["measure"] == "accuracy" else MOST
             for place in range(1, len(runs)):
-                pairs = [(key, values[place][key] - values[0][key]) for key in keys]
+                pairs = [(key, own[place] - own[0]) for key, own in values.items()]
                 content += _differences(name, pairs, (asked[0], asked[place]), (names[0], names[place]), most)
         parts.append(f"<section><h2>{escape(name)}: where they differ</h2>{content}</section>")
     return document(f"{len(runs)} runs compared", STYLE + OWN, "\n".join(parts))
@@ -82,51 +62,37 @@ def _scores(found: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     rows = ""
     for task in found:
         of_measure = f"{task['task']}, {task['measure']} ({task['n']:,} questions)"
-        rows += f'<tr class="head"><td colspan="5">{escape(of_measure)}</td></tr>'
-        low, high = min(entry["low"] for entry in task["runs"]), max(entry["high"] for entry in task["runs"])
+        of_measure += f"; {orders_line(task['orders'])}" if "orders" in task else ""
+        rows += f'<tr class="head"><td colspan="4">{escape(of_measure)}</td></tr>'
         for place, (name, entry) in enumerate(zip(names, task["runs"], strict=True)):
-            mean = entry.get("accuracy", entry.get("mean"))
-            track = _track([entry["low"], mean, entry["high"]], low, high, "b" if place else "a")
-            cells = [escape(name), f'<span class="num">{shown(entry)}</span>', track, "", ""]
+            cells = [escape(name), f'<span class="num">{shown(entry)}</span>', "", ""]
             if place:
-                factor, unit = (100, " points") if task["measure"] == "accuracy" else (1, "")
-                ends = [f"{factor * entry[f'difference{end}']:+.{1 if unit else 3}f}" for end in ("", "_low", "_high")]
-                cells[3] = f'<span class="num">{ends[0]}{unit} ({ends[1]} to {ends[2]})</span>'
+                form, unit = ("+.1%", " points") if task["measure"] == "accuracy" else ("+.3f", "")
+                between = ends(entry["difference_low"], entry["difference_high"], form)
+                cells[2] = f'<span class="num">{entry["difference"]:{form}}{unit} ({between})</span>'.replace("%", "")
                 tag = "b" if entry["p_holm"] < 0.05 else "span"
-                cells[4] = f'<{tag} class="num">{entry["p"]:.3g} ({entry["p_holm"]:.3g})</{tag}>'
+                cells[3] = f'<{tag} class="num">{entry["p"]:.3g} ({entry["p_holm"]:.3g})</{tag}>'
             rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    head = "".join(f"<th>{name}</th>" for name in ("run", "score", "", "difference from the first", "p (corrected)"))
+    head = "".join(f"<th>{name}</th>" for name in ("run", "score", "difference from the first", "p (corrected)"))
     return f'<table class="table"><tr>{head}</tr>{rows}</table>'
 
 
-def _track(values: Sequence[float], low: float, high: float, kind: str) -> str:
-    """An interval, with a dot at its mean, on a line from low to high."""
-    left, middle, right = (100 * (value - low) / ((high - low) or 1) for value in values)
-    bar = f'<i style="left:{left:.1f}%;width:{right - left:.1f}%"></i><b style="left:{middle:.1f}%"></b>'
-    return f'<span class="track {kind}">{bar}</span>'
-
-
 def _topics(
-    task: str,
-    keys: Sequence[Key],
-    values: Sequence[dict[Key, float]],
-    asked: Asked,
-    names: Sequence[str],
+    task: str, values: Mapping[Key, Sequence[float]], asked: Mapping[Any, OpenAnswer | Result], names: Sequence[str]
 ) -> str:
     """A row a topic, where results have one; differences with intervals, and no tests of so many small groups."""
-    groups: dict[str, list[Key]] = {}
-    for key in keys:
+    groups: dict[str, list[Sequence[float]]] = {}
+    for key, own in values.items():
         if topic := getattr(asked.get((task, key)), "topic", ""):
-            groups.setdefault(topic, []).append(key)
+            groups.setdefault(topic, []).append(own)
     rows = []
-    for topic, own in sorted(groups.items()):
-        row = [topic, f"{len(own):,}"]
-        for place, value in enumerate(values):
-            mean = sum(value[key] for key in own) / len(own)
-            row.append(f"{mean:.3f}")
+    for topic, group in sorted(groups.items()):
+        row = [topic, f"{len(group):,}"]
+        for place in range(len(names)):
+            row.append(f"{sum(own[place] for own in group) / len(group):.3f}")
             if place:
-                difference, low, high = interval([value[key] - values[0][key] for key in own])
-                row[-1] += f"  ({difference:+.3f}; {low:+.3f} to {high:+.3f})"
+                difference, low, high = interval([own[place] - own[0] for own in group])
+                row[-1] += f"  ({difference:+.3f}; {ends(low, high, '+.3f')})"
         rows.append(row)
     return f'<div class="wide">{table(["topic", "n", *names], rows)}</div>' if rows else ""
 
@@ -134,7 +100,7 @@ def _topics(
 def _differences(
     task: str,
     pairs: Sequence[tuple[Key, float]],
-    asked: tuple[Asked, Asked],
+    asked: Sequence[Mapping[Any, OpenAnswer | Result]],
     names: tuple[str, str],
     most: int,
 ) -> str:

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from k2mini.errors import short
 from k2mini.files import parse_json
 
 TRIES, TIMEOUT = 4, 600.0  # seconds: a long prompt on a CPU
+# What servers say of a text that is longer than their context, beside 400, 413 or 422.
+_TOO_LONG = re.compile(
+    r"context (length|size|window)|the context has|too (long|large)|longer than the max", re.IGNORECASE
+)
+
+
+class TooLongError(ValueError):
+    """The endpoint refuses a text that is longer than its context."""
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: another host is not told the key."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Stay)
 
 
 class TextToken(NamedTuple):
@@ -44,28 +66,30 @@ class Endpoint:
     def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Ask `path` ("completions", "chat/completions") and return the JSON object that answers.
 
-        Busy servers (429, 5xx) are asked again, after 1, 2 and 4 seconds. Raises ValueError naming the address and what
-        is wrong where there is no server, it refuses, or its answer is no JSON object.
+        Busy servers (429, 5xx), and answers that break off, are asked for again, after 1, 2 and 4 seconds. Raises
+        ValueError naming the address and what is wrong where there is no server, it refuses, sends elsewhere, or its
+        answer is no JSON object; `TooLongError` where it says that the text is too long.
         """
         where = f"{self.url.rstrip('/')}/{path}"
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         try:
+            if not re.fullmatch("https?://[!-~]+", where) or urlsplit(where).port == 0:  # it raises for what is no port
+                raise ValueError
             request = urllib.request.Request(where, json.dumps({"model": self.model, **payload}).encode(), headers)
         except ValueError:
             raise ValueError(f"{self.url!r} is no address of a server, such as http://localhost:8000/v1") from None
         for tried in range(TRIES):
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                with _OPENER.open(request, timeout=TIMEOUT) as response:
                     answer = parse_json(response.read().decode("utf-8", "replace"), where)
-            except urllib.error.HTTPError as error:
-                if (error.code == 429 or error.code >= 500) and tried + 1 < TRIES:
+            except (OSError, http.client.HTTPException) as error:  # urllib's own errors, and time that ran out
+                code = getattr(error, "code", 599 if isinstance(error, http.client.HTTPException) else 0)
+                if (code == 429 or code >= 500) and tried + 1 < TRIES:
                     time.sleep(2**tried)
                     continue
-                raise ValueError(f"{where} answers {error.code}: {_said(error)}") from None
-            except OSError as error:  # urllib's own errors, and time that ran out
-                raise ValueError(f"{where} can't be reached ({getattr(error, 'reason', error)})") from None
+                raise _refused(where, error) from None
             if not isinstance(answer, dict):
                 raise ValueError(f"{where} answers {short(answer)}, no JSON object")
             return answer
@@ -96,12 +120,14 @@ class Endpoint:
             )
         return pairs
 
-    def token_logprobs(self, text: str) -> list[tuple[int, float | None]]:
-        """Of every token of `text` where it begins, in characters, and its log-probability in nats; the first has none.
 
-        Raises ValueError as `tokens` does.
-        """
-        return [(token.place, token.logprob) for token in self.tokens(text)]
+def at_a_time(number: int, ask: Callable[[Any], Any], what: Sequence[Any]) -> Iterator[Any]:
+    """What `ask` returns for each, in their order, so many of them being asked at a time."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield from pool.map(ask, what)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _shift(names: list[str], places: list[int], text: str) -> int:
@@ -115,9 +141,17 @@ def _shift(names: list[str], places: list[int], text: str) -> int:
     return "".join(names).index(begin[0]) if begin and places[:2] == sums[:2] else 0
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """What the server says of its error, in OpenAI's form or as it is."""
-    text = error.read().decode("utf-8", "replace")
+def _refused(where: str, error: Exception) -> ValueError:
+    """What to raise; the server's own words, in OpenAI's form or as they are."""
+    if not isinstance(error, urllib.error.HTTPError):
+        what = "gives a broken answer" if isinstance(error, http.client.HTTPException) else "can't be reached"
+        return ValueError(f"{where} {what} ({getattr(error, 'reason', None) or repr(error)[:200]})")
+    if location := error.headers.get("Location"):
+        return ValueError(f"{where} answers {error.code}, it is at {short(location)}; name that address")
+    text = ""
+    with suppress(OSError, http.client.HTTPException):
+        text = error.read().decode("utf-8", "replace")
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
-    return short(text)
+    kind = TooLongError if error.code in (400, 413, 422) and _TOO_LONG.search(str(text)) else ValueError
+    return kind(f"{where} answers {error.code}: {str(text)[:300]!r}")

@@ -1,21 +1,33 @@
 'use strict';
-// One question at a time. What is rated is kept in this browser, under the page's id, and leaves it as a CSV.
+// One question at a time. Ratings are kept in this browser, under the page's id and the rater's name, and leave it as a CSV.
 const { page, aspects, questions } = JSON.parse(document.getElementById('data').textContent);
 const $ = (id) => document.getElementById(id);
-const place = `k2mini.rate.${page}`;
+const place = (rater) => `k2mini.rate.${page}.${rater}`;
 const most = Math.max(...aspects.map((aspect) => aspect.levels.length));
-const state = { rater: '', at: 0, guide: true, ratings: {}, ...kept() };
+const state = {}; // rater, at, ratings
 let rows = []; // of the shown question: { name, levels, node, buttons }
 let now = 0; // the marked one
 
-function kept() {
-  try { return JSON.parse(localStorage.getItem(place)); } catch { return null; }
+function kept(rater) {
+  try { return JSON.parse(localStorage.getItem(place(rater))); } catch { return null; }
 }
 
 function keep() {
-  try { localStorage.setItem(place, JSON.stringify(state)); } catch {
+  try { localStorage.setItem(place(state.rater), JSON.stringify(state)); } catch {
     say('This browser keeps nothing for this page: export before you close it.');
   }
+}
+
+function begin(rater) { // and go on where that rater stopped; nobody's: ask for a name, and show no ratings
+  Object.assign(state, { at: 0, ratings: {} }, rater && kept(rater), { rater });
+  history.replaceState(rater, ''); // which a reload keeps
+  document.body.classList.toggle('new', !rater);
+  Object.assign($('rater'), { value: rater, readOnly: !!rater });
+  $('begin').textContent = rater ? 'Another rater' : 'Start';
+  $('guide').open = !rater;
+  say('');
+  show(state.at);
+  if (!rater) $('rater').focus();
 }
 
 const say = (text) => { $('said').textContent = text; };
@@ -30,7 +42,7 @@ const names = (question) => question.answers.flatMap(({ id }) => aspects.map(({ 
 const given = (question) => names(question).filter((name) => name in state.ratings).length;
 const isDone = (question) => given(question) === names(question).length;
 
-function show(at, focus = true) {
+function show(at) {
   state.at = Math.min(Math.max(at, 0), questions.length - 1);
   const question = questions[state.at];
   $('where').textContent = `Question ${state.at + 1} of ${questions.length} · ${question.task}`;
@@ -43,10 +55,8 @@ function show(at, focus = true) {
   $('back').disabled = state.at === 0;
   $('next').disabled = state.at === questions.length - 1;
   draw();
-  if (focus) {
-    $('question').focus({ preventScroll: true });
-    $('asked').scrollIntoView({ block: 'nearest' });
-  }
+  $('question').focus({ preventScroll: true });
+  $('asked').scrollIntoView({ block: 'nearest' });
 }
 
 function card({ id, text }, place) {
@@ -107,20 +117,12 @@ function turn(at) {
   keep();
 }
 
-function nextOpen() {
-  const onwards = questions.map((_, step) => (state.at + 1 + step) % questions.length);
-  turn(onwards.find((number) => !isDone(questions[number])) ?? state.at);
-}
-
 function exportRatings() {
-  const rater = state.rater.trim();
-  if (!rater) say('Give your name or a code first: it tells your ratings from those of others.');
-  if (!rater) return $('rater').focus();
-  const quoted = `"${rater.replaceAll('"', '""')}"`;
+  const quoted = `"${state.rater.replaceAll('"', '""')}"`;
   const all = questions.flatMap(names).filter((name) => name in state.ratings);
   const lines = all.map((name) => [page, quoted, ...name.split(' '), state.ratings[name]].join(','));
   const text = ['page,rater,item,aspect,value', ...lines, ''].join('\r\n');
-  const link = make('a', { download: `ratings_${page}_${rater.replace(/[^\p{L}\p{N}]+/gu, '-')}.csv` });
+  const link = make('a', { download: `ratings_${page}_${state.rater.replace(/[^\p{L}\p{N}]+/gu, '-')}.csv` });
   link.href = URL.createObjectURL(new Blob([text], { type: 'text/csv' }));
   link.click();
   URL.revokeObjectURL(link.href);
@@ -130,20 +132,19 @@ function exportRatings() {
 
 const keys = {
   ArrowUp: () => line(-1), ArrowDown: () => line(1), ArrowLeft: () => turn(state.at - 1), ArrowRight: () => turn(state.at + 1),
-  0: () => rate(now, 0), u: nextOpen,
-  r: () => { $('reference').open = !$('reference').open; },
+  0: () => rate(now, 0), r: () => { $('reference').open = !$('reference').open; },
   '?': () => { $('guide').open = !$('guide').open; },
 };
 for (let value = 1; value <= most; value += 1) keys[value] = () => rate(now, value);
 
 addEventListener('keydown', (event) => {
   const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!act || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === 'INPUT') return;
+  if (!act || !state.rater || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === 'INPUT') return;
   event.preventDefault();
   act();
 });
 addEventListener('storage', () => { // another tab has rated
-  state.ratings = kept()?.ratings ?? state.ratings;
+  state.ratings = kept(state.rater)?.ratings ?? state.ratings;
   draw();
 });
 
@@ -151,11 +152,11 @@ $('most').textContent = most;
 $('aspects').append(...aspects.flatMap(({ name, what, levels }) => [make('dt', {}, name),
   make('dd', {}, `${what} ${levels.map((level, rank) => `${rank + 1} ${level}`).join(' · ')}`)]));
 $('map').append(...questions.map((_, number) => make('button', { type: 'button', onclick: () => turn(number) }, `${number + 1}`)));
-$('rater').value = state.rater;
-$('rater').oninput = () => { state.rater = $('rater').value; keep(); };
-$('guide').open = state.guide;
-$('guide').ontoggle = () => { state.guide = $('guide').open; keep(); };
+$('who').onsubmit = (event) => {
+  event.preventDefault();
+  begin(state.rater ? '' : $('rater').value.trim());
+};
 $('back').onclick = () => turn(state.at - 1);
 $('next').onclick = () => turn(state.at + 1);
 $('export').onclick = exportRatings;
-show(state.at, false);
+begin(history.state ?? '');

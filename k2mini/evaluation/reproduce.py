@@ -9,22 +9,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from k2mini.build import empty_model
 from k2mini.data.documents import data_path
+from k2mini.dtypes import NAMES
 from k2mini.evaluation.benchmarks import Question
-from k2mini.evaluation.evaluate import check_kept, digest, run_benchmark, write_report
+from k2mini.evaluation.evaluate import check_kept, run_benchmark, write_report
 from k2mini.evaluation.instances import EvalConfig
 from k2mini.files import read_json, sha256, write_text
 from k2mini.nn.llama import Llama
-from k2mini.weights.adapter import read_adapter, read_adapter_config
+from k2mini.nn.lora import attach
+from k2mini.weights.adapter import adapter_digest, checked_adapter, load_adapter, read_adapter, read_adapter_config
 from k2mini.weights.delta import apply_delta
 from k2mini.weights.model_directory import ModelDirectory, model_directory
+from k2mini.weights.verify import verify
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "reproduce.json"  # what a directory is known by
 COLUMNS = {"NPEE": "npee/choice", "APTest": "ap"}
 QUOTED_FROM = "arXiv 2401.00434v2 (GeoGalactica, by K2's authors), table 5; that of K2's paper could not be read"
-# Accuracies in percent, a column each. Models of K2's run_eval.py for which no figure could be read have None.
+# Accuracies in percent, a column each, as printed there: ChatGPT's 20.0 is Random's, too. Models of K2's run_eval.py
+# for which no figure could be read have None.
 QUOTED: dict[str, tuple[float, float] | None] = {
     "Random": (27.1, 20.0),
     "LLaMA-7B": (21.6, 27.6),
@@ -44,7 +49,7 @@ def part_hashes(parts: Mapping[str, str]) -> dict[str, str]:
     found = {name: ModelDirectory(part).fingerprint() for name, part in parts.items() if name != "adapter"}
     if "adapter" in parts:
         read_adapter(place := model_directory(parts["adapter"]), read_adapter_config(place))
-        found["adapter"] = digest([(file.name, sha256(file)) for file in sorted(place.glob("adapter_*"))])
+        found["adapter"] = adapter_digest(place)
     return found
 
 
@@ -58,9 +63,10 @@ def reproduce(
     load: Callable[[ModelDirectory, str | None], Llama],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Evaluate base, base + delta and that with the adapter, or the full model; write report.json and report.md.
+    """Evaluate base, base + delta and that with the adapter, or the full model; write report.json.
 
     `out` has a folder of `eval` for each, and base + delta as a model, `further_pretrained`; a killed run goes on.
+    What does not fit is found before the first evaluation. With another adapter than one that did not, `out` goes on.
 
     Args:
         parts, hashes: `base`, and `full` or `delta` and `adapter`, each a directory or an id on the hub; and what
@@ -71,40 +77,64 @@ def reproduce(
     Returns: report.json. Raises ValueError where `out` holds a reproduction of something else, and as `apply_delta` and
     `run_benchmark` do.
     """
-    known = {"parts": dict(parts), "hashes": dict(hashes), **settings, **config.settings()}
+    known = {"hashes": {part: value for part, value in hashes.items() if part != "adapter"}, **settings}
+    known |= config.settings()
     if config.fewshot_file is not None:
         known["shots_sha256"] = sha256(data_path(config.fewshot_file))
-    if (out / SETTINGS).is_file() and (before := read_json(out / SETTINGS)) != known:
+    before = read_json(out / SETTINGS) if (out / SETTINGS).is_file() and any(out.glob("*/")) else known
+    if before != known:
         odd = [key for key in known if not isinstance(before, dict) or before.get(key) != known[key]]
         raise ValueError(f"{out} holds a reproduction with other {', '.join(odd)} ({SETTINGS}); name another --out")
     write_text(out / SETTINGS, json.dumps(known, indent=2) + "\n")
+    for note in (notes := _differences(config, questions)):
+        log.info(note)
+    full = parts.get("full") or str(_further_pretrained(parts, out))
+    stages: dict[str, tuple[str, str, str | None]] = {"LLaMA-7B": ("base", parts["base"], None)}
+    stages |= {"LLaMA-7B + delta": ("delta", full, None)} if "delta" in parts else {}
+    stages["K2-7B"] = ("k2", full, parts.get("adapter"))
+    made_by, used = {}, dict[str, str]()
+    for folder, model, added in stages.values():
+        _check(directory := ModelDirectory(model), added)
+        made_by[folder] = {"model": directory.fingerprint(), "adapter": hashes["adapter"] if added else None}
+        check_kept(out / folder, questions, config, directory.require_tokenizer(), made_by[folder])
 
-    def run(folder: str, model: str, adapter: str | None = None) -> dict[str, Any]:
-        directory, place = ModelDirectory(model), out / folder
-        made_by = {"model": directory.fingerprint(), "adapter": hashes["adapter"] if adapter else None}
-        tokenizer, name = directory.require_tokenizer(), model + (f" + {adapter}" if adapter else "")
-        check_kept(place, questions, config, tokenizer, made_by)
-        kept: Any = {"name": name, "out": place, "label": folder, "made_by": made_by}
-        report, results = run_benchmark(load(directory, adapter), tokenizer, questions, config, **kept)
-        write_report(place, report, results)
+    def run(folder: str, model: str, added: str | None) -> dict[str, Any]:
+        name, loaded = model + (f" + {added}" if added else ""), load(directory := ModelDirectory(model), added)
+        used.update(device=str(loaded.device), dtype=NAMES[loaded.dtype])
+        kept: Any = {"name": name, "out": out / folder, "label": folder, "made_by": made_by[folder]}
+        report, results = run_benchmark(loaded, directory.require_tokenizer(), questions, config, **kept)
+        write_report(out / folder, report, results)
         return {row["task"]: row for row in report["tasks"]}
 
-    found, full = {"LLaMA-7B": run("base", parts["base"])}, parts.get("full")
-    if full is None:
-        full = str(further := out / "further_pretrained")
-        if not further.exists():  # it comes whole or not at all
-            log.info("%s + %s: into %s", parts["base"], parts["delta"], further)
-            apply_delta(model_directory(parts["base"]), model_directory(parts["delta"]), further)
-        found["LLaMA-7B + delta"] = run("delta", full)
-    found["K2-7B"] = run("k2", full, parts.get("adapter"))
+    found = {row: run(*stage) for row, stage in stages.items()}
     found["Random"] = {task: {"accuracy": row["chance"]} for task, row in found["LLaMA-7B"].items()}
-    notes = _differences(config, questions)
-    versions = {name: version(name) for name in ("k2mini", "torch")}
-    report = {"rows": _rows(found), "quoted_from": QUOTED_FROM, "notes": notes, "settings": known, "versions": versions}
+    report: dict[str, Any] = {"rows": _rows(found), "quoted_from": QUOTED_FROM, "notes": notes}
+    report["settings"] = known | {"parts": dict(parts), "hashes": dict(hashes)}
+    report |= {"used": used, "versions": {name: version(name) for name in ("k2mini", "torch")}}
     write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    shown = (reproduction_table(report), json.dumps(known | versions, indent=2, ensure_ascii=False))
-    write_text(out / "report.md", "# K2, reproduced\n\n```\n{}\n```\n\n```\n{}\n```\n".format(*shown))
     return report
+
+
+def _further_pretrained(parts: Mapping[str, str], out: Path) -> Path:
+    """Base + delta, made or, where an earlier start made it, as it was made."""
+    further = out / "further_pretrained"
+    if not further.exists():  # it comes whole or not at all
+        log.info("%s + %s: into %s", parts["base"], parts["delta"], further)
+        apply_delta(model_directory(parts["base"]), model_directory(parts["delta"]), further)
+        return further
+    try:
+        verify(further)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {further}, and it is made anew") from None
+    return further
+
+
+def _check(directory: ModelDirectory, adapter: str | None) -> None:
+    """Raise ValueError where tensors of a model, or of an adapter for it, are missing or of another shape."""
+    model = empty_model(directory)
+    if adapter is not None:
+        attach(model, section := checked_adapter(path := model_directory(adapter), directory))
+        load_adapter(model, path, section)
 
 
 def _rows(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor
 from k2mini.config import LoraSection
 from k2mini.distributed import fill
 from k2mini.errors import short
-from k2mini.files import new_directory, read_json
+from k2mini.files import new_directory, read_json, sha256
 from k2mini.model_config import ModelConfig, number, tensor_shapes
 from k2mini.nn.layers import Linear
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import TARGETS, WHOLE, Adapter, lora_modules, whole_weights
-from k2mini.weights.model_directory import ModelDirectory, read_manifest
+from k2mini.weights.model_directory import ModelDirectory, model_directory, read_manifest
 from k2mini.weights.model_files import write_manifest
 from k2mini.weights.stream import Tensors, Written, write_safetensors
 from k2mini.weights.torch_file import read_bin
@@ -166,6 +167,12 @@ def read_adapter_config(directory: Path) -> LoraSection:
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def adapter_digest(directory: str | Path) -> str:
+    """SHA-256 of an adapter's files with their names, of a directory or an id on the hub."""
+    files = sorted(model_directory(directory).glob("adapter_*"))
+    return hashlib.sha256(json.dumps([(file.name, sha256(file)) for file in files]).encode()).hexdigest()
 
 
 def read_adapter(directory: Path, section: LoraSection) -> dict[str, tuple[Tensor, Tensor]]:

@@ -64,7 +64,7 @@ def test_all_kinds_of_scores_of_three_runs(runs, run):
     two, three = found[1]["runs"][1:]
     assert (two["better"], two["worse"], three["better"], three["p"]) == (20, 0, 0, 1)
     assert two["p"] < 0.001
-    assert two["difference_low"] == pytest.approx(two["difference_high"]), "every difference is 0.1"
+    assert two["difference_low"] is two["difference_high"] is None, "every difference is 0.1"
     assert found[1]["runs"][0]["mean"] == pytest.approx(9.5 / 40)
     tested = [entry for task in found for entry in task["runs"][1:]]
     assert [entry["p_holm"] for entry in tested] == holm([entry["p"] for entry in tested])
@@ -108,6 +108,7 @@ def test_the_page_has_topics_and_the_questions_where_two_differ(runs, tmp_path, 
     assert not re.findall(r"https?://|@import|url\(|<script", text)
     plain = html.unescape(re.sub("<.*?>", "", text))
     assert "the model of two" in plain
+    assert "+33.3 points (+14" in plain
     for topic in ("petrology", "hydrology"):
         (row,) = re.findall(rf"<tr><td>{topic}</td>(.*?)</tr>", text)
         assert re.findall(r"<td>(.*?)</td>", row)[0] == "15"
@@ -152,3 +153,29 @@ def test_a_topic_of_a_users_question_is_kept(tiny_directory, tmp_path, run):
     page = tmp_path / "page.html"
     assert run("compare", tmp_path / "with-out", tmp_path / "without-out", "--html", page)[0] == 0
     assert "<tr><td>petrology</td>" in page.read_text()
+
+
+def test_copies_of_a_question_count_once_but_in_accuracy(tmp_path, run):
+    """Two runs with 8 questions, the first of them five times; p and n are those of 8."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for place, folder in enumerate(runs):
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps({"model": folder.name, "tasks": []}))
+        asked = [0] * 5 + [*range(1, 8)]
+        answers = [
+            OpenAnswer("npee/noun", n, f"Term {q}", "Reference.", "Rock.", {"rouge_l": place * n / 10, "accuracy": 1.0})
+            for n, q in enumerate(asked)
+        ]
+        write_answers(folder, "npee/noun", answers)
+    rouge, right = json.loads(run("compare", *runs, "--json")[1])
+    assert (rouge["measure"], rouge["n"], right["measure"], right["n"]) == ("rouge_l", 8, "accuracy", 12)
+    two = rouge["runs"][1]
+    # The first question's copies score 0, 0.1 … 0.4; then 0.5 … 1.1.
+    assert two["mean"] == pytest.approx((0.2 + sum(n / 10 for n in range(5, 12))) / 8)
+    assert (two["better"], two["left_out"]) == (8, 0)
+    assert two["p"] >= 2 / 2**8
+    out = run("compare", *runs, "--html", tmp_path / "page.html")[1]
+    assert "npee/noun, rouge_l (8 questions)" in out
+    said = "means over different questions, each counted once (report.json counts copies, and its likelihood is one"
+    assert said in out
+    assert said in (tmp_path / "page.html").read_text()

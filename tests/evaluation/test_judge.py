@@ -8,7 +8,7 @@ import torch
 
 import k2mini.evaluation.judge
 from k2mini.evaluation.endpoint import Endpoint
-from k2mini.evaluation.judge import ASPECTS, JUDGED, LIKELY, verdict
+from k2mini.evaluation.judge import ASPECTS, JUDGED, LIKELY, _summary, judge, read_runs, verdict
 from k2mini.evaluation.report import sealed
 from k2mini.evaluation.scores import OpenAnswer, read_scores, write_answers
 from k2mini.weights.model_directory import ModelDirectory
@@ -156,9 +156,9 @@ def test_preferences_of_three_runs_by_an_endpoint(runs, tmp_path, run, endpoint)
     assert len(measures) == 1
     assert measures == {measure for _, measure in read_scores(three) if "@" in measure}
     judged(run, runs[0], runs[1], *THERE, "--only", "preference")
-    other = {measure for _, measure in read_scores(runs[1]) if "@" in measure}
-    assert other != measures, "what was compared with others has another name"
-    assert len(other) == 1
+    both = {measure for _, measure in read_scores(runs[1]) if "@" in measure}
+    assert len(both) == 2, "what was compared with others has another name"
+    assert measures < both
 
 
 def test_what_was_judged_is_not_asked_again(runs, run, endpoint):
@@ -277,6 +277,7 @@ def test_answers_that_an_evaluator_can_not_hold_are_left_out(runs, tmp_path, run
     assert [entry["left_out"] for entry in (*noun["runs"], *discussion["runs"])] == [1, 1, 0, 0]
     measure = next(measure for _, measure in read_scores(long) if measure.startswith("preference@"))
     assert len(read_scores(long)["npee/noun", measure]) == 3
+    assert '"value": null' not in (long / JUDGED).read_text(), "an evaluator of more context would be asked again"
     status, table, _ = run("judge", runs[0], long, "--evaluator", evaluator)
     assert status == 0
     assert [line.split()[-1] for line in table.splitlines() if line.startswith(("one", "long"))] == ["0", "0", "1", "1"]
@@ -286,6 +287,92 @@ def test_only_the_questions_of_all_runs_are_judged(runs, tmp_path, run, endpoint
     few = make_run(tmp_path / "few", lambda thing: "a rock")
     report = judged(run, runs[0], few, *THERE, "--only", "preference")
     assert [row["n"] for row in report["tasks"]] == [1, 3]
+
+
+def test_copies_of_a_question_are_paired_by_their_number_scored_or_not(tmp_path):
+    """One run left the first copy empty: its answer to the second is not compared with another's to the first."""
+    runs = []
+    for name, texts in (("one", ["", "good"]), ("two", ["bad", "good"])):
+        runs.append(tmp_path / name)
+        runs[-1].mkdir()
+        write_answers(runs[-1], "rocks", [OpenAnswer("rocks", n, "?", "ref", text, {}) for n, text in enumerate(texts)])
+
+    def asked(items):
+        yield from ((item, -1.0 if item[1] == "good" else -9.0) for item in items)
+
+    judge(runs, read_runs(runs), asked, {"evaluator": "e"}, "judge", {"aspect": "It is good."}, pairs=False)
+    one, two = (next(iter(read_scores(run).values())) for run in runs)
+    assert {copy: value for (_, copy), value in one.items()} == {1: -1}
+    assert {copy: value for (_, copy), value in two.items()} == {0: -9, 1: -1}
+
+
+def test_an_earlier_judges_scores_stay(runs, tmp_path, run, endpoint):
+    """Judged beside another run that answered less, or for another thing, no score of before is lost."""
+    few = make_run(tmp_path / "few", lambda thing: "a rock")
+    first = judged(run, *runs, *THERE, "--only", "preference")
+    before, file = read_scores(runs[0]), runs[0] / f"judge_{first['name']}.json"
+    kept = json.loads(file.read_text())
+    second = judged(run, runs[0], few, *THERE, "--only", "preference")
+    after = read_scores(runs[0])
+    assert second["name"] == first["name"]
+    assert {key: after[key] for key in before} == before
+    assert len(after) == len(before) + 2, "two tasks' preferences"
+    told = json.loads(file.read_text())
+    assert told.keys() == {"name", "evaluator", "prompts", "aspects", "own", "compared"}
+    assert told["evaluator"] == {"evaluator": "gpt at http://judge/v1"}
+    assert len(told["compared"]) == 2
+    assert told["compared"].items() > kept["compared"].items()
+    assert first["tasks"] in told["compared"].values()
+    status, table, _ = run("compare", *runs)
+    assert status == 0
+    assert table.count("the same verdict in both orders 100.0 %, for whichever came first 0.0 %, second 0.0 %") == 2
+    assert run("compare", *runs, "--html", tmp_path / "page.html")[0] == 0
+    assert (tmp_path / "page.html").read_text().count("the same verdict in both orders 100.0 %") == 2
+    file.write_text("[]")
+    assert f"{file} is not as k2mini judge writes it" in run("compare", *runs)[2]
+
+
+def test_gptscores_of_fewer_questions_take_nothing_away(tiny_directory, runs, tmp_path, run):
+    few = make_run(tmp_path / "few", lambda thing: "a rock")
+    first = judged(run, *runs, "--evaluator", tiny_directory)
+    before, file = read_scores(runs[0]), runs[0] / f"judge_{first['name']}.json"
+    kept = file.read_text()
+    judged(run, runs[0], few, "--evaluator", tiny_directory, "--only", "gptscore")
+    assert read_scores(runs[0]) == before
+    assert file.read_text() == kept
+
+
+def test_a_model_that_judges_its_own_answers_is_said(tiny_directory, runs, run):
+    own = ModelDirectory(tiny_directory).fingerprint()
+    (runs[1] / "report.json").write_text(json.dumps({"model": "m", "fingerprint": own}))
+    command = ["judge", *runs, "--evaluator", tiny_directory, "--only", "gptscore"]
+    status, out, err = run(*command)
+    assert status == 0
+    said = f"{runs[1]}: the evaluator judges answers of its own weights, which models favour"
+    assert said in err
+    assert out.startswith(said)
+    report = judged(run, *command[1:])
+    assert report["own"] == [str(runs[1])]
+    told = [json.loads((folder / f"judge_{report['name']}.json").read_text()) for folder in runs]
+    assert [each["own"] for each in told] == [False, True]
+    assert told[0]["evaluator"]["evaluator"] == own
+    assert told[0]["prompts"][0] == LIKELY
+
+
+def test_help_says_what_scores_are_worth(run):
+    said = " ".join(run("judge", "--help")[1].split())
+    for part in ("none of those that answered", "with prompts of k2mini's", "moves the 7th digit of scores"):
+        assert part in said
+
+
+def test_many_questions_and_long_replies_take_no_quadratic_time():
+    """In seconds these were minutes."""
+    keys = {(str(n), 0): OpenAnswer("rocks", n, "?", "ref", "text", {}) for n in range(20_000)}
+    verdicts = {(0, 1, key): "AB" for key in keys}
+    values = [{"preference@judge#a": dict.fromkeys(keys, 1.0)}]
+    assert _summary("rocks", keys, ["run"], values, verdicts)["orders"]["consistent"] == 1
+    assert verdict("\n" * 20_000 + "x") == "?"
+    assert verdict("\n" * 20_000 + "A" + "\n" * 20_000) == "A"
 
 
 def test_mistakes(tiny_directory, runs, tmp_path, run, monkeypatch):

@@ -1,6 +1,8 @@
 """`k2mini reproduce k2` on tiny local folders: base, delta, adapter, and two files laid out as GeoBench's."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -88,7 +90,7 @@ def test_rows_are_those_of_each_model_with_all_hashes(k2, tiny_directory, tmp_pa
     assert settings["benchmarks"] == {str(k2 / name): sha256(k2 / name) for name in ("npee.json", "ap.json")}
     assert settings["shots_sha256"] == sha256(k2 / "shots.txt")
     assert (settings["scoring"], settings["template"], settings["dtype"]) == ("letter", "k2_wa", None)
-    assert settings["hashes"]["adapter"] in (out / "report.md").read_text()
+    assert report["used"] == {"device": "cpu", "dtype": "float32"}, "which were not asked for, but were"
     assert "scored by 'letter'; K2's code reads fixed ids" in said
     # A run that was killed goes on, and comes to the same.
     lines = (out / "k2" / "results.jsonl").read_text().splitlines(keepends=True)
@@ -97,7 +99,7 @@ def test_rows_are_those_of_each_model_with_all_hashes(k2, tiny_directory, tmp_pa
     again = run(*command)
     assert (again[0], again[1]) == (0, said)
     assert json.loads((out / "report.json").read_text()) == report
-    # The same folder with another adapter is refused.
+    # The same folder with another adapter is refused, before anything is made anew.
     section = LoraSection(rank=4, alpha=7.0, target_modules=["q_proj", "k_proj", "v_proj"])
     model = adapted(ModelDirectory(tiny_directory).config)
     save_adapter(adapter_tensors(model), section, tmp_path / "other", "further")
@@ -105,11 +107,17 @@ def test_rows_are_those_of_each_model_with_all_hashes(k2, tiny_directory, tmp_pa
     assert (status, "has a result of question 2" in err) == (2, True)
     command[command.index("--adapter") + 1] = tmp_path / "other"
     status, _, err = run(*command)
-    assert (status, "holds a reproduction with other parts, hashes" in err) == (2, True)
+    assert (status, f"{out / 'k2'} holds results of another adapter; name another --out" in err) == (2, True)
+    command[command.index("--base") + 1] = k2 / "further"
+    status, _, err = run(*command)
+    assert (status, "holds a reproduction with other hashes (reproduce.json)" in err) == (2, True)
 
 
 def test_k2_in_one_without_delta_or_adapter(k2, tiny_directory, tmp_path, run):
-    status, said, err = run(*asked(k2, tiny_directory, "--full", k2 / "further", "--out", tmp_path / "out", "--json"))
+    command = asked(k2, tiny_directory, "--full", k2 / "further", "--out", tmp_path / "out", "--json")
+    status, _, err = run(*command)
+    assert (status, "--full is K2 in one, in the place of --delta and --adapter" in err) == (2, True)
+    status, said, err = run(*command[:4], *command[8:])
     assert status == 0, err
     report = json.loads(said)
     rows = {row["model"]: row for row in report["rows"]}
@@ -133,9 +141,32 @@ def test_what_can_not_be_reproduced_is_refused(k2, tiny_directory, tmp_path, run
         status, out, err = run(*asked_for)
         assert (status, out, said in err) == (2, "", True), err
     assert not (tmp_path / "out").exists()
-    # A delta that belongs to another base is found when it is applied; what was evaluated before stays.
+    # A delta that belongs to another base is found before anything is evaluated.
     command[command.index("--delta") + 1] = k2 / "further"
     status, out, err = run(*command)
     assert (status, out) == (2, "")
-    assert (tmp_path / "out" / "base" / "report.json").is_file()
-    assert not (tmp_path / "out" / "further_pretrained").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["reproduce.json"]
+
+
+def test_mistakes_are_found_early_and_what_is_done_is_kept(k2, tiny_directory, tmp_path, run):
+    """An adapter of another shape, corrected in the same folder; then one byte changed in what was made there."""
+    command, out = asked(k2, tiny_directory, "--out", tmp_path / "out"), tmp_path / "out"
+    wide = adapted(replace(ModelDirectory(tiny_directory).config, dim=128, head_dim=32))
+    section = LoraSection(rank=4, alpha=6.0, target_modules=["q_proj", "k_proj", "v_proj"])
+    save_adapter(adapter_tensors(wide), section, tmp_path / "wide", "further")
+    place = command.index("--adapter") + 1
+    status, said, err = run(*command[:place], tmp_path / "wide", *command[place + 1 :])
+    assert (status, said, "has another shape than the model's" in err) == (2, "", True), err
+    assert "asked without K2's four examples (--shots-file)" in err, "said before hours, not after"
+    assert sorted(path.name for path in out.iterdir()) == ["further_pretrained", "reproduce.json"]
+    status, said, err = run(*command)
+    assert status == 0, err
+    (weights,) = (out / "further_pretrained").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 64
+    weights.write_bytes(content)
+    status, _, err = run(*command)
+    assert (status, f"{weights} differs" in err) == (2, True), err
+    assert f"remove {out / 'further_pretrained'}, and it is made anew" in err
+    shutil.rmtree(out / "further_pretrained")
+    assert run(*command)[:2] == (0, said)
