@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def answer_all(
     """
     from k2mini.evaluation.evaluate import digest
     from k2mini.files import check_output, output, write_text
-    from k2mini.inference.journal import Journal
+    from k2mini.inference.journal import answer_journal
 
     asked = [{"prompt": question, **({"input": context} if context else {})} for question, context in questions]
     read = [path for path in (options.model, options.adapter, options.input) if path not in (None, "-")]
@@ -58,15 +59,15 @@ def answer_all(
         if world.size > 1:
             hashes = {"the hash of model and settings": made_by, "the hash of what is asked": digest(asked)}
             check_same(world, options, hashes)
-        journal = Journal(path, asked, made_by, force=options.force, world=world)
+        journal = answer_journal(path, asked, made_by, force=options.force, world=world)
         done = len(journal.entries)
         try:
             if done < len(asked):
-                _answer(options, questions, opened, decoding, load(**mesh_of(world, options)), journal, world)
-            journal.finish()
+                _answer(options, questions, asked, opened, decoding, load(**mesh_of(world, options)), journal, world)
+            found = journal.finish(range(len(asked)))
             if world.rank:
                 return
-            answered = [journal.entries[place] for place in range(len(asked))]
+            answered = [found[place] for place in range(len(asked))]
             if path != out:
                 write_text(out, json.dumps(answered, ensure_ascii=False, indent=1) + "\n")
                 path.unlink()
@@ -75,10 +76,10 @@ def answer_all(
                 print(json.dumps([journal.entries[place] for place in sorted(journal.entries)], ensure_ascii=False))
             raise
         except KeyboardInterrupt:
-            if path is None or not journal.kept or not path.exists():
+            if journal.own is None or not journal.kept or not journal.own.exists():
                 raise
-            number = path.read_bytes()[: journal.kept].count(b"\n")
-            kept = f"{number} of {len(asked)} answers are in {path}"
+            number = journal.own.read_bytes()[: journal.kept].count(b"\n")
+            kept = f"{number} of {len(asked)} answers are in {journal.own}"
             raise StoppedBySignalError(signal.SIGINT, kept) from None
     as_text = options.input is None and not options.json
     if out is not None and options.json:
@@ -90,6 +91,7 @@ def answer_all(
 def _answer(
     options: argparse.Namespace,
     questions: list[tuple[str, str]],
+    asked: list[dict[str, Any]],
     opened: Asked,
     decoding: Decoding,
     model: Llama,
@@ -112,11 +114,12 @@ def _answer(
     label, ends = "answering" if len(prompts) > 1 and world.rank == 0 else None, stop_ids(tokenizer, template)
     missing = [place for place in range(len(prompts)) if place not in journal.entries]
     mine = rank_share(missing, decoding, world)
-    with uneven(model, world):
-        how: dict[str, Any] = {"stop_ids": ends, "places": mine}
-        found = answers(model, tokenizer, prompts, decoding, label, **how) if mine else ()
+    how: dict[str, Any] = {"stop_ids": ends, "places": mine}
+    made = closing(answers(model, tokenizer, prompts, decoding, label, **how)) if mine else nullcontext(())
+    with uneven(model, world), made as found:  # closed before the end is said, should an interrupt come in between
         for place, (text, completion) in zip(mine, found, strict=True):
-            journal.add(place, text, completion)
+            entry = {"answer": text, "tokens": completion.tokens, "finish": completion.finish}
+            journal.add(place, {**asked[place], **entry})
 
 
 def _made_by(options: argparse.Namespace, opened: Asked, decoding: Decoding) -> str:

@@ -20,7 +20,7 @@ def open_other(options: argparse.Namespace) -> OtherModel:
     from k2mini.evaluation.endpoint import Endpoint
     from k2mini.evaluation.transformers_model import TransformersModel
 
-    own = ("adapter", "merge", "quantize", "quantize_head", "compile")
+    own = ("adapter", "merge", "quantize", "quantize_head", "compile", "shard")
     odd = {"k2mini": ("url",), "transformers": (*own, "url"), "api": (*own, "dtype", "perplexity")}[options.backend]
     if given := [name for name in odd if getattr(options, name)]:
         raise ValueError(f"--{given[0].replace('_', '-')} does not go with --backend {options.backend}")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -117,6 +118,8 @@ def run_eval(options: argparse.Namespace) -> None:
     directory: ModelDirectory | OtherModel = ModelDirectory(options.model) if own else open_other(options)
     name = options.template or (options.adapter and tuned_in(options.adapter))
     inputs = read_inputs(options, open_template(name, directory.path, directory.require_tokenizer()))
+    if options.out is not None:
+        check_names(inputs[2])
     read = [options.model, options.adapter, *options.benchmark, *options.perplexity, options.shots_file]
     read += options.corpus
     created = options.out is not None and not options.out.exists()
@@ -212,6 +215,15 @@ def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
 
     print(json.dumps(report, ensure_ascii=False) if options.json else text(report))
     sys.stdout.flush()
+
+
+def check_names(tasks: Iterable[str]) -> None:
+    """Raise ValueError where the answers to two open tasks would be kept in one file."""
+    files = dict[str, str]()
+    for task in tasks:
+        name = f"answers_{task.replace('/', '_')}.jsonl"
+        if (other := files.setdefault(name, task)) != task:
+            raise ValueError(f"{other!r} and {task!r} would both be kept in {name}; rename one, or run one at a time")
 
 
 def kept_by(options: argparse.Namespace, fingerprint: str, pairs: Pairs, texts: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -12,11 +13,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from k2mini.errors import StoppedBySignalError
+from k2mini.errors import StoppedBySignalError, sentence
 
 if TYPE_CHECKING:
     from k2mini.distributed import World
 
+log = logging.getLogger("k2mini.commands")
 # What gloo, NCCL and the store say to a rank that waits for one that has gone.
 LOST = re.compile(r"gloo|NCCL|Store|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe")
 
@@ -50,14 +52,18 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
                     if not world.is_main:
                         os.kill(first, 0)  # it is there, and says it
                         sys.exit(128 + number)
-                raise StoppedBySignalError(number, f"what is done is kept in {options.out}")
+                kept = "nothing is kept without --out"
+                if options.out is not None:
+                    kept = f"what is done is kept in {options.out}"
+                raise StoppedBySignalError(number, kept)
 
-            if options.out is not None and world.rank == int(os.environ["LOCAL_RANK"]) < 2:
+            if world.rank == int(os.environ["LOCAL_RANK"]) < 2:
                 signal.signal(signal.SIGTERM, stop)
             yield world
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if not LOST.search(str(error)) or sentence(error) is not None:  # a GPU that is full is no lost rank
             raise
+        log.warning("ranks could not reach each other: %s", str(error).strip().splitlines()[0][:300])
         raise ValueError(f"another rank has ended; {again}") from error
 
 

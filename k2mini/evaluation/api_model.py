@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,12 +64,15 @@ class ApiModel:
         """Its name and address, for its weights can't be seen."""
         return f"{self.endpoint.model} at {self.endpoint.url}"
 
-    def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
-        """As the function `score`, `batch_size` requests at a time.
+    def score(
+        self, requests: Sequence[Request], batch_size: int, mine: Callable[[Sequence[int]], bool]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """See `OtherModel`; `batch_size` requests at a time, each for itself.
 
         Raises ValueError as `Endpoint.tokens` does, and where a context has no token before an option's first.
         """
-        yield from enumerate(at_a_time(batch_size, self._scores, requests))
+        own = [place for place in range(len(requests)) if mine([place])]
+        yield from zip(own, at_a_time(batch_size, self._scores, [requests[place] for place in own]), strict=True)
 
     def _scores(self, request: Request) -> list[float]:
         context = _text(request.prefix)

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from k2mini.evaluation.instances import EvalConfig, Instance, PromptBuilder
 from k2mini.evaluation.report import Result, markdown, read_results, summarise
 from k2mini.evaluation.score import OtherModel, score, tokens_to_run
 from k2mini.files import output, progress_bar, read_json, sha256, write_text
+from k2mini.inference.journal import Journal, rank_files
 from k2mini.nn.llama import Llama
 
 RESULTS, SETTINGS = "results.jsonl", "asking.json"
@@ -47,47 +49,41 @@ def evaluate(
     Args:
         label: of the progress bar.
         share: compute the prefix that prompts have in common once.
-        journal: a file to which each result is added as it comes (of rank 2, NAME.2.jsonl beside it); questions whose
-            results it holds are not scored again, but where they share a batch with others.
+        journal: a file to which each result is added as it comes (see `Journal`); questions whose results it holds are
+            not scored again, but where they share a batch with others.
         world: its ranks divide the questions among themselves; all of them call this, and get all results.
 
     Raises ValueError naming the question that can't be asked, or the line of the journal that is no result of one.
     """
-    done = _read_journals(journal, questions) if journal is not None and world.rank == 0 else {}
-    if world.size > 1:
-        done = world.broadcast(done)
-        journal = journal and rank_journal(journal, world.rank)
+    kept = None
+    if journal is not None or world.size > 1:
+        kept = Journal(journal, partial(_read_journal, questions=questions), lambda _, own: own.line(), world=world)
+    done: dict[tuple[str, int], Result] = {} if kept is None else kept.entries
     instances = _instances(questions, config, tokenizer, model.config.max_seq_len)
     asked = [entry for entry in instances if entry.request is not None]
     requests = [entry.request for entry in asked if entry.request is not None]
     pending = [place for place, entry in enumerate(asked) if _key(entry) not in done]
     unasked = [entry for entry in instances if entry.request is None and _key(entry) not in done]
-    found = {_key(entry): _result(entry, [], config) for entry in unasked}
+    done |= {_key(entry): _result(entry, [], config) for entry in unasked}
     if config.scoring == "pmi":
-        _score_priors(model, [asked[place] for place in pending], config, world)
+        _score_priors(model, asked, pending, config, world)
     # By tokens: the longest questions go first, and the time that questions take would be far overestimated.
     tokens = tokens_to_run(requests, share=share)
     total = sum(tokens[place] for place in pending) // world.size  # this rank's, or so
-    kept = journal.open("a", encoding="utf-8") if journal is not None and pending else nullcontext()
-    with kept as file, progress_bar(total, label, "tokens", shown=world.rank == 0 and bool(pending)) as progress:
+    with progress_bar(total, label, "tokens", shown=world.rank == 0 and bool(pending)) as progress:
         how: dict[str, Any] = {"batch_size": config.batch_size, "share": share, "wanted": pending, "world": world}
         for place, logprobs in score(model, requests, **how):
             if (key := _key(asked[place])) in done:
                 continue
-            found[key] = _result(asked[place], logprobs, config)
-            if file is not None:
-                file.write(found[key].line() + "\n")
-                file.flush()
-            progress.set_postfix_str(f"{len(done) + len(found)}/{len(questions)} questions", refresh=False)
+            done[key] = _result(asked[place], logprobs, config)
+            if kept is not None:
+                kept.add(key, done[key])
+            progress.set_postfix_str(f"{len(done)}/{len(questions)} questions", refresh=False)
             progress.update(tokens[place])
-    for part in world.all_gather(found) if world.size > 1 else [found]:
-        done |= part
-    results = [done[question.task, question.index] for question in questions]
-    if world.size > 1 and world.rank == 0 and journal is not None:
-        write_text(journal, "".join(result.line() + "\n" for result in results))
-        for path in other_journals(journal):
-            path.unlink()
-    return results
+    keys = [(question.task, question.index) for question in questions]
+    if kept is not None:
+        done = kept.finish(keys)
+    return [done[key] for key in keys]
 
 
 def _key(instance: Instance) -> tuple[str, int]:
@@ -104,16 +100,19 @@ def _instances(
     return [builders[question.task].build(question) for question in questions]
 
 
-def _score_priors(model: Llama | OtherModel, pending: Sequence[Instance], config: EvalConfig, world: World) -> None:
-    """Score what 'pmi' subtracts, each distinct request once."""
-    distinct = list(dict.fromkeys(entry.prior for entry in pending if entry.prior is not None))
-    found = dict(score(model, distinct, batch_size=config.batch_size, world=world))
+def _score_priors(
+    model: Llama | OtherModel, asked: Sequence[Instance], pending: Sequence[int], config: EvalConfig, world: World
+) -> None:
+    """Score what 'pmi' subtracts, each distinct request once; of those that pend, in the batches of all."""
+    distinct = [*dict.fromkeys(entry.prior for entry in asked if entry.prior is not None)]
+    places = {prior: place for place, prior in enumerate(distinct)}
+    own = [(asked[place], places[prior]) for place in pending if (prior := asked[place].prior) is not None]
+    how: dict[str, Any] = {"batch_size": config.batch_size, "wanted": {place for _, place in own}, "world": world}
+    found = dict(score(model, distinct, **how))
     for part in world.all_gather(found) if world.size > 1 else ():
         found |= part
-    priors = {request: found[place] for place, request in enumerate(distinct)}
-    for entry in pending:
-        if entry.prior is not None:
-            entry.priors = priors[entry.prior]
+    for entry, place in own:
+        entry.priors = found[place]
 
 
 def _result(instance: Instance, scores: Sequence[float], config: EvalConfig) -> Result:
@@ -145,29 +144,6 @@ def _text(question: Question) -> dict[str, Any]:
     """What a reader of a result wants to see of its question."""
     shown = {"question": question.stem, "labels": list(question.labels), "choices": list(question.texts)}
     return {**shown, "topic": question.topic}
-
-
-def rank_journal(journal: Path, rank: int) -> Path:
-    """Where a rank keeps what it finds until all of it is found: the first one in the journal, the others beside it."""
-    return journal.with_suffix(f".{rank}.jsonl") if rank else journal
-
-
-def other_journals(journal: Path) -> list[Path]:
-    """The journals beside it that ranks have left."""
-    return sorted(journal.parent.glob(f"{journal.stem}.[0-9]*.jsonl"))
-
-
-def _read_journals(journal: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
-    """The results that an earlier start wrote, on any number of ranks; they are all in the first journal now."""
-    others = other_journals(journal)
-    done = _read_journal(journal, questions)
-    for path in others:
-        done |= _read_journal(path, questions)
-    if journal.exists() or others:
-        write_text(journal, "".join(result.line() + "\n" for result in done.values()))  # without a line that was cut
-    for path in others:
-        path.unlink()
-    return done
 
 
 def _read_journal(path: Path, questions: Sequence[Question]) -> dict[tuple[str, int], Result]:
@@ -245,7 +221,7 @@ def check_kept(
     """Raise ValueError where `out` holds results of something else, as far as it is known without the model."""
     if (out / SETTINGS).is_file():
         _check_settings(out, {**made_by, **_asking(tokenizer, questions, config)}, later=("config", "dtype"))
-        for path in (out / RESULTS, *other_journals(out / RESULTS)):
+        for path in (out / RESULTS, *rank_files(out / RESULTS)):
             _read_journal(path, questions)
 
 

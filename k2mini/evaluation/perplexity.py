@@ -13,7 +13,7 @@ from torch import Tensor
 from k2mini.data.packing import Example, Examples
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
-from k2mini.evaluation.score import OtherModel, Request, split_jointly
+from k2mini.evaluation.score import OtherModel, Request, score, split_jointly
 from k2mini.inference.decoding import not_finite
 from k2mini.nn.layers import log_softmax
 from k2mini.nn.llama import Llama
@@ -142,7 +142,7 @@ def _summed(model: Llama | OtherModel, ids: list[int], new: slice) -> Tensor:
     if isinstance(model, Llama):
         return _predicted(model, ids, new)[0].sum()
     request = Request(tuple(ids[: new.start + 1]), (tuple(ids[new.start + 1 :]),))
-    ((_, (total,)),) = model.score([request], 1)
+    ((_, (total,)),) = score(model, [request])
     return torch.tensor(total)
 
 

@@ -7,7 +7,7 @@ the model once, and a context once for all its options; an option of one token i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -74,8 +74,10 @@ class OtherModel(Protocol):
     def fingerprint(self) -> str:
         """By what its weights are known again."""
 
-    def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
-        """As the function `score`."""
+    def score(
+        self, requests: Sequence[Request], batch_size: int, mine: Callable[[Sequence[int]], bool]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """As the function `score`: of all requests those batches of which `mine`, asked once of each, says yes."""
 
     def answers(self, prompts: list[list[int]], decoding: Decoding, stop_ids: Sequence[int]) -> Iterator[str]:
         """The text that continues each prompt, in their order."""
@@ -154,23 +156,17 @@ def score(
                 f"{model.config.max_seq_len}"
             )
     wanted = {*(range(len(requests)) if wanted is None else wanted)}
+    tokens = tokens_to_run(requests, share=share) if world.size > 1 else [0] * len(requests)
+    mine = partial(_is_mine, wanted, tokens, world, [0] * world.size)
     if not isinstance(model, Llama):
-        mine = sorted(wanted)[world.rank :: world.size]
-        found = model.score([requests[place] for place in mine], batch_size)
-        yield from ((mine[number], logprobs) for number, logprobs in found)
+        yield from model.score(requests, batch_size, mine)
         return
-    tokens = tokens_to_run(requests, share=share) if world.size > 1 else []
-    make, load = partial(KVCache, model.config, dtype=model.dtype, device=model.device), [0] * world.size
+    make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
     with uneven(model, world) if world.size > 1 else nullcontext():
         for places, common in _groups(requests, share):
             shared = None
             for batch in _batches(places, requests, common, batch_size):
-                rank = load.index(min(load))
-                if wanted.isdisjoint(batch):
-                    continue
-                if world.size > 1:
-                    load[rank] += sum(tokens[place] for place in batch)
-                if rank != world.rank:
+                if not mine(batch):
                     continue
                 rows = [list(requests[place].prefix) for place in batch]
                 if common and shared is None:
@@ -183,6 +179,15 @@ def score(
                     rows = [row[common:] for row in rows]
                 after = log_softmax(model.logits(extend(model.hidden, rows, cache), precise_product))  # (B, V)
                 yield from zip(batch, _options(model, cache, after, [requests[place] for place in batch]), strict=True)
+
+
+def _is_mine(wanted: set[int], tokens: Sequence[int], world: World, load: list[int], batch: Sequence[int]) -> bool:
+    """Whether a batch is to run, and on this rank: on that with the least to do, which `load` counts in tokens."""
+    if wanted.isdisjoint(batch):
+        return False
+    rank = load.index(min(load))
+    load[rank] += sum(tokens[place] for place in batch)
+    return rank == world.rank
 
 
 def num_tokens(model: Llama | OtherModel, request: Request) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +14,7 @@ from k2mini.data.chats import stop_ids
 from k2mini.data.prompts import AnyTemplate
 from k2mini.data.tokenizer import Tokenizer
 from k2mini.distributed import ALONE, World
-from k2mini.evaluation.evaluate import kept_in, other_journals, rank_journal
+from k2mini.evaluation.evaluate import kept_in
 from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
 from k2mini.evaluation.report import accuracy, read_sealed, sealed
@@ -23,6 +23,7 @@ from k2mini.evaluation.scores import OpenAnswer, write_answers
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.decoding import Decoding
+from k2mini.inference.journal import Journal
 from k2mini.nn.llama import Llama
 from k2mini.nn.uneven import uneven
 
@@ -142,47 +143,30 @@ def _answers(
     journal: Path | None,
     world: World,
 ) -> list[str]:
-    """The answers, of which the journal keeps each: of ranks, each its own until all of them are there."""
-    texts: dict[int, str] = {}
+    """The answers, each kept as it comes; a line of the journal is the answer to the next of a question's places."""
+    places: dict[str, deque[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(question, deque()).append(place)
 
-    def line(place: int) -> str:
-        return sealed({"question": questions[place], "answer": texts[place]}) + "\n"
+    def read(file: Path) -> dict[int, str]:
+        found = {}
+        for where, raw in read_sealed(file):
+            if (question := str(raw.get("question"))) not in places:
+                raise ValueError(f"{where} answers another question than is asked now; name another --out")
+            if places[question]:
+                found[places[question].popleft()] = raw["answer"]
+        return found
 
-    def gather(journal: Path) -> None:
-        others = other_journals(journal)
-        for path in (journal, *others):
-            _read_journal(path, questions, texts)
-        write_text(journal, "".join(map(line, sorted(texts))))
-        for path in others:
-            path.unlink()
+    def line(place: int, text: str) -> str:
+        return sealed({"question": questions[place], "answer": text})
 
-    if journal is not None and world.rank == 0:
-        gather(journal)
-    texts |= world.broadcast(texts) if world.size > 1 else {}
-    mine = [place for place in range(len(prompts)) if place not in texts][world.rank :: world.size]
+    kept = Journal(journal, read, line, world=world)
+    mine = [place for place in range(len(prompts)) if place not in kept.entries][world.rank :: world.size]
     if mine or world.size > 1:  # ranks that share a model call it together
-        own = journal and rank_journal(journal, world.rank)
-        with own.open("a", encoding="utf-8") if own is not None else nullcontext() as file:
-            for place, text in zip(mine, answer([prompts[place] for place in mine]), strict=True):
-                texts[place] = text
-                if file is not None:
-                    file.write(line(place))
-                    file.flush()
-    for part in world.all_gather(texts) if world.size > 1 else []:
-        texts |= part
-    if journal is not None and world.rank == 0:
-        gather(journal)
+        for place, text in zip(mine, answer([prompts[place] for place in mine]), strict=True):
+            kept.add(place, text)
+    texts = kept.finish(range(len(prompts)))
     return [texts[place] for place in range(len(prompts))]
-
-
-def _read_journal(path: Path, questions: list[str], texts: dict[int, str]) -> None:
-    """Add the answers that an earlier start wrote, by their questions' places; a last line that was cut is left out."""
-    for where, raw in read_sealed(path) if os.path.lexists(path) else ():
-        places = [place for place, question in enumerate(questions) if question == raw.get("question")]
-        if not places:
-            raise ValueError(f"{where} answers another question than is asked now; name another --out")
-        if free := [place for place in places if place not in texts]:
-            texts[free[0]] = raw["answer"]
 
 
 def _prepare(

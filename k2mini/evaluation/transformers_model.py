@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,19 +127,25 @@ class TransformersModel:
         return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
 
     @torch.no_grad()
-    def score(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[int, list[float]]]:
-        """As the function `score`. What a group's contexts begin with runs once, and so does a context whose options
-        have several tokens, where the model keeps keys and values."""
+    def score(
+        self, requests: Sequence[Request], batch_size: int, mine: Callable[[Sequence[int]], bool]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """See `OtherModel`. What a group's contexts begin with runs once, and so does a context whose options have
+        several tokens, where the model keeps keys and values."""
         for places, common in _groups(requests, self._caches):
-            shared = self._run([requests[places[0]].prefix[:common]])[1] if common else None
             letters = [place for place in places if max(map(len, requests[place].options)) == 1]
-            for start in range(0, len(letters), batch_size):
-                batch = letters[start : start + batch_size]
+            batches = [letters[start : start + batch_size] for start in range(0, len(letters), batch_size)]
+            batches += [[place] for place in sorted({*places} - {*letters})]
+            own, shared = [batch for batch in batches if mine(batch)], None
+            if common and own:
+                shared = self._run([requests[places[0]].prefix[:common]])[1]
+            for batch in own:
+                if max(map(len, requests[batch[0]].options)) > 1:
+                    yield batch[0], self._long(requests[batch[0]], common, shared)
+                    continue
                 rows = [requests[place].prefix[common:] for place in batch]
                 for place, (row,) in zip(batch, self._last(rows, [1] * len(rows), shared), strict=True):
                     yield place, [self._finite(row[option]) for (option,) in requests[place].options]
-            for place in sorted({*places} - {*letters}):
-                yield place, self._long(requests[place], common, shared)
 
     def _long(self, request: Request, common: int, shared: Any) -> list[float]:
         """The options of one request, each of them a row."""

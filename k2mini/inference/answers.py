@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def answers(
     *,
     stop_ids: Sequence[int] | None = None,
     places: Sequence[int] | None = None,
-) -> Iterator[tuple[str, Completion]]:
+) -> Generator[tuple[str, Completion], None, None]:
     """Answer prompts, in their order.
 
     Args:

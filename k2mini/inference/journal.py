@@ -1,11 +1,13 @@
-"""The answers to a list of prompts, kept as they come: by one process in their order, by ranks until all are there."""
+"""What a long command finds, kept as it comes: by one process in a file, by ranks beside it until all is there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
 import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,113 +15,142 @@ from typing import Any
 from k2mini.distributed import ALONE, World
 from k2mini.errors import short
 from k2mini.files import parse_json, write_text
-from k2mini.inference.decoding import Completion
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Answers in a .jsonl, each added as it comes; a command that is started again goes on after them.
+    """Entries in a .jsonl, each added as it comes; a command that is started again goes on after them.
 
-    They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled,
-    in 16 bits, in w8a8. Ranks keep theirs beside it in NAME.rank0 and so on, each line after the answer's place, until
-    all are there; a start on any number of ranks goes on with those of another.
+    Ranks keep theirs beside it, in NAME.rank0 and so on, until all are there; a start on any number of ranks goes on
+    with those of another, on one process too. No file is removed that was not read as such entries, but by `force`.
 
     Args:
         path: None keeps them in memory only.
-        asked: what each is an answer to: `prompt`, and `input` where there is one.
-        made_by: a digest of what answers follow from besides: model and settings. A line's hash is of it and the line.
-        force: begin anew, once there is an answer, where the file holds something else.
+        read: a file's entries, by their keys. Raises ValueError naming the first line that is none.
+        line: of a key and its entry.
+        numbered: beside the file, the key and a tab stand before a line.
+        force: begin anew, once there is an entry, where the file holds something else.
         world: its ranks all make one, and all have all entries, at the beginning and after `finish`.
 
     Attributes:
-        entries: the answers so far, by their places.
-        kept: the bytes of the file that are theirs; what else it holds goes with the next answer.
+        entries: what there is so far, by keys.
+        own: where this process adds; `kept`: the bytes there that are entries; what else it holds goes with the next.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        read: Callable[[Path], dict[Any, Any]],
+        line: Callable[[Any, Any], str],
+        *,
+        numbered: bool = False,
+        force: bool = False,
+        world: World = ALONE,
+    ) -> None:
+        self.path, self.own, self._line, self._numbered, self._world = path, path, line, numbered, world
+        self.entries: dict[Any, Any] = {}
+        self.kept = 0
+        parts = rank_files(path) if path is not None and world.rank == 0 else []
+        if path is not None and (parts or world.size > 1):
+            self.own = path.with_name(f"{path.name}.rank{world.rank}")
+        if path is not None and world.rank == 0:
+            beside: dict[Any, Any] = {}
+            try:
+                self.entries = read(path) if os.path.lexists(path) else {}
+                for part in parts:
+                    beside |= read(part)
+                beside = {key: entry for key, entry in beside.items() if key not in self.entries}
+                self.kept = path.read_bytes().rfind(b"\n") + 1 if self.own == path and path.exists() else 0
+            except ValueError:
+                if not force:
+                    raise
+                self.entries, beside = {}, {}
+            if parts and self.own is not None:  # all in one, and without a line that was cut
+                write_text(self.own, "".join(self._written(*entry) for entry in beside.items()))
+                self.kept = self.own.stat().st_size
+                for part in parts:
+                    if part != self.own:
+                        part.unlink()
+            self.entries |= beside
+        if world.size > 1:
+            self.entries = world.broadcast(self.entries)
+
+    def add(self, key: Any, entry: Any) -> None:
+        """An entry. Raises OSError where it can't be written."""
+        self.entries[key] = entry
+        if self.own is not None:
+            with self.own.open("ab") as file:
+                file.truncate(self.kept)
+                self.kept += file.write(self._written(key, entry).encode())
+
+    def finish(self, order: Iterable[Any]) -> dict[Any, Any]:
+        """Let all ranks have all entries, and the file what ranks found, in this order. Raises OSError as `add` does.
+
+        Returns: the entries.
+        """
+        if self._world.size > 1:
+            for entries in self._world.all_gather(self.entries):
+                self.entries |= entries
+        if self.path is not None and self.own != self.path and self._world.rank == 0:
+            write_text(self.path, "".join(self._line(key, self.entries[key]) + "\n" for key in order))
+            for part in rank_files(self.path):
+                part.unlink()
+        return self.entries
+
+    def _written(self, key: Any, entry: Any) -> str:
+        """A line of `own`."""
+        return (f"{key}\t" if self._numbered and self.own != self.path else "") + self._line(key, entry) + "\n"
+
+
+def rank_files(path: Path) -> list[Path]:
+    """What ranks have left beside a file."""
+    named = re.compile(rf"{re.escape(path.name)}\.rank\d+")
+    return sorted(other for other in path.parent.iterdir() if named.fullmatch(other.name))
+
+
+def answer_journal(
+    path: Path | None, asked: list[dict[str, Any]], made_by: str, *, force: bool, world: World = ALONE
+) -> Journal:
+    """The answers to a list of prompts, by their places: `asked`, with `answer`, `tokens` and `finish`.
+
+    They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled,
+    in 16 bits, in w8a8.
+
+    Args:
+        asked: what each is an answer to: `prompt`, and `input` where there is one.
+        made_by: a digest of what answers follow from besides: model and settings. A line's hash is of it and the line.
 
     Raises ValueError naming the first line that is not such an answer; a last one that a kill cut short is left out.
     """
 
-    def __init__(
-        self, path: Path | None, asked: list[dict[str, Any]], made_by: str, *, force: bool, world: World = ALONE
-    ) -> None:
-        self.path, self.asked, self.made_by, self._world = path, asked, made_by, world
-        self.entries: dict[int, dict[str, Any]] = {}
-        self.kept = self._next = 0  # the file's bytes, and the first place that it does not have
-        if path is not None and world.rank == 0:
-            try:
-                self._read_all(path)
-            except ValueError:
-                if not force:
-                    raise
-                self.entries, self.kept, self._next = {}, 0, 0
-            if others := self._others(path):
-                own = (f"{place}\t{self._line(self.entries[place]).decode()}" for place in sorted(self.entries))
-                write_text(others[0], "".join(own))
-                for other in others[1:]:
-                    other.unlink()
-            if self.entries:
-                log.info("%s has %d of %d answers already", path, len(self.entries), len(asked))
-        if world.size > 1:
-            self.entries = world.broadcast(self.entries)
+    def line(_place: int, entry: dict[str, Any]) -> str:
+        own = hashlib.sha256(json.dumps([made_by, entry]).encode()).hexdigest()
+        return json.dumps({**entry, "sha256": own}, ensure_ascii=False)
 
-    def add(self, place: int, text: str, completion: Completion) -> None:
-        """An answer. Raises OSError where it can't be written."""
-        fields = {"answer": text, "tokens": completion.tokens, "finish": completion.finish}
-        self.entries[place] = {**self.asked[place], **fields}
-        if self.path is not None and self._world.size == 1:
-            self._write(self.path)
-        elif self.path is not None:
-            with self.path.with_name(f"{self.path.name}.rank{self._world.rank}").open("ab") as file:
-                file.write(b"%d\t" % place + self._line(self.entries[place]))
+    def read(file: Path) -> dict[int, dict[str, Any]]:
+        found = {}
+        for number, whole in enumerate(file.read_bytes().splitlines(keepends=True)):
+            digits, _, rest = (b"%d" % number, b"", whole) if file == path else whole.partition(b"\t")
+            place = int(digits) if digits.isdigit() else len(asked)
+            if (entry := read_line(place, rest, f"{file}, line {number + 1}")) is not None:
+                found[place] = entry
+        return found
 
-    def finish(self) -> None:
-        """Let all ranks have all answers, and the file, in their order. Raises OSError as `add` does."""
-        if self._world.size > 1:
-            for entries in self._world.all_gather(self.entries):
-                self.entries |= entries
-        if self.path is not None and self._world.rank == 0:
-            self._write(self.path)
-            for other in self._others(self.path):
-                other.unlink()
-
-    def _write(self, path: Path) -> None:
-        if self._next in self.entries:
-            with path.open("ab") as file:
-                file.truncate(self.kept)
-                while self._next in self.entries:
-                    self.kept += file.write(self._line(self.entries[self._next]))
-                    self._next += 1
-
-    def _others(self, path: Path) -> list[Path]:
-        """What ranks have left beside the file."""
-        named = re.compile(rf"{re.escape(path.name)}\.rank\d+")
-        return [other for other in sorted(path.parent.iterdir()) if named.fullmatch(other.name)]
-
-    def _read_all(self, path: Path) -> None:
-        for place, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else ()):
-            for entry in self._read(place, line, f"{path}, line {place + 1}"):
-                self.entries[place], self._next = entry, place + 1
-                self.kept += len(self._line(entry))
-        for other in self._others(path):
-            for number, line in enumerate(other.read_bytes().splitlines(keepends=True), start=1):
-                digits, _, rest = line.partition(b"\t")
-                place = int(digits) if digits.isdigit() else len(self.asked)
-                for entry in self._read(place, rest, f"{other}, line {number}"):
-                    self.entries[place] = entry
-
-    def _line(self, entry: dict[str, Any]) -> bytes:
-        own = hashlib.sha256(json.dumps([self.made_by, entry]).encode()).hexdigest()
-        return json.dumps({**entry, "sha256": own}, ensure_ascii=False).encode() + b"\n"
-
-    def _read(self, place: int, line: bytes, where: str) -> list[dict[str, Any]]:
+    def read_line(place: int, text: bytes, where: str) -> dict[str, Any] | None:
         """The entry of a line; none where it is the beginning of one."""
-        asked = self.asked[place] if place < len(self.asked) else {}
-        begin = json.dumps({**asked, "answer": ""}, ensure_ascii=False).encode()[:-2]
-        if asked and not line.endswith(b"\n") and line[: len(begin)] == begin[: len(line)]:
-            return []
+        wanted = asked[place] if place < len(asked) else {}
+        begin = json.dumps({**wanted, "answer": ""}, ensure_ascii=False).encode()[:-2]
+        if wanted and not text.endswith(b"\n") and text[: len(begin)] == begin[: len(text)]:
+            return None
         with suppress(ValueError):
-            entry = parse_json(line, where) if asked and line.startswith(begin) else {}
-            if entry.pop("sha256", None) and self._line(entry) == line:
-                return [entry]
-        wanted = f"this model's answer, with these settings, to {short(asked['prompt'])}" if asked else "asked for"
-        raise ValueError(f"{where} is not {wanted}; name another place, or replace it with --force")
+            entry = parse_json(text, where) if wanted and text.startswith(begin) else {}
+            if entry.pop("sha256", None) and line(place, entry).encode() + b"\n" == text:
+                return dict(entry)
+        said = f"this model's answer, with these settings, to {short(wanted['prompt'])}" if wanted else "asked for"
+        raise ValueError(f"{where} is not {said}; name another place, or replace it with --force")
+
+    journal = Journal(path, read, line, numbered=True, force=force, world=world)
+    if journal.entries and path is not None and world.rank == 0:
+        log.info("%s has %d of %d answers already", path, len(journal.entries), len(asked))
+    return journal

@@ -1,11 +1,15 @@
 """`eval` and `generate --input` on ranks: what one process finds, to the last byte, whoever was killed meanwhile."""
 
+import argparse
 import json
 import os
 import signal
+from contextlib import nullcontext, suppress
 
 import pytest
 
+from k2mini.commands.ranks import joined
+from k2mini.distributed import ALONE
 from tests.faults.server import Request
 
 ROCKS = ["granite", "basalt", "quartz", "rock", "mineral", "crust"]
@@ -85,12 +89,45 @@ def test_eval_goes_on_after_a_kill_of_either_rank(world, forks, rank, number, th
     same(folder, f"killed{rank}{number}")
 
 
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("NCCL error in: NCCLUtils.hpp:268, Failed to CUDA calloc 6291456 bytes: out of memory", False),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_what_else_goes_wrong(monkeypatch, caplog, said, lost):
+    """And what was heard of it is said before."""
+    monkeypatch.setattr("k2mini.distributed.ranks", lambda *_: nullcontext(ALONE))
+    monkeypatch.setenv("LOCAL_RANK", "2")  # which leaves SIGTERM as it is
+    options = argparse.Namespace(threads=None, out=None, shard=False, device="cpu")
+    with pytest.raises(ValueError if lost else RuntimeError) as raised, joined(options):
+        raise RuntimeError(said)
+    assert str(raised.value) == ("another rank has ended; start again" if lost else said)
+    assert ("Connection closed" in caplog.text) == lost
+
+
+def test_the_second_rank_says_it_where_the_first_was_killed(world, forks):
+    """Whether torchrun's SIGTERM comes first or what gloo says."""
+    folder, _ = world
+    words = ["0", "3", str(int(signal.SIGKILL)), *f"eval --model model {EVAL} --out lost".split()]
+    first, second = forks.start_ranks(2, Request([words], str(folder), limit=120, call=WORKER))
+    assert first.wait().status == -signal.SIGKILL
+    with suppress(ProcessLookupError):
+        os.kill(second.pid, signal.SIGTERM)
+    assert second.wait().last.endswith("; what is done is kept in lost, start again to go on")
+    assert "Traceback" not in second.wait().err
+
+
 def test_the_first_rank_says_what_is_kept_when_torchrun_ends_it(world, forks):
     folder, _ = world
     first, other = start(forks, 2, folder, f"eval --model model {EVAL} --out ended", 0, 3, signal.SIGTERM)
     assert first.status == 128 + signal.SIGTERM
     assert first.last == "k2mini: stopped by SIGTERM; what is done is kept in ended, start again to go on"
     assert "Traceback" not in first.err + other.err
+    first, _ = start(forks, 2, folder, "eval --model model --benchmark rocks.jsonl", 0, 3, signal.SIGTERM)
+    assert first.last == "k2mini: stopped by SIGTERM; nothing is kept without --out, start again to go on"
 
 
 @pytest.mark.parametrize(

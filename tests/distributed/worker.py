@@ -27,8 +27,6 @@ from k2mini.config import (
 from k2mini.data.batches import Blocks
 from k2mini.data.corpus import Documents
 from k2mini.distributed import local_part, ranks
-from k2mini.evaluation import subjective
-from k2mini.evaluation.report import Result
 from k2mini.evaluation.score import Request, score
 from k2mini.inference.decoding import Decoding
 from k2mini.inference.generate import generate
@@ -345,8 +343,7 @@ def dying(words):
     own = os.environ.get("RANK", "0")
     if own == rank:
         places = iter(range(int(number)))
-        for kind, name in ((Result, "line"), (Journal, "add"), (subjective, "sealed")):
-            setattr(kind, name, ending_at(getattr(kind, name), places, int(ending)))
+        Journal.add = ending_at(Journal.add, places, int(ending))
     cli.main([word.replace("{rank}", own) for word in line])
 
 

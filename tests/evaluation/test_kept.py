@@ -8,10 +8,14 @@ import sys
 
 import pytest
 
+import k2mini.evaluation.evaluate
 import k2mini.evaluation.subjective
+from k2mini.commands.evaluation import check_names
 from k2mini.config import LoraSection
 from k2mini.data.tokenizer import Tokenizer
+from k2mini.distributed import ALONE
 from k2mini.evaluation.report import sealed
+from k2mini.evaluation.subjective import _answers
 from k2mini.files import output
 from k2mini.nn.lora import adapter_tensors, attach, init_adapters
 from k2mini.weights.adapter import save_adapter
@@ -255,6 +259,93 @@ def test_open_tasks_keep_their_answers(tiny_directory, tmp_path, run, monkeypatc
     npee.write_text(npee.read_text().replace("What is granite granite", "Who is granite granite"))
     status, _, err = run(*common, tmp_path / "out")
     assert (status, "noun.jsonl, line 1 answers another question than is asked now" in err) == (2, True)
+
+
+def test_files_that_stand_beside_stay(tiny_directory, task, tmp_path, run):
+    """A user's copies, with the names that ranks used to have and nearly those that they have."""
+    out, asked = tmp_path / "out", tmp_path / "asked.txt"
+    asked.write_text("granite\nbasalt")
+    commands = {
+        out / "results.jsonl": ["eval", "--model", tiny_directory, "--benchmark", task, "--out", out],
+        tmp_path / "a.jsonl": ["generate", "--model", tiny_directory, "--input", asked, "--max-new-tokens", 3, "--out"],
+    }
+    commands[tmp_path / "a.jsonl"].append(tmp_path / "a.jsonl")
+    for file, command in commands.items():
+        assert run(*command)[0] == 0
+        whole = file.read_bytes()
+        names = [f"{file.stem}.20261127.jsonl", f"{file.stem}.1.jsonl", f"{file.name}.1", f"{file.name}.rank1.bak"]
+        for name in names:
+            (file.parent / name).write_bytes(whole)
+        file.write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
+        assert run(*command)[0] == 0
+        assert all((file.parent / name).read_bytes() == whole == file.read_bytes() for name in names)
+        rank = file.with_name(f"{file.name}.rank1")
+        rank.write_text('{"mine": 1}\n')  # the name of ours, and not what we write
+        status, _, err = run(*command)
+        assert (status, f"{rank}, line 1" in err, rank.read_text()) == (2, True, '{"mine": 1}\n')
+
+
+def test_names_of_open_tasks_do_not_meet(tiny_directory, tmp_path, run):
+    """Nor does one with a bracket lose its journal."""
+    names, command = ["geo-v1", "geo-v1.2", "geo[1]"], ["eval", "--model", tiny_directory, "--max-new-tokens", 3]
+    for number, name in enumerate(names):
+        (tmp_path / f"{name}.csv").write_text(f"question,answer\nWhat is {ROCKS[number]}?,a rock\nWhat?,mud\n")
+        fields = {"question": "question", "answer": "answer"}
+        config = {"name": name, "about": "rocks", "file": str(tmp_path / f"{name}.csv"), "fields": fields}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(config))
+    command += ["--benchmark", *(tmp_path / f"{name}.yaml" for name in names), "--out", tmp_path / "out"]
+    for _ in range(2):
+        status, _, err = run(*command)
+        assert status == 0, err
+        for number, name in enumerate(names):
+            lines = (tmp_path / f"out/answers_{name}.jsonl").read_text().splitlines()
+            assert [json.loads(line)["question"] for line in lines] == [f"What is {ROCKS[number]}?", "What?"]
+
+
+def test_two_open_tasks_with_one_file_are_refused():
+    check_names(["a/b", "a b", "c"])
+    with pytest.raises(ValueError, match=r"'a/b' and 'a_b' would both be kept in answers_a_b\.jsonl"):
+        check_names(["a/b", "c", "a_b"])
+
+
+class Counted(str):
+    seen = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Counted.seen += 1
+        return str.__eq__(self, other)
+
+
+def test_kept_answers_are_found_without_going_through_all_questions(tmp_path):
+    """Of copies each has its own answer, in their order."""
+    questions = [Counted(f"What is {number % 400}?") for number in range(800)]
+    lines = [sealed({"question": str(question), "answer": str(n)}) for n, question in enumerate(questions)]
+    (tmp_path / "answers.jsonl").write_text("".join(line + "\n" for line in lines))
+    found = _answers(questions, [[1]] * 800, lambda _: iter(()), tmp_path / "answers.jsonl", ALONE)
+    assert found == [str(number) for number in range(800)]
+    assert Counted.seen < 8 * 800
+
+
+def test_a_run_that_goes_on_scores_beside_the_same_others(tiny_directory, task, tmp_path, run, monkeypatch):
+    """What 'pmi' subtracts, too: so the last bits are those of a run that was not stopped."""
+    score, asked = k2mini.evaluation.evaluate.score, []
+
+    def recording(model, requests, **how):
+        asked.append(tuple(requests))
+        return score(model, requests, **how)
+
+    monkeypatch.setattr(k2mini.evaluation.evaluate, "score", recording)
+    command = ["eval", "--model", tiny_directory, "--benchmark", task, "--scoring", "pmi", "--batch-size", 4]
+    command += ["--out", tmp_path / "out"]
+    assert run(*command)[0] == 0
+    whole = (tmp_path / "out/results.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "out/results.jsonl").write_bytes(b"".join(lines[::2]) + lines[1][:30])
+    assert run(*command)[0] == 0
+    assert (tmp_path / "out/results.jsonl").read_bytes() == whole
+    assert asked[:2] == asked[2:]
+    assert len(asked[0]) > 4
 
 
 def test_compare_pairs_by_question_and_key(tiny_directory, task, tmp_path, run):

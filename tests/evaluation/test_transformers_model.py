@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from k2mini.distributed import World
 from k2mini.evaluation.score import Request, score
 from k2mini.evaluation.transformers_model import TransformersModel
 from tests.conftest import ROOT, asset
@@ -72,6 +73,23 @@ def test_equals_naive_scores(tmp_path, kind):
     with torch.no_grad():
         for place, request in enumerate(requests):
             assert found[place] == pytest.approx(naive(lambda ids: reference(ids).logits, request), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_a_part_of_the_questions_runs_in_the_batches_of_all(tmp_path, kind):
+    """To the last bit: what ranks find, and what a run that goes on finds, is what one process does."""
+    save(tmp_path, KINDS[kind]())
+    model, requests = TransformersModel(tmp_path), random_requests()
+    whole = dict(score(model, requests, batch_size=4))
+    for size in (2, 3):
+        parts = [dict(score(model, requests, batch_size=4, world=World(rank, size))) for rank in range(size)]
+        assert all(parts)
+        assert sum(map(len, parts)) == len(requests)
+        assert {place: found for part in parts for place, found in part.items()} == whole
+    for place in range(0, len(requests), 3):
+        found = dict(score(model, requests, batch_size=4, wanted={place}))
+        assert found == {own: whole[own] for own in found}
+        assert place in found
 
 
 @pytest.mark.slow
@@ -246,6 +264,7 @@ def test_a_model_that_sees_what_comes_after_is_refused(tmp_path):
         (("--backend", "transformers", "--adapter", "a"), "--adapter does not go with --backend transformers"),
         (("--backend", "transformers", "--quantize", "int8"), "--quantize does not go with --backend transformers"),
         (("--backend", "transformers", "--url", "http://x/v1"), "--url does not go with --backend transformers"),
+        (("--backend", "transformers", "--shard"), "--shard does not go with --backend transformers"),
         (("--url", "http://x/v1"), "--url does not go with --backend k2mini"),
         (("--backend", "api"), "--backend api needs --url, such as http://localhost:8000/v1"),
         (("--backend", "api", "--url", "http://x/v1", "--dtype", "float32"), "--dtype does not go with --backend api"),
