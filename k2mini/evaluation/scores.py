@@ -140,7 +140,7 @@ def read_scores(run: Path) -> dict[tuple[str, str], dict[Key, float]]:
         for score in _read_scores(path):
             found.setdefault((score.task, score.measure), {})[score.digest, score.copy] = score.value
     if not found:
-        raise ValueError(f"{run} holds no result of k2mini eval --out")
+        raise ValueError(f"{run} is no run of k2mini eval --out: it holds no result")
     return found
 
 
