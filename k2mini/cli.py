@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from k2mini.commands import (
@@ -112,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if options.debug and not isinstance(error, STOPPED):
             raise
         if not (_is_main() or isinstance(error, STOPPED)):
-            time.sleep(5)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
+            with suppress(*STOPPED):  # a signal now; what is wrong is said all the same
+                time.sleep(5)  # most errors are all ranks': rank 0 says it, and torchrun ends the others
         if (status := end(error)) is None:
             raise
     sys.exit(status)
