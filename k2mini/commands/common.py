@@ -94,7 +94,7 @@ CONFIG.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, su
 CONFIG.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
 
 
-def drafting(options: argparse.Namespace, tokenizer: Tokenizer) -> Callable[[Llama], None]:
+def drafting(options: argparse.Namespace, tokenizer: Tokenizer) -> Callable[[Llama], Llama | None]:
     """What lets a model's answers be drafted as `ANSWER` says; made before it is loaded, for what can't be is found."""
     from k2mini.build import open_model
     from k2mini.inference.speculate import check_vocabulary, speculate
@@ -106,9 +106,9 @@ def drafting(options: argparse.Namespace, tokenizer: Tokenizer) -> Callable[[Lla
     directory.require_model()
     check_vocabulary(tokenizer, directory.require_tokenizer(), str(directory.path))
 
-    def begin(model: Llama) -> None:
+    def begin(model: Llama) -> Llama | None:
         draft, _ = open_model(directory, options.device, options.threads, dtype=options.dtype)
-        speculate(model, draft)
+        return speculate(model, draft)
 
     return begin
 

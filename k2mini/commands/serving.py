@@ -151,11 +151,11 @@ def _engine(options: argparse.Namespace, directory: ModelDirectory, adapters: di
     drafted = options.speculate or options.draft_model
     draft = drafting(options, directory.require_tokenizer()) if drafted else None
     model, directory = open_model(directory, options.device, options.threads, **wanted)
-    if draft is not None:
-        draft(model)
-    config = model.config
+    beside = draft(model) if draft is not None else None
+    config, a_token = model.config, token_bytes(model.config, model.dtype)
+    a_token += token_bytes(beside.config, beside.dtype) if beside is not None else 0  # it has slots of its own
     room = 0.8 * free_memory(model.device)
-    capacity = int(min(config.max_seq_len, room // (options.slots * token_bytes(config, model.dtype))))
+    capacity = int(min(config.max_seq_len, room // (options.slots * a_token)))
     if capacity < config.max_seq_len:
         said = "memory leaves each of %d slots %d tokens of the model's %d; with fewer --slots it is more"
         log.warning(said, options.slots, capacity, config.max_seq_len)

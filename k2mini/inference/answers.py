@@ -126,6 +126,7 @@ def answers(
     new, cut = rooms(prompts, decoding.max_new_tokens, model.config.max_seq_len), []
     tokens = [len(prompt) + number for prompt, number in zip(prompts, new, strict=True)]
     wanted = range(first, len(prompts)) if places is None else places
+    asked = {*wanted}
     # A search's batches stay as they are: its scores' last bits depend on them.
     batches = {place // _unit(decoding) for place in wanted}
     run = [place for place in range(len(prompts)) if place // _unit(decoding) in batches]
@@ -137,7 +138,7 @@ def answers(
     total = before + sum(tokens[place] for place in wanted)
     with progress_bar(total, label or "", "tokens", before, shown=label is not None) as progress:
         for place, completion in zip(run, found, strict=True):
-            if place not in wanted:
+            if place not in asked:
                 continue
             text = text_of(tokenizer, completion, decoding.stop)
             if completion.finish == "length" and new[place] < decoding.max_new_tokens:
@@ -154,8 +155,9 @@ def answers(
 
 def rank_share(places: Sequence[int], decoding: Decoding, world: World) -> list[int]:
     """Which of the places this rank answers: each so many, of a search each so many batches."""
-    batches = sorted({place // _unit(decoding) for place in places})[world.rank :: world.size]
-    return [place for place in places if place // _unit(decoding) in batches]
+    batches = sorted({place // _unit(decoding) for place in places})
+    mine = {*batches[world.rank :: world.size]}
+    return [place for place in places if place // _unit(decoding) in mine]
 
 
 def _unit(decoding: Decoding) -> int:
