@@ -4,6 +4,7 @@ import argparse
 import io
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from k2mini.inference.request import Request
 from k2mini.inference.sampling import Sampling
 from k2mini.inference.scheduler import Scheduler
 from k2mini.inference.speculate import MOST, PRIOR, Costs, _Known, check_vocabulary, speculate
-from k2mini.nn.slots import attend_singles, attended
+from k2mini.nn.slots import attend_singles, attended, token_bytes
 from k2mini.weights.model_directory import ModelDirectory
 from tests.conftest import tiny_config, tiny_llama
 from tests.helpers import quantised
@@ -307,3 +308,26 @@ def test_serve_drafts(tiny_directory):
         engine.submit(asked.request)
         finish(engine)
         assert len(asked.tokens) == 8 or asked.end.reason == "eos"
+
+
+def test_the_slots_of_a_draft_model_are_counted(tiny_directory, monkeypatch):
+    """As large as the model here, so half of the tokens fit."""
+    parser = argparse.ArgumentParser(parents=[ANSWER])
+    serve_arguments(parser)
+    options = ["--model", str(tiny_directory), "--device", "cpu", "--slots", "4"]
+    config = load_model(tiny_directory)[0].config
+    monkeypatch.setattr("k2mini.build.free_memory", lambda _: 4 * 40 * token_bytes(config, torch.float32) / 0.8)
+    held = [
+        _engine(parser.parse_args(options + more), ModelDirectory(str(tiny_directory)), {}).capacity
+        for more in ([], ["--draft-model", str(tiny_directory)])
+    ]
+    assert held == [40, 20]
+
+
+def test_a_scheduler_with_drafts_is_freed_at_once():
+    model = tiny_llama(config())
+    speculate(model, tiny_llama(config()))
+    scheduler = Scheduler(model, slots=1, capacity=64)
+    gone = weakref.ref(scheduler)
+    del scheduler
+    assert gone() is None
