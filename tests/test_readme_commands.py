@@ -11,7 +11,6 @@ import gzip
 import json
 import os
 import re
-import runpy
 import shlex
 from dataclasses import fields, is_dataclass
 from typing import NamedTuple, get_args, get_type_hints
@@ -126,7 +125,10 @@ def make_world(folder):
     npee["choice"]["answer"][2:4] = ["E", "E"]  # no option can be right, as in two of GeoBench's
     npee["tf"] = {"question": ["Basalt is a rock.", "Quartz is a plant."], "answer": ["True", "False"]}
     (folder / "geobench_npee.json").write_text(json.dumps(npee))
-    runpy.run_path(str(ROOT / "tools" / "make_papers.py"))["make"](folder / "mini", 30, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        import make_papers
+    make_papers.make(folder / "mini", 30, 0)
     questions = [entry["question"]["stem"] for entry in json.loads((data / "questions_ap_unseen.json").read_text())]
     (folder / "input_ls.json").write_text(json.dumps(questions))
     shot = "### Instruction:\nWhich is a rock?\nChoose from:\nA. basalt\nB. rain\n\n### Response:\nThe answer is:\nA\n"

@@ -219,9 +219,11 @@ def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def check_names(tasks: Iterable[str]) -> None:
     """Raise ValueError where the answers to two open tasks would be kept in one file."""
+    from k2mini.evaluation.scores import task_file
+
     files = dict[str, str]()
     for task in tasks:
-        name = f"answers_{task.replace('/', '_')}.jsonl"
+        name = task_file("answers", task)
         if (other := files.setdefault(name, task)) != task:
             raise ValueError(f"{other!r} and {task!r} would both be kept in {name}; rename one, or run one at a time")
 

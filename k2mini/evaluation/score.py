@@ -163,7 +163,7 @@ def score(
         return
     make = partial(KVCache, model.config, dtype=model.dtype, device=model.device)
     with uneven(model, world) if world.size > 1 else nullcontext():
-        for places, common in _groups(requests, share):
+        for places, common in share_prefixes(requests, share):
             shared = None
             for batch in _batches(places, requests, common, batch_size):
                 if not mine(batch):
@@ -213,7 +213,7 @@ def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[in
     prefixes themselves are not counted.
     """
     tokens = [0] * len(requests)
-    for places, common in _groups(requests, share):
+    for places, common in share_prefixes(requests, share):
         for place in places:
             request = requests[place]
             options = [len(option) - 1 for option in request.options]
@@ -221,7 +221,7 @@ def tokens_to_run(requests: Sequence[Request], *, share: bool = True) -> list[in
     return tokens
 
 
-def _groups(requests: Sequence[Request], share: bool) -> list[tuple[list[int], int]]:
+def share_prefixes(requests: Sequence[Request], share: bool) -> list[tuple[list[int], int]]:
     """Of each group the places of its requests, the longest first, and how many tokens of their prefixes are shared."""
     groups: dict[int, list[int]] = {}
     for place, request in enumerate(requests):

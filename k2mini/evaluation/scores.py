@@ -52,10 +52,15 @@ class Score:
     copy: int = 0
 
 
+def task_file(kind: str, task: str) -> str:
+    """The name of a task's file in a run: `answers` as they come, `open`, the same with their scores."""
+    return f"{kind}_{task.replace('/', '_')}.jsonl"
+
+
 def write_answers(run: Path, task: str, answers: Iterable[OpenAnswer]) -> None:
     """Write a task's answers into a run, as `open_TASK.jsonl`."""
     lines = "".join(sealed(asdict(answer)) + "\n" for answer in answers)
-    write_text(run / f"open_{task.replace('/', '_')}.jsonl", lines)
+    write_text(run / task_file("open", task), lines)
 
 
 def read_answers(run: Path) -> dict[str, list[OpenAnswer]]:

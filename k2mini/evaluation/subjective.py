@@ -19,7 +19,7 @@ from k2mini.evaluation.measures import rouge_l, token_f1, words
 from k2mini.evaluation.perplexity import from_loss
 from k2mini.evaluation.report import accuracy, read_sealed, sealed
 from k2mini.evaluation.score import OtherModel, Request, num_tokens, score, split_jointly
-from k2mini.evaluation.scores import OpenAnswer, write_answers
+from k2mini.evaluation.scores import OpenAnswer, task_file, write_answers
 from k2mini.files import write_text
 from k2mini.inference.answers import answers
 from k2mini.inference.decoding import Decoding
@@ -77,7 +77,7 @@ def run_subjective(
     lengths = [num_tokens(model, request)[0] for request in requests]
     likelihood = sum(logprobs[place][0] for place in range(len(kept))) / sum(lengths)
     asked = [pairs[place][0] for place in kept]
-    path = None if out is None else out / f"answers_{task.replace('/', '_')}.jsonl"
+    path = None if out is None else out / task_file("answers", task)
     answer = partial(_made, model, tokenizer, decoding, stop_ids(tokenizer, template), task, world)
     with kept_in(path):
         texts = _answers(asked, prompts, answer, path, world)

@@ -16,7 +16,7 @@ from k2mini.build import resolve_dtype
 from k2mini.data.prompts import room
 from k2mini.data.tokenizer import Tokenizer, open_tokenizer
 from k2mini.errors import need_extra, short, some
-from k2mini.evaluation.score import OtherConfig, Request, _groups
+from k2mini.evaluation.score import OtherConfig, Request, share_prefixes
 from k2mini.inference.answers import text_of
 from k2mini.inference.decoding import Completion, Decoding
 from k2mini.model_config import read_config_json
@@ -132,7 +132,7 @@ class TransformersModel:
     ) -> Iterator[tuple[int, list[float]]]:
         """See `OtherModel`. What a group's contexts begin with runs once, and so does a context whose options have
         several tokens, where the model keeps keys and values."""
-        for places, common in _groups(requests, self._caches):
+        for places, common in share_prefixes(requests, self._caches):
             letters = [place for place in places if max(map(len, requests[place].options)) == 1]
             batches = [letters[start : start + batch_size] for start in range(0, len(letters), batch_size)]
             batches += [[place] for place in sorted({*places} - {*letters})]

@@ -1,6 +1,5 @@
 """From a folder of papers to a model that was tuned on what they say: each step is a command of the README."""
 
-import importlib.util
 import json
 import random
 import re
@@ -35,10 +34,10 @@ QUICK = "train.max_steps=2 train.global_batch_size=4 train.micro_batch_size=4 da
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_papers", ROOT / "tools" / "make_papers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        import make_papers
+    return make_papers
 
 
 def make_world(tool, folder, papers, monkeypatch):
