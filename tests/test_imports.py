@@ -111,6 +111,13 @@ def test_packages_reexport_nothing():
     assert all(path.read_text() == "" for path in PACKAGE.rglob("__init__.py"))
 
 
+def in_a_new_process(code):
+    """What it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_an_answer_needs_neither_the_compiler_nor_what_shards():
     """They take longer to import than a small model to load. And the garbage collector works again."""
     code = (
@@ -122,8 +129,7 @@ def test_an_answer_needs_neither_the_compiler_nor_what_shards():
         "late = {'torch._dynamo', 'torch._inductor', 'torch.distributed.tensor', 'torch.distributed.fsdp', 'sympy'}\n"
         "assert not late & set(sys.modules), late & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_a_new_process(code)
 
 
 def test_help_imports_nothing_heavy():
@@ -138,6 +144,4 @@ def test_help_imports_nothing_heavy():
         "known = {f'k2mini.commands.{module.name}' for module in pkgutil.iter_modules(k2mini.commands.__path__)}\n"
         "assert known <= set(sys.modules), known - set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout
+    assert "generate" in in_a_new_process(code)

@@ -12,6 +12,7 @@ import pytest
 from k2mini.evaluation.api_model import ApiModel
 from k2mini.evaluation.endpoint import Endpoint, at_a_time
 from k2mini.evaluation.score import Request, num_tokens, score, split_jointly
+from tests.evaluation.conftest import results
 from tests.serving.conftest import Server
 
 pytest.importorskip("uvicorn")
@@ -25,24 +26,6 @@ def server(tiny_directory):
     yield running
     running.stop()
     log.propagate = True
-
-
-@pytest.fixture
-def rocks(tmp_path):
-    path, words = (
-        tmp_path / "rocks.jsonl",
-        ["granite", "basalt", "quartz", "rock", "mineral", "crust", "mantle", "volcano"],
-    )
-    rows = [
-        {"question": f"{a} is?", "choices": [b, f"{b} {a}", "crust"], "answer": 1}
-        for a, b in zip(words, words[3:], strict=False)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("scoring", ["letter", "text", "pmi"])

@@ -10,6 +10,7 @@ from k2mini.distributed import World
 from k2mini.evaluation.score import Request, score
 from k2mini.evaluation.transformers_model import TransformersModel
 from tests.conftest import ROOT, asset
+from tests.evaluation.conftest import results
 from tests.evaluation.test_score import naive, random_requests
 
 transformers = pytest.importorskip("transformers")
@@ -113,21 +114,6 @@ def test_lm_evaluation_harness_gives_the_same(byte_level, tmp_path, monkeypatch,
         for one, two in zip(ours, theirs, strict=True):
             assert one == pytest.approx(two, rel=0, abs=1e-4)
             assert one.index(max(one)) == two.index(max(two))
-
-
-@pytest.fixture
-def rocks(tmp_path):
-    path, words = tmp_path / "rocks.jsonl", WORDS.split()
-    rows = [
-        {"question": f"{a} is?", "choices": [b, f"{b} {a}", "crust"], "answer": 1}
-        for a, b in zip(words, words[5:], strict=False)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 def test_a_llamas_scores_and_answers_are_k2minis(tiny_directory, rocks, tmp_path, run, geobench):
