@@ -55,12 +55,10 @@ def written_out(x: Tensor, weight: Tensor) -> Tensor:
     """
     precise = torch.promote_types(x.dtype, torch.float32)
     rows, weight = x.to(precise).reshape(-1, x.shape[-1]), weight.to(precise)
-    taken = rows.numel() * rows.element_size() / L1_CACHE
-    groups = min(1 if taken <= 1 / 4 else 2 if taken <= 1 / 2 else 4, SUMS // len(rows))
-    if len(weight) % groups:
-        groups = 1
-    sums = [[_dot(row, part) for part in weight.chunk(groups)] for row in rows]
-    return torch.stack([torch.cat(parts) if groups > 1 else parts[0] for parts in sums])
+    groups = min(8, SUMS // len(rows))
+    even = len(weight) // groups * groups
+    parts = [*weight[:even].chunk(groups), *([weight[even:]] if even < len(weight) else [])]
+    return torch.stack([torch.cat([_dot(row, part) for part in parts]) for row in rows])
 
 
 def _dot(row: Tensor, weight: Tensor) -> Tensor:
