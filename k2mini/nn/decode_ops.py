@@ -55,7 +55,7 @@ def written_out(x: Tensor, weight: Tensor) -> Tensor:
     """
     precise = torch.promote_types(x.dtype, torch.float32)
     rows, weight = x.to(precise).reshape(-1, x.shape[-1]), weight.to(precise)
-    groups = min(8, SUMS // len(rows))
+    groups = min(4, SUMS // len(rows))
     even = len(weight) // groups * groups
     parts = [*weight[:even].chunk(groups), *([weight[even:]] if even < len(weight) else [])]
     return torch.stack([torch.cat([_dot(row, part) for part in parts]) for row in rows])
