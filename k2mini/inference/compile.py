@@ -22,7 +22,7 @@ from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import SlotBatch, SlotLayer, Slots
 
 # On a CPU, what several products read, such as the normalised input, is computed once, not for every row of a weight.
-ON_CPU: dict[str, Any] = {"realize_reads_threshold": 1}
+ON_CPU: dict[str, Any] = {"realize_reads_threshold": 1, "cpp.enable_floating_point_contract_flag": "fast"}
 # On a GPU, int8 weights are then read inside of a row's product, with the norm before it and what follows.
 ON_GPU: dict[str, Any] = {"coordinate_descent_tuning": True}
 TOGETHER = 6  # blocks in one graph on a CPU, at most; calls of many take a tenth of the time of a small model

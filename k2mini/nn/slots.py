@@ -14,6 +14,7 @@ from k2mini.model_config import ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once
 from k2mini.nn.kv_cache import ALIGNED, KVCache, LayerCache
 
+ALIGNED_WIDTH = 32
 WIDTH = 256  # single tokens attend over a multiple of so many places, which are summed up by so many
 
 
@@ -161,7 +162,8 @@ class SlotBatch:
             ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
             for slot, place in rows:
                 ends[slot - self._first] = place
-            width = (int(ends.max()) // WIDTH + 1) * WIDTH
+            step = ALIGNED_WIDTH if fixed else WIDTH
+            width = (int(ends.max()) // step + 1) * step
             self._mask = attended(ends, width, cache.window).to(device, non_blocking=True)
             for slot, own in itertools.groupby(more, key=lambda row: row[0]):
                 ends = torch.tensor([place for _, place in own])
