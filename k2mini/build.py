@@ -51,8 +51,7 @@ def load_model(
         adapter: a LoRA adapter's directory (PEFT's format); it is put beside the weights, not merged into them.
         dtype: a torch dtype or its name ('float32', …). None: as stored on a GPU, float32 on a CPU.
         quantize: 'int8' keeps the blocks' matrices in int8 (see nn/quant.py), 'nf4' in four bits (nn/nf4.py), each
-            quantised as it is read; 'w8a8' quantises activations too where one row runs on a CPU. A directory of
-            quantised weights says it by itself.
+            quantised as it is read. A directory of quantised weights says it by itself.
         merge: merge the adapter into the weights as they are read, in full precision.
         quantize_head: quantise the vocabulary projection too.
         mesh: the ranks that share the weights, each of which reads its own.
@@ -65,10 +64,10 @@ def load_model(
     device, opened = torch.device(device), _open(directory)
     tokenizer, model, reader = opened.tokenizer, empty_model(opened), opened.reader
     quantize = quantize or opened.quantized
-    if opened.quantized not in (None, "int8" if quantize == "w8a8" else quantize):
+    if opened.quantized not in (None, quantize):
         raise ValueError(f"{opened.path} is quantised to {opened.quantized}; leave out --quantize {quantize}")
-    if quantize_head and quantize not in ("int8", "w8a8"):
-        raise ValueError("--quantize-head needs --quantize int8 or w8a8, which says how")
+    if quantize_head and quantize != "int8":
+        raise ValueError("--quantize-head needs --quantize int8")
     stored = reader.dtype("model.embed_tokens.weight")
     dtype = resolve_dtype(dtype, stored, device)
     if quantize is None and (dtype != stored or device.type != "cpu"):

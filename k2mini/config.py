@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")  # torch's own; dtypes.py has the dtypes
-QUANTIZE_NAMES = ("int8", "nf4", "w8a8")  # how weights are kept for inference; build.py has the layers
+QUANTIZE_NAMES = ("int8", "nf4")  # how weights are kept for inference; build.py has the layers
 _Field = Literal["instruction", "input", "output"]  # of an instruction
 IGNORE_INDEX = -100  # the label of a position that is not supervised (PyTorch's own default)
 

@@ -21,6 +21,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Whether products of int8 are fast, and right: without VNNI they are summed up in 16 bits, which overflow.
+MULTIPLIES_INT8 = ONEDNN and bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 # By PyTorch's names.
 SETS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "bf16", "vnni": "VNNI", "amx_tile": "AMX"}
 NARROW = (torch.bfloat16, torch.float16, torch.int8)

@@ -77,7 +77,7 @@ MODEL.add_argument("--merge", action="store_true", help="put the adapter into th
 MODEL.add_argument(
     "--quantize",
     choices=QUANTIZE_NAMES,
-    help="keep the blocks' matrices in 8 bits, or 4 (nf4); w8a8: 8, and on a CPU one row's activations (default: no)",
+    help="keep the blocks' matrices in 8 bits, or 4 (nf4) (default: no)",
 )
 MODEL.add_argument("--quantize-head", action="store_true", help="the vocabulary projection, too")
 MODEL.add_argument("--compile", action="store_true", help="compile decoding: seconds at first, then faster")

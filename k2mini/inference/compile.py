@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from k2mini.nn.decode_ops import check_compiler
 from k2mini.nn.llama import Block, Llama
 from k2mini.nn.lora import StackedLora
-from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import SlotBatch, SlotLayer, Slots
 
 # On a CPU, what several products read, such as the normalised input, is computed once, not for every row of a weight.
@@ -67,10 +66,8 @@ def compile_decoding(model: Llama, *, rows: Sequence[int] = ROWS) -> None:
     Args:
         rows: as how many at a time, on a CPU; `compile_behind` adds to them.
 
-    Raises ValueError where a module can't be compiled, or there is no compiler.
+    Raises ValueError where there is no compiler.
     """
-    if any(isinstance(module, DynamicLinear) for module in model.modules()):
-        raise ValueError("--compile does not go with w8a8, whose products are PyTorch's own; take --quantize int8")
     with suppress(OSError, RuntimeError):  # what is compiled is kept where a restart of the machine does not clear it
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k2mini" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)

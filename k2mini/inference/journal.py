@@ -115,7 +115,7 @@ def answer_journal(
     """The answers to a list of prompts, by their places: `asked`, with `answer`, `tokens` and `finish`.
 
     They are those of an undisturbed run, but for last bits where these depend on a row's company: on a GPU, compiled,
-    in 16 bits, in w8a8.
+    in 16 bits.
 
     Args:
         asked: what each is an answer to: `prompt`, and `input` where there is one.

@@ -26,7 +26,6 @@ from k2mini.inference.sampling import uniforms
 from k2mini.nn.decode_ops import LONGEST_SUM
 from k2mini.nn.llama import Llama
 from k2mini.nn.lora import Adapter, stack_adapters
-from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import Chunk, SlotBatch, Slots
 
 CHUNK = 128  # where prompts are cut, and how much of them one step reads; on a GPU up to
@@ -71,8 +70,6 @@ class Scheduler:
         self.cache = Slots(model.config, slots, reserve or self.capacity, dtype=model.dtype, device=model.device)
         self._graphs: SlotGraphs | None = None
         self._drafts = model.speculation(self) if model.speculation is not None else None
-        # W8A8 is of single rows, and not exact in any case.
-        self._exact = self._on_cpu and not any(isinstance(module, DynamicLinear) for module in model.modules())
 
     @property
     def free(self) -> int:
@@ -192,7 +189,7 @@ class Scheduler:
         if self._adapted:
             self._route(adapters, torch.tensor(adapters) if compiled else None)
         places = [(slot.number, row.length) for slot, row in [*singles, *again]]
-        pad = self._exact and not compiled
+        pad = self._on_cpu and not compiled
         batch = SlotBatch(self.cache, places, [chunk for *_, chunk in chunks], pad=pad, fixed=bool(compiled))
         sent = torch.tensor([tokens + [0] * batch.padded]).to(self.model.device, non_blocking=True)
         hidden = self.model.hidden(sent, cache=batch)[0]  # (N, D)
@@ -233,7 +230,7 @@ class Scheduler:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V), from two rows on."""
-        doubled = hidden.expand(2, -1) if self._exact and len(hidden) == 1 else hidden
+        doubled = hidden.expand(2, -1) if self._on_cpu and len(hidden) == 1 else hidden
         return self.model.logits(doubled)[: len(hidden), : self.vocab_size]
 
     def _note(self, slot: Slot, row: Row, chunk: Chunk, hidden: Tensor) -> bool:

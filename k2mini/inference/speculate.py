@@ -28,7 +28,6 @@ from k2mini.data.tokenizer import Tokenizer
 from k2mini.inference.decoding import Step, can_replay
 from k2mini.inference.rows import Row, Slot, choose
 from k2mini.nn.llama import Llama
-from k2mini.nn.quant import DynamicLinear
 from k2mini.nn.slots import Chunk, SlotBatch, Slots
 
 if TYPE_CHECKING:
@@ -61,11 +60,7 @@ def speculate(model: Llama, draft: Llama | None = None) -> Llama | None:
     row's are whatever runs beside it: on a CPU in float32, with head_dim a multiple of 64 and intermediate_dim of 32.
 
     Returns: the draft model.
-
-    Raises ValueError where the model's single rows are computed otherwise than several.
     """
-    if any(isinstance(module, DynamicLinear) for module in model.modules()):
-        raise ValueError("--speculate does not go with w8a8, which computes a single row in another way; take int8")
     model.speculation = lambda scheduler: Drafts(scheduler, draft)
     return draft
 

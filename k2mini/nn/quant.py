@@ -2,18 +2,19 @@
 
 int8 is row-wise absmax quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 2.1), which bitsandbytes calls
 `load_in_8bit`, without the outlier columns of that paper. Both are weight-only: for each product the weight is
-dequantised to the compute dtype, and freed afterwards. Embedding, norms, biases and head are not quantised.
+dequantised to the compute dtype, and freed afterwards; where a CPU multiplies int8, int8 weights are multiplied as they
+are. Embedding, norms, biases and head are not quantised.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from k2mini.cpu import MULTIPLIES_INT8
 from k2mini.distributed import is_dtensor, local_part, local_rows
 from k2mini.nn import nf4
 from k2mini.nn.decode_ops import writes_out, written_out
@@ -93,11 +94,35 @@ def quantized_product(x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
         from k2mini.nn.nf4_kernel import nf4_rows
 
         return nf4_rows(x, weight, *scales)
+    if is_int8 and takes_digits(x):
+        return product_of_digits(x, weight, *scales)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, dequantized(x.dtype, weight, *scales).view(-1, x.shape[-1]))
     out = _Product.apply(x, weight, *scales)
     assert isinstance(out, Tensor)
     return out
+
+
+def takes_digits(x: Tensor) -> bool:
+    """Whether `product_of_digits` is for x: on a CPU that multiplies int8, without a gradient, in 16 or 32 bits."""
+    here = MULTIPLIES_INT8 and x.device.type == "cpu" and x.numel() > 0
+    return here and x.dtype != torch.float64 and not torch.is_grad_enabled()
+
+
+def product_of_digits(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T by products of int8 alone: (…, in), (out, in) int8 and (out,) -> (…, out) in x's dtype.
+
+    A row of x is rounded to 16 bits with a scale of its own, in two int8 digits: step * (high + low / 254). The sums of
+    integers are exact, so a row's bits do not depend on the rows beside it.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127  # (N, 1)
+    scaled = rows / step
+    high = scaled.round()
+    low = ((scaled - high) * 254).round()
+    sums = torch._int_mm(torch.cat((high, low)).to(torch.int8), weight.T).float()  # (2N, out)
+    high, low = sums.chunk(2)
+    return ((high + low / 254) * (step * scale)).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def dequantized(dtype: torch.dtype, weight: Tensor, *scales: Tensor) -> Tensor:
@@ -123,37 +148,7 @@ class _Product(torch.autograd.Function):
         return product(grad, whole.T), *[None] * (1 + len(scales))
 
 
-class DynamicLinear(Int8Linear):
-    """An Int8Linear that, for a single row on a CPU, quantises the row too (W8A8): several times faster and less exact.
-
-    PyTorch's product has one scale for all rows of a call, so a row's result would depend on the rows beside it; calls
-    with several rows take the weight-only product. `reduce_range` keeps AVX2's 16-bit sums from saturating.
-    """
-
-    _packed: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out), in x's dtype."""
-        if x.numel() != x.shape[-1] or x.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(x)
-        if self._packed is None:
-            self._packed = _pack(self.weight, self.scale)
-        row = torch.ops.quantized.linear_dynamic(x.reshape(1, -1).float(), self._packed, reduce_range=True)
-        return self.biased(row.to(x.dtype).view(*x.shape[:-1], -1))
-
-
-def _pack(weight: Tensor, scale: Tensor) -> Any:
-    """Weight and scales in the layout of PyTorch's int8 kernel. Only here are its quantised tensors, which are
-    deprecated, used.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zeros = torch.zeros(len(scale), dtype=torch.int64)
-        stored = torch._make_per_channel_quantized_tensor(weight.detach(), scale.detach().double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(stored, None)
-
-
-KINDS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "w8a8": DynamicLinear, "nf4": Nf4Linear}
+KINDS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 
 
 def quantize_blocks(blocks: nn.ModuleList, how: str = "int8") -> None:
