@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from k2mini.cpu import MULTIPLIES_INT8
+
 L1_CACHE = 1 << 15  # bytes of a core's first-level cache, which the rows share with the weight that is read
-MOST_ROWS = 8  # of more, a library's products are faster
+MOST_ROWS = 8  # of more, a library's products are faster; of int8, where it is multiplied as such,
+MOST_INT8 = 4
 SUMS = 16  # sums that one loop may add up at once: AVX2 has as many registers
 LONGEST_SUM = 4096  # terms: the compiler makes longer sums compensated, which is slow
 
@@ -43,7 +46,8 @@ def check_compiler(device: torch.device) -> None:
 
 def writes_out(x: Tensor, weight: Tensor) -> bool:
     """Whether compiled code uses `written_out`: where x has few rows, is on a CPU and needs no gradient."""
-    few = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+    most = MOST_INT8 if MULTIPLIES_INT8 and weight.dtype == torch.int8 else MOST_ROWS
+    few = 0 < x.numel() <= most * x.shape[-1]
     return x.device.type == "cpu" and not torch.is_grad_enabled() and few
 
 
