@@ -21,6 +21,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Whether PyTorch's own products are the faster ones for training, as they are on Intel's processors alone.
+MKL = "Intel" in str(getattr(torch.cpu, "get_capabilities", dict[str, str])().get("cpu_name"))
 # By PyTorch's names.
 SETS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "bf16", "vnni": "VNNI", "amx_tile": "AMX"}
 NARROW = (torch.bfloat16, torch.float16, torch.int8)

@@ -89,9 +89,7 @@ def varlen(
 
 
 @torch.library.custom_op("k2mini::attend_documents", mutates_args=())
-def attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None
-) -> tuple[Tensor, Tensor]:
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """Causal attention within each document, one after the other, for compiled blocks on a CPU.
 
     The compiler sees one operation that it does not look into, so that one graph serves all lists of lengths.
@@ -102,7 +100,7 @@ def attend_documents(
 
     Returns: (N, H, E), and the logarithms of the softmaxes' sums, (N, H), which the gradient needs.
     """
-    out, sums = _like(q), torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    out, sums = _like(q), _sums_of(q)
     for own, mask in _documents(bounds, window, q):
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(_heads(part[own]) for part in (q, k, v)), 0.0, True, attn_mask=mask
@@ -130,6 +128,10 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _sums_of(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 def _heads(document: Tensor) -> Tensor:
     """(t, H, E) -> (1, H, t, E)."""
     return document.transpose(0, 1)[None]
@@ -153,8 +155,6 @@ def _gradients(ctx: Any, grad: Tensor, _sums: Tensor | None) -> tuple[Tensor | N
     return *_attend_backward(grad, q, k, v, out, sums, bounds, ctx.window), None, None
 
 
-attend_documents.register_fake(
-    lambda q, k, v, bounds, window: (_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)))
-)
-_attend_backward.register_fake(lambda grad, q, *_: (_like(q), _like(q), _like(q)))
+attend_documents.register_fake(lambda q, *_: (_like(q), _sums_of(q)))
+_attend_backward.register_fake(lambda _grad, q, *_: (_like(q), _like(q), _like(q)))
 attend_documents.register_autograd(_gradients, setup_context=_keep)
