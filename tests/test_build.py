@@ -288,6 +288,7 @@ def test_compiled_blocks_drop_and_attend_as_others_do(tiny_directory, monkeypatc
             torch.manual_seed(1)
             loss = each.loss(tokens, positions, tokens)
             loss.backward()
-            results.append([loss, *(p.grad for p in each.parameters() if p.requires_grad), torch.get_rng_state()])
-        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+            results.append([loss, torch.get_rng_state(), *(p.grad for p in each.parameters() if p.requires_grad)])
+        torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-6, atol=0)
+        torch.testing.assert_close(results[0][2:], results[1][2:], rtol=1e-3, atol=1e-4)
     assert graphs["stats"]["unique_graphs"] == 1

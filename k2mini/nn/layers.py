@@ -92,13 +92,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
+        (grad,), (x, weight) = grads, ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
-        return (
-            _onednn(grad, weight.T) if wants_x else None,
-            grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None,
-        )
+        grad_x = _onednn(grad, weight.T) if wants_x else None
+        return grad_x, grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None
 
 
 class Embedding(nn.Embedding):
