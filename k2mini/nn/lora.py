@@ -80,7 +80,7 @@ def _random_bits(x: Tensor) -> Tensor:
     return drawn.view(torch.int16)[: x.numel()].view(x.shape)
 
 
-@torch.library.custom_op("k2mini::random_bits", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("k2mini::random_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_bits(x: Tensor, own: Tensor) -> Tensor:
     """(…) int16, of x's shape, from PyTorch's generator: one operation to the compiler (see `dropped`)."""
     return _random_bits(x)
