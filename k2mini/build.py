@@ -163,8 +163,7 @@ def make_trainable(
     if lora is not None:
         attach(model, lora, whole=True)
     model.model.recompute_every = train.activation_checkpointing
-    # Compiled blocks need fixed shapes; and a GPU takes all documents in one call (see nn/packed.py).
-    model.model.by_document = device.type == "cpu" and not train.compile
+    model.model.by_document = device.type == "cpu"  # a GPU takes all documents in one call (see nn/packed.py)
     if train.compile:
         check_compiler(device)
         for layer in model.model.layers:

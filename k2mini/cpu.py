@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import platform
 import re
 import time
@@ -20,9 +21,12 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+LIMITS = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}  # environment variables that keep oneDNN from instructions
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Whether products of int8 are fast, and right: without VNNI they are summed up in 16 bits, which overflow.
-MULTIPLIES_INT8 = ONEDNN and bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+# Whether PyTorch's own products are the faster ones for training, as they are on Intel's processors alone.
+MKL = "Intel" in str(getattr(torch.cpu, "get_capabilities", dict[str, str])().get("cpu_name"))
+# Whether products of int8 are fast, and right: without VNNI, or where oneDNN is kept from it, they overflow in silence.
+MULTIPLIES_INT8 = ONEDNN and getattr(torch.cpu, "_is_vnni_supported", bool)() and not LIMITS & set(os.environ)
 # By PyTorch's names.
 SETS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "bf16", "vnni": "VNNI", "amx_tile": "AMX"}
 NARROW = (torch.bfloat16, torch.float16, torch.int8)

@@ -14,6 +14,7 @@ from k2mini.config import LoraSection, ModelSection, ParallelSection, TrainSecti
 from k2mini.distributed import World
 from k2mini.gpu import repeat_exactly
 from k2mini.weights.model_directory import CheckpointReader, ModelDirectory
+from tests.helpers import fill_adapters
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -256,3 +257,38 @@ def test_compiled_blocks_of_lora_share_one_graph(tiny_directory, monkeypatch, re
             tokens = torch.ones(4, length, dtype=torch.int64)
             compiled.loss(tokens, torch.arange(length).repeat(4, 1), tokens)
     assert len(graphs) == 3
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_compiled_blocks_drop_and_attend_as_others_do(tiny_directory, monkeypatch, recomputed):
+    """Each adapter has a mask of its own; rows hold several documents, whose lengths do not change the graph."""
+    how, whole, graphs = (
+        {"backend": "aot_eager_decomp_partition"},
+        torch.nn.Module.compile,
+        torch._dynamo.utils.counters,
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: whole(module, **{**given, **how}))
+    torch._dynamo.reset()
+    graphs.clear()
+
+    def model(**changes):
+        section = TrainSection(lr=1e-3, max_steps=1, activation_checkpointing=recomputed, **changes)
+        lora, base = LoraSection(rank=2, dropout=0.3), ModelSection(str(tiny_directory))
+        made = training_model(base, section, ParallelSection(), World(), lora)[0].train()
+        fill_adapters(made)
+        return made
+
+    compiled, plain = model(compile=True), model()
+    for lengths in ([9, 31], [40], [1, 2, 3, 34]):
+        positions = torch.cat([torch.arange(length) for length in lengths]).repeat(3, 1)
+        tokens = torch.randint(3, 199, positions.shape, generator=torch.Generator().manual_seed(len(lengths)))
+        results = []
+        for each in (compiled, plain):
+            each.zero_grad()
+            torch.manual_seed(1)
+            loss = each.loss(tokens, positions, tokens)
+            loss.backward()
+            results.append([loss, torch.get_rng_state(), *(p.grad for p in each.parameters() if p.requires_grad)])
+        torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-6, atol=0)
+        torch.testing.assert_close(results[0][2:], results[1][2:], rtol=1e-3, atol=1e-4)
+    assert graphs["stats"]["unique_graphs"] == 1

@@ -5,12 +5,14 @@ finetune   LoRA on 512 examples of log-normal lengths: packed rows against peft'
 memory     peak of the loss over (2,048, 32,000), and of a model with and without activation checkpointing
 save       what a checkpoint of 330 MB costs the steps: written while they go on, and waited for
 
-The model has 58 M parameters (dim 512, 8 layers, vocabulary 32,000), random.
+The model has 58 M parameters (dim 512, 8 layers, vocabulary 32,000), random. k2mini is measured with blocks as they are
+and compiled, as `train.compile` does; only its steps keep the memory that they free, as `k2mini pretrain` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import resource
 import statistics
@@ -38,8 +40,9 @@ from k2mini.distributed import ALONE, device_mesh, fill, ranks
 from k2mini.model_config import ModelConfig
 from k2mini.nn.init import init_weights
 from k2mini.nn.llama import Llama
-from k2mini.nn.lora import attach, init_adapters
+from k2mini.nn.lora import init_adapters
 from k2mini.nn.loss import token_loss
+from k2mini.training.run import keep_freed_memory
 from k2mini.training.save import Saver
 from k2mini.training.step import build_optimizer, train_step
 
@@ -56,15 +59,45 @@ CONFIG = ModelConfig(
 ROWS, LENGTH = 2, 512
 
 
-def pairs(ours: Callable[[], float], theirs: Callable[[], float], number: int) -> None:
-    """Print the median rates of the two, measured in turn, and the median of the pairs' ratios."""
-    ours(), theirs()  # warm up
-    rates = [(ours(), theirs()) for _ in range(number)]
-    for name, values in zip(("k2mini", "reference"), zip(*rates, strict=True), strict=True):
-        spread = f"{min(values):,.0f} to {max(values):,.0f}"
-        print(f"{name:<10} {statistics.median(values):>8,.0f} tokens/s   ({spread}, {number} runs)")
-    ratios = [a / b for a, b in rates]
-    print(f"{'ratio':<10} {statistics.median(ratios):>8.2f}            ({min(ratios):.2f} to {max(ratios):.2f})")
+def turns(ours: dict[str, Callable[[], float]], theirs: Callable[[], float], number: int) -> dict[str, float]:
+    """Print the median rates of all, measured in turn, and the median ratio of each of ours to theirs in its round.
+
+    Returns: the medians of ours.
+    """
+    first = {}
+    for name, run in ours.items():
+        start = time.perf_counter()
+        keep_freed_memory()
+        run()
+        first[name] = time.perf_counter() - start
+    give_back()
+    theirs()
+    rounds = []
+    for _ in range(number):
+        keep_freed_memory()
+        rates = {name: run() for name, run in ours.items()}
+        give_back()
+        rounds.append(rates | {"reference": theirs()})
+    medians = {}
+    for name in rounds[0]:
+        values, ratios = [each[name] for each in rounds], [each[name] / each["reference"] for each in rounds]
+        medians[name] = statistics.median(values)
+        line = f"{name:<16} {medians[name]:>8,.0f} tokens/s   ({min(values):,.0f} to {max(values):,.0f}, {number} runs)"
+        if name in ours:
+            line += f"   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            line += f"   first run {first[name]:.0f} s"
+        print(line)
+    return {name: medians[name] for name in ours}
+
+
+def give_back() -> None:
+    """Undo `keep_freed_memory`: as glibc is where large blocks have been freed."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 65536)  # M_MMAP_MAX
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)
 
 
 def matrix_rate(size: int = 512) -> float:
@@ -77,13 +110,14 @@ def matrix_rate(size: int = 512) -> float:
     return 2 * size**3 / best
 
 
-def narrow_model(values: dict[str, torch.Tensor], dtype: Any, stack: ExitStack) -> Llama:
-    """The model as it trains in 16 bits: sharded, if over one rank, with weights in float32."""
-    world = stack.enter_context(ranks(torch.device("cpu"), ParallelSection(), alone_too=True))
-    model, parallel, section = Llama(CONFIG).to("meta"), ParallelSection(), TrainSection(lr=1e-5, max_steps=1)
-    mesh = device_mesh(world, parallel)
-    make_trainable(model, ModelSection("", dtype=dtype), section, parallel, None, world.device, mesh)
-    model.to_empty(device=world.device)
+def trained(values: dict[str, torch.Tensor], dtype: Any, stack: ExitStack, *, compiled: bool) -> Llama:
+    """The model as it trains: in 16 bits sharded, if over one rank, with weights in float32."""
+    model, parallel, mesh = Llama(CONFIG).to("meta"), ParallelSection(), None
+    section, device = TrainSection(lr=1e-5, max_steps=1, compile=compiled), torch.device("cpu")
+    if dtype != "float32":
+        mesh = device_mesh(stack.enter_context(ranks(device, parallel, alone_too=True)), parallel)
+    make_trainable(model, ModelSection("", dtype=dtype), section, parallel, None, device, mesh)
+    model.to_empty(device=device)
     for name, value in values.items():
         fill(model.get_parameter(name), value)
     return model
@@ -107,24 +141,26 @@ def pretrain(number: int, steps: int, dtype: str) -> None:
         from transformers import LlamaForCausalLM
 
         reference = LlamaForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
-    stack = ExitStack()
-    if dtype != "float32":
-        model = narrow_model(model.state_dict(), dtype, stack)
     section = TrainSection(lr=1e-5, global_batch_size=ROWS, micro_batch_size=ROWS, max_steps=steps)
     samples = Blocks(Documents(rows[:, :-1].tolist()), LENGTH, document_mask=False, seed=None)
-    optimizer = build_optimizer(model.train(), section)
 
-    def ours() -> float:
+    def steps_of(model: Llama, optimizer: torch.optim.Optimizer) -> float:
         start = time.perf_counter()
         for step in range(steps):
             train_step(model, optimizer, [samples.batch(step * ROWS, ROWS)], section, step, steps)
         return steps * ROWS * LENGTH / (time.perf_counter() - start)
 
     data = [{"input_ids": row, "labels": row} for row in rows[:, :LENGTH]]
-    with stack, tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = dict.fromkeys(("use_cpu", "disable_tqdm"), True)
         settings |= {"output_dir": folder, "per_device_train_batch_size": ROWS, "max_steps": steps}
         settings |= {"learning_rate": 1e-5, "report_to": [], "save_strategy": "no", "logging_steps": 1000}
+
+        ours: dict[str, Callable[[], float]] = {}
+        values = model.state_dict()
+        for name in ("k2mini", "k2mini, compiled")[: 2 if dtype == "float32" else 1]:  # one process group
+            mine = trained(values, dtype, stack, compiled=name != "k2mini").train()
+            ours[name] = partial(steps_of, mine, build_optimizer(mine, section))
 
         def theirs(autocast: bool) -> float:
             arguments = TrainingArguments(**settings, bf16=autocast)
@@ -135,13 +171,11 @@ def pretrain(number: int, steps: int, dtype: str) -> None:
 
         for autocast in (False, True)[: 1 if dtype == "float32" else 2]:
             print(f"{dtype}, the Trainer in {'bfloat16' if autocast else 'float32'}")
-            pairs(ours, partial(theirs, autocast), number)
-    if dtype != "float32":
-        return
-    rate = statistics.median(ours() for _ in range(3))
-    used = (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.dim) * 6 * rate
+            rates = turns(ours, partial(theirs, autocast), number)
     peak = matrix_rate()
-    print(f"matrix products alone need {used / 1e9:.0f} GFLOP/s, {100 * used / peak:.0f} % of {peak / 1e9:.0f}")
+    for name, rate in rates.items() if dtype == "float32" else ():
+        used = (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.dim) * 6 * rate
+        print(f"{name}: products alone need {used / 1e9:.0f} GFLOP/s, {100 * used / peak:.0f} % of {peak / 1e9:.0f}")
 
 
 def finetune(number: int) -> None:
@@ -155,35 +189,37 @@ def finetune(number: int) -> None:
     from k2mini.weights.model_files import save_model
 
     texts = drawn_texts(512)
-    section, training = LoraSection(), TrainSection(lr=3e-4, max_steps=1)
-    model = Llama(CONFIG)
-    init_weights(model, 0)
-    folder = Path(tempfile.mkdtemp())
-    save_model(model.state_dict(), CONFIG, folder / "model")
-    attach(model, section)
-    init_adapters(model, 0)
-    model.model.by_document = True  # as k2mini trains on a CPU
+    section, folder = LoraSection(), Path(tempfile.mkdtemp())
+    models: dict[str, tuple[Llama, torch.optim.Optimizer]] = {}
+    for name in ("k2mini", "k2mini, compiled"):
+        model, training = Llama(CONFIG), TrainSection(lr=3e-4, max_steps=1, compile=name != "k2mini")
+        init_weights(model, 0)
+        if not models:
+            save_model(model.state_dict(), CONFIG, folder / "model")
+        make_trainable(model, ModelSection(""), training, ParallelSection(), section, torch.device("cpu"), None)
+        init_adapters(model, 0)
+        models[name] = model.train(), build_optimizer(model, training)
     settings = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.05, target_modules=section.target_modules, task_type="CAUSAL_LM"
     )
     reference = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), settings)
-    compare_losses(model.eval(), reference.eval(), texts[:16])
+    compare_losses(models["k2mini"][0].eval(), reference.eval(), texts[:16])
+    models["k2mini"][0].train()
     samples = PackedExamples([Example(text, 1) for text in texts], 512, seed=None)
-    optimizer = build_optimizer(model.train(), training)
     theirs = padded_steps(reference, folder / "run")
-    turns = iter(range(10**6))  # the two take turns, and both of a pair take the same examples
+    calls = iter(range(10**6))  # they take turns, and all of a round take the same examples
 
-    def ours_next() -> float:
+    def ours_next(model: Llama, optimizer: torch.optim.Optimizer) -> float:
         start = time.perf_counter()
-        batches = samples.rank_batches(128 * (next(turns) // 2 % 4), 128, 4, 0, 1)
+        batches = samples.rank_batches(128 * (next(calls) // 3 % 4), 128, 4, 0, 1)
         train_step(model, optimizer, batches, training, 0, 1)
         return sum(batch.num_supervised() for batch in batches) / (time.perf_counter() - start)
 
     def theirs_next() -> float:
-        position = 128 * (next(turns) // 2 % 4)
+        position = 128 * (next(calls) // 3 % 4)
         return theirs(texts[position : position + 128])
 
-    pairs(ours_next, theirs_next, number)
+    turns({name: partial(ours_next, *pair) for name, pair in models.items()}, theirs_next, number)
 
 
 def drawn_texts(number: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2mini.cpu import ONEDNN
+from k2mini.cpu import MKL, ONEDNN
 from k2mini.model_config import ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once, onednn_product, writes_out, written_out
 from k2mini.nn.packed import causal_mask, varlen
@@ -67,8 +67,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling():
         return onednn_product(x, weight)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -79,7 +78,7 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.numel() > 0
         and (compiling or type(weight) in (Tensor, nn.Parameter))  # no sharded or fake tensors
-        and not (compiling and torch.is_grad_enabled())
+        and not (compiling and torch.is_grad_enabled() and MKL)
     )
 
 
@@ -93,13 +92,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
+        (grad,), (x, weight) = grads, ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
-        return (
-            _onednn(grad, weight.T) if wants_x else None,
-            grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None,
-        )
+        grad_x = _onednn(grad, weight.T) if wants_x else None
+        return grad_x, grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None
 
 
 class Embedding(nn.Embedding):

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from k2mini.model_config import ModelConfig
 from k2mini.nn.layers import Attention, Embedding, Hook, Linear, Mask, RMSNorm, product, rotary_tables
 from k2mini.nn.loss import token_loss
-from k2mini.nn.packed import causal_mask, document_mask
+from k2mini.nn.packed import causal_mask, document_mask, for_compiler
 from k2mini.nn.slots import Cache, Cached
 
 
@@ -112,8 +112,11 @@ class Decoder(nn.Module):
         elif positions is None:
             positions = torch.arange(num_tokens, device=tokens.device).unsqueeze(0)
             mask = None if window is None else causal_mask(num_tokens, window, tokens.device)
+        elif mask is None and self.by_document:
+            compiled = self.layers[0]._compiled_call_impl is not None
+            mask = for_compiler(document_bounds(positions)) if compiled else document_bounds(positions).diff().tolist()
         elif mask is None:
-            mask = document_bounds(positions).diff().tolist() if self.by_document else document_mask(positions, window)
+            mask = document_mask(positions, window)
         x = self.embed_tokens(tokens)  # (B, T, D)
         if self.hook is not None:
             x = self.hook("embed", x)

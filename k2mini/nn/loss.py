@@ -77,7 +77,8 @@ class _ProjectedLoss(torch.autograd.Function):
         precise = _precise(hidden)
         total = hidden.new_zeros((), dtype=precise)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if wants_weight else None
+        fresh = torch.empty_like if len(hidden) and precise == hidden.dtype else torch.zeros_like  # to be added to
+        grad_weight = fresh(weight, dtype=precise) if wants_weight else None
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows, targets = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS, None]
             logits = _logits(rows, weight)  # (N, V)
@@ -93,7 +94,7 @@ class _ProjectedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[start : start + CHUNK_ROWS] = product(grad, weight.T)
             if grad_weight is not None and grad_weight.dtype == grad.dtype:
-                grad_weight.addmm_(grad.T, rows)
+                grad_weight.addmm_(grad.T, rows, beta=min(start, 1))  # 0: overwritten
             elif grad_weight is not None and _keeps_sums(rows):
                 torch.addmm(grad_weight, grad.T, rows, out_dtype=precise, out=grad_weight)
             elif grad_weight is not None:

@@ -1,14 +1,16 @@
 """Rows of several documents on a GPU, where calls count: one call of attention for all, not one for each as on a CPU.
 
 `varlen_attn` (PyTorch 2.13; FlashAttention's kernels) computes nothing of what a mask would hide. Where it has no
-kernel, attention runs under a mask over whole rows.
+kernel, attention runs under a mask over whole rows. In compiled blocks on a CPU `attend_documents` is the one call.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,16 +63,98 @@ def sent_bounds(bounds: Tensor, device: torch.device, dtype: torch.dtype, head_d
     """
     if not takes_varlen(device, dtype, head_dim):
         return None
-    bounds = send(bounds.int(), device)
-    torch._dynamo.maybe_mark_dynamic(bounds, 0)  # compiled blocks are for any number of documents
+    return for_compiler(send(bounds.int(), device))
+
+
+def for_compiler(bounds: Tensor) -> Tensor:
+    """The same, as an argument of compiled blocks, which are for any number of documents."""
+    torch._dynamo.maybe_mark_dynamic(bounds, 0)
     return bounds
 
 
 def varlen(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, row: int, window: int | None = None, *, grouped: bool
 ) -> Tensor:
-    """Causal attention within each document. q: (B*T, H, E); k, v: (B*T, K, E), in rows of T = `row`. (B*T, H, E)."""
+    """Causal attention within each document. q: (B*T, H, E); k, v: (B*T, K, E), in rows of T = `row`. (B*T, H, E).
+
+    Bounds in int64 are a CPU's, those of a GPU are int32.
+    """
+    if bounds.dtype == torch.int64:
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) if grouped else part for part in (k, v))
+        return cast(Tensor, attend_documents(q, k, v, bounds, window)[0])
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
 
     sides = (-1 if window is None or window >= row else window - 1, 0)  # keys before a query's own, and after it
     return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, row, row, window_size=sides, enable_gqa=grouped))
+
+
+@torch.library.custom_op("k2mini::attend_documents", mutates_args=())
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Causal attention within each document, one after the other, for compiled blocks on a CPU.
+
+    The compiler sees one operation that it does not look into, so that one graph serves all lists of lengths.
+
+    Args:
+        q, k, v: (N, H, E), of all documents.
+        bounds: int64, as `document_bounds` makes them.
+
+    Returns: (N, H, E), and the logarithms of the softmaxes' sums, (N, H), which the gradient needs.
+    """
+    out, sums = _like(q), _sums_of(q)
+    for own, mask in _documents(bounds, window, q):
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_heads(part[own]) for part in (q, k, v)), 0.0, True, attn_mask=mask
+        )
+        out[own], sums[own] = results[0][0].transpose(0, 1), results[1][0].T
+    return out, sums
+
+
+@torch.library.custom_op("k2mini::attend_documents_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _like(q), _like(q), _like(q)
+    for own, mask in _documents(bounds, window, q):
+        parts = [_heads(part[own]) for part in (grad, q, k, v, out)]
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *parts, sums[own].T[None], 0.0, True, attn_mask=mask
+        )
+        for whole, part in zip(grads, found, strict=True):
+            whole[own] = part[0].transpose(0, 1)
+    return grads
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _sums_of(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _heads(document: Tensor) -> Tensor:
+    """(t, H, E) -> (1, H, t, E)."""
+    return document.transpose(0, 1)[None]
+
+
+def _documents(bounds: Tensor, window: int | None, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
+    """Where each document is, and the mask added to its scores, (1, 1, t, t), where not all before a token is seen."""
+    for start, stop in itertools.pairwise(bounds.tolist()):
+        seen = None if window is None else causal_mask(stop - start, window, like.device)
+        hidden = None if seen is None else torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -torch.inf)
+        yield slice(start, stop), hidden
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, _sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, bounds, out, sums = ctx.saved_tensors
+    return *_attend_backward(grad, q, k, v, out, sums, bounds, ctx.window), None, None
+
+
+attend_documents.register_fake(lambda q, *_: (_like(q), _sums_of(q)))
+_attend_backward.register_fake(lambda _grad, q, *_: (_like(q), _like(q), _like(q)))
+attend_documents.register_autograd(_gradients, setup_context=_keep)

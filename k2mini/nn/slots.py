@@ -14,8 +14,8 @@ from k2mini.model_config import ModelConfig
 from k2mini.nn.decode_ops import attend_once, attends_once
 from k2mini.nn.kv_cache import ALIGNED, KVCache, LayerCache
 
-ALIGNED_WIDTH = 32
 WIDTH = 256  # single tokens attend over a multiple of so many places, which are summed up by so many
+COMPILED_WIDTH = 32  # compiled code, which sums up otherwise, over a multiple of fewer
 
 
 class Chunk(NamedTuple):
@@ -162,7 +162,7 @@ class SlotBatch:
             ends = torch.zeros(last + 1 - self._first, dtype=torch.int64)  # idle slots: their first place
             for slot, place in rows:
                 ends[slot - self._first] = place
-            step = ALIGNED_WIDTH if fixed else WIDTH
+            step = COMPILED_WIDTH if fixed else WIDTH
             width = (int(ends.max()) // step + 1) * step
             self._mask = attended(ends, width, cache.window).to(device, non_blocking=True)
             for slot, own in itertools.groupby(more, key=lambda row: row[0]):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -109,6 +111,8 @@ def _run(
                 _write_config(config)  # now that the run may go on with it
             if world.is_main and counts:
                 write_text(Path(config.run.dir) / COUNTS, json.dumps(counts, indent=2) + "\n")
+            if world.device.type == "cpu":
+                keep_freed_memory()
             model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
             if lora is not None and lora.init_adapter is not None:
                 start_from(model, lora, model_directory(lora.init_adapter))
@@ -159,6 +163,17 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
             if world.is_main and is_new and {entry.name for entry in run_dir.glob("*")} <= {CONFIG, COUNTS, "demo"}:
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where the C library is glibc, which gives large blocks back to the system.
+
+    A step frees and allocates a gigabyte, and the system fills every page with zeros anew: a tenth of a step's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _write_config(config: RunConfig) -> None:

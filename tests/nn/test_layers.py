@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from k2mini.nn import layers
 from k2mini.nn.layers import product
 
 
@@ -39,3 +40,29 @@ def test_compiled(rows):
     x, weight = tensors(rows, 1)
     with torch.inference_mode():
         torch.testing.assert_close(torch.compile(product, dynamic=False)(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("mkl", [False, True])
+def test_compiled_training_takes_the_faster_library(mkl, monkeypatch):
+    """oneDNN as uncompiled code does, forward and backward; on Intel's processors PyTorch's own products."""
+    from functorch.compile import aot_module_simplified
+
+    graphs, ours = [], torch.ops.k2mini.onednn_product.default
+
+    def keep(graph, _inputs):
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph
+
+    monkeypatch.setattr(layers, "MKL", mkl)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        product, backend=lambda graph, inputs: aot_module_simplified(graph, inputs, keep, bw_compiler=keep)
+    )
+    results = []
+    for function in (compiled, product):
+        leaves = [tensor.requires_grad_() for tensor in tensors(5, 3)]
+        out = function(*leaves)
+        out.square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*results)
+    assert [ours in graph for graph in graphs] == [layers.ONEDNN and not mkl] * 2

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from k2mini.config import LoraSection
-from k2mini.nn.lora import attach, lora_modules, merged_weight
+from k2mini.nn.lora import attach, dropped, lora_modules, merged_weight
 from tests.conftest import SHAPES, tiny_config, tiny_llama
 from tests.helpers import ALL, TOKENS, adapted
 from tests.reference import to_peft
@@ -57,6 +57,45 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(first, model(TOKENS))
     torch.manual_seed(0)
     assert torch.equal(first, model(TOKENS))
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5])
+def test_dropout_keeps_values_at_random_and_the_gradient_takes_the_same(dropout):
+    """As often as `dropout` says, whatever the place of a value and whether its neighbours are kept."""
+    torch.manual_seed(0)
+    x = torch.full((500, 403), 2.0, requires_grad=True)
+    draws = [dropped(x, dropout, x) for _ in range(3)]
+    assert all(keep == pytest.approx(1 - dropout, abs=2**-17) for _, keep in draws)
+    masks = [(y / 2).detach() for y, _ in draws]
+    assert all(set(mask.unique().tolist()) == {0.0, 1.0} for mask in masks)
+    draws[0][0].sum().backward()
+    assert torch.equal(x.grad, masks[0])
+    pairs = [(masks[0].flatten()[:-n], masks[0].flatten()[n:]) for n in (1, 2, 3, 4)]
+    keep, number = draws[0][1], masks[0].numel()
+    deviation = (keep * (1 - keep) / number) ** 0.5
+    assert all(mask.mean().item() == pytest.approx(keep, abs=5 * deviation) for mask in masks)
+    for one, other in (*pairs, (masks[0], masks[1]), (masks[1], masks[2])):
+        assert abs(((one - keep) * (other - keep)).mean().item()) < 5 * deviation**2 * number**0.5
+
+
+def test_dropout_does_not_change_the_mean():
+    module = adapted(dropout=0.3, dtype=torch.float64).model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(40_000, -1)
+    with torch.no_grad():
+        expected, draws = module(x[:1])[0], module.train()(x)
+    torch.testing.assert_close(draws.mean(dim=0), expected, rtol=0, atol=6 * draws.std(dim=0).max().item() / 200)
+    assert draws.std(dim=0).min() > 0
+
+
+def test_recomputed_blocks_drop_the_same():
+    found = []
+    for every in (0, 1):
+        model = adapted(dropout=0.5).train()
+        model.model.recompute_every = every
+        torch.manual_seed(3)
+        model.loss(TOKENS, None, TOKENS).backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_adapters_stay_fp32_over_bf16():

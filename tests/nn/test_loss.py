@@ -56,6 +56,16 @@ def test_nothing_supervised_is_a_loss_of_zero_with_gradients_of_zero():
     assert not weight.grad.any()
 
 
+def test_memory_that_is_not_filled_is_overwritten():
+    hidden, weight, labels = rows(CHUNK_ROWS + 3)
+    torch.use_deterministic_algorithms(True)  # fills it with NaN
+    try:
+        grads = torch.autograd.grad(token_loss(hidden, weight, labels), (hidden, weight))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(grads, torch.autograd.grad(plain(hidden, weight, labels), (hidden, weight)))
+
+
 def test_bf16_is_summed_in_fp32():
     hidden, weight, labels = rows(40, dtype=torch.bfloat16)
     total = token_loss(hidden, weight, labels)

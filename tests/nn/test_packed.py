@@ -105,6 +105,30 @@ def test_one_graph_for_any_number_of_documents(monkeypatch):
     assert len(graphs) == 1
 
 
+def test_compiled_blocks_attend_to_documents_on_a_cpu_as_others_do(shape):
+    """To the bit where nothing is compiled but the graph is taken; in one graph, whatever the documents' lengths."""
+    compiled, plain, graphs = tiny_llama(shape), tiny_llama(shape), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    for layer in compiled.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    tokens = torch.randint(199, POSITIONS.shape, generator=torch.Generator().manual_seed(0))
+    for positions in (POSITIONS, POSITIONS.flip(0), (torch.arange(10) % 5).expand(3, 10)):
+        results = []
+        for model in (compiled, plain):
+            model.model.by_document = True
+            model.zero_grad()
+            loss = model.loss(tokens, positions, tokens)
+            loss.backward()
+            results.append([loss, *(p.grad for p in model.parameters())])
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "capability", "why"),
     [

@@ -31,7 +31,7 @@ from k2mini.inference.generate import generate
 from k2mini.nn.lora import adapter_tensors
 from k2mini.training.loop import read_metrics
 from k2mini.training.run import finetune, pretrain
-from k2mini.training.step import accumulate, build_optimizer, clip_gradients
+from k2mini.training.step import accumulate, build_optimizer, clip_gradients, train_step
 from k2mini.weights.adapter import save_adapter
 from tests.conftest import ROOT, asset
 from tests.helpers import adapted, examples, section
@@ -115,6 +115,25 @@ def test_stage_two_begins_where_stage_one_ended(tmp_path, data):
         finetune(config(tmp_path, data, "third", LoraSection(rank=4, init_adapter=str(first))))
     with pytest.raises(ValueError, match=r"lora.rslora is True, that of lora.init_adapter .* is False"):
         finetune(config(tmp_path, data, "fourth", LoraSection(rslora=True, init_adapter=str(first))))
+
+
+def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, data, monkeypatch):
+    """With dropout, and several documents a row. The graphs run as they are: that takes less time."""
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: whole(module, backend="eager", **given))
+    runs = [config(tmp_path, data, name, max_steps=4, val_every=None, compile=True) for name in ("whole", "killed")]
+    undisturbed, killed = (replace(run, checkpoint=CheckpointSection(every=2)) for run in runs)
+    finetune(undisturbed)
+    with monkeypatch.context() as patched:
+        patched.setattr("k2mini.training.loop.train_step", lambda *a: kill() if a[4] == 3 else train_step(*a))
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune(killed)
+    finetune(killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def kill():
+    raise RuntimeError("killed")
 
 
 def test_validation_rows_are_not_trained_on(tmp_path, data):

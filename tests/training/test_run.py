@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -568,3 +569,26 @@ def test_flags_that_are_off_do_not_change_what_a_run_is_known_by(tuning, tmp_pat
     shutil.rmtree(tmp_path / "tuned/adapter")
     status, _, err = run("finetune", tuning, "lora.train_head=true")
     assert (status, "another lora.train_head (None, now True)" in err) == (2, True)
+
+
+FAULTS = """
+import resource, sys, torch
+from k2mini.cli import main
+try:
+    main(["pretrain", sys.argv[1]])
+except SystemExit as end:
+    assert not end.code
+counts = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they keep")
+def test_training_on_a_cpu_keeps_freed_memory(settings):
+    """So when 64 MiB are filled again no page of them is new."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(settings)], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 100
