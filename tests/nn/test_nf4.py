@@ -108,7 +108,7 @@ def test_a_directory_of_nf4_is_what_is_quantised_when_it_is_read(wide_directory,
             ("generate", "--prompt", "x", "--quantize", "int8", "--model"),
             "is quantised to nf4; leave out --quantize int8",
         ),
-        (("generate", "--prompt", "x", "--quantize-head", "--model"), "--quantize-head needs --quantize int8 or w8a8"),
+        (("generate", "--prompt", "x", "--quantize-head", "--model"), "--quantize-head needs --quantize int8"),
         (("convert", "--to", "bin", "--out", "out"), "is quantised; convert the full-precision model"),
     ],
 )
