@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 LIMITS = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}  # environment variables that keep oneDNN from instructions
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Whether PyTorch's own products are the faster ones for training, as they are on Intel's processors alone.
+# Whether the processor is Intel's, where PyTorch's own products are as fast as oneDNN's: compiled training keeps them.
 MKL = "Intel" in str(getattr(torch.cpu, "get_capabilities", dict[str, str])().get("cpu_name"))
 # Whether products of int8 are fast, and right: without VNNI, or where oneDNN is kept from it, they overflow in silence.
 MULTIPLIES_INT8 = ONEDNN and getattr(torch.cpu, "_is_vnni_supported", bool)() and not LIMITS & set(os.environ)
@@ -86,8 +86,9 @@ def describe() -> str:
     name = info.get("model name") or platform.processor() or platform.machine()
     model = f", model {info['model']}" if "model" in info else ""
     measured = [f"{_name(dtype)} {rate(dtype):.2f}" for dtype in NARROW]
+    digits = "; int8 weights are multiplied as int8" if MULTIPLIES_INT8 else ""
     sets = ", ".join(instruction_sets()) or f"none of {', '.join(SETS.values())}"
-    return f"{name}{model} ({sets}); products, float32's rate being 1: {', '.join(measured)}"
+    return f"{name}{model} ({sets}); products, float32's rate being 1: {', '.join(measured)}{digits}"
 
 
 def _name(dtype: torch.dtype) -> str:

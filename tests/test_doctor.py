@@ -128,7 +128,8 @@ def a_cache_off_by_one(patch, _):
 
 @fault("int8", "an int8 product of 1 rows: off by 2.0e-02")
 def wrong_scales(patch, _):
-    wraps(patch, quant, "dequantize", lambda weight, *_: weight * 1.02)
+    for name in ("dequantize", "product_of_digits"):  # the second is taken where a CPU multiplies int8
+        wraps(patch, quant, name, lambda values, *_: values * 1.02)
 
 
 @fault("compile", "a compiled training step: off by")

@@ -12,7 +12,6 @@ and compiled, as `train.compile` does; only its steps keep the memory that they 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import resource
 import statistics
@@ -67,16 +66,14 @@ def turns(ours: dict[str, Callable[[], float]], theirs: Callable[[], float], num
     first = {}
     for name, run in ours.items():
         start = time.perf_counter()
-        keep_freed_memory()
-        run()
+        with keep_freed_memory():
+            run()
         first[name] = time.perf_counter() - start
-    give_back()
     theirs()
     rounds = []
     for _ in range(number):
-        keep_freed_memory()
-        rates = {name: run() for name, run in ours.items()}
-        give_back()
+        with keep_freed_memory():
+            rates = {name: run() for name, run in ours.items()}
         rounds.append(rates | {"reference": theirs()})
     medians = {}
     for name in rounds[0]:
@@ -88,16 +85,6 @@ def turns(ours: dict[str, Callable[[], float]], theirs: Callable[[], float], num
             line += f"   first run {first[name]:.0f} s"
         print(line)
     return {name: medians[name] for name in ours}
-
-
-def give_back() -> None:
-    """Undo `keep_freed_memory`: as glibc is where large blocks have been freed."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 65536)  # M_MMAP_MAX
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
-        libc.malloc_trim(0)
 
 
 def matrix_rate(size: int = 512) -> float:

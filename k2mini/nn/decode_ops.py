@@ -16,8 +16,8 @@ from torch import Tensor
 
 from k2mini.cpu import MULTIPLIES_INT8
 
-MOST_ROWS = 8  # of more, a library's products are faster;
-MOST_INT8 = 4  # of an int8 weight, where it multiplies int8, as fast, and compiled in a third of the time
+MOST_ROWS = 8  # of more, a library's products are faster
+MOST_INT8 = 4  # where a CPU multiplies int8: of more, the library's are as fast, and compiled in a third of the time
 SUMS = 16  # sums that one loop may add up at once: AVX2 has as many registers
 LONGEST_SUM = 4096  # terms: the compiler makes longer sums compensated, which is slow
 

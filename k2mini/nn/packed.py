@@ -1,7 +1,7 @@
-"""Rows of several documents on a GPU, where calls count: one call of attention for all, not one for each as on a CPU.
+"""Rows of several documents in one call of attention: on a GPU, where calls count, and in a CPU's compiled blocks.
 
 `varlen_attn` (PyTorch 2.13; FlashAttention's kernels) computes nothing of what a mask would hide. Where it has no
-kernel, attention runs under a mask over whole rows. In compiled blocks on a CPU `attend_documents` is the one call.
+kernel, attention runs under a mask over whole rows. On a CPU `attend_documents` is the one call.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def sent_bounds(bounds: Tensor, device: torch.device, dtype: torch.dtype, head_d
 
 
 def for_compiler(bounds: Tensor) -> Tensor:
-    """The same, as an argument of compiled blocks, which are for any number of documents."""
+    """Bounds as an argument of compiled blocks, which are for any number of documents."""
     torch._dynamo.maybe_mark_dynamic(bounds, 0)
     return bounds
 
@@ -133,8 +133,8 @@ def _sums_of(q: Tensor) -> Tensor:
 
 
 def _heads(document: Tensor) -> Tensor:
-    """(t, H, E) -> (1, H, t, E)."""
-    return document.transpose(0, 1)[None]
+    """(t, H, E) -> (1, H, t, E), whose values of a head stand side by side, as the kernels take for granted."""
+    return document.contiguous().transpose(0, 1)[None]
 
 
 def _documents(bounds: Tensor, window: int | None, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:

@@ -2,8 +2,9 @@
 
 int8 is row-wise absmax quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 2.1), which bitsandbytes calls
 `load_in_8bit`, without the outlier columns of that paper. Both are weight-only: for each product the weight is
-dequantised to the compute dtype, and freed afterwards; where a CPU multiplies int8, int8 weights are multiplied as they
-are. Embedding, norms, biases and head are not quantised.
+dequantised to the compute dtype, and freed afterwards. Where a CPU multiplies int8, few rows are rounded to 16 bits and
+multiplied with the int8 weight (`product_of_digits`); compiled code keeps up to four in float32. Embedding, norms,
+biases and head are not quantised.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from k2mini.nn.decode_ops import writes_out, written_out
 from k2mini.nn.int8_kernel import int8_rows, takes_kernel
 from k2mini.nn.layers import Linear, product
 
+MOST_ROWS = 256  # what one step of the engine takes, and more; of many more, dequantising costs less
+LONGEST = 1 << 17
 # By the weight's dtype: int8, NF4.
 PARTS = {torch.int8: ("weight", "scale"), torch.uint8: ("weight", "absmax", "scale")}
 
@@ -104,16 +107,20 @@ def quantized_product(x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
 
 
 def takes_digits(x: Tensor) -> bool:
-    """Whether `product_of_digits` is for x: on a CPU that multiplies int8, without a gradient, in 16 or 32 bits."""
-    here = MULTIPLIES_INT8 and x.device.type == "cpu" and x.numel() > 0
-    return here and x.dtype != torch.float64 and not torch.is_grad_enabled()
+    """Whether `product_of_digits` is for x (…, in): few rows, without a gradient, on a CPU that multiplies int8.
+
+    Of one column `torch._int_mm` is wrong (PyTorch 2.13); of more than LONGEST sums could pass 32 bits.
+    """
+    here = MULTIPLIES_INT8 and x.device.type == "cpu" and x.dtype != torch.float64 and not torch.is_grad_enabled()
+    return here and 1 < x.shape[-1] <= LONGEST and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
 
 
 def product_of_digits(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T by products of int8 alone: (…, in), (out, in) int8 and (out,) -> (…, out) in x's dtype.
 
-    A row of x is rounded to 16 bits with a scale of its own, in two int8 digits: step * (high + low / 254). The sums of
-    integers are exact, so a row's bits do not depend on the rows beside it.
+    A row of x is rounded to 16 bits with a scale of its own, in two int8 digits: step * (high + low / 254), so each
+    value is off by at most the row's largest / 64,516. The sums of integers are exact, so a row's bits do not depend on
+    the rows beside it.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127  # (N, 1)

@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,13 @@ def _run(
                 _write_config(config)  # now that the run may go on with it
             if world.is_main and counts:
                 write_text(Path(config.run.dir) / COUNTS, json.dumps(counts, indent=2) + "\n")
-            if world.device.type == "cpu":
-                keep_freed_memory()
-            model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
-            if lora is not None and lora.init_adapter is not None:
-                start_from(model, lora, model_directory(lora.init_adapter))
-            evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
-            last = train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
+            with keep_freed_memory() if world.device.type == "cpu" else nullcontext():
+                model, _ = training_model(config.model, config.train, config.parallel, world, lora, config.run.seed)
+                if lora is not None and lora.init_adapter is not None:
+                    start_from(model, lora, model_directory(lora.init_adapter))
+                evaluate = None if benchmark is None else lambda trained: benchmark(trained, base.require_tokenizer())
+                last = train(model, task, config.run, config.train, config.checkpoint, config.eval, evaluate, world)
+                del model
             if world.is_main:
                 kept = (best_checkpoint(last.parent) if best else None) or last
                 if kept != last:
@@ -165,15 +165,26 @@ def run_directory(config: RunConfig, world: World = ALONE) -> Iterator[None]:
             raise
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, where the C library is glibc, which gives large blocks back to the system.
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Let this process keep what it frees until the end, where the C library is glibc, which gives large blocks back.
 
-    A step frees and allocates a gigabyte, and the system fills every page with zeros anew: a tenth of a step's time.
+    A training step frees and allocates a gigabyte, whose pages the system fills with zeros: a tenth of its time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    assert libc is not None
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    try:
+        yield
+    finally:  # as glibc is once large blocks have been freed
+        libc.mallopt(-4, 1 << 16)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def _write_config(config: RunConfig) -> None:

@@ -168,6 +168,29 @@ def test_digits_of_what_is_not_finite_are_not_finite(bad):
 
 
 @exact
+@pytest.mark.parametrize("rows", [1, 4, 5, 8])
+def test_a_compiler_sees_one_product_of_few_rows(rows):
+    """Up to four rows stay in float32, of more it is digits; one graph either way."""
+    quantised, scale = quantize_rows(weight(30, 64))
+    x = weight(rows, 64, seed=1)
+    compiled = torch.compile(quantized_product, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        precise = F.linear(x.double(), dequantize(quantised, scale.double(), torch.float64))
+        error = (compiled(x, quantised, scale).double() - precise).abs().amax() / precise.abs().amax()
+    assert error < (2e-6 if rows <= 4 else 1e-4)
+
+
+@exact
+def test_many_rows_are_dequantised():
+    quantised, scale = quantize_rows(weight(30, 64))
+    x = weight(257, 64, seed=1)
+    with torch.no_grad():
+        assert takes_digits(x[:256])
+        expected = F.linear(x, dequantize(quantised, scale, torch.float32))
+        torch.testing.assert_close(quantized_product(x, quantised, scale), expected)
+
+
+@exact
 def test_only_what_a_processor_multiplies_right_is_digits():
     """Not with a gradient, nor in float64; nor where oneDNN is kept from VNNI: it would add up in 16 bits."""
     x = weight(2, 64)
@@ -175,6 +198,7 @@ def test_only_what_a_processor_multiplies_right_is_digits():
     with torch.no_grad():
         assert not takes_digits(x.double())
         assert not takes_digits(x[:0])
+        assert not takes_digits(x[:, :1])
     code = "from k2mini.cpu import MULTIPLIES_INT8; print(MULTIPLIES_INT8)"
     limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     said = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True, check=True)
