@@ -226,6 +226,8 @@ def _child(request: Request, scratch: Path) -> None:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background,
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(torch.get_num_threads())  # or the first two threads race to replace the parent's pool
         os.chdir(request.folder)
         os.environ.update(request.environment)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
