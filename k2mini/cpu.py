@@ -21,12 +21,13 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-LIMITS = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}  # environment variables that keep oneDNN from instructions
+# Which instructions oneDNN is told to use; if it is not told, all.
+LIMITS = {os.environ.get(name, "").upper() for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")}
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Whether the processor is Intel's, where PyTorch's own products are as fast as oneDNN's: compiled training keeps them.
 MKL = "Intel" in str(getattr(torch.cpu, "get_capabilities", dict[str, str])().get("cpu_name"))
 # Whether products of int8 are fast, and right: without VNNI, or where oneDNN is kept from it, they overflow in silence.
-MULTIPLIES_INT8 = ONEDNN and getattr(torch.cpu, "_is_vnni_supported", bool)() and not LIMITS & set(os.environ)
+MULTIPLIES_INT8 = ONEDNN and getattr(torch.cpu, "_is_vnni_supported", bool)() and {"", "DEFAULT", "ALL"} >= LIMITS
 # By PyTorch's names.
 SETS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "bf16", "vnni": "VNNI", "amx_tile": "AMX"}
 NARROW = (torch.bfloat16, torch.float16, torch.int8)

@@ -86,6 +86,14 @@ def adapted(config=None, targets=("q_proj", "k_proj", "v_proj"), dropout=0.0, fi
     return model
 
 
+def loss_and_gradients(model, *batch, **more):
+    """What a model's `loss` is, and the gradients of what trains."""
+    model.zero_grad()
+    loss = model.loss(*batch, **more)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 def quantised(model, how="int8"):
     """The same model with its blocks' matrices quantised."""
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}

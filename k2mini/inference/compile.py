@@ -21,7 +21,7 @@ from k2mini.nn.lora import StackedLora
 from k2mini.nn.slots import SlotBatch, SlotLayer, Slots
 
 # On a CPU, what several products read, such as the normalised input, is computed once, not for every row of a weight.
-# Products and sums are one instruction.
+# A product and its addition to a sum are one instruction.
 ON_CPU: dict[str, Any] = {"realize_reads_threshold": 1, "cpp.enable_floating_point_contract_flag": "fast"}
 # On a GPU, int8 weights are then read inside of a row's product, with the norm before it and what follows.
 ON_GPU: dict[str, Any] = {"coordinate_descent_tuning": True}

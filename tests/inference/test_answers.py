@@ -118,7 +118,9 @@ def test_a_quantised_head(tiny_directory):
     full, _ = load_model(tiny_directory)
     rows = torch.arange(3, 33).view(2, 15)
     with torch.inference_mode():
-        assert (quantised(rows) - full(rows)).std() / full(rows).std() < 0.05
+        assert 1e-4 < (quantised(rows) - full(rows)).std() / full(rows).std() < 0.05
+        hidden = full.hidden(rows)
+        assert 1e-4 < (quantised.logits(hidden) - full.logits(hidden)).std() / full.logits(hidden).std() < 0.05
     with pytest.raises(ValueError, match="--quantize-head needs --quantize int8"):
         load_model(tiny_directory, quantize_head=True)
 

@@ -10,6 +10,7 @@ from k2mini.nn.init import init_weights
 from k2mini.nn.kv_cache import KVCache
 from k2mini.nn.llama import Llama, document_bounds
 from tests.conftest import tiny_config, tiny_llama
+from tests.helpers import loss_and_gradients
 from tests.reference import naive_logits, to_transformers
 
 
@@ -169,10 +170,7 @@ def test_documents_one_by_one_equal_documents_under_a_mask(shape):
     results = []
     for by_document in (False, True):
         model.model.by_document = by_document
-        model.zero_grad()
-        loss = model.loss(tokens, positions, labels)
-        loss.backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        results.append(loss_and_gradients(model, tokens, positions, labels))
     for masked, alone in zip(*results, strict=True):
         torch.testing.assert_close(alone, masked, rtol=0, atol=1e-12)
 

@@ -14,7 +14,7 @@ from k2mini.data.packing import packed_rows
 from k2mini.nn.llama import document_bounds
 from k2mini.nn.packed import sent_bounds, takes_varlen
 from tests.conftest import tiny_config, tiny_llama
-from tests.helpers import adapted, examples
+from tests.helpers import adapted, examples, loss_and_gradients
 
 POSITIONS = torch.tensor(
     [[0, 1, 2, 3, 0, 1, 0, 0, 1, 2], [2, 3, 0, 1, 2, 3, 4, -1, -1, -1], [0, 1, 2, -1, -1, -1, -1, -1, -1, -1]]
@@ -77,10 +77,7 @@ def test_documents_by_their_bounds_equal_documents_under_a_mask(shape, checkpoin
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", one_by_one)
     results = []
     for mask in (None, bounds_of(POSITIONS)):
-        model.zero_grad()
-        loss = model.loss(tokens, POSITIONS, labels, mask=mask)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        results.append(loss_and_gradients(model, tokens, POSITIONS, labels, mask=mask))
     for masked, bounded in zip(*results, strict=True):
         torch.testing.assert_close(bounded, masked, rtol=0, atol=1e-12)
 
@@ -121,10 +118,7 @@ def test_compiled_blocks_attend_to_documents_on_a_cpu_as_others_do(shape):
         results = []
         for model in (compiled, plain):
             model.model.by_document = True
-            model.zero_grad()
-            loss = model.loss(tokens, positions, tokens)
-            loss.backward()
-            results.append([loss, *(p.grad for p in model.parameters())])
+            results.append(loss_and_gradients(model, tokens, positions, tokens))
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert len(graphs) == 1
 

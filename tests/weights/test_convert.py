@@ -257,7 +257,7 @@ def test_to_int8(tmp_path, tiny_tokenizer, name):
     tokens = torch.arange(3, 33).view(2, 15)
     torch.testing.assert_close(stored(tokens), plain(tokens), rtol=0, atol=1e-5)
     with torch.inference_mode():  # where a CPU multiplies int8, rows are rounded to 16 bits
-        assert (stored(tokens) - plain(tokens)).std() / plain(tokens).std() < 1e-3
+        assert (stored(tokens) - plain(tokens)).std() / plain(tokens).std() < 2e-4
 
 
 def test_code_in_a_pickle_does_not_run(tmp_path, tiny_tokenizer):
